@@ -41,6 +41,12 @@ def get_rng_state() -> Tensor:
     return ORIGINALS["get_state"]()
 
 
+def initial_seed() -> int:
+    """Return the default generator's seed, as :func:`get_rng_state` its state."""
+    settable("torch.initial_seed", None)
+    return ORIGINALS["initial_seed"]()
+
+
 def settable(what: str, value: Any) -> Any:
     """Return ``value``. Raises CaptureError where the state of the generator would be set, or
     looked at, at another time than when the program runs."""

@@ -25,7 +25,7 @@ from ..transforms.rules.packed import padded_sequences
 from . import module_hooks
 from .checkpoints import checkpoint_region, recorded_apply
 from .constants import deepcopy_of_a_constant, numpy_of_a_constant, tolist_of_a_constant, unpickled
-from .generators import get_rng_state, manual_seed, random_seed, set_rng_state
+from .generators import get_rng_state, initial_seed, manual_seed, random_seed, set_rng_state
 from .gradients import autograd_backward, autograd_grad
 from .hooks import register_hook, register_multi_grad_hook
 
@@ -134,6 +134,11 @@ def _random_seed_template():  # type: ignore[no-untyped-def]
     return f()
 
 
+def _initial_seed_template():  # type: ignore[no-untyped-def]
+    f = _torch_initial_seed if _aotfunc_recording() is None else _aotfunc_initial_seed
+    return f()
+
+
 def _get_state_template():  # type: ignore[no-untyped-def]
     f = _torch_get_state if _aotfunc_recording() is None else _aotfunc_get_state
     return f()
@@ -222,6 +227,7 @@ PATCHES: tuple[Code | Attribute | Undisturbed, ...] = (
     Code("ctc_loss", torch.nn.functional.ctc_loss, ctc_loss, _ctc_loss_template),
     Code("seed", torch.random.manual_seed, manual_seed, _seed_template),
     Code("random_seed", torch.random.seed, random_seed, _random_seed_template),
+    Code("initial_seed", torch.random.initial_seed, initial_seed, _initial_seed_template),
     Code("get_state", torch.random.get_rng_state, get_rng_state, _get_state_template),
     Code("set_state", torch.random.set_rng_state, set_rng_state, _set_state_template),
     Code("fastpath", torch.backends.mha.get_fastpath_enabled, None, _fastpath_template),

@@ -257,6 +257,15 @@ class Traced(Tensor):
             memo[id(self)] = self.detach().clone().requires_grad_(self.requires_grad)
         return memo[id(self)]
 
+    def __copy__(self) -> Tensor:
+        """Return another tensor of the same memory: a leaf, as in eager."""
+        if self.requires_grad:
+            raise CaptureError(
+                f"copy.copy of a value that requires grad{at(debug.user_line())}; clone() it, or "
+                "detach() it"
+            )
+        return self.detach()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle a value that depends on no differentiated or batched input, where a function runs
         once."""

@@ -81,6 +81,7 @@ class Functions(Containers):
                     else:
                         self.may_grow(x, f"{scoped}['{name}']")
             for name in sorted(reads.imports):
+                name = scope["__name__"] if name == "__name__" else name
                 if name in sys.modules:
                     self.meet(sys.modules[name], f"{self.constant(sys.modules)}['{name}']", name)
         if f is os.getenv:

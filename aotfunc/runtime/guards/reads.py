@@ -8,8 +8,8 @@ import itertools
 import os
 import sys
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy
@@ -25,6 +25,7 @@ _GROWS = frozenset({"append", "add", "extend", "update"})
 _BY_ANY_NAME = frozenset(
     {"vars", "__dict__", "attrgetter", "methodcaller", "asdict", "astuple", "eval", "exec"}
 )
+_EVALUATE = frozenset({"eval", "exec"})
 _ASKS = frozenset({"getattr", "hasattr"})
 _IMPORTS = frozenset({"import_module", "__import__"})
 #: functions that make a text of an object, and the methods that they call
@@ -79,11 +80,14 @@ def reads_of(code: types.CodeType) -> Reads:
     if "globals" in variables:
         variables |= texts
         binds_globals = True
-    if _IMPORTS & (variables | attributes):
-        imports |= texts
+    if _IMPORTS & (variables | attributes) or (
+        "modules" in variables | attributes and "sys" in variables | imports
+    ):  # sys.modules["settings"], sys.modules[__name__]
+        imports |= texts | ({"__name__"} & variables)
     if _TELLS & (variables | attributes):
         attributes |= _TEXTS
-    for const in code.co_consts:
+    evaluated = [*compiled_texts(texts)] if _EVALUATE & variables else []
+    for const in (*code.co_consts, *evaluated):
         if isinstance(const, types.CodeType):
             inner = reads_of(const)
             variables |= inner.variables
@@ -104,6 +108,13 @@ def reads_of(code: types.CodeType) -> Reads:
         any_name,
         binds_globals,
     )
+
+
+def compiled_texts(texts: Iterable[str]) -> Iterator[types.CodeType]:
+    """Yield the code of the texts that are Python."""
+    for text in texts:
+        with suppress(SyntaxError, ValueError):
+            yield compile(text, "<text>", "exec")
 
 
 @functools.lru_cache(4096)
