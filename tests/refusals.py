@@ -116,6 +116,12 @@ def assigned(name: str) -> Callable:
     return f
 
 
+def made_for_a_hook(x):
+    seen = []
+    x.register_hook(seen.append)
+    return x * 2, seen
+
+
 def assigned_to_argument(x):
     x.tag = x * 2
     return x
@@ -195,6 +201,9 @@ PROGRAMS: dict[str, Callable] = {
     "`w.register_hook(…)`": closed_over(
         parameter, lambda w, x: (w.register_hook(print), w * x)[1]
     ),
+    "`x.register_hook(seen.append)` of an argument, `seen` made inside": on(parameter)(
+        made_for_a_hook
+    ),
     "`x.data = y` of an argument": on(ones(), ones())(
         lambda x, y: (setattr(x, "data", y), x * 2)[1]
     ),
@@ -245,6 +254,7 @@ PROGRAMS: dict[str, Callable] = {
         lambda x: ((x * 2).grad_fn.register_hook(print), x)[1]
     ),
     "`torch.manual_seed(0)`": on(ones())(lambda x: (torch.manual_seed(0), x * torch.rand(3))[1]),
+    "`torch.initial_seed()`": on(ones())(lambda x: x + torch.initial_seed()),
     "`torch.Generator()` made inside": on(ones())(
         lambda x: x + torch.rand(3, generator=generator())
     ),

@@ -321,7 +321,13 @@ def plain_key(x: Any) -> Any:
 def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) -> Any:
     """Return ``(program, closed-over tensors)`` of a rule on values with these signatures, a
     result per leaf; or the error that it raised."""
-    inner = Trace("the derivative of an autograd.Function is recorded without values", ask=agreed)
+    why_not = f"the derivative of {name} is recorded, without values"
+    if name.startswith(("hook", "a hook")):
+        why_not = (
+            "a hook inside a captured function is recorded, without values: register it outside, "
+            "on an argument, a parameter or a result"
+        )
+    inner = Trace(why_not, ask=agreed)
     inner.of_a_rule = True
     values = [inner.input_like(sig) for sig in sigs]
     inner.autograd.leaves.update((t.ref, True) for t in values)

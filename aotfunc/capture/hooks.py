@@ -17,6 +17,7 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError, OpError
 from ..trace import outside
+from ..trace.holding import holds_traced
 from ..trace.records import instr_op, written_slots
 from ..trace.traced import Traced
 from .autograd_function import call_function
@@ -54,6 +55,9 @@ def register_hook(t: Traced, hook: Callable) -> Any:
             f"gradient{at(debug.user_line())}"
         )
     own = trace.root(t.ref)
+    compiled = not trace.may_ask_constants
+    if compiled and own == t.ref < len(trace.inputs) and own not in trace.roots().written:
+        return register_outside(t, hook)
     if any(
         t.ref in refs and grad and reads(instr, refs, t.ref)
         for instr, refs, grad, *_ in trace.records
@@ -95,6 +99,18 @@ def register_hook(t: Traced, hook: Callable) -> Any:
     trace.stand_ins.append(outside.StandIn(len(trace.records), value, old, t.ref, why, hooks))
     if own < len(trace.inputs):
         trace.hooked.add(t.ref)
+    return _Handle()
+
+
+def register_outside(t: Traced, hook: Callable) -> _Handle:
+    """Let every call register the hook on its argument, whose gradient is that of other uses,
+    too."""
+    if holds_traced(hook, set()):
+        raise CaptureError(
+            f"a hook of an argument reads what is computed inside{at(debug.user_line())}: "
+            "register it on x.view_as(x)"
+        )
+    t.tracer.given_hooks.append((t.ref, hook))
     return _Handle()
 
 

@@ -170,13 +170,14 @@ def passed(memory: Tensor, new: Tensor) -> Tensor:
 
 class Changes:
     """The changes of ``f`` to its arguments besides their values: whether they require grad before
-    anything reads them, and retain it; their shape and history in place (``x.t_()``,
-    ``x.detach_()``). They affect only the argument itself."""
+    anything reads them, and retain it; their hooks; their shape and history in place
+    (``x.t_()``, ``x.detach_()``). They affect only the argument itself."""
 
     def __init__(self, rec: Captured) -> None:
         trace = rec.trace
         self.flags = [(i, value, line) for i, (value, line) in trace.autograd.flags.items()]
         self.retained = [i for i, ref in enumerate(trace.finals) if ref in trace.autograd.kept]
+        self.hooks = trace.given_hooks
         #: (position, [(op, other arguments, keywords, under no_grad)])
         self.ops: list[tuple[int, list[tuple]]] = []
         if not trace.reshapes and trace.finals == list(range(len(trace.finals))):
@@ -201,7 +202,7 @@ class Changes:
                         )
 
     def __bool__(self) -> bool:
-        return bool(self.flags or self.retained or self.ops)
+        return bool(self.flags or self.retained or self.hooks or self.ops)
 
     def before(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the inputs that the program runs on: its backward must not see shapes that
@@ -215,6 +216,8 @@ class Changes:
             tensors[i].requires_grad_(value)
         for i in self.retained:
             tensors[i].retain_grad()
+        for i, hook in self.hooks:
+            tensors[i].register_hook(hook)
         changed = {i for i, _ in self.ops}
         return [t.view_as(t) if i in changed else t for i, t in enumerate(tensors)]
 

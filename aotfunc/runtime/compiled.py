@@ -23,7 +23,7 @@ from ..capture.capture import labelled
 from ..capture.instances import containers
 from ..capture.tree import Arguments
 from ..debug import at, outside_dynamo, user_line
-from ..errors import AotfuncError, ArgumentError, CaptureError, OpError
+from ..errors import ArgumentError, CaptureError
 from ..graph import weight
 from ..trace.entering import entry, modes_are_on, without_function_modes
 from ..trace.kinds import check_kind
@@ -40,6 +40,7 @@ from .guards.state import State, look
 from .guards.stores import undo_changes, undo_stores
 from .lowering import Lowered
 from .pipeline import Pipeline, title
+from .raised import fail, refused
 from .redraw import undrawn
 from .repeated import OTHER, repeated_call
 
@@ -195,9 +196,11 @@ class Compiled:
             if entry.gradients is not None:
                 torch._C._set_grad_enabled(entry.gradients)
         except BaseException as e:
-            ours = isinstance(e, AotfuncError) and not isinstance(e, OpError)
-            (undo_changes if ours else undo_stores)(state)  # the function's own leaves the rest
+            # the function's own leaves the rest
+            (undo_changes if refused(e) else undo_stores)(state)
             raise
+        if entry.error is not None:
+            fail(entry, result)
         after = look(self.f, objects, labels, self._names)
         # more functions ran than were known to, so more may be read
         known = learnt == self._names.learnt
@@ -259,7 +262,9 @@ class Compiled:
                 check_kind(t)
             self.captures += 1
             try:
-                found, _ = captured_entry(self, arguments, tensors, given, state, key, [], None)
+                found, _ = captured_entry(
+                    self, arguments, tensors, given, state, key, [], None, may_fail=False
+                )
             finally:
                 undo_changes(state)
             self.store(full, found, state)

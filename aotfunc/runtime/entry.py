@@ -36,13 +36,16 @@ from .execute import run_eager
 from .guards.check import Check
 from .guards.explain import Facts, facts_of
 from .guards.given import Snapshot
+from .guards.hooked import check_made_outside
 from .guards.keys import AnyNumber, Shared, environment_key, first_alike, noted
 from .guards.reads import Names
 from .guards.returned import Finish, recorded, skeleton
 from .guards.state import State
-from .guards.stores import Place, left_behind, undo_changes
+from .guards.stores import Place, empty_caches, left_behind, undo_changes
 from .late_state import Read, read_late, watched
 from .leaves import Leaves, made_in_inference_mode
+from .pipeline import Pipeline
+from .raised import refused, tensors_of
 
 if TYPE_CHECKING:
     from .compiled import Compiled
@@ -114,6 +117,8 @@ class Entry:
         )
         #: whether the function leaves gradients on or off, where it leaves a mode as it was not
         self.gradients: bool | None = None
+        #: with which the function has ended
+        self.error: Exception | None = None
         self.kept: list[Any] = []
         #: the fast path for a call like the last one
         self.repeated: Callable[[tuple, dict], Any] | None = None
@@ -220,13 +225,17 @@ def captured_entry(
     key: tuple,
     values: list[float],
     family: Family | None,
+    may_fail: bool = True,
 ) -> tuple[Entry, bool]:
-    """Capture the function for a call; return the entry and whether its program is new."""
+    """Capture the function for a call; return the entry and whether its program is new. If the
+    function ``may_fail``, an error of its own is the entry's: the program does what the function
+    did until then, as in eager."""
     function, name = compiled.f, compiled.name
     places: list[Place] = []
     late: list[Read] = []
     shared: list[Any] = []
     gradients: list[bool] = []
+    errors: list[Exception] = []
 
     def observed(*args: Any, **kwargs: Any) -> Any:
         before = environment_key()
@@ -240,7 +249,13 @@ def captured_entry(
     def f(*args: Any, **kwargs: Any) -> Any:
         mine = Snapshot(args, kwargs)
         with compiled._names.watching(), axes({}):  # those outside are not in the key
-            result = called(*args, **kwargs)
+            try:
+                result = called(*args, **kwargs)
+            except Exception as e:
+                if current().following is not None or not may_fail or refused(e):  # type: ignore
+                    raise
+                errors.append(e)
+                result = tensors_of(e)
         late[:] = [read_late(current().late, compiled._names.opened)]  # type: ignore[union-attr]
         mine.check(argument_names(function, len(args)), name)
         places.extend(left_behind(state, compiled.titled, containers(given)))
@@ -252,26 +267,36 @@ def captured_entry(
 
     def captured(following: Following | None) -> Captured:
         places.clear()
-        return capture(
-            f,
-            arguments.leaves if following is None else following.among(arguments.leaves),
-            # containers passed twice hold tensors twice
-            arguments.rebuilt
-            if first_alike(tensors) is None
-            else lambda xs: remade(given, iter(xs), {}),
-            why_not=f"{name} captures the function once for all values",
-            constants=False,
-            numbers=True,
-            following=following,
-            outside={id(t) for t in state.tensors},
-            name_of=parameter_names(function, arguments),
-        )
+        errors.clear()
+        empty_caches(state)
+        try:
+            return capture(
+                f,
+                arguments.leaves if following is None else following.among(arguments.leaves),
+                # containers passed twice hold tensors twice
+                arguments.rebuilt
+                if first_alike(tensors) is None
+                else lambda xs: remade(given, iter(xs), {}),
+                why_not=f"{name} captures the function once for all values",
+                constants=False,
+                numbers=True,
+                following=following,
+                outside={id(t) for t in state.tensors},
+                name_of=parameter_names(function, arguments),
+            )
+        except BaseException:
+            errors.clear()  # an error holds the frames that hold it
+            raise
+        finally:
+            empty_caches(state)
 
     following = None
     if family is not None and not compiled._names.tells_apart:
         following = family.following(values, arguments.leaves, compiled.pipeline.rounds)
     rec = captured(None) if following is None else followed(captured, following, state)
     rec.trace.seeds.check_compiled(known, name)
+    for _, hook in rec.trace.given_hooks:
+        check_made_outside(hook, state)
     rec.literal = not compiled.pipeline.takes_numbers(rec)
     finish = Finish(rec, state, places, compiled.titled, *shared)
     quiet = called is not observed
@@ -293,7 +318,9 @@ def captured_entry(
             program.mutated,
             name,
         )
-        call = CompiledCall(whole, compiled.pipeline.forward, compiled.pipeline.split, name)
+        # what ends in an error runs once
+        pipeline = Pipeline(name, "eager") if errors else compiled.pipeline
+        call = CompiledCall(whole, pipeline.forward, pipeline.split, name)
         call.plain = as_recorded(rec, whole.mutated)
         step = compiled._steps[alike] = CompiledStep(call, run_eager)
     described = {
@@ -305,6 +332,7 @@ def captured_entry(
     names = compiled._names
     entry = Entry(rec, step, views, state, key, facts, enables, finish, inside, late[0], names)
     entry.gradients = gradients[0] if gradients else None
+    entry.error = errors.pop() if errors else None
     if following is not None:
         assert family is not None
         family.asked |= following.asked()

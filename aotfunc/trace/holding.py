@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import types
 from collections import deque
 from collections.abc import Iterator
@@ -40,6 +41,8 @@ def contents(x: Any) -> Iterator[Any]:
         yield from (x.func, *x.args, *x.keywords.values())
     elif cls is types.MethodType:
         yield x.__self__
+    elif cls is functools._lru_cache_wrapper:
+        yield from gc.get_referents(x)
     elif issubclass(cls, list | tuple | set | frozenset | deque):
         yield from x
     elif issubclass(cls, dict):

@@ -86,6 +86,7 @@ class Tape:
         self.strided = False  # counts from where a storage begins
         self.runs_always = False  # does what no recording sees, so it must run at every call
         self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
+        self.given_hooks: list[tuple[int, Any]] = []  # hooks that each call registers on an input
         #: inputs and lifted tensors whose gradient was taken: (at line)
         self.differentiated: dict[int, str] = {}
         self.reshapes = False  # in place

@@ -165,7 +165,7 @@ def test_a_gradient_that_a_hook_keeps_is_no_number():
     m, x, kept = nn.Linear(3, 3), torch.ones(2, 3, requires_grad=True), []
     m.register_full_backward_hook(lambda m, gi, go: kept.append(go[0]))
     jit(m)(x).sum().backward()
-    with pytest.raises(CaptureError):
+    with pytest.raises(CaptureError, match=r"a hook inside .* register it outside"):
         kept[0].tolist()
 
 
@@ -330,6 +330,39 @@ def test_a_gradient_taken_inside_of_what_retains_its_gradient():
     inner_gradient(w)
     assert_same(w.grad, torch.full((3,), 12.0))
     assert_same(jit(lambda w: inner_gradient(w.view_as(w)))(w), torch.full((3,), 12.0))
+
+
+SEEN: list = []
+OF_ARGUMENTS = {
+    "first": lambda x: (x.register_hook(lambda g: g * 5), x * 2)[1],
+    "after it was read": lambda x: (x * 2, x.register_hook(lambda g: g * g))[0],
+    "and returned": lambda x: (x.register_hook(lambda g: g * 5), x[:1] * 1, x)[1:],
+    "twice": lambda x: (x.register_hook(lambda g: g + 1), x.register_hook(SEEN.append), x.sin())[
+        2
+    ],
+    "before a write": lambda x: (x.register_hook(lambda g: g * 5), x.mul_(2), x * 1)[2],
+    "of a view": lambda x: (x.view(-1).register_hook(lambda g: g * 5), x * 2)[1],
+    "and retained": lambda x: (x.retain_grad(), x.register_hook(lambda g: g * 3), x.exp())[2],
+}
+
+
+@pytest.mark.parametrize("way", ["jit", "jit in jit"])
+@pytest.mark.parametrize("name", OF_ARGUMENTS)
+def test_hooks_of_arguments(name, way):
+    """They see the gradient of the argument's other uses, too."""
+
+    def run(wrap):
+        SEEN.clear()
+        f, found = wrap(OF_ARGUMENTS[name]), []
+        for _ in range(3):
+            leaf = torch.linspace(1, 2, 3, dtype=torch.float64).requires_grad_()
+            x = leaf * 1
+            y = f(x)
+            sum(t.sum() for t in (*(y if isinstance(y, tuple) else [y]), x)).backward()
+            found.append((y, x, leaf.grad, x.grad if x.retains_grad else None, [*SEEN]))
+        return found
+
+    assert_same(run(WAYS[way]), run(lambda f: f))
 
 
 @pytest.mark.parametrize("way", [jit, lambda f: aot_function(f, "eager")])

@@ -4,6 +4,7 @@ they are never stale."""
 import array
 import collections
 import dataclasses
+import functools
 import importlib
 import itertools
 import operator
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from aotfunc import aot_function, jit
+from aotfunc.errors import CaptureError
 from tests.reference import assert_same
 
 X = torch.arange(1.0, 5.0)
@@ -195,6 +197,27 @@ def imported_by_name():
     )
 
 
+@case
+def module_by_its_name():
+    m = sys.modules["state_of_this_test"] = types.ModuleType("state_of_this_test")
+    m.K = 2.0
+    return lambda x: x * sys.modules["state_of_this_test"].K, lambda: setattr(m, "K", m.K + 1)
+
+
+@case
+def module_that_this_is():
+    globals()["SCALE"] = 2.0
+    return lambda x: x * sys.modules[__name__].SCALE, lambda: globals().update(
+        SCALE=globals()["SCALE"] + 1
+    )
+
+
+@case
+def evaluated():
+    globals()["SCALE"] = 2.0
+    return lambda x: eval("x * SCALE"), lambda: globals().update(SCALE=globals()["SCALE"] + 1)
+
+
 VARIABLE = "AOTFUNC_TEST_SCALE"
 ENVIRONMENT = {
     "environ[]": lambda: os.environ[VARIABLE],
@@ -228,6 +251,19 @@ def test_never_stale(name, compiler):
         assert_same(compiled(X), w)
         change()
     os.environ.pop(VARIABLE, None)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("size", [128, None, 1])
+def test_tensors_that_a_function_keeps(size, compiler):
+    """``functools.lru_cache``: no other capture, and nobody outside, finds traced values there."""
+    table = functools.lru_cache(size)(lambda n: torch.arange(1.0, n + 1))
+    f = COMPILERS[compiler](lambda x: x * table(x.shape[-1]) + table(x.shape[-1]))
+    for x in (X, X[:3], X.expand(2, 4), X * 2):
+        assert_same(f(x), x * table(x.shape[-1]) + table(x.shape[-1]))
+    table.cache_clear()
+    f(X.double())
+    assert_same(table(4) * 1, X)
 
 
 def test_an_iterator_as_argument():
@@ -272,17 +308,24 @@ def test_a_global_tensor_bound_by_the_function(compiler, monkeypatch):
         assert_same(STATE, want)
 
 
-def test_a_global_is_put_back_after_an_error(monkeypatch):
+def test_a_global_after_an_error(monkeypatch):
+    """The function's own leaves what it did; a refusal leaves what was there."""
     before = torch.zeros(4)
     monkeypatch.setitem(globals(), "STATE", before)
 
-    def f(x):
+    def refused(x):
+        return float(steps_a_global(x).sum())
+
+    def fails(x):
         steps_a_global(x)
         raise KeyError("mine")
 
-    with pytest.raises(KeyError, match="mine"):
-        jit(f)(X)
+    with pytest.raises(CaptureError):
+        jit(refused)(X)
     assert STATE is before
+    with pytest.raises(KeyError, match="mine"):
+        jit(fails)(X)
+    assert_same(STATE, X)
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)

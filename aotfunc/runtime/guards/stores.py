@@ -7,6 +7,7 @@ puts back what was there."""
 
 from __future__ import annotations
 
+import functools
 import re
 import types
 from collections import deque
@@ -99,6 +100,16 @@ def undo_stores(state: State) -> None:
     for place, _ in list(changed_stores(state)):
         owner, _, before = state.owners[place.owner]
         restore(owner, before, [place.key])
+
+
+def empty_caches(state: State) -> None:
+    """Empty the caches of functions (``functools.lru_cache``) that hold traced values, which are
+    good for one capture."""
+    for x in state.kept:
+        if isinstance(x, functools._lru_cache_wrapper) and holds_traced(
+            x, {*state.seen} - {id(x)}
+        ):
+            x.cache_clear()
 
 
 def undo_changes(state: State) -> None:
