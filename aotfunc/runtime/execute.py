@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
+from operator import getitem
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from .batched import call_batched
 from .duals import pushed_program, refuse_cuts
 from .late_reads import check_memory, storages
 from .redraw import generator_states, redrawn
+
+WRITES_TO_PARTS = ("aten::select_scatter", "aten::slice_scatter", "aten::diagonal_scatter")
 
 
 def run_eager(program: Program) -> Callable[..., tuple]:
@@ -198,12 +201,22 @@ def strided_copy(t: Tensor) -> Tensor:
 
 
 def beyond_autograd(program: Program) -> bool:
-    """Return whether the graph has backward ops: PyTorch differentiates some of them and not
-    others, we all of them."""
-    return any(
-        isinstance(n.target, OpOverload) and "_backward" in n.target._schema.name
-        for n in program.graph.nodes
-    )
+    """Return whether PyTorch would differentiate the graph wrongly or not at all."""
+    return any(map(is_beyond_autograd, program.graph.nodes))
+
+
+def is_beyond_autograd(n: Node) -> bool:
+    """Return whether PyTorch has no derivative of a node, or a wrong one: so for some backward
+    ops, writes to parts of complex tensors and to strided views, and the mean and deviation that a
+    normalisation returns beside its result."""
+    if n.target is getitem:
+        return n.args[1] in (1, 2) and "_norm" in str(n.args[0].target)  # type: ignore[union-attr]
+    if not isinstance(n.target, OpOverload):
+        return False
+    name = n.target._schema.name
+    if name in WRITES_TO_PARTS:
+        return n.meta["val"].dtype.is_complex
+    return "_backward" in name or name == "aten::as_strided_scatter"
 
 
 def alive(program: Program, tensors: Sequence[Tensor]) -> Sequence[bool]:

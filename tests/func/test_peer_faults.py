@@ -37,6 +37,25 @@ def test_derivatives_of_layer_norm_whose_weight_depends_on_the_input(order):
     torch.testing.assert_close(aotfunc.grad(f)(x), g.detach())
 
 
+NORMS = {
+    "layer": (lambda x, w: F.layer_norm(x, (3,), w), 3),
+    "root mean square": (lambda x, w: F.rms_norm(x, (3,), w), 3),
+    "group": (lambda x, w: F.group_norm(x, 2, w), 4),
+    "instance": (lambda x, w: F.instance_norm(x, weight=w), 4),
+    "batch": (lambda x, w: F.batch_norm(x, None, None, w, training=True), 4),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_backward_of_per_sample_gradients_of_a_norms_weight(name):
+    norm, size = NORMS[name]
+    loss = lambda w, x: norm(x, w).sin().sum()
+    each = aotfunc.vmap(aotfunc.grad(loss), (None, 0))
+    w = rand(size).requires_grad_()
+    x = rand(2, 2, 4, 3).requires_grad_()
+    assert torch.autograd.gradcheck(each, (w, x))
+
+
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 @pytest.mark.parametrize("derivative", [aotfunc.jacfwd, aotfunc.jacrev])
 def test_derivatives_of_solve_by_the_matrix(order, derivative):

@@ -4,7 +4,7 @@ torch.func."""
 import pytest
 import torch
 
-from aotfunc import grad, jit, vmap
+from aotfunc import grad, jit, vjp, vmap
 from tests.reference import assert_same
 
 X = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -38,6 +38,27 @@ def test_the_argument_itself(name):
     assert_same(vmap(f, chunk_size=1)(X.clone()), want)
     assert_same(jit(lambda x: vmap(f)(x) * 2)(X.clone()), want * 2)
     assert_same(grad(lambda y: vmap(f)(y * 1).sum())(X).shape, X.shape)
+
+
+PARTS = {
+    "a row": lambda z: z[0].mul_(z[1]),
+    "rows": lambda z: z[1:].sin_(),
+    "a diagonal": lambda z: z.diagonal().mul_(z[0]),
+    "a strided view": lambda z: z.copy_(torch.as_strided_scatter(z, z[0].sin(), (2,), (2,), 1)),
+    "chosen rows": lambda z: z.index_put_((torch.tensor([1, 0]),), z.sin()),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_backward_through_writes_to_parts_of_complex_tensors(name):
+    def f(z):
+        z = z * 1
+        PARTS[name](z)
+        return z
+
+    z = torch.rand(2, 2, 2, dtype=torch.complex128, requires_grad=True)
+    assert torch.autograd.gradcheck(vmap(f), z)
+    assert torch.autograd.gradcheck(lambda z: vjp(f, z[0])[1](z[1])[0], z)
 
 
 def test_what_is_the_same_for_all_samples():
