@@ -31,6 +31,7 @@ from .late_reads import check_memory, storages
 from .redraw import generator_states, redrawn
 
 WRITES_TO_PARTS = ("aten::select_scatter", "aten::slice_scatter", "aten::diagonal_scatter")
+MISTAKEN = ("aten::as_strided_scatter", "aten::ldexp")
 
 
 def run_eager(program: Program) -> Callable[..., tuple]:
@@ -207,8 +208,8 @@ def beyond_autograd(program: Program) -> bool:
 
 def is_beyond_autograd(n: Node) -> bool:
     """Return whether PyTorch has no derivative of a node, or a wrong one: so for some backward
-    ops, writes to parts of complex tensors and to strided views, and the mean and deviation that a
-    normalisation returns beside its result."""
+    ops, writes to parts of complex tensors and to strided views, negative powers of two, and the
+    mean and deviation that a normalisation returns beside its result."""
     if n.target is getitem:
         return n.args[1] in (1, 2) and "_norm" in str(n.args[0].target)  # type: ignore[union-attr]
     if not isinstance(n.target, OpOverload):
@@ -216,7 +217,7 @@ def is_beyond_autograd(n: Node) -> bool:
     name = n.target._schema.name
     if name in WRITES_TO_PARTS:
         return n.meta["val"].dtype.is_complex
-    return "_backward" in name or name == "aten::as_strided_scatter"
+    return "_backward" in name or name in MISTAKEN
 
 
 def alive(program: Program, tensors: Sequence[Tensor]) -> Sequence[bool]:

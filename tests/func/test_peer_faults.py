@@ -56,6 +56,12 @@ def test_backward_of_per_sample_gradients_of_a_norms_weight(name):
     assert torch.autograd.gradcheck(each, (w, x))
 
 
+def test_backward_of_a_tangent_of_frexp():
+    x = (rand(4) * 8).requires_grad_()
+    tangent = lambda x, t: aotfunc.jvp(lambda x: torch.frexp(x)[0], (x,), (t,))[1]
+    assert torch.autograd.gradcheck(tangent, (x, rand(4).requires_grad_()))
+
+
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 @pytest.mark.parametrize("derivative", [aotfunc.jacfwd, aotfunc.jacrev])
 def test_derivatives_of_solve_by_the_matrix(order, derivative):
