@@ -16,7 +16,7 @@ from ..debug import Line
 from .emit import Builder, displaced
 from .marks import hidden_write
 from .records import flat_tensors
-from .scalars import NUMBER, with_tensor
+from .scalars import FORMS, NUMBER
 from .shapes.instr import Instr
 from .shapes.sig import Sig, fill
 from .tracer import Trace
@@ -75,7 +75,7 @@ class Functionalizer(ValueNodes):
                 nodes[0],
             )
         if instr.number is not None and scalar_of(nodes) is None:
-            return self.b.node(*with_tensor(instr.op, fill(instr.args, nodes)), {}, instr.outs)
+            return FORMS[instr.op](self.b.call, *nodes)
         kwargs = {k: fill(v, nodes) for k, v in instr.kwargs.items()} if instr.kwargs else {}
         args, outs = fill(instr.args, nodes), instr.outs
         if any(map(displaced, instr.sigs, nodes)):
@@ -201,6 +201,8 @@ class Functionalizer(ValueNodes):
         return self.b.node(hidden_write, (both, new), {}, new.meta["val"])
 
     def _twin_results(self, twin: OpOverload, instr: Instr, nodes: list[Node]) -> list:
+        if instr.number is not None and scalar_of(nodes) is None:
+            return [FORMS[twin](self.b.call, *nodes)]
         names = {a.name for a in twin._schema.arguments}
         ours = instr.op._schema.arguments
         args = [a for a, s in zip(instr.args, ours, strict=False) if s.name in names]

@@ -57,7 +57,7 @@ def learn(
             return known
     try:
         if NUMBER in sigs:
-            return with_number(key, func, args, sigs)
+            return with_number(key, func, targs, tkwargs, sigs)
         return intern(key, func, targs, tkwargs, sigs, outs)
     except CaptureError as e:
         raise CaptureError(f"{e}{at(user_line())}") from None

@@ -10,7 +10,7 @@ rewritings and kernels look at (0, 1, 2, 0.5 and their like) are always literals
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,19 +32,51 @@ TENSOR = make_sig(NUMBER.shape, NUMBER.stride, NUMBER.dtype, NUMBER.device)
 #: tensors
 FIRST = -(1 << 40)
 
-#: ops whose number may be an input -> the op that takes a tensor in its place
-FORMS: dict[OpOverload, OpOverload] = {
-    **{op: op for name in ("add", "sub", "mul", "div") for op in (getattr(aten, name).Tensor,)},
+#: ``(call, *arguments) -> result``: an op where a tensor stands for the number; ``call`` makes a
+#: node or infers its signature
+Form = Callable[..., Any]
+
+
+def as_it_is(op: OpOverload) -> Form:
+    return lambda call, *args: call(op, *args)
+
+
+def scaled(op: OpOverload, **sign: int) -> Form:
+    """Return the form of a sum, with ``alpha`` or not. ``addcmul`` rounds once, as it does."""
+    return lambda call, x, y, *alpha: (
+        call(aten.addcmul.default, x, y, *alpha, **sign) if alpha else call(op, x, y)
+    )
+
+
+def first_scaled(op: OpOverload) -> Form:
+    """Return the form of ``addcmul`` or ``addcdiv``."""
+    return lambda call, x, y, z, value: call(op, x, call(aten.mul.Tensor, y, value), z)
+
+
+#: ops whose number may be an input
+FORMS: dict[OpOverload, Form] = {
+    aten.add.Tensor: scaled(aten.add.Tensor),
+    aten.sub.Tensor: scaled(aten.sub.Tensor, value=-1),
+    aten.mul.Tensor: as_it_is(aten.mul.Tensor),
+    aten.div.Tensor: as_it_is(aten.div.Tensor),
     **{
-        op: op for name in ("add_", "sub_", "mul_", "div_") for op in (getattr(aten, name).Tensor,)
+        getattr(aten, name).Scalar: as_it_is(getattr(aten, name).Tensor)
+        for name in ("lt", "le", "gt", "ge", "eq", "ne", "remainder", "fmod", "lerp")
     },
-    **{
-        getattr(aten, name).Scalar: getattr(aten, name).Tensor
-        for name in ("lt", "le", "gt", "ge", "eq", "ne", "remainder", "fmod")
-    },
-    aten.rsub.Scalar: aten.rsub.Tensor,
-    aten.pow.Scalar: aten.pow.Tensor_Tensor,
+    aten.rsub.Scalar: lambda call, x, n: call(aten.sub.Tensor, n, x),
+    aten.rsub.Tensor: lambda call, x, y, n: call(aten.addcmul.default, y, x, n, value=-1),
+    aten.pow.Scalar: as_it_is(aten.pow.Tensor_Tensor),
+    aten.addcmul.default: first_scaled(aten.addcmul.default),
+    aten.addcdiv.default: first_scaled(aten.addcdiv.default),
 }
+#: these in place
+IN_PLACE = (
+    *(getattr(aten, name).Tensor for name in ("add_", "sub_", "mul_", "div_")),
+    *(aten.lerp_.Scalar, aten.addcmul_.default, aten.addcdiv_.default),
+)
+
+#: these ops by the functions that they call, which hash in C
+TAKES_NUMBER = frozenset([op._op for op in (*FORMS, *IN_PLACE)])
 
 
 def generic(x: float) -> bool:
@@ -59,27 +91,32 @@ def bits_of(numbers: Iterable[float]) -> tuple:
     return tuple([(x.__class__, x) for x in numbers])
 
 
-def with_tensor(op: OpOverload, args: tuple) -> tuple[OpOverload, tuple]:
-    """Return the call with a tensor in place of the number."""
-    form = FORMS.get(op, op)
-    return (aten.sub.Tensor, args[::-1]) if form is aten.rsub.Tensor else (form, args)
+WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+#: tensors that a number scales as a tensor in its place does, to the bit
+SCALED = {(dtype, "cpu") for dtype in WIDE}
 
 
-#: these ops by the functions that they call, which hash in C
-TAKES_NUMBER = frozenset(op._op for op in FORMS)
+def beside_tensors(args: tuple, kwargs: dict | None) -> bool:
+    """Return whether one of an op's arguments is a number, and the others are tensors."""
+    given = (*args, *kwargs.values()) if kwargs else args
+    return sum([not isinstance(a, Tensor) for a in given]) == 1 < len(given)
 
 
-def beside_tensor(args: tuple) -> bool:
-    """Return whether a number among these arguments is one of two, and the other is a tensor."""
-    return len(args) == 2 and (isinstance(args[0], Tensor) or isinstance(args[1], Tensor))
+def may_be_input(a: Any, args: tuple, kwargs: dict | None) -> bool:
+    """Return whether ``a``, one of these arguments, is a number that may be an input."""
+    cls = a.__class__
+    return (cls is float or cls is int) and generic(a) and beside_tensors(args, kwargs)
 
 
-def with_number(key: tuple, op: OpOverload, args: tuple, sigs: tuple) -> Instr:
-    """Return the instruction for a call with a number among its arguments; NUMBER stands for the
-    number's signature."""
-    tensors = tuple([s for s in sigs if s is not NUMBER])
-    outs = infer(op, tuple([Slot(0) if isinstance(a, Tensor) else a for a in args]), {}, tensors)
-    instr = intern(key, op, (Slot(0), Slot(1)), {}, sigs, outs)
+def with_number(
+    key: tuple, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple[Sig, ...]
+) -> Instr:
+    """Return the instruction for a call with a number among its arguments, the tensors being
+    slots; NUMBER stands for the number's signature."""
+    outs = infer(op, args, kwargs, tuple([s for s in sigs if s is not NUMBER]))
+    slots = tuple([Slot(i) for i in range(len(sigs))])
+    named = dict(zip(kwargs, slots[len(args) :], strict=True))
+    instr = intern(key, op, slots[: len(args)], named, sigs, outs)
     instr.number = dtype_of_number(op, sigs, outs)
     return instr
 
@@ -87,16 +124,24 @@ def with_number(key: tuple, op: OpOverload, args: tuple, sigs: tuple) -> Instr:
 def dtype_of_number(op: OpOverload, sigs: tuple, outs: Any) -> torch.dtype | None:
     """Return the dtype with which the number may be a tensor; None where it may not. ``outs``:
     what the op returns."""
-    if outs.__class__ is not Sig or not any(s.differentiable for s in sigs if s is not NUMBER):
+    tensors = [s for s in sigs if s is not NUMBER]
+    if outs.__class__ is not Sig or not any(s.differentiable for s in tensors):
+        return None
+    kinds = {(s.dtype, s.device.type) for s in tensors}
+    if len(tensors) > 1 and (len(kinds) > 1 or not kinds.issubset(SCALED)):
         return None
     plain = twin_of(op) or op
-    target, args = with_tensor(plain, (Slot(0), Slot(1)))
     for dtype in (torch.float64, torch.float32):
         number = make_sig((), (), dtype, NUMBER.device)
         try:
-            found = infer(target, args, {}, tuple([number if s is NUMBER else s for s in sigs]))
+            found = FORMS[plain](inferred, *[number if s is NUMBER else s for s in sigs])
         except RuntimeError:
             continue
         if found is outs or (plain is not op and found.dtype is outs.dtype):
             return dtype
     return None
+
+
+def inferred(op: OpOverload, *sigs: Sig, **kwargs: Any) -> Any:
+    """Return the signature of a result."""
+    return infer(op, tuple([Slot(i) for i in range(len(sigs))]), kwargs, sigs)

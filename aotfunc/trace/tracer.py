@@ -25,7 +25,7 @@ from .in_place import OVERWRITES, check_reshaped, write_results
 from .learning import follows_default, learn
 from .records import written_slots
 from .replay import Answering
-from .scalars import FIRST, NUMBER, TAKES_NUMBER, beside_tensor, generic
+from .scalars import FIRST, NUMBER, TAKES_NUMBER, beside_tensors, generic, may_be_input
 from .shapes.instr import SIMPLE, Instr, encode, env_key, intern, interned
 from .shapes.sig import Sig, Slot
 from .special import AT_A_PLACE, SPECIAL
@@ -50,7 +50,7 @@ class Trace(Answering, TorchDispatchMode):
         if self.autograd.made:
             self.autograd.adopt_leaves()
         call = func._op  # hashes in C, which an overload does not
-        lifts = self.lifts_numbers and call in TAKES_NUMBER and not kwargs
+        lifts = self.lifts_numbers and call in TAKES_NUMBER
         followed = None
         if self.following is not None:
             args, kwargs, followed = self._followed(args, kwargs, lifts)
@@ -73,14 +73,9 @@ class Trace(Answering, TorchDispatchMode):
             if cls is Traced and a.tracer is self:
                 refs.append(a.ref)
                 add(a.sig)
-            elif lifts and (cls is float or cls is int) and generic(a) and beside_tensor(args):
-                if followed is not None:
-                    refs.append(self.lift(followed.input()))
-                else:
-                    refs.append(FIRST - len(self.numbers))
-                    self.numbers.append(a)
-                add(cls)
-                add(NUMBER)
+            elif lifts and may_be_input(a, args, kwargs):
+                refs.append(self._number(a, followed))
+                key += (cls, NUMBER)
             elif cls in SIMPLE:
                 add(cls)
                 add(a)
@@ -92,7 +87,11 @@ class Trace(Answering, TorchDispatchMode):
             sink = self._sink(refs)
             for k, v in kwargs.items():
                 add(k)
-                encode(v, key, sink)
+                if lifts and may_be_input(v, args, kwargs):
+                    refs.append(self._number(v, followed))
+                    key += (v.__class__, NUMBER)
+                else:
+                    encode(v, key, sink)
         env = env_key()
         add(env)
         frozen = tuple(key)
@@ -103,7 +102,7 @@ class Trace(Answering, TorchDispatchMode):
         if lifts and instr.number is None and NUMBER in instr.sigs:
             if followed is not None:
                 followed.ask()
-            return self._with_literal(func, types, args, count)
+            return self._with_literal(func, types, args, kwargs, count)
         if env[0] is not self.dtype and follows_default(instr, kwargs or {}):
             return self._with_dtype(instr, types, args, kwargs or {})
         line = debug.user_line(2)
@@ -186,7 +185,7 @@ class Trace(Answering, TorchDispatchMode):
         if not found:
             return args, kwargs, None
         args, kwargs = with_values(args), with_values(kwargs)
-        if lifts and beside_tensor(args):
+        if lifts and beside_tensors(args, kwargs):
             assert self.following is not None
             low = self.following.rounds and any(getattr(a, "dtype", None) in LOW for a in args)
             if generic(found[0].value) and not low:
@@ -197,12 +196,21 @@ class Trace(Answering, TorchDispatchMode):
             e.ask()
         return args, kwargs, None
 
-    def _with_literal(self, op: OpOverload, types: Any, args: tuple, count: int) -> Any:
+    def _number(self, a: float, followed: Any) -> int:
+        """Return the reference of a number among an op's arguments."""
+        if followed is not None:
+            return self.lift(followed.input())
+        self.numbers.append(a)
+        return FIRST + 1 - len(self.numbers)
+
+    def _with_literal(
+        self, op: OpOverload, types: Any, args: tuple, kwargs: dict | None, count: int
+    ) -> Any:
         """Record an op whose number cannot be an input."""
         del self.numbers[count:]
         self.lifts_numbers = False
         try:
-            return self.__torch_dispatch__(op, types, args)
+            return self.__torch_dispatch__(op, types, args, kwargs)
         finally:
             self.lifts_numbers = True
 

@@ -188,6 +188,8 @@ ONLY_COMPUTED_WITH = {
     "a call among the operands": lambda x, t: t * torch.add(x, x.view(-1)[:1], alpha=2),
     "a loop": lambda x, t: [x := x - t * x for _ in range(3)][-1],
     "in place": lambda x, t: x.clone().sub_(t * x.sin()),
+    "what is scaled": lambda x, t: torch.add(x, x.sin(), alpha=-t).addcdiv(x, x + 9, value=t),
+    "scaled in place": lambda x, t: x.clone().add_(x.sin(), alpha=t).lerp_(x, t),
 }
 
 
