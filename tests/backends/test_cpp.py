@@ -399,7 +399,7 @@ def test_random_programs(first):
 
 def against_the_interpreter(kernel) -> None:
     """A kernel on random memory."""
-    source, names = backend.text([kernel])
+    source, names, _ = backend.text([kernel])
     library = native.load_kernels(f"{native.PRELUDE}{source}\n")
     tensors = []
     for a in kernel.accesses:

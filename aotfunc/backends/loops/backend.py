@@ -18,15 +18,17 @@ from ..results import resolved
 from . import native
 from .arguments import count_rows, sizes
 from .blocks import in_blocks
-from .cpp import print_kernel
+from .cpp import Printer
 from .folded import fold
-from .fuse import Unit, calls, grouped, stored
+from .fuse import Unit, grouped, stored
 from .ir import Apply, Kernel, walk
 from .launch import Launch, has_memory
 from .lower import lower
 from .matmul import product_launch
 from .members import seen_through
+from .order import calls
 from .recompute import recompute
+from .reuse import fitting, reuse
 from .schedule import schedule_kernel
 from .steps import in_steps
 from .tasks import InRange, LaidOut, Task, launch
@@ -70,12 +72,21 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
 
     boxed.own = own(output_node(graph).args[0])  # type: ignore[attr-defined]
     boxed.unchecked = run  # type: ignore[attr-defined]
+    boxed.alone = one_launch(graph)  # type: ignore[attr-defined]
 
     def call(*args: Tensor) -> tuple:
         return boxed([*args])
 
     call.boxed, call.source = boxed, run.source  # type: ignore[attr-defined]
     return call
+
+
+def one_launch(graph: fx.Graph) -> Callable | None:
+    """Return the function of the graph's inputs that returns its only result, where that is one
+    launch."""
+    *inputs, last, output = graph.nodes
+    given = all(n.op == "placeholder" for n in inputs) and last.args == (*inputs,)
+    return last.target if given and list(output.args[0]) == [last] else None
 
 
 def own(results: Sequence[Any]) -> int:
@@ -110,9 +121,9 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
     units = [u for u in grouped(old).units if u.nodes]
     found = calls(old, recompute(old, units), worth)
     kernels = {u: kernel_of(u) for u in found if u.kernel}
-    source, name_of = text(list(kernels.values()))
+    source, name_of, late = text(list(kernels.values()))
     library: Any = native.load_kernels(f"{native.PRELUDE}{source}\n") if source else {}
-    tasks = {u: task(k, library[name_of[k.name]]) for u, k in kernels.items()}
+    tasks = {u: task(k, library[name_of[k.name]], late[k.name]) for u, k in kernels.items()}
     tasks |= {u: p for u in found if u not in tasks and (p := product_launch(u.nodes[0]))}
     graph = fx.Graph(gm)
     new: dict[Node, Any] = {}
@@ -126,6 +137,7 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
             new[u.nodes[0]] = graph.node_copy(u.nodes[0], new.__getitem__)
     graph.node_copy(output_node(old), new.__getitem__)
     fold(graph, (LaidOut, InRange))
+    reuse(graph)
     return graph, source
 
 
@@ -154,7 +166,7 @@ def needed(found: Sequence[Unit], tasks: Mapping[Unit, Task], graph: fx.Graph) -
     return kept[::-1]
 
 
-def task(kernel: Kernel, compiled: native.LoadedKernel) -> Task:
+def task(kernel: Kernel, compiled: native.LoadedKernel, late: set[tuple[int, int]]) -> Task:
     return Task(
         compiled,
         count_rows(kernel),
@@ -163,6 +175,7 @@ def task(kernel: Kernel, compiled: native.LoadedKernel) -> Task:
         [kernel.accesses[s.access].tensor for s in kernel.stores],
         max(1, native.GRAIN * count_rows(kernel) // max(1, math.prod(kernel.extents))),
         kernel.checks,
+        fitting(kernel, late),
     )
 
 
@@ -172,14 +185,17 @@ def kernel_of(u: Unit) -> Kernel:
     return schedule_kernel(lower(u.nodes, outs, f"k_{outs[-1].name}"))
 
 
-def text(kernels: Sequence[Kernel]) -> tuple[str, dict[str, str]]:
-    """Return the kernels' source, and the function's name for each; equal kernels share one."""
+def text(kernels: Sequence[Kernel]) -> tuple[str, dict[str, str], dict[str, set]]:
+    """Return the kernels' source, and for each the function's name, which equal kernels share, and
+    what it reads after writing (:func:`fitting`)."""
     texts: dict[str, str] = {}
     functions: dict[str, str] = {}
+    late: dict[str, set] = {}
     names: dict[str, str] = {}  # code -> the first kernel that has it
     for kernel in kernels:
-        found = print_kernel(kernel)
+        printer = Printer(kernel)
+        found, late[kernel.name] = printer.text(), printer.late
         code = native.without_comments(found).replace(f" {kernel.name}(", " (")
         functions[kernel.name] = name = names.setdefault(code, kernel.name)
         texts.setdefault(name, found)
-    return "\n\n".join(texts.values()), functions
+    return "\n\n".join(texts.values()), functions, late

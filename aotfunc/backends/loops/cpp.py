@@ -22,11 +22,6 @@ from .values import NUMBERS, memory
 TILE = 1024
 
 
-def print_kernel(kernel: Kernel) -> str:
-    """Return the kernel as the text of an exported function."""
-    return Printer(kernel).text()
-
-
 class Printer(Accumulators):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
@@ -36,6 +31,7 @@ class Printer(Accumulators):
         self.tiled = self.columns and kernel.reduced > 0
 
     def text(self) -> str:
+        """Return the kernel as the text of an exported function."""
         kernel = self.kernel
         names = [name for name, _ in named_sizes(kernel)]
         for at, name in enumerate(names):

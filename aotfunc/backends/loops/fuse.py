@@ -5,9 +5,8 @@ computes them all and no kernel waits for another that waits for it."""
 
 from __future__ import annotations
 
-import heapq
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import fx
 from torch._ops import OpOverload
@@ -77,20 +76,6 @@ def set_bits(mask: int) -> Iterator[int]:
         low = mask & -mask
         yield low.bit_length() - 1
         mask ^= low
-
-
-def calls(
-    graph: fx.Graph, units: Sequence[Unit], worth: Callable[[Sequence[Node]], bool]
-) -> list[Unit]:
-    """Return the units, in an order in which they can run. A kernel that is not ``worth`` being
-    one is several calls."""
-    found = []
-    for u in units:
-        if u.kernel and not worth(u.nodes):
-            found += [Unit([n], False) for n in u.nodes]
-        else:
-            found.append(u)
-    return in_dependency_order(graph, found)
 
 
 def grouped(graph: fx.Graph) -> Groups:
@@ -169,39 +154,3 @@ def keeps_its_turn(n: Node) -> bool:
     if n.target is operator.getitem:
         return False
     return not isinstance(n.target, OpOverload) or draws(n) or n.is_impure()
-
-
-def in_dependency_order(graph: fx.Graph, found: list[Unit]) -> list[Unit]:
-    """Return each unit after those that it reads from, otherwise in the graph's order."""
-    rank = {n: i for i, n in enumerate(graph.nodes)}
-    of = {n: u for u in found for n in u.nodes}
-    waits: dict[Unit, set[Unit]] = {u: set() for u in found}
-    last: Unit | None = None
-    for n in graph.nodes:
-        if n not in of:
-            continue
-        unit = of[n]
-        needed = values_read(n) if unit.kernel else n.all_input_nodes
-        waits[unit].update([of[m] for m in needed if of.get(m, unit) is not unit])
-        if keeps_its_turn(n):
-            if last is not None and last is not unit:
-                waits[unit].add(last)
-            last = unit
-    readers: dict[Unit, list[Unit]] = {u: [] for u in found}
-    for u, before in waits.items():
-        for b in before:
-            readers[b].append(u)
-    left = {u: len(before) for u, before in waits.items()}
-    first = {u: max([rank[n] for n in u.nodes]) for u in found}
-    ready = [(first[u], i, u) for i, u in enumerate(found) if not left[u]]
-    heapq.heapify(ready)
-    result = []
-    while ready:
-        _, _, u = heapq.heappop(ready)
-        result.append(u)
-        for r in readers[u]:
-            left[r] -= 1
-            if not left[r]:
-                heapq.heappush(ready, (first[r], rank[r.nodes[0]] + len(found), r))
-    assert len(result) == len(found), "kernels wait for each other"
-    return result

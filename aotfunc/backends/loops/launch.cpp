@@ -19,7 +19,8 @@ struct Object {  // launch.py has seen that it is this
 typedef void (*Kernel)(int64_t, int64_t, const int64_t *, void *const *);
 
 // launch.py packs these words, order[buffers], sizes[lengths], and for each output its dtype,
-// its bytes, its number of dimensions, its sizes and its strides.
+// its bytes, the input whose memory it takes or -1, its number of dimensions, its sizes and its
+// strides.
 struct Plan {
   int64_t inputs, outputs, buffers, lengths, rows, grain, elements;  // of the largest output
   Kernel kernel;
@@ -44,6 +45,8 @@ int aoti_torch_get_data_ptr(Tensor, void **);
 int aoti_torch_get_numel(Tensor, int64_t *);
 int aoti_torch_empty_strided(
     int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, Tensor *);
+int aoti_torch__reinterpret_tensor(
+    Tensor, int64_t, const int64_t *, const int64_t *, int64_t, Tensor *);
 int aoti_torch_delete_tensor_object(Tensor);
 int torch_parallel_for(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void *), void *);
 
@@ -112,13 +115,17 @@ extern "C" Object *aot_launch(Object *self, Object *const *args, int64_t count) 
     if (n > elements) elements = n;
   }
   for (; usual && made < outputs; made++) {
-    int64_t dims = word[2];
-    usual = !aoti_torch_empty_strided(
-        dims, word + 3, word + 3 + dims, (int32_t)word[0], CPU, 0, tensors + made);
+    int64_t taken = word[2], dims = word[3];
+    const int64_t *shape = word + 4, *strides = shape + dims;
+    Tensor *out = tensors + made;
+    usual = taken < 0
+        ? !aoti_torch_empty_strided(dims, shape, strides, (int32_t)word[0], CPU, 0, out)
+        : !aoti_torch__reinterpret_tensor(
+              (char *)args[taken] + aot_offset, dims, shape, strides, 0, out);
     if (!usual) break;
-    usual = !aoti_torch_get_data_ptr(tensors[made], data + inputs + made);
-    in_huge_pages(data[inputs + made], word[1]);
-    word += 3 + 2 * dims;
+    usual = !aoti_torch_get_data_ptr(*out, data + inputs + made);
+    if (taken < 0) in_huge_pages(data[inputs + made], word[1]);
+    word = strides + dims;
   }
   if (usual) {
     for (int64_t i = 0; i < plan->buffers; i++) buffers[i] = data[order[i]];

@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from . import native
 #: the shape, strides and dtype of a tensor
 Output = tuple[Sequence[int], Sequence[int], torch.dtype]
 
+EMPTY: Mapping[int, int] = {}
+
 DTYPES = {x for x in vars(torch).values() if isinstance(x, torch.dtype)}
 
 
@@ -38,10 +40,12 @@ class Launch:
 
     ``order`` says for each of the kernel's buffers which of ``[*inputs, *outputs]`` it is. Of the
     inputs only the memory is read: their dtypes, sizes, strides and whether they are conjugated
-    are the caller's business. Raises TypeError for a wrong number of inputs or one that is
-    no tensor, and ArgumentError, which is one, for a tensor without memory on the CPU."""
+    are the caller's business. Outputs that have ``taken`` an input's memory, which nothing else
+    may use, are new where the plain form runs. Raises TypeError for a wrong number of inputs or
+    one that is no tensor, and ArgumentError, which is one, for a tensor without memory on the
+    CPU."""
 
-    __slots__ = ("__name__", "plain", "run")
+    __slots__ = ("__name__", "plain", "run", "taken")
 
     def __init__(
         self,
@@ -51,15 +55,22 @@ class Launch:
         outputs: Sequence[Output],
         order: Sequence[int],
         grain: int | None = None,
+        taken: Mapping[int, int] = EMPTY,
     ) -> None:
         self.__name__ = kernel.function.__name__
         self.plain = functools.partial(launch_plainly, kernel, rows, sizes, outputs, order, grain)
+        self.taken = taken
         self.run: Callable = self.plain
         if (quick := native_form()) and all(d in quick.dtypes for *_, d in outputs):
-            self.run = quick(self.plain)
+            self.run = quick(self.plain, taken)
 
     def __call__(self, *inputs: Tensor) -> Any:
         return self.run(*inputs)
+
+    def taking(self, taken: Mapping[int, int]) -> Launch:
+        """Return the launch whose outputs take the memory of inputs."""
+        kernel, rows, sizes, outputs, order, grain = self.plain.args
+        return Launch(kernel, rows, sizes, outputs, order, grain, taken)
 
 
 def launch_plainly(
@@ -153,16 +164,16 @@ class Native:
         os.register_at_fork(after_in_child=lambda: setattr(forked, "value", 1))
         self.first(native.LoadedKernel(library.aot_first))
 
-    def __call__(self, plain: functools.partial) -> Callable:
+    def __call__(self, plain: functools.partial, taken: Mapping[int, int] = EMPTY) -> Callable:
         """Return a native function that does the same."""
         kernel, rows, sizes, outputs, order, grain = plain.args
         largest = max([math.prod(shape) for shape, _, _ in outputs], default=0)
         plan = [count_inputs(order, outputs), len(outputs), len(order), len(sizes)]
         plan += [rows, grain or 0, largest, kernel.address, *order, *sizes]
-        for shape, strides, dtype in outputs:
+        for i, (shape, strides, dtype) in enumerate(outputs):
             elements = 1 + sum([(n - 1) * s for n, s in zip(shape, strides, strict=True)])
             bytes = max(0, elements) * dtype.itemsize
-            plan += [self.dtypes[dtype], bytes, len(shape), *shape, *strides]
+            plan += [self.dtypes[dtype], bytes, taken.get(i, -1), len(shape), *shape, *strides]
         name = kernel.function.__name__
         return python_function(name, self.launch, (array("q", plan).tobytes(), plain), __name__)
 

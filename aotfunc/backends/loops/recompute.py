@@ -3,11 +3,12 @@ reading them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from torch import fx
 from torch.fx import Node
 
+from ...graph import output_node
 from .fuse import MOST, Unit, can_lower, stored
 from .ir import SLOW, Apply, walk
 from .lower import lower
@@ -21,15 +22,19 @@ def recompute(graph: fx.Graph, units: Sequence[Unit]) -> list[Unit]:
     """Return the units, with values that one kernel stored for another one alone moved into that
     one. The moved values are cheap to compute."""
     of = {n: u for u in units for n in u.nodes}
+    kept = {n for n in graph.nodes if n.op == "placeholder"} | read_by(output_node(graph))
     for unit in units:
         for v in reversed(stored(unit.nodes)) if unit.kernel else ():
             readers = {of.get(n) for n in readers_of(v)} - {unit}
             reader = readers.pop()
             if readers or reader is None or not reader.kernel:
                 continue
-            if len(unit.nodes) > 1 and pays(v, unit, reader):
-                move(graph, v, unit, reader)
-                of.update(dict.fromkeys(reader.nodes, reader) | dict.fromkeys(unit.nodes, unit))
+            for ends in (frozenset[Node](), kept):
+                if len(unit.nodes) > 1 and pays(v, unit, reader, ends):
+                    move(graph, v, unit, reader, ends)
+                    of.update(dict.fromkeys(reader.nodes, reader))
+                    of.update(dict.fromkeys(unit.nodes, unit))
+                    break
     alive = set(graph.nodes)
     return [u for u in units if alive.issuperset(u.nodes)]
 
@@ -50,9 +55,9 @@ def read_by(n: Node) -> set[Node]:
     return found
 
 
-def made_of(v: Node, unit: Unit) -> tuple[list[Node], list[Node]]:
-    """Return the nodes of the unit that a value is computed by, up to those that are much smaller,
-    and views of them, in order; and the memory that they read."""
+def made_of(v: Node, unit: Unit, ends: Set[Node]) -> tuple[list[Node], list[Node]]:
+    """Return the nodes of the unit that a value is computed by, up to those that are much smaller
+    or among ``ends``, and views of them, in order; and the memory that they read."""
     inside = set(unit.nodes)
     nodes: dict[Node, None] = {}
     memory: dict[Node, None] = {}
@@ -61,7 +66,8 @@ def made_of(v: Node, unit: Unit) -> tuple[list[Node], list[Node]]:
         if n in nodes or n in memory:
             return
         shown = seen_through(n)
-        if n is not v and not shown and (n not in inside or lacks_dimension(n, v)):
+        ended = n not in inside or n in ends or lacks_dimension(n, v)
+        if n is not v and not shown and ended:
             memory[n] = None
             return
         for m in n.all_input_nodes:
@@ -87,15 +93,17 @@ def numel(n: Node) -> int:
     return n.meta["val"].numel()
 
 
-def pays(v: Node, unit: Unit, reader: Unit) -> bool:
-    """Return whether a value is better computed where it is read."""
-    nodes, memory = made_of(v, unit)
+def pays(v: Node, unit: Unit, reader: Unit, ends: Set[Node]) -> bool:
+    """Return whether a value is better computed where it is read, which reads no more memory than
+    storing it and reading it; of values that are kept anyway, ``ends``, it may be as much."""
+    nodes, memory = made_of(v, unit, ends)
     computed = [n for n in nodes if not seen_through(n)]
     if any(n.target not in RULES for n in computed) or len(nodes) + len(reader.nodes) > MOST:
         return False
     read = set().union(*map(read_by, reader.nodes))
     more = [m for m in memory if m not in read and not lacks_dimension(m, v)]
-    if len(more) > 1 or any(numel(m) > numel(v) for m in more):
+    most = 2 if set(more) <= ends else 1
+    if len(more) > most or any(numel(m) > numel(v) for m in more):
         return False
     inside = set(unit.nodes) - set(nodes)
     twice = feeds_reduction(v, reader)  # at least, as reductions are passes of their own
@@ -116,10 +124,10 @@ def feeds_reduction(v: Node, reader: Unit) -> bool:
     return any(n.target in REDUCTIONS for n in needs)
 
 
-def move(graph: fx.Graph, v: Node, unit: Unit, reader: Unit) -> None:
+def move(graph: fx.Graph, v: Node, unit: Unit, reader: Unit, ends: Set[Node]) -> None:
     """Compute a value in its reader. It stays where either unit would be no kernel, or where the
     reader shares a view of it with the unit."""
-    nodes, _ = made_of(v, unit)
+    nodes, _ = made_of(v, unit, ends)
     new: dict[Node, Node] = {}
     with graph.inserting_before(v.next):
         for n in nodes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from .launch import Launch
 
 @dataclass(frozen=True)
 class Task:
-    """A launch: its kernel, the values whose memory it gets, and those that it makes."""
+    """A launch: its kernel, the values whose memory it gets, and those that it makes;
+    ``fitting``: for these the values whose memory they may take."""
 
     compiled: native.LoadedKernel
     rows: int
@@ -28,6 +29,7 @@ class Task:
     outs: Sequence[Node]
     grain: int
     checks: Sequence[Requirement] = ()
+    fitting: Mapping[Node, Sequence[Node]] = field(default_factory=dict)
 
 
 def launch(graph: fx.Graph, new: dict[Node, Any], task: Task) -> None:
@@ -54,13 +56,13 @@ def launch(graph: fx.Graph, new: dict[Node, Any], task: Task) -> None:
         for n in inputs
     ]
     call = graph.create_node("call_function", target, tuple(args), {})
+    fitting = {outs.index(n): [*map(place.get, found)] for n, found in task.fitting.items()}
     if len(outs) == 1:
         call._rename(outs[0].name)
-        call.meta = dict(outs[0].meta)
-        call.meta["laid_out"] = call
+        call.meta = outs[0].meta | {"laid_out": call, "fitting": fitting}
         new[outs[0]] = call
         return
-    call.meta = {"val": tuple(vals), "line": outs[-1].meta.get("line")}
+    call.meta = {"val": tuple(vals), "line": outs[-1].meta.get("line"), "fitting": fitting}
     for i, n in enumerate(outs):
         part = new[n] = graph.create_node(
             "call_function", operator.getitem, (call, i), name=n.name

@@ -46,6 +46,9 @@ class KernelText:
         self.spilled: dict[Expr, int] = {}
         #: the names of accesses whose memory is in registers
         self.turned: dict[int, str] = {}
+        #: accesses that are written so far, and those ``(read, written)`` that are read later
+        self.written: list[int] = []
+        self.late: set[tuple[int, int]] = set()
         self.lines: list[str] = []
         self.depth = 1
         self.count = 0
@@ -191,6 +194,7 @@ class KernelText:
 
     def load(self, e: Load, wide: bool) -> str:
         i = e.access
+        self.late.update([(i, out) for out in self.written])
         if i in self.turned:
             return self.turned[i]
         at, shift, mask = self.place(i), "", ""
@@ -234,6 +238,7 @@ class KernelText:
 
     def store(self, s: Store) -> None:
         i, e, at = s.access, s.value, self.place(s.access)
+        self.written.append(i)
         apart = s.shift is not None and self.wide(s.shift)
         wide = apart or (self.vectors and self.kernel.accesses[i].strides[self.vector] != 0)
         value = self.word(e, wide)

@@ -1,0 +1,117 @@
+"""The order in which the units of a graph run: the graph's, but for units that free as much memory
+as they take, which run as soon as they can."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import fx
+from torch.fx import Node
+
+from ...graph import output_node
+from ...trace.records import flat_tensors
+from .fuse import Unit, keeps_its_turn, stored, values_behind, values_read
+from .views import source_of
+
+
+def calls(
+    graph: fx.Graph, units: Sequence[Unit], worth: Callable[[Sequence[Node]], bool]
+) -> list[Unit]:
+    """Return the units, in an order in which they can run. A kernel that is not ``worth`` being
+    one is several calls."""
+    found = []
+    for u in units:
+        if u.kernel and not worth(u.nodes):
+            found += [Unit([n], False) for n in u.nodes]
+        else:
+            found.append(u)
+    return in_dependency_order(graph, found)
+
+
+def in_dependency_order(graph: fx.Graph, found: list[Unit]) -> list[Unit]:
+    """Return each unit after those that it reads from, in the graph's order but for those that do
+    not let memory grow."""
+    rank = {n: i for i, n in enumerate(graph.nodes)}
+    waits = dependencies(graph, found)
+    readers: dict[Unit, list[Unit]] = {u: [] for u in found}
+    for u, before in waits.items():
+        for b in before:
+            readers[b].append(u)
+    left = {u: len(before) for u, before in waits.items()}
+    last = {u: max([rank[n] for n in u.nodes]) for u in found}
+    memory = Memory(graph, found)
+    ready = [u for u in found if not left[u]]
+    result = []
+    while ready:
+        u = min(ready, key=lambda u: (memory.grows(u), last[u]))
+        ready.remove(u)
+        memory.run(u)
+        result.append(u)
+        for r in readers[u]:
+            left[r] -= 1
+            if not left[r]:
+                ready.append(r)
+    assert len(result) == len(found), "kernels wait for each other"
+    return result
+
+
+def dependencies(graph: fx.Graph, found: Sequence[Unit]) -> dict[Unit, set[Unit]]:
+    """Return for each unit those that must run before it."""
+    of = {n: u for u in found for n in u.nodes}
+    waits: dict[Unit, set[Unit]] = {u: set() for u in found}
+    last: Unit | None = None
+    for n in graph.nodes:
+        if n not in of:
+            continue
+        unit = of[n]
+        needed = values_read(n) if unit.kernel else n.all_input_nodes
+        waits[unit].update([of[m] for m in needed if of.get(m, unit) is not unit])
+        if keeps_its_turn(n):
+            if last is not None and last is not unit:
+                waits[unit].add(last)
+            last = unit
+    return waits
+
+
+class Memory:
+    """The bytes that each unit makes, and which units have still to read them. Views are the
+    values that they show."""
+
+    def __init__(self, graph: fx.Graph, found: Sequence[Unit]) -> None:
+        self.made = {u: sum(map(size, stored(u.nodes))) for u in found}
+        self.reads: dict[Unit, set[Node]] = {}
+        self.waiting: dict[Node, int] = {}  # how many units have not read it yet
+        kept = {m for n in output_node(graph).all_input_nodes for m in behind(n)}
+        inside = {n for u in found for n in u.nodes} - kept
+        for u in found:
+            read = {m for n in u.nodes for i in n.all_input_nodes for m in behind(i)}
+            self.reads[u] = (read & inside).difference(u.nodes)
+            for n in self.reads[u]:
+                self.waiting[n] = self.waiting.get(n, 0) + 1
+
+    def grows(self, u: Unit) -> bool:
+        """Return whether a unit takes more than it frees."""
+        return self.made[u] > sum([size(n) for n in self.reads[u] if self.waiting[n] == 1])
+
+    def run(self, u: Unit) -> None:
+        for n in self.reads[u]:
+            self.waiting[n] -= 1
+
+
+def size(n: Node) -> int:
+    """Return the bytes of a node's values; a view has none of its own."""
+    if source_of(n) is not None:
+        return 0
+    if n.target is operator.getitem:
+        return 0
+    return sum([t.numel() * t.element_size() for t in flat_tensors(n.meta["val"])])
+
+
+def behind(n: Node) -> Iterator[Node]:
+    """Yield the values whose memory a node shows."""
+    for m in values_behind(n):
+        if m.target is operator.getitem:
+            yield from behind(m.args[0])  # type: ignore[arg-type]
+        else:
+            yield m

@@ -1,0 +1,98 @@
+"""Results of kernels in the memory of values that are read for the last time.
+
+A kernel may write an element where it has read it, if it does not read it again
+(:func:`fitting`), and if nothing else reads that value's memory later (:func:`reuse`)."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+from torch.fx import Node
+
+from .folded import RETURNED, aten
+from .ir import Kernel, Load, walk
+from .launch import Launch
+from .pointwise import RULES
+from .reductions import REDUCTIONS
+from .tasks import InRange, LaidOut
+from .views import VIEWS
+
+#: ops whose results have memory of their own
+FRESH = {
+    *RULES,
+    *REDUCTIONS,
+    *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default),
+    *(aten.convolution.default, aten.convolution_backward.default),
+} - RETURNED
+
+
+def fitting(kernel: Kernel, late: set[tuple[int, int]]) -> dict[Node, list[Node]]:
+    """List for each output the inputs whose memory it may take: those of its dtype and size in
+    which the kernel goes the same way, one element for each point. ``late`` are the accesses
+    ``(read, written)`` of which the printed kernel reads one at a point where it may have written
+    the other."""
+    tensors = [a.tensor for a in kernel.accesses]
+    written = {s.access for s in kernel.stores}
+    moved = {e.access for e in walk(kernel.values) if isinstance(e, Load) and e.shift is not None}
+    found: dict[Node, list[Node]] = {}
+    for s in kernel.stores:
+        out = kernel.accesses[s.access]
+        if s.blocks or s.shift is not None or not all(out.strides):
+            continue
+        for i, a in enumerate(kernel.accesses):
+            alike = (a.strides, a.dtype, a.start) == (out.strides, out.dtype, out.start)
+            if alike and i not in written | moved and (i, s.access) not in late:
+                once = tensors.count(a.tensor) == tensors.count(out.tensor) == 1
+                if once and numel(a.tensor) == numel(out.tensor):
+                    found.setdefault(out.tensor, []).append(a.tensor)
+    return found
+
+
+def reuse(graph: fx.Graph) -> None:
+    """Let launches write into the memory of their inputs where they may. Changes the graph."""
+    place = {n: i for i, n in enumerate(graph.nodes)}
+    owner = owners(graph)
+    end: dict[Node, int] = {}  # the last reader of what each owner has
+    for n, mine in owner.items():
+        end[mine] = max([end.get(mine, 0), *[place[u] for u in n.users]])
+    for n in graph.nodes:
+        taken: dict[int, int] = {}
+        for out, inputs in n.meta.get("fitting", {}).items():
+            for i in inputs:
+                mine = owner.get(n.args[i])
+                alone = [owner.get(a) for a in n.args].count(mine) == 1
+                if mine and alone and end[mine] == place[n] and i not in taken.values():
+                    if numel(n.args[i]) == numel(mine):
+                        taken[out] = i
+                        break
+        if taken:
+            n.target = n.target.taking(taken)
+
+
+def owners(graph: fx.Graph) -> dict[Node, Node]:
+    """Return, for nodes whose memory is that of one value of the graph and known to nobody else,
+    that value."""
+    found: dict[Any, Node] = {}
+    known: set[Node | None] = set()
+    for n in graph.nodes:
+        first = n.args[0] if n.args else None
+        if n.op == "call_function" and has_own_memory(n):
+            found[n] = n
+        elif n.target in VIEWS or isinstance(n.target, LaidOut | InRange):
+            if first in found:
+                found[n] = found[first]
+        elif not (n.target is operator.getitem and first in found and found[first] is first):
+            known.update(map(found.get, n.all_input_nodes))
+        else:
+            found[n] = n
+    return {n: mine for n, mine in found.items() if mine not in known}
+
+
+def has_own_memory(n: Node) -> bool:
+    return isinstance(n.target, Launch) or n.target in FRESH
+
+
+def numel(n: Any) -> int:
+    return n.meta["val"].numel()
