@@ -148,7 +148,9 @@ class Compiled:
                 closed = [*tensors, *entry.closed(found)]
                 if entry.whereabouts is None or entry.whereabouts == whereabouts(closed):
                     if entry.repeated is None:
-                        entry.repeated = repeated_call(self.f, entry, tensors, (args, kwargs))
+                        entry.repeated = repeated_call(
+                            self.f, entry, tensors, found, (args, kwargs)
+                        )
                     self._repeated = entry.repeated
                     return entry(closed, self.f, objects, (args, kwargs))
         return self.looked_up(key, tensors, objects, (args, kwargs))
@@ -180,6 +182,7 @@ class Compiled:
                 entry = self.entries.get(full)
         if entry is not None:
             entry.check.renew(state)
+            entry.repeated = None
             self._recent.put(key, entry)
             return entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         for t in tensors:

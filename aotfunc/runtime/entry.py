@@ -28,7 +28,7 @@ from ..trace.outside import check_hooks
 from ..trace.seeds import rewinder, states
 from ..trace.traced import Traced, current
 from .aliasing import Changes, without_views
-from .autograd import call_compiled
+from .autograd import call_compiled, op_by_op
 from .casts import casts_of, record_sharing
 from .chains import as_recorded, chained
 from .changing import Family, Served
@@ -145,6 +145,24 @@ class Entry:
         elif self.watched:
             return watched(self, where[0], where[1], lambda: self.called(tensors, where))
         return self.called(tensors, where)
+
+    def direct(self, tensors: Sequence[Tensor]) -> Callable | None:
+        """Return ``(*tensors) -> the result`` for calls with tensors like these and no
+        recording, transform of torch's or mode around them; None where there is more to do than
+        to run compiled code."""
+        call, count = self.call, self.call.program.n_outputs
+        if not self.bare or self.finish is not None or call.program.mutated or not count:
+            return None
+        if any_modes() or op_by_op():
+            return None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return None
+        run: Any = call.compiled(tensors)
+        if getattr(run, "own", -1) < count or any(t.is_neg() for t in tensors):
+            return None
+        if self.plain and run.alone is not None:
+            return run.alone
+        return lambda *tensors: self.tree(run.unchecked(*tensors), ())
 
     def called(self, tensors: list[Tensor], where: tuple) -> Any:
         if self.inference:

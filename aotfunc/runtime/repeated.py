@@ -12,29 +12,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..trace.traced import under_way
 from .entry import Entry
-from .guards.check import metadata_check
-from .guards.keys import ATOMS, TENSORS, bits, environment_key, first_alike
+from .guards.check import Check
+from .guards.keys import (
+    ATOMS,
+    ATTRIBUTES,
+    READS,
+    TENSORS,
+    bits,
+    environment_key,
+    first_alike,
+    rare,
+)
 
-tracing = torch._C._get_tracing_state  # of torch.jit.trace, which would keep what kernels compute
+#: of torch.jit.trace, which would keep what kernels compute, and of torch.func
+ABSENT = (torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack)
 
 #: the result for any other call than the last one
 OTHER = object()
 
 
-def repeated_call(f: Callable, entry: Entry, tensors: Sequence[Tensor], given: tuple) -> Callable:
+def repeated_call(
+    f: Callable, entry: Entry, tensors: Sequence[Tensor], found: Sequence[Tensor], given: tuple
+) -> Callable:
     """Return ``call(args, kwargs)``, which takes a call like ``given`` to ``entry`` and returns
-    OTHER for any other call, or one that is not easily compared."""
+    OTHER for any other call, or one that is not easily compared; ``found`` are the tensors of the
+    state."""
     same = same_structure(given)
     plain = all(t.__class__ in TENSORS and not t.__dict__ for t in tensors)
     alone = first_alike(tensors) is None and not entry.shared.given and entry.whereabouts is None
     if not (tensors and same and plain and alone):
         return lambda args, kwargs: OTHER
-    alike = metadata_check(tensors)
-    environment, leaves = environment_key(), leaves_of(tensors)
-    check, closed = entry.check, entry.closed if entry.sources else None
+    number, all_closed = len(tensors), entry.sources == [*range(len(found))]
+    state = entry.check if entry.check.is_large else None  # it has native code of its own
+    check = Check(Situation(tensors, found, None if state else entry.check), large=0)
     # the tensors, if all arguments are tensors
-    count = len(tensors) if [*map(id, given[0])] == [*map(id, tensors)] else -1
+    count = number if [*map(id, given[0])] == [*map(id, tensors)] else -1
+    run = entry.direct([*tensors, *entry.closed(found)])
 
     def call(args: tuple, kwargs: dict) -> Any:
         tensors: Sequence[Tensor] = args
@@ -42,25 +57,57 @@ def repeated_call(f: Callable, entry: Entry, tensors: Sequence[Tensor], given: t
             tensors = []
             if not same((args, kwargs), tensors):
                 return OTHER
-        if not alike(*tensors) or environment_key() != environment or tracing() is not None:
-            return OTHER
-        for t in tensors:
-            if t.__dict__:
-                return OTHER
-        if leaves and leaves_of(tensors) != leaves:
-            return OTHER
-        found = check.tensors(f, ())
+        found = check.tensors(f, tensors)
         if found is None:
             return OTHER
-        tensors = [*tensors] if closed is None else [*tensors, *closed(found)]
-        return entry(tensors, f, (), (args, kwargs))
+        if state is not None:
+            if (more := state.tensors(f, ())) is None:
+                return OTHER
+            found = (*found, *more)
+        if not all_closed:
+            found = (*found[:number], *entry.closed(found[number:]))
+        return run(*found) if run is not None else entry([*found], f, (), (args, kwargs))
 
     return call
 
 
-def leaves_of(tensors: Sequence[Tensor]) -> list[bool]:
-    """Return whether each tensor that requires grad is a leaf."""
-    return [t.is_leaf for t in tensors if t.requires_grad]
+class Situation:
+    """The tensors and surroundings of a call and the state that its function reads, described for
+    a check; without the state where that is None."""
+
+    def __init__(
+        self, tensors: Sequence[Tensor], found: Sequence[Tensor], state: Check | None
+    ) -> None:
+        lines, constants, paths = ([], {}, []) if state is None else state.described
+        self.tensors = [*tensors] if state is None else [*tensors, *found]
+        self.constants: dict[str, Any] = {**constants}
+        self.lines = [f"if len(objects) != {len(tensors)}: return"]
+        self.paths = [*[f"x{i}" for i in range(len(tensors))], *paths]
+        for i, t in enumerate(tensors):
+            self.lines.append(f"x{i} = objects[{i}]")
+            self.require(f"type(x{i})", t.__class__)
+            self.lines.append(f"if x{i}.__dict__: return")
+            if t.requires_grad:
+                self.require(f"x{i}.is_leaf", t.is_leaf)
+        for read in READS:
+            self.require(f"{self.constant(read)}()", read())
+        for table, name in ATTRIBUTES:
+            self.require(f"{self.constant(table)}['{name}']", table[name])
+        for absent in ABSENT:
+            self.lines.append(f"if {self.constant(absent)}() is not None: return")
+        self.lines.append(f"if {self.constant(under_way)}.traces: return")
+        if rare():
+            known = self.constant(environment_key), self.constant(environment_key())
+            self.lines.append("if {}() != {}: return".format(*known))
+        self.lines += lines
+
+    def require(self, expr: str, x: Any) -> None:
+        self.lines.append(f"if {expr} is not {self.constant(x)}: return")
+
+    def constant(self, x: Any) -> str:
+        name = f"k{len(self.constants)}"
+        self.constants[name] = x
+        return name
 
 
 def same_structure(x: Any) -> Callable[[Any, list], bool] | None:

@@ -1,12 +1,16 @@
 """A call like the last one takes a short way to its entry; whatever is different must be seen."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributions import Distribution
 
 from aotfunc import jit
 from aotfunc.errors import CaptureError
+from aotfunc.runtime.guards import check
 
 
 def f(x, y):
@@ -216,3 +220,51 @@ def test_inside_a_trace_of_torch():
     with pytest.raises(CaptureError, match=r"torch\.jit\.trace does not trace"):
         torch.jit.trace(compiled, plain(), check_trace=False)
     torch.testing.assert_close(compiled(*(args := plain())), f(*args))
+
+
+def test_results_are_new_each_time():
+    """One launch, called without Python between it and the checks."""
+    compiled = warm(lambda x: torch.sin(x) * 2, torch.ones(8))
+    x = torch.ones(8)
+    first, second = compiled(x), compiled(x)
+    first.zero_()
+    assert torch.equal(second, torch.sin(x) * 2) and not first.requires_grad
+    assert torch.equal(x, torch.ones(8))
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["Python", "native"])
+def test_a_state_that_changes(monkeypatch, many):
+    """Each thing that the check of a repeated call reads, in both forms."""
+    monkeypatch.setattr(check, "MANY", 1 if many else 10**9)
+    scale = [2.0]
+    compiled = warm(lambda x, w: x @ w * scale[0], torch.ones(2, 2), torch.ones(2, 2))
+    x, w = torch.ones(2, 2), torch.ones(2, 2)
+    assert compiled(x, w).tolist() == [[4.0] * 2] * 2
+    with torch.autocast("cpu"):
+        assert compiled(x, w).dtype is torch.bfloat16
+        assert compiled(x, w).dtype is torch.bfloat16
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones(2, 2))
+        tangent = forward_ad.unpack_dual(compiled(dual, w)).tangent
+        assert tangent.tolist() == [[4.0] * 2] * 2
+    assert compiled(x, w.requires_grad_()).requires_grad
+    with torch.no_grad():
+        assert not compiled(x, w).requires_grad
+    assert compiled(x, w).requires_grad
+    scale[0] = 3.0
+    assert compiled(x, w).tolist() == [[6.0] * 2] * 2
+
+
+def test_from_threads_in_other_modes():
+    compiled = warm(lambda x, w: x * w, torch.ones(3), torch.ones(3, requires_grad=True))
+    x, w, found = torch.ones(3), torch.ones(3, requires_grad=True), []
+
+    def quiet():
+        with torch.no_grad():
+            found.extend(compiled(x, w).requires_grad for _ in range(200))
+
+    thread = threading.Thread(target=quiet)
+    thread.start()
+    assert all(compiled(x, w).requires_grad for _ in range(200))
+    thread.join()
+    assert found == [False] * 200

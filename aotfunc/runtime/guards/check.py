@@ -7,7 +7,7 @@ import itertools
 import types
 from collections.abc import Callable, Sequence
 from operator import is_
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -15,7 +15,6 @@ from ...cache import Cache
 from ...trace.traced import Traced
 from .containers import content
 from .keys import tensor_facts
-from .state import State
 
 #: a check of so many lines becomes native after so many calls, which save the time of compiling; a
 #: compiler runs once on a machine
@@ -24,18 +23,31 @@ MANY, LARGE = 300, 100
 _code = Cache(256)  # by source: entries of one function often have the same check
 
 
-class Check:
-    """A quick check that a state is still the one that was described, and its tensors."""
+class Described(Protocol):
+    """What a check compares with: lines of Python that return where something differs, by names of
+    constants, and the variables that hold these tensors."""
 
-    def __init__(self, state: State) -> None:
+    lines: list[str]
+    constants: dict[str, Any]
+    paths: list[str]
+    tensors: list[Tensor]
+
+
+class Check:
+    """A quick check that all is still as it was described, and its tensors. ``large``: of how many
+    lines it is worth native code."""
+
+    def __init__(self, state: Described, large: int | None = None) -> None:
+        self.large = LARGE if large is None else large
         self.source = ""
         self.space: dict[str, Any] = {}
         self.native = False
         self.renew(state)
 
-    def renew(self, state: State) -> None:
+    def renew(self, state: Described) -> None:
         """Compare with the objects of an equal state from now on. (Another thread may be checking
         meanwhile.)"""
+        self.described = state.lines, state.constants, state.paths
         source, found = (
             check_source(state),
             {**state.constants, "alike": metadata_check(state.tensors)},
@@ -50,8 +62,13 @@ class Check:
         self.python: Callable[[Callable, Sequence[Any]], tuple | None] = space["tensors"]
         self.source, self.space, self.native = source, space, False
         self.tensors = self.python
-        if len(state.lines) >= LARGE:
+        if self.is_large:
             self.count(state.lines, state.paths)
+
+    @property
+    def is_large(self) -> bool:
+        """Return whether it is worth native code of its own."""
+        return len(self.described[0]) >= self.large
 
     def count(self, lines: Sequence[str], paths: Sequence[str]) -> None:
         """Count calls, and make the check native after many."""
@@ -72,7 +89,7 @@ class Check:
         self.native, self.tensors = quick is not None, quick or self.python
 
 
-def check_source(state: State) -> str:
+def check_source(state: Described) -> str:
     """Return the check as Python: a function of ``f`` and the objects among the arguments to the
     tensors that are reached, or to None where the state is another one."""
     body = "".join(f"        {line}\n" for line in state.lines)

@@ -296,6 +296,19 @@ _default_dtype, _deterministic = torch.get_default_dtype, torch._C._get_determin
 _autocast, _flash = torch._C._is_any_autocast_enabled, torch._C._get_flash_sdp_enabled
 _math, _mem_efficient = torch._C._get_math_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled
 
+#: what :func:`environment_key` reads: functions that return one object as long as nothing changes,
+#: and attributes that are one
+READS = (
+    *(_grad, _inference, _default_dtype, _autocast, torch._C._len_torch_function_stack),
+    *(_deterministic, _flash, _math, _mem_efficient),
+)
+ATTRIBUTES = ((vars(forward_ad), "_current_level"), (vars(Distribution), "_validate_args"))
+
+
+def rare() -> bool:
+    """Return whether there is more to the surroundings than these: autocast, function modes."""
+    return _autocast() or torch._C._len_torch_function_stack() > 0
+
 
 def environment_key() -> tuple:
     """Return grad modes, autocast, defaults of tensors and distributions, determinism, and the
