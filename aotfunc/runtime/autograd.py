@@ -49,7 +49,7 @@ def call_compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     if not wrt:
         outs = own_results(call, program.n_outputs, tensors)
     else:
-        halves = program.once(("halves", wrt), lambda: Halves(call, wrt))
+        halves = halves_of(call, wrt)
         if halves.any_live:
             outs, read_late = differentiated(halves, tensors)
         else:
@@ -57,9 +57,15 @@ def call_compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
                 outs = unviewed(own_results(call, program.n_outputs, tensors))
     if program.mutated:
         write_back(program, tensors, with_own_memory(program, tensors, outs))
-    if read_late is not None:
+    if read_late is not None and halves.late_reads is not None:
         read_late += versions(halves.late_reads, tensors, outs)
     return outs[: program.n_outputs]
+
+
+def halves_of(call: CompiledCall, wrt: Sequence[int]) -> Halves:
+    """Return the halves of a call for the gradients of these inputs."""
+    wrt = (*wrt,)
+    return call.program.once(("halves", wrt), lambda: Halves(call, wrt))
 
 
 def op_by_op() -> bool:

@@ -28,7 +28,7 @@ from ..trace.outside import check_hooks
 from ..trace.seeds import rewinder, states
 from ..trace.traced import Traced, current
 from .aliasing import Changes, without_views
-from .autograd import call_compiled, op_by_op
+from .autograd import call_compiled, differentiated, halves_of, op_by_op
 from .casts import casts_of, record_sharing
 from .chains import as_recorded, chained
 from .changing import Family, Served
@@ -149,14 +149,18 @@ class Entry:
     def direct(self, tensors: Sequence[Tensor]) -> Callable | None:
         """Return ``(*tensors) -> the result`` for calls with tensors like these and no
         recording, transform of torch's or mode around them; None where there is more to do than
-        to run compiled code."""
+        to run compiled code, as a node of autograd or without."""
         call, count = self.call, self.call.program.n_outputs
         if not self.bare or self.finish is not None or call.program.mutated or not count:
             return None
         if any_modes() or op_by_op():
             return None
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return None
+        wrt = [i for i, t in enumerate(tensors) if t.requires_grad]
+        if wrt and torch.is_grad_enabled():
+            halves = halves_of(call, wrt)
+            if not halves.any_live or halves.late_reads is not None:
+                return None
+            return lambda *tensors: self.tree(differentiated(halves, tensors)[0], ())
         run: Any = call.compiled(tensors)
         if getattr(run, "own", -1) < count or any(t.is_neg() for t in tensors):
             return None
