@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,16 @@ from aotfunc.backends.loops.ir import (
     Position,
     Ramp,
     Reduce,
+    Scan,
     walk,
 )
+
+SCANS: dict[str, Any] = {
+    "sum": torch.cumsum,
+    "prod": torch.cumprod,
+    "max": lambda x, dim: torch.cummax(x, dim).values,
+    "min": lambda x, dim: torch.cummin(x, dim).values,
+}
 
 
 def interpret(kernel: Kernel, tensors: Sequence[Tensor]) -> None:
@@ -41,17 +50,22 @@ def interpret(kernel: Kernel, tensors: Sequence[Tensor]) -> None:
             total = total + torch.arange(n).unflatten(0, (n, *[1] * (last - k))) * step
         return total
 
+    def places(i: int) -> Tensor:
+        return affine(kernel.accesses[i]) + tensors[i].storage_offset()
+
+    def memory(i: int) -> Tensor:
+        t = tensors[i]
+        return t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+
     def load(e: Load) -> Tensor:
         if not e.args and not kernel.accesses[e.access].start:
             return at(e.access).to(e.dtype)
-        t = tensors[e.access]
-        place = affine(kernel.accesses[e.access]) + t.storage_offset()
+        place = places(e.access)
         if e.shift is not None:
             place = place + values[e.shift]
         if e.mask is not None:
             place = place.where(values[e.mask], 0)
-        memory = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
-        found = memory[place].to(e.dtype)
+        found = memory(e.access)[place].to(e.dtype)
         return found if e.mask is None else found.where(values[e.mask], 0)
 
     def value(e: Expr) -> Tensor:
@@ -64,6 +78,8 @@ def interpret(kernel: Kernel, tensors: Sequence[Tensor]) -> None:
         args = [values[a] for a in e.args]
         if isinstance(e, Cast):
             return args[0].to(e.dtype)
+        if isinstance(e, Scan):
+            return SCANS[e.fn](args[0].expand(kernel.extents), dim=last).to(e.dtype)
         if isinstance(e, Reduce):
             whole = args[0].expand(kernel.extents)
             if e.fn in ("any", "all", "prod"):  # these take one axis at a time
@@ -91,9 +107,9 @@ def interpret(kernel: Kernel, tensors: Sequence[Tensor]) -> None:
             found = torch.stack([block.sum(0) for block in rows.split(ROWS)])
             tensors[s.access].view(found.shape).copy_(found)
             continue
-        out, found = at(s.access), values[s.value]
+        where, found = places(s.access), values[s.value].expand(kernel.extents)
         for k in inner:  # a reduction's value is stored once
             if not kernel.accesses[s.access].strides[k]:
-                out = out.narrow(k, 0, 1)
-                found = found.narrow(k, 0, 1) if found.dim() else found
-        out.copy_(found.expand(out.shape))
+                where, found = where.narrow(k, 0, 1), found.narrow(k, 0, 1)
+        out = memory(s.access)
+        out[where] = found.to(out.dtype)

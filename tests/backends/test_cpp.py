@@ -350,7 +350,7 @@ def random_program(seed: int):
 
     args = [tensor() for _ in range(rng.randint(1, 3))]
     plan = [
-        (rng.randrange(9), rng.random(), rng.random(), rng.random())
+        (rng.randrange(11), rng.random(), rng.random(), rng.random())
         for _ in range(rng.randint(2, 9))
     ]
 
@@ -377,6 +377,9 @@ def random_program(seed: int):
                 values.append(a.transpose(0, -1).relu().transpose(0, -1))
             elif kind == 8:
                 values.append(a.clamp(-1, 1).double() if floating else a.clamp(-1, 1))
+            elif kind > 8 and a.dim():
+                dim = int(k * a.dim())
+                values.append(a.cumsum(dim) if kind == 9 else a.flip(dim).cumsum(dim).flip(dim))
         return tuple(values[len(args) :][-3:]) or (args[0] + 1,)
 
     return f, args
@@ -408,10 +411,11 @@ def against_the_interpreter(kernel) -> None:
         memory = (torch.randn(max(size, 1)) * 3).to(val.dtype)
         same = next((t for t, b in tensors if b.tensor is a.tensor), None)
         tensors.append((memory if same is None else same, a))
-    written = {s.access for s in kernel.stores}
-    apart = [t.clone() if i in written else t for i, (t, _) in enumerate(tensors)]
+    apart, ours = [
+        [copies[id(t)] for t, _ in tensors]
+        for copies in ({id(t): t.clone() for t, _ in tensors} for _ in range(2))
+    ]
     interpret(kernel, apart)
-    ours = [t.clone() if i in written else t for i, (t, _) in enumerate(tensors)]
     library[names[kernel.name]](count_rows(kernel), sizes(kernel), ours)
     for a, b in itertools.zip_longest(ours, apart):
         assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)

@@ -1,13 +1,14 @@
-"""How a reduction accumulates in C++: its start, one step, and its result."""
+"""How a reduction or a scan accumulates in C++: its start, one step, and its result."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
 from .arguments import VECTORS
-from .ir import Const, Kernel, Reduce
+from .ir import Const, Expr, Kernel, Reduce, Scan
 from .values import NUMBERS, KernelText
 
 #: the start of each reduction, of floating point or not, and the function of its step
@@ -20,12 +21,17 @@ STEP = {
     "all": "bitwise_and",
 }
 
+#: the function that each scan applies
+NEXT = {"sum": "aot_plus", "prod": "aot_times", "max": "aot_greatest", "min": "aot_smallest"}
+
 
 class Accumulators(KernelText):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
         #: whether the vector axis is one of the outer ones
         self.columns = 0 <= self.vector < kernel.outer
+        #: what each scan has accumulated
+        self.scans: dict[Expr, str] = {}
 
     @property
     def across(self) -> bool:
@@ -70,8 +76,39 @@ class Accumulators(KernelText):
         total = f"aot_across({a}, []({kind} x, {kind} y) -> {kind} {{ return {step}; }})"
         return f"{total} != 0" if e.dtype is torch.bool else total
 
+    # --- scans ---
 
-def neutral(e: Reduce) -> bool | int | float:
+    def carry(self, e: Scan) -> str:
+        """Return the type of what a scan has accumulated."""
+        wide = self.vectors and not self.across
+        if e.fn in ("sum", "prod") and e.dtype is torch.float32:
+            return "sums" if wide else "double"
+        return VECTORS[self.lanes][e.dtype] if wide else NUMBERS[e.dtype]
+
+    def first(self, e: Scan) -> str:
+        """Return what a scan has accumulated before the first point."""
+        text = self.constant(Const(e.dtype, neutral(e)), False)
+        return f"aot_{self.carry(e)}({text})" if self.vectors and not self.across else text
+
+    def carries(self, values: Iterable[Expr], tiles: str) -> None:
+        """Start the scans that these values need, for each of the ``tiles`` if there are."""
+        for e in [e for e in self.missing(values) if isinstance(e, Scan)]:
+            name = self.scans[e] = self.fresh("s")
+            if tiles:
+                self.say(f"{self.carry(e)} {name}[{tiles}];")
+                self.say(f"for (int64_t t = 0; t < tiles; t++) {name}[t] = {self.first(e)};")
+                self.scans[e] = f"{name}[t]"
+            else:
+                self.say(f"{self.carry(e)} {name} = {self.first(e)};")
+
+    def expression(self, e: Expr) -> str:
+        if not isinstance(e, Scan) or e in self.spilled:
+            return super().expression(e)
+        name = "aot_scan_lanes" if self.across else "aot_scan"
+        return f"{name}<{NEXT[e.fn]}>({self.scans[e]}, {self.word(e.value, self.vectors)})"
+
+
+def neutral(e: Reduce | Scan) -> bool | int | float:
     """Return the value that changes no value of the reduction."""
     if e.fn in ("max", "min") and not e.dtype.is_floating_point:
         info = torch.iinfo(e.dtype)

@@ -21,7 +21,7 @@ from .blocks import in_blocks
 from .cpp import Printer
 from .folded import fold
 from .fuse import Unit, grouped, stored
-from .ir import Apply, Kernel, walk
+from .ir import Apply, Kernel, Scan, walk
 from .launch import Launch, has_memory
 from .lower import lower
 from .matmul import product_launch
@@ -106,10 +106,14 @@ def worth(nodes: Sequence[Node]) -> bool:
     if isinstance(val, Tensor):
         if val.numel() <= SMALL or val.numel() * val.element_size() >= LARGE:
             return True
-    kernel = lower(nodes, nodes, "kernel")
-    if kernel.scatters or schedule_kernel(kernel).cross >= 0:
+    kernel = schedule_kernel(lower(nodes, nodes, "kernel"))
+    if kernel.scatters or kernel.cross >= 0:
         return True
-    return any(isinstance(e, Apply) and e.fn in QUICK for e in walk(kernel.values))
+    columns = kernel.vector < kernel.outer
+    return any(
+        (isinstance(e, Apply) and e.fn in QUICK) or (isinstance(e, Scan) and columns)
+        for e in walk(kernel.values)
+    )
 
 
 def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph, str]:
@@ -172,7 +176,7 @@ def task(kernel: Kernel, compiled: native.LoadedKernel, late: set[tuple[int, int
         count_rows(kernel),
         sizes(kernel),
         [a.tensor for a in kernel.accesses],
-        [kernel.accesses[s.access].tensor for s in kernel.stores],
+        list(dict.fromkeys([kernel.accesses[s.access].tensor for s in kernel.stores])),
         max(1, native.GRAIN * count_rows(kernel) // max(1, math.prod(kernel.extents))),
         kernel.checks,
         fitting(kernel, late),

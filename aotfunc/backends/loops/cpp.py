@@ -29,6 +29,8 @@ class Printer(Accumulators):
         self.split = self.columns and kernel.outer == 1
         #: whether values that vary along it, but not inside, are kept for a tile
         self.tiled = self.columns and kernel.reduced > 0
+        #: how many there are in a tile
+        self.tiles = f"{TILE} / {self.lanes}" if self.tiled else ""
 
     def text(self) -> str:
         """Return the kernel as the text of an exported function."""
@@ -249,6 +251,7 @@ class Printer(Accumulators):
         values = [e for s in stores for e in s.needs]
         if inside:
             self.before(values)
+            self.carries(values, self.tiles)
         names = dict(self.names)
         loops = self.loops() if inside else 0
         if self.tiled:
@@ -280,7 +283,7 @@ class Printer(Accumulators):
             return
         arrays = {e: self.fresh("t") for e in kept}
         for e, name in arrays.items():
-            self.say(f"{self.type(e)} {name}[{TILE} / {self.lanes}];")
+            self.say(f"{self.type(e)} {name}[{self.tiles}];")
         names = dict(self.names)
         self.tile()
         self.emit(kept)
@@ -305,8 +308,9 @@ class Printer(Accumulators):
         on the way."""
         values = [e.value for e in now] + [e for s in stores for e in s.needs]
         self.before(values)
+        self.carries(values, self.tiles)
         totals = {e: self.fresh("a") for e in now}
-        tiles = f"{TILE} / {self.lanes}"
+        tiles = self.tiles
         for e, a in totals.items():
             if self.tiled:
                 self.say(f"{self.accumulator(e)} {a}[{tiles}];")

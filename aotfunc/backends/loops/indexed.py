@@ -153,6 +153,42 @@ def slice_backward(
     return value_or_fill(work, g, with_index(at.place, dim, index), work.both(tests), at.mask)
 
 
+def scattered_slice(
+    work: Lowering,
+    at: At,
+    x: Node,
+    src: Node,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Expr:
+    """Place a slice's new elements in a tensor."""
+    size = static_shape(x)[dim]
+    index, gap = divide_index(at.place[dim].shifted(-first_of(start, size)), step, work.extents)
+    tests = [work.inside(gap, 0, 1), work.inside(index, 0, static_shape(src)[dim])]
+    return new_or_old(work, at, x, src, with_index(at.place, dim, index), work.both(tests))
+
+
+def scattered_row(work: Lowering, at: At, x: Node, src: Node, dim: int, index: int) -> Expr:
+    """Place a row's new elements in a tensor."""
+    index %= static_shape(x)[dim]
+    inside = work.inside(at.place[dim], index, index + 1)
+    return new_or_old(work, at, x, src, without(at.place, dim), inside)
+
+
+def new_or_old(
+    work: Lowering, at: At, old: Node, new: Node, place: Place, inside: Expr | None
+) -> Expr:
+    """Return an element of a new value at this place where it is ``inside``, elsewhere of the
+    old one."""
+    found = work.value(new, place, work.both([at.mask, inside]))
+    if inside is None:
+        return found
+    kept = work.value(old, at.place, at.mask)
+    return function_of("where", inside, cast(found, kept.dtype), kept)
+
+
 def select_backward(work: Lowering, at: At, g: Node, sizes: Any, dim: int, index: int) -> Expr:
     index %= sizes[dim]
     inside = work.inside(at.place[dim], index, index + 1)
@@ -176,9 +212,28 @@ def stack(work: Lowering, at: At, parts: Sequence[Node], dim: int = 0) -> Expr:
     return part_of_cat(work, at, parts, ends, at.place[dim], lambda i: rest)
 
 
-#: more parts than these are copied one by one, which is up to nine times as fast as asking at each
-#: element in which of them it is
+#: asking at each element in which of more parts it is takes up to nine times as long as copying
+#: them one by one
 MOST = 4
+
+
+def places_beside(place: Place, parts: Sequence[Node], dim: int) -> list[Place]:
+    """Return where parts of one shape lie in their join along a dimension."""
+    size = static_shape(parts[0])[dim]
+    return [with_index(place, dim, place[dim].shifted(i * size)) for i in range(len(parts))]
+
+
+def places_on_top(place: Place, parts: Sequence[Node], dim: int) -> list[Place]:
+    """Return where parts lie along a new dimension."""
+    dim %= len(place) + 1
+    return [(*place[:dim], FIRST.shifted(i), *place[dim:]) for i in range(len(parts))]
+
+
+#: op that joins parts -> their places in the result, if they are of one shape
+JOINS: dict[Any, Callable[..., list[Place]]] = {
+    aten.cat.default: places_beside,
+    aten.stack.default: places_on_top,
+}
 
 
 def part_of_cat(
@@ -227,6 +282,8 @@ TAKEN: dict[Any, Callable[..., Expr]] = {
     aten.constant_pad_nd.default: constant_pad,
     aten.slice_backward.default: slice_backward,
     aten.select_backward.default: select_backward,
+    aten.slice_scatter.default: scattered_slice,
+    aten.select_scatter.default: scattered_row,
     aten.cat.default: cat,
     aten.stack.default: stack,
     aten.tril.default: triangle("le"),

@@ -117,15 +117,22 @@ class Cast(Expr):
 
 
 @dataclass(frozen=True, eq=False)
-class Reduce(Expr):
-    """``fn`` (of :data:`REDUCTIONS`) of the value over the kernel's reduced axes."""
-
+class Accumulated(Expr):
     fn: str
     value: Expr
 
     @property
     def args(self) -> tuple[Expr, ...]:
         return (self.value,)
+
+
+class Reduce(Accumulated):
+    """``fn`` (of :data:`REDUCTIONS`) of the value over the kernel's reduced axes."""
+
+
+class Scan(Accumulated):
+    """``fn`` (sum, prod, max or min) of the value at this point of the kernel's one reduced axis
+    and at those before."""
 
 
 def function_of(fn: str, *args: Operand) -> Expr:
@@ -175,7 +182,7 @@ FUNCTIONS: dict[str, Any] = {
         *("add", "sub", "mul", "neg", "abs", "sqrt", "rsqrt", "reciprocal"),
         *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan"),
         *("asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
-        *("erf", "erfc", "sigmoid", "lgamma", "pow", "atan2", "fmod", "hypot"),
+        *("erf", "erfc", "sigmoid", "lgamma", "pow", "atan2", "fmod", "hypot", "copysign"),
         *("floor", "ceil", "trunc", "round", "maximum", "minimum", "where"),
         *("eq", "ne", "lt", "le", "gt", "ge"),
         *("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not"),
@@ -306,6 +313,8 @@ class Kernel:
                 found |= {k for k, s in enumerate(walked.strides) if s}
             elif isinstance(e, Reduce):  # made at each point of the other axes, also if it is
                 found = frozenset(range(self.outer))  # the same there
+            elif isinstance(e, Scan):
+                found = frozenset(range(len(self.extents)))
             self.axes_of[e] = found
         return found
 
@@ -366,8 +375,9 @@ def show(kernel: Kernel) -> str:
             return place(kernel.ramps[e.ramp])
         if isinstance(e, Cast):
             return f"{short(e.dtype)}({word(e.value)})"
-        if isinstance(e, Reduce):
-            return f"{e.fn}[{', '.join(axes[kernel.outer :])}]({word(e.value)})"
+        if isinstance(e, Accumulated):
+            over = f"..{axes[-1]}" if isinstance(e, Scan) else ", ".join(axes[kernel.outer :])
+            return f"{e.fn}[{over}]({word(e.value)})"
         assert isinstance(e, Apply)
         return f"{e.fn}({', '.join([word(a) for a in e.args])})"
 

@@ -193,3 +193,34 @@ AOT float aot_across_sum(long_sums s) {
   aot_sum(s.total, s.some);
   return (float)aot_across_sum(s.total.low + s.total.high);
 }
+
+// Scans: a function of what has been accumulated, and of the next value, in their order. Lanes are
+// next to each other in a scan of lanes, elsewhere each is a scan of its own. Floats accumulate as
+// doubles, as in PyTorch.
+struct aot_plus {
+  AOT double of(double x, double y) { return x + y; }
+  AOT doubles of(doubles x, doubles y) { return x + y; }
+  template <class T> AOT T of(T x, T y) { return aot_iadd(x, y); }
+};
+struct aot_times {
+  AOT double of(double x, double y) { return x * y; }
+  AOT doubles of(doubles x, doubles y) { return x * y; }
+  template <class T> AOT T of(T x, T y) { return aot_imul(x, y); }
+};
+struct aot_greatest {
+  template <class T> AOT T of(T x, T y) { return (x > y) | (x != x) ? x : y; }
+};
+struct aot_smallest {
+  template <class T> AOT T of(T x, T y) { return (x < y) | (x != x) ? x : y; }
+};
+AOT sums aot_sums(double x) { return {aot_doubles(x), aot_doubles(x)}; }
+template <class F, class A, class X> AOT X aot_scan(A &a, X x) { return (X)(a = F::of(a, (A)x)); }
+template <class F> AOT floats aot_scan(sums &a, floats x) {
+  a = {F::of(a.low, aot_low(x)), F::of(a.high, aot_high(x))};
+  return aot_summed(a);
+}
+template <class F, class A, class V> AOT V aot_scan_lanes(A &a, V x) {
+  _Pragma("GCC unroll 16")
+  for (int i = 0; i < aot_lanes<V>; i++) x[i] = a = F::of(a, (A)x[i]);
+  return x;
+}

@@ -6,9 +6,11 @@ computed at two places. Under a *mask* it may lie outside of its tensor and be a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import Node
@@ -17,7 +19,7 @@ from .axes import Axes, merged_in_memory
 from .blocks import block_sums
 from .constants import constant
 from .dtypes import NARROW, as_given, cast, integer, working
-from .indexed import IOTAS, TAKEN, At, iota
+from .indexed import IOTAS, JOINS, MOST, TAKEN, At, iota
 from .ir import (
     ROUNDED,
     SLOW,
@@ -30,6 +32,7 @@ from .ir import (
     Ramp,
     Reduce,
     Requirement,
+    Scan,
     Store,
     Unfit,
     number,
@@ -37,12 +40,16 @@ from .ir import (
     wide,
 )
 from .members import seen_through
-from .places import FIRST, Index, Place, Split
+from .places import FIRST, Index, Place, Split, index_along
 from .pointwise import FACTORS, ROUND_FIRST, RULES
 from .reductions import REDUCTIONS
+from .scans import SCANS, turned
 from .scatter import ADDED
+from .steps import FEW, MANY
 from .views import VIEWS, expand, source_of, source_place, static_shape
 from .waste import often, one_way
+
+Walked = TypeVar("Walked", Access, Ramp)
 
 
 def lower(nodes: Sequence[Node], stored: Sequence[Node], name: str) -> Kernel:
@@ -52,8 +59,8 @@ def lower(nodes: Sequence[Node], stored: Sequence[Node], name: str) -> Kernel:
     for _ in range(8):
         work = Lowering(nodes, factors)
         try:
-            stores = [work.store(n) for n in reversed(stored)]
-            return work.kernel(name, stores[::-1])
+            stores = [work.stores(n) for n in reversed(stored)]
+            return work.kernel(name, list(itertools.chain(*reversed(stores))))
         except Split as split:
             work.split(split.axis, split.inner)
     raise Unfit("axes of too many parts")
@@ -68,20 +75,41 @@ class Lowering(Axes):
         self.places: dict[Node, list[tuple[Place, Expr | None]]] = {}  # where each is computed
         self.slow: set[Node] = set()
         self.checks: dict[Any, Requirement] = {}
+        self.turned: bool | None = None  # whether scans run from the end of their axis
 
-    def store(self, n: Node) -> Store:
+    def stores(self, n: Node) -> list[Store]:
         if n.target is block_sums:
-            return self.added_up(n)
+            return [self.added_up(n)]
         if n.target in ADDED:
-            return self.scattered(n)
+            return [self.scattered(n)]
         whole = [p for p, mask in self.places.get(n, ()) if mask is None and self.whole(p, n)]
+        if n.target in JOINS and not whole and (parts := self.in_parts(n)):
+            return parts
         place = whole[0] if whole else self.root(static_shape(n))
-        value = self.value(n, place)
+        return [self.store(n, place, self.value(n, place))]
+
+    def store(self, n: Node, place: Place, value: Expr) -> Store:
         if isinstance(value, Cast) and (value.value.dtype, value.dtype) == NARROW:
             value = value.value  # memory is wide enough
         if isinstance(value, Apply) and value.fn == ROUNDED.get(n.meta["val"].dtype):
             (value,) = value.args  # memory rounds
         return Store(self.access(n, place), value)
+
+    def in_parts(self, n: Node) -> list[Store]:
+        """Store parts of one shape beside each other, where they are many or computed here."""
+        parts, dim = (*n.args, n.kwargs.get("dim", 0))[:2]
+        shapes = {static_shape(x) for x in parts}
+        if len(shapes) > 1 or not (len(parts) > MOST or any(x in self.nodes for x in parts)):
+            return []
+        try:
+            place = self.root(*shapes)
+        except Unfit:
+            return []
+        dtype = n.meta["val"].dtype
+        return [
+            self.store(n, where, cast(self.value(x, place), dtype))
+            for x, where in zip(parts, JOINS[n.target](place, parts, dim), strict=True)
+        ]
 
     def added_up(self, n: Node) -> Store:
         """Return a value summed over blocks of the axes that are not reduced."""
@@ -125,6 +153,8 @@ class Lowering(Axes):
         self.places.setdefault(n, []).append((place, mask))
         if n.target in REDUCTIONS:
             return self.reduction(n, place, mask)
+        if n.target in SCANS:
+            return self.scan(n, place, mask)
         if n.target is block_sums or n.target in ADDED:
             raise Unfit("what another kernel adds up")
         if n.target in TAKEN:
@@ -171,6 +201,25 @@ class Lowering(Axes):
             result = result / Given(math.prod([shape[d] for d in dims]))
         return cast(result, out)
 
+    def scan(self, n: Node, place: Place, mask: Expr | None) -> Expr:
+        x, dim = n.args[:2]
+        out = n.meta["val"].dtype
+        value = cast(cast(self.value(x, place, mask), out), wide(out))
+        size = static_shape(n)[dim] if place else 1
+        if size == 1:
+            return cast(value, out)
+        index = place[dim]
+        (axis, *more) = index.axes or [-1]
+        forward, backward = index_along(axis), index_along(axis, -1).shifted(size - 1)
+        if more or index not in (forward, backward) or self.extents[axis] != size:
+            raise Unfit("a scan of a part, or along several axes")
+        if mask is not None and axis in self.axes_of(mask):
+            raise Unfit("a scan along which a mask varies")
+        if self.reduced not in ((), (axis,)) or self.turned is (index == forward):
+            raise Unfit("scans along other axes, or the other way")
+        self.reduced, self.turned = (axis,), index == backward
+        return cast(Scan(value.dtype, SCANS[n.target], value), out)
+
     def pointwise(self, n: Node, place: Place, mask: Expr | None) -> Expr:
         rule, out = RULES[n.target], n.meta["val"].dtype
         common = working(rule.kind, n, out)
@@ -203,15 +252,18 @@ class Lowering(Axes):
     def kernel(self, name: str, stores: list[Store]) -> Kernel:
         rank = len(self.extents)
         order = [k for k in range(rank) if k not in self.reduced] + list(self.reduced)
+        rows = math.prod([self.extents[k] for k in order if k not in self.reduced])
+        if self.turned is not None and rows < FEW and math.prod(self.extents) >= MANY:
+            if len(self.nodes) > 1:
+                raise Unfit("what other threads may compute beside a long scan")
 
-        def ordered(strides: tuple[int, ...]) -> tuple[int, ...]:
-            strides = (*strides, *[0] * (rank - len(strides)))
-            return tuple([strides[k] for k in order])
+        def ordered(walked: Walked) -> Walked:
+            strides, start = (*walked.strides, *[0] * (rank - len(walked.strides))), walked.start
+            if self.turned:
+                strides, start = turned(strides, start, self.reduced[0], self.extents)
+            return replace(walked, strides=tuple([strides[k] for k in order]), start=start)
 
-        accesses = [
-            Access(a.name, a.dtype, ordered(a.strides), a.tensor, a.start) for a in self.accesses
-        ]
-        ramps = [Ramp(ordered(r.strides), r.start) for r in self.ramps]
+        accesses, ramps = list(map(ordered, self.accesses)), list(map(ordered, self.ramps))
         outer = set(range(rank - len(self.reduced)))
         for s in stores:
             walked = accesses[s.access]

@@ -13,6 +13,7 @@ from .dtypes import DTYPES
 from .indexed import TAKEN, iota
 from .pointwise import RULES
 from .reductions import REDUCTIONS
+from .scans import SCANS
 from .scatter import adds
 from .views import SEVERAL, source_of
 
@@ -26,6 +27,7 @@ def in_kernels(n: Any) -> bool:
         and (
             n.target in RULES
             or n.target in REDUCTIONS
+            or n.target in SCANS
             or n.target in TAKEN
             or n.target is block_sums
             or adds(n)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ir import ROUNDED
+from ..scans import running_max, running_min
 
 #: dtypes whose positions are int32, and int64, so that there are as many of them in lanes;
 #: PyTorch's own search through int32 is faster
@@ -52,3 +53,26 @@ def with_positions(best: str) -> Any:
         return (value, found) if keepdim else (value.squeeze(dims), found.squeeze(dims))
 
     return body
+
+
+def running(best: Any) -> Any:
+    """Return the body of an op that gives the best of the elements up to each one, and where the
+    last such lies. PyTorch's own is faster along what is contiguous."""
+
+    def body(x: Tensor, dim: int) -> Any:
+        if not supported(x) or x.stride(dim) == 1:
+            return NotImplemented
+        value = best(x, dim)
+        places = torch.arange(
+            x.shape[dim], dtype=torch.int32 if x.dtype in NARROW else torch.int64
+        )
+        places = places.view(*[-1 if d == dim % x.dim() else 1 for d in range(x.dim())])
+        here = x == value
+        if x.is_floating_point():
+            here = here | x.isnan()
+        return value, running_max(torch.where(here, places, 0), dim).long()
+
+    return body
+
+
+cummax, cummin = running(running_max), running(running_min)

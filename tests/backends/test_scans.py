@@ -1,0 +1,108 @@
+"""Cumulative sums, products, maxima and minima along any axis, fused with what is around them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from aotfunc import grad, jit
+from tests.backends.test_cpp import SPECIAL, against_the_interpreter, agree, floats, kernels_of
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.bool]
+OPS = {
+    "cumsum": lambda x, dim: x.cumsum(dim),
+    "cumprod": lambda x, dim: x.cumprod(dim),
+    "cummax": lambda x, dim: x.cummax(dim),
+    "cummin": lambda x, dim: x.cummin(dim),
+    "from the end": lambda x, dim: x.flip(dim).cumsum(dim).flip(dim) * 2,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_each_axis(op, dtype):
+    """In each dtype and several layouts, of few and many elements, and of one."""
+    f = OPS[op]
+    unit = max(1e-6, torch.finfo(dtype).eps) if dtype.is_floating_point else 0
+    xs = [(floats(*shape) * 2).to(dtype) for shape in ((37, 19), (1, 5), (2, 11, 3), (70,))]
+    for x in (*xs, xs[0].t(), xs[2].mT, xs[3][::2]):
+        for dim in range(x.dim()):
+            agree(partial(f, dim=dim), x, kernels=None, rtol=4 * unit, atol=unit)
+
+
+FUSED = {
+    "both sides": lambda x: (x * 2).cumsum(1).exp() - 1,
+    "of a softmax": lambda x: x.softmax(-1).cumsum(-1),
+    "normalised": lambda x: x.cumsum(0).softmax(0),
+    "several": lambda x: (x.cumsum(1), x.cumprod(1) + 1, x.sum(1)),
+    "counted": lambda x: (x > 0).cumsum(1) - 1,
+    "transmittance": lambda x: (1 - x.sigmoid()).cumprod(-1) * x.sigmoid(),
+    "from the end": lambda x: (x.exp().flip(0).cumsum(0) * 2).flip(0) * x,
+    "transposed": lambda x: x.t().cumsum(1) * 2,
+    "summed by blocks": lambda x: x.cumsum(1).sum(1) * 2,
+}
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_one_kernel(case):
+    for x in (floats(37, 19), floats(9, 1), floats(5, 40, dtype=torch.float64)):
+        agree(FUSED[case], x, rtol=1e-5, atol=1e-5)
+
+
+def test_several_kernels():
+    """What no set of loops computes at once is computed one after the other."""
+    x = floats(37, 19)
+    agree(lambda x: (x.cumsum(1) * 2, x.cumsum(0) * 2), x, kernels=2)
+    agree(lambda x: x.cumsum(1) * 2 + x.flip(1).cumsum(1).flip(1), x, kernels=2)
+    agree(lambda x: x.cumsum(1)[:, 1:] - x.cumsum(1)[:, :-1], x, kernels=2, atol=1e-5, rtol=1e-4)
+    agree(lambda x: torch.nn.functional.pad(x.cumsum(1), (2, 0)) * 2, x, kernels=2)
+    agree(lambda x: x.flatten().cumsum(0).view(37, 19) * 2, x, kernels=None)
+    agree(lambda x: (x.view(37, 19) * 2).cumsum(1), x.flatten())
+    agree(lambda x: (x.expand(5, 9) * 2).cumsum(0), floats(1, 9), kernels=None)
+    agree(lambda x: (x * 2).cumsum(0), floats(), kernels=None)
+    agree(lambda x: (x * 2).cumsum(0), floats(0, 3), kernels=0)
+
+
+def test_special_values():
+    x = torch.tensor([SPECIAL, SPECIAL[::-1], SPECIAL[4:] + SPECIAL[:4]])
+    same = torch.tensor([[2.0, 2.0, math.nan, 3.0, math.nan, 1.0]]).t()
+    for f, y in itertools.product(OPS.values(), (x, x.double(), same)):
+        for dim in (0, 1):
+            agree(partial(f, dim=dim), y, kernels=None)
+
+
+@pytest.mark.parametrize("op", ["cumsum", "cumprod", "cummax"])
+def test_gradients(op):
+    """Of the first and second order."""
+    x = floats(7, 9, dtype=torch.float64)
+
+    def loss(x, dim):
+        found = OPS[op](x.tanh(), dim)
+        return (found if isinstance(found, torch.Tensor) else found[0]).square().sum()
+
+    def twice(x, dim):
+        return grad(lambda x: grad(loss)(x, dim).square().sum())(x)
+
+    for dim in (0, 1):
+        for f in (grad(loss), twice):
+            assert_close(jit(partial(f, dim=dim), backend="cpp")(x), f(x, dim))
+
+
+@pytest.mark.parametrize("case", [*FUSED, "cumsum", "cumprod"])
+def test_kernels_against_the_interpreter(case):
+    f = FUSED.get(case) or partial(OPS[case], dim=1)
+    for x in (floats(5, 37), floats(37, 5), floats(9, 33).t()):
+        for kernel in kernels_of(lambda x: f(x * 1), x):
+            against_the_interpreter(kernel)
+
+
+def test_it_prints():
+    (kernel,) = kernels_of(lambda x: x.cumsum(1) * 2, floats(4, 5))
+    assert "  v1: float32 = sum[..i1](v0)\n" in str(kernel)
