@@ -71,6 +71,22 @@ twelve samples of every op of PyTorch's own database, forward and backward throu
 no part of it is a kernel: ops are called as they are. *None* is no reference: eager has no answer
 to compare with, or `jit` refuses the op with any backend.
 
+## What is called as it is
+
+- *Random ops.* A seed gives eager's numbers: PyTorch's generator draws in blocks that depend on
+  the processor, and Bernoulli numbers (dropout) from MKL's generator. Kernels read what these
+  drew.
+- *Sums where indices say* are kernels, on one thread, in the order of the indices: results
+  do not depend on the number of threads. The gradient of `embedding` is PyTorch's own kernel.
+- *Softmax and group norm in bfloat16 and float16*, remainders and floor division, whose kernels
+  would be slower than PyTorch's, and cumulative ops along contiguous memory if they are alone and
+  large, which would be as fast.
+- *Complex numbers*, `logcumsumexp`, `bicubic` and `bilinear` resizing, padding by reflection,
+  windows of `max_pool2d` that are padded or dilated, sorting, linear algebra, convolutions,
+  Fourier transforms, special functions that are not in `aotfunc/backends/loops/pointwise.py`.
+
+## What has no reference
+
 {listed}"""
 
 #: backend -> its page and what is compiled with

@@ -18,6 +18,8 @@ FULL: dict[Any, Any] = {
     aten.zeros.default: lambda size, **_: 0,
     aten.ones.default: lambda size, **_: 1,
     aten.zeros_like.default: lambda x, **_: 0,
+    aten.zero.default: lambda x: 0,
+    aten.fill.Scalar: lambda x, value: value,
     aten.ones_like.default: lambda x, **_: 1,
     aten.new_zeros.default: lambda x, size, **_: 0,
     aten.new_ones.default: lambda x, size, **_: 1,

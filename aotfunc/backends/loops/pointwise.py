@@ -7,70 +7,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .activations import ACTIVATIONS
+from .functions import (
+    Rule,
+    absolute,
+    both,
+    clamp,
+    exp,
+    fn,
+    is_nan,
+    log1p,
+    maximum,
+    minimum,
+    sigmoid,
+    where,
+)
 from .ir import Expr, Operand, Unfit, function_of, number
 
 aten = torch.ops.aten
 
-
-@dataclass(frozen=True)
-class Rule:
-    """``body`` computes an op; ``kind`` says in which dtype. *float*: that of the result, which is
-    a floating-point number; *any*: that of the result, which is no bool; *bits*: that of the
-    result, which is none of floating point; *compare*: the dtype that its arguments have in
-    common, *truth*: likewise, and the result is a bool of bools; *where*: that of the result,
-    after a bool; *cast*: that of the result."""
-
-    kind: str
-    body: Callable[..., Expr]
-
-
-RULES: dict[Any, Rule] = {}
+RULES: dict[Any, Rule] = {**ACTIVATIONS}
 
 
 def add_rule(kind: str, body: Callable[..., Expr], *ops: Any) -> None:
     for op in ops:
         RULES[op] = Rule(kind, body)
-
-
-def fn(name: str) -> Callable[..., Expr]:
-    return lambda *args: function_of(name, *args)
-
-
-def where(c: Expr, a: Operand, b: Operand) -> Expr:
-    return function_of("where", c, a, b)
-
-
-def maximum(a: Operand, b: Operand) -> Expr:
-    return function_of("maximum", a, b)
-
-
-def minimum(a: Operand, b: Operand) -> Expr:
-    return function_of("minimum", a, b)
-
-
-def exp(x: Expr) -> Expr:
-    return function_of("exp", x)
-
-
-def sigmoid(x: Expr) -> Expr:
-    return function_of("sigmoid", x)
-
-
-def tanh(x: Expr) -> Expr:
-    return function_of("tanh", x)
-
-
-def erf(x: Expr) -> Expr:
-    return function_of("erf", x)
-
-
-def log1p(x: Expr) -> Expr:
-    return function_of("log1p", x)
 
 
 # --- functions of one value ---
@@ -89,7 +54,12 @@ for _name in ("floor", "ceil", "trunc", "round"):
     add_rule("float", fn(_name), getattr(aten, _name).default)
 
 add_rule("any", lambda x: where(x < 0, 0, x), aten.relu.default)
-add_rule("any", lambda x: where(x > 0, 1, where(x < 0, -1, number(0, x.dtype))), aten.sign.default)
+add_rule(
+    "any",
+    lambda x: where(x > 0, 1, where(x < 0, -1, number(0, x.dtype))),
+    aten.sign.default,
+    aten.sgn.default,
+)
 add_rule("float", lambda x: x - function_of("trunc", x), aten.frac.default)
 add_rule("float", lambda x: x * sigmoid(x), aten.silu.default)
 add_rule("any", lambda x: x * x, aten.square.default)
@@ -147,13 +117,6 @@ add_rule("any", power, aten.pow.Tensor_Scalar)
 add_rule("float", fn("pow"), aten.pow.Tensor_Tensor, aten.pow.Scalar)
 
 
-def clamp(x: Expr, low: Any = None, high: Any = None) -> Expr:
-    if any(isinstance(a, float) and math.isnan(a) for a in (low, high)):
-        raise Unfit("a bound that is nan")
-    x = x if low is None else maximum(x, low)
-    return x if high is None else minimum(x, high)
-
-
 add_rule("any", lambda x, min=None, max=None: clamp(x, min, max), aten.clamp.default)
 add_rule("any", lambda x, min=None, max=None: clamp(x, min, max), aten.clamp.Tensor)
 add_rule("any", lambda x, min: clamp(x, min), aten.clamp_min.default, aten.clamp_min.Tensor)
@@ -195,75 +158,49 @@ add_rule(
     "masked", lambda x, m, v: where(m, v, x), aten.masked_fill.Scalar, aten.masked_fill.Tensor
 )
 
-# --- activations and their derivatives ---
-
-BETA = math.sqrt(2 / math.pi)
+# --- rarer functions ---
 
 
-def gelu(x: Expr, approximate: str = "none") -> Expr:
-    if approximate == "tanh":
-        return 0.5 * x * (1 + tanh(BETA * (x + 0.044715 * (x * x * x))))
-    return x * 0.5 * (1 + erf(x * math.sqrt(0.5)))
+def log_of_sum(exp_: Callable[[Expr], Expr], log1p_: Callable[[Expr], Expr]) -> Callable:
+    """Return the logarithm of the sum of two powers, from their exponents."""
+
+    def body(a: Expr, b: Expr) -> Expr:
+        least, most = minimum(a, b), maximum(a, b)
+        same = both(function_of("eq", a, b), function_of("eq", absolute(a), math.inf))
+        return where(same, a, most + log1p_(exp_(least - most)))
+
+    return body
 
 
-def gelu_backward(g: Expr, x: Expr, approximate: str = "none") -> Expr:
-    if approximate == "tanh":
-        t = tanh(BETA * (x + 0.044715 * (x * x * x)))
-        left = 0.5 * (1 + t)
-        right = 0.5 * x * (1 - t * t) * (BETA * (1 + 3 * 0.044715 * (x * x)))
-        return g * (left + right)
-    cdf = 0.5 * (1 + erf(x * math.sqrt(0.5)))
-    pdf = exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))
-    return g * (cdf + x * pdf)
+def sinc(x: Expr) -> Expr:
+    y = x * math.pi
+    return where(function_of("eq", x, 0), 1, function_of("sin", y) / y)
 
 
-def elu(x: Expr, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> Expr:
-    return where(x < 0, function_of("expm1", x * input_scale) * (alpha * scale), x * scale)
+def signbit(x: Expr) -> Expr:
+    return (
+        function_of("copysign", number(1, x.dtype), x) < 0 if x.dtype.is_floating_point else x < 0
+    )
 
 
-def softplus(x: Expr, beta: Any = 1, threshold: Any = 20) -> Expr:
-    return where(x * beta > threshold, x, log1p(exp(x * beta)) / beta)
-
-
-def softplus_backward(g: Expr, x: Expr, beta: Any, threshold: Any) -> Expr:
-    z = exp(x * beta)
-    return where(x * beta > threshold, g, g * z / (z + 1))
-
-
-def silu_backward(g: Expr, x: Expr) -> Expr:
-    s = sigmoid(x)
-    return g * s * (1 + x * (1 - s))
-
-
-def hardsigmoid(x: Expr) -> Expr:
-    return clamp(x + 3, 0, 6) / 6
-
-
-def between(low: float, high: float, inside: Expr, x: Expr) -> Expr:
-    """Return a value where x lies inside of these bounds, 0 elsewhere."""
-    return where(function_of("bitwise_and", x > low, x < high), inside, 0)
-
-
-add_rule("float", hardsigmoid, aten.hardsigmoid.default)
-add_rule("float", lambda g, x: between(-3, 3, g * (1 / 6), x), aten.hardsigmoid_backward.default)
-add_rule("float", lambda x: x * clamp(x + 3, 0, 6) / 6, aten.hardswish.default)
-add_rule("float", gelu, aten.gelu.default)
-add_rule("float", gelu_backward, aten.gelu_backward.default)
-add_rule("float", elu, aten.elu.default)
-add_rule("float", softplus, aten.softplus.default)
-add_rule("float", softplus_backward, aten.softplus_backward.default)
-add_rule("float", silu_backward, aten.silu_backward.default)
-add_rule("float", lambda g, y: g * (1 - y * y), aten.tanh_backward.default)
-add_rule("float", lambda g, y: g * ((1 - y) * y), aten.sigmoid_backward.default)
-add_rule(
-    "any", lambda g, x, threshold: where(x <= threshold, 0, g), aten.threshold_backward.default
-)
-add_rule(
-    "any", lambda x, threshold, value: where(x <= threshold, value, x), aten.threshold.default
-)
-add_rule("float", lambda x, slope=0.01: where(x > 0, x, x * slope), aten.leaky_relu.default)
+add_rule("float", log_of_sum(exp, log1p), aten.logaddexp.default)
 add_rule(
     "float",
-    lambda g, x, slope, is_result: where(x > 0, g, g * slope),
-    aten.leaky_relu_backward.default,
+    log_of_sum(fn("exp2"), lambda x: log1p(x) * (1 / math.log(2))),
+    aten.logaddexp2.default,
 )
+add_rule("float", fn("hypot"), aten.hypot.default)
+add_rule("float", fn("copysign"), aten.copysign.Tensor, aten.copysign.Scalar)
+add_rule("float", lambda a, b: where(is_nan(b), a, where(a >= b, a, b)), aten.fmax.default)
+add_rule("float", lambda a, b: where(is_nan(b), a, where(a <= b, a, b)), aten.fmin.default)
+add_rule("float", sinc, aten.sinc.default)
+add_rule("float", lambda x: x * (math.pi / 180), aten.deg2rad.default)
+add_rule("float", lambda x: x * (180 / math.pi), aten.rad2deg.default)
+add_rule(
+    "float",
+    lambda x, y: where(function_of("eq", x, 0), y, where(x > 0, 1, number(0, x.dtype))),
+    aten.heaviside.default,
+)
+add_rule("compare", lambda x: function_of("eq", x, math.inf), aten.isposinf.default)
+add_rule("compare", lambda x: function_of("eq", x, -math.inf), aten.isneginf.default)
+add_rule("compare", signbit, aten.signbit.default)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ir import ROUNDED, wide
-from . import extremes, losses, norms, pooling, softmax
+from . import elements, extremes, losses, moved, norms, pooling, reduced, softmax
 
 aten = torch.ops.aten
 
@@ -61,6 +61,13 @@ OPENED: dict[Any, Callable] = {
     aten._log_softmax_backward_data.default: of_floats(softmax.log_softmax_backward),
     aten.mse_loss.default: of_any_floats(losses.mse_loss),
     aten.mse_loss_backward.default: of_any_floats(losses.mse_loss_backward),
+    aten.huber_loss.default: of_floats(losses.huber_loss),
+    aten.huber_loss_backward.default: of_floats(losses.huber_loss_backward),
+    aten.smooth_l1_loss.default: of_floats(losses.smooth_l1_loss),
+    aten.smooth_l1_loss_backward.default: of_floats(losses.smooth_l1_loss_backward),
+    aten.soft_margin_loss.default: of_floats(losses.soft_margin_loss),
+    aten.soft_margin_loss_backward.default: of_floats(losses.soft_margin_loss_backward),
+    aten.binary_cross_entropy_with_logits.default: of_floats(losses.cross_entropy_of_logits),
     aten.nll_loss_forward.default: losses.nll_loss,
     aten.nll_loss_backward.default: losses.nll_loss_backward,
     aten.max_pool2d_with_indices.default: pooling.max_pool,
@@ -72,8 +79,45 @@ OPENED: dict[Any, Callable] = {
     aten.argmin.default: extremes.arg("amin"),
     aten.max.dim: extremes.with_positions("amax"),
     aten.min.dim: extremes.with_positions("amin"),
+    aten.aminmax.default: of_any_floats(reduced.aminmax),
+    aten.linalg_vector_norm.default: of_any_floats(reduced.vector_norm),
+    aten.norm.ScalarOpt_dim: of_any_floats(reduced.norm),
+    aten.logsumexp.default: of_any_floats(reduced.logsumexp),
+    aten._safe_softmax.default: of_floats(reduced.safe_softmax),
+    aten.nansum.default: of_floats(reduced.nansum),
+    aten.log_sigmoid_forward.default: of_any_floats(elements.log_sigmoid),
+    aten.glu.default: of_any_floats(elements.glu),
+    aten.glu_backward.default: of_any_floats(elements.glu_backward),
+    aten._prelu_kernel_backward.default: of_floats(elements.prelu_backward),
+    aten.logit.default: of_floats(elements.logit),
+    aten.nan_to_num.default: of_any_floats(elements.nan_to_num),
+    aten.native_dropout_backward.default: elements.dropout_backward,
+    aten.repeat.default: moved.repeat,
+    aten.roll.default: moved.roll,
+    aten.pixel_shuffle.default: of_any_floats(moved.pixel_shuffle),
+    aten.pixel_unshuffle.default: of_any_floats(moved.pixel_unshuffle),
+    aten.channel_shuffle.default: of_any_floats(moved.channel_shuffle),
+    **dict.fromkeys(
+        (
+            *(aten.upsample_nearest1d.default, aten.upsample_nearest2d.default),
+            aten.upsample_nearest3d.default,
+        ),
+        of_floats(moved.upsample_nearest),
+    ),
+    **dict.fromkeys(
+        (
+            *(aten.upsample_nearest1d_backward.default, aten.upsample_nearest2d_backward.default),
+            aten.upsample_nearest3d_backward.default,
+        ),
+        of_floats(moved.upsample_nearest_backward),
+    ),
+    aten.cat.default: moved.cat,
+    aten.linalg_cross.default: of_floats(moved.cross),
+    aten.cummax.default: extremes.cummax,
+    aten.cummin.default: extremes.cummin,
     aten.var.correction: of_any_floats(norms.var),
     aten.std.correction: of_any_floats(norms.std),
+    aten.std_mean.correction: of_any_floats(reduced.std_mean),
     aten.var_mean.correction: of_any_floats(norms.var_mean),
     aten.native_layer_norm.default: of_any_floats(norms.layer_norm),
     aten.native_layer_norm_backward.default: of_any_floats(norms.layer_norm_backward),

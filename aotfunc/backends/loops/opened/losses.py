@@ -67,3 +67,49 @@ def fits_nll(x: Tensor, target: Tensor, weight: Tensor | None) -> bool:
         and target.dtype is torch.int64
         and (weight is None or weight.dtype is x.dtype)
     )
+
+
+def huber_loss(x: Tensor, y: Tensor, reduction: int = 1, delta: float = 1.0) -> Tensor:
+    d = (x - y).abs()
+    return by_reduction(torch.where(d <= delta, d * d * 0.5, delta * (d - 0.5 * delta)), reduction)
+
+
+def huber_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int, delta: float) -> Tensor:
+    return (x - y).clamp(-delta, delta) * (g / x.numel() if reduction == 1 else g)
+
+
+def smooth_l1_loss(x: Tensor, y: Tensor, reduction: int = 1, beta: float = 1.0) -> Any:
+    if not beta:
+        return NotImplemented
+    d = (x - y).abs()
+    return by_reduction(torch.where(d < beta, d * d * (0.5 / beta), d - 0.5 * beta), reduction)
+
+
+def smooth_l1_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int, beta: float) -> Any:
+    if not beta:
+        return NotImplemented
+    return ((x - y) / beta).clamp(-1, 1) * (g / x.numel() if reduction == 1 else g)
+
+
+def soft_margin_loss(x: Tensor, y: Tensor, reduction: int = 1) -> Tensor:
+    return by_reduction((-y * x).exp().log1p(), reduction)
+
+
+def soft_margin_loss_backward(g: Tensor, x: Tensor, y: Tensor, reduction: int) -> Tensor:
+    z = (-y * x).exp()
+    return -y * (z / (z + 1)) * (g / x.numel() if reduction == 1 else g)
+
+
+def cross_entropy_of_logits(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None = None,
+    positive: Tensor | None = None,
+    reduction: int = 1,
+) -> Tensor:
+    """Compute the binary cross entropy, its positives weighted."""
+    log_sigmoid = x.clamp_max(0) - (-x.abs()).exp().log1p()
+    if positive is not None:
+        log_sigmoid = ((positive - 1) * y + 1) * log_sigmoid
+    loss = (1 - y) * x - log_sigmoid
+    return by_reduction(loss if weight is None else loss * weight, reduction)

@@ -1,0 +1,89 @@
+"""Functions of expressions, by name; and what an op that computes each element by itself is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .ir import Expr, Operand, Unfit, function_of
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``body`` computes an op; ``kind`` says in which dtype. *float*: that of the result, which is
+    a floating-point number; *any*: that of the result, which is no bool; *bits*: that of the
+    result, which is none of floating point; *compare*: the dtype that its arguments have in
+    common, *truth*: likewise, and the result is a bool of bools; *where*: that of the result,
+    after a bool; *cast*: that of the result."""
+
+    kind: str
+    body: Callable[..., Expr]
+
+
+def fn(name: str) -> Callable[..., Expr]:
+    return lambda *args: function_of(name, *args)
+
+
+def where(c: Expr, a: Operand, b: Operand) -> Expr:
+    return function_of("where", c, a, b)
+
+
+def maximum(a: Operand, b: Operand) -> Expr:
+    return function_of("maximum", a, b)
+
+
+def minimum(a: Operand, b: Operand) -> Expr:
+    return function_of("minimum", a, b)
+
+
+def exp(x: Expr) -> Expr:
+    return function_of("exp", x)
+
+
+def sigmoid(x: Expr) -> Expr:
+    return function_of("sigmoid", x)
+
+
+def tanh(x: Expr) -> Expr:
+    return function_of("tanh", x)
+
+
+def erf(x: Expr) -> Expr:
+    return function_of("erf", x)
+
+
+def log1p(x: Expr) -> Expr:
+    return function_of("log1p", x)
+
+
+def log(x: Expr) -> Expr:
+    return function_of("log", x)
+
+
+def log1p_of_exp(x: Expr) -> Expr:
+    return log1p(exp(x))
+
+
+def absolute(x: Expr) -> Expr:
+    return function_of("abs", x)
+
+
+def is_nan(x: Expr) -> Expr:
+    return function_of("ne", x, x)
+
+
+def either(a: Expr, b: Expr) -> Expr:
+    return function_of("bitwise_or", a, b)
+
+
+def both(a: Expr, b: Expr) -> Expr:
+    return function_of("bitwise_and", a, b)
+
+
+def clamp(x: Expr, low: Any = None, high: Any = None) -> Expr:
+    if any(isinstance(a, float) and math.isnan(a) for a in (low, high)):
+        raise Unfit("a bound that is nan")
+    x = x if low is None else maximum(x, low)
+    return x if high is None else minimum(x, high)
