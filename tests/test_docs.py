@@ -53,14 +53,21 @@ def test_the_examples_of_a_page(page, monkeypatch):
     assert not runner.summarize(verbose=False).failed
 
 
+def text_of(page):
+    """Return the text that a page shows: that of another file, if its head names one."""
+    source = re.match(r"---\nfrom: (\S+)\n", page.read_text())
+    return (ROOT / source[1] if source else page).read_text()
+
+
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda p: p.name)
 def test_the_links_of_a_page_lead_somewhere(page):
     titles = lambda p: [
         re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-        for line in p.read_text().splitlines()
+        for line in text_of(p).splitlines()
         if line.startswith("#")
     ]
-    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+    prose = re.sub(r"(?s)```.*?```|`[^`\n]*`", "", page.read_text())
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose):
         path, _, title = target.partition("#")
         there = page.parent / path if path else page
         assert there.exists(), target

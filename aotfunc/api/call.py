@@ -54,7 +54,8 @@ def positions(name: str, args: Arguments, argnums: int | tuple[int, ...]) -> lis
 def not_differentiable(name: str, x: Any, where: str) -> ArgumentError:
     if not isinstance(x, Tensor):
         return ArgumentError(
-            f"{name}: {where} is a {type(x).__name__}, and only tensors can be differentiated"
+            f"{name}: {where} is of type {type(x).__name__}, and only tensors can be "
+            "differentiated"
         )
     return ArgumentError(
         f"{name}: {where} has dtype {x.dtype}; only floating and complex tensors can be "
@@ -136,8 +137,8 @@ class Call:
         for k, x in enumerate(self.rec.leaves[: self.n_out]):
             if not isinstance(x, Tensor):
                 raise ArgumentError(
-                    f"{self.name}: the output{self.path(k)} is a {type(x).__name__}; outputs must "
-                    "be tensors (see has_aux)"
+                    f"{self.name}: the output{self.path(k)} is of type {type(x).__name__}; "
+                    "outputs must be tensors (see has_aux)"
                 )
 
     def path(self, k: int) -> str:
@@ -271,8 +272,8 @@ def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | N
             )
         if not isinstance(x, Tensor):
             raise ArgumentError(
-                f"vmap: in_dims has {dim} for {arguments.said(k)}, which is a {type(x).__name__}, "
-                "not a tensor; use None there"
+                f"vmap: in_dims has {dim} for {arguments.said(k)}, which is of type "
+                f"{type(x).__name__}, not a tensor; use None there"
             )
         if not -x.dim() <= dim < x.dim():
             has = f"which has {x.dim()} dimension{'s' * (x.dim() != 1)}"

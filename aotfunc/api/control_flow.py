@@ -94,7 +94,7 @@ def scan(
         if k not in places and y is not None:
             raise ArgumentError(
                 f"scan: {where_defined(f)} must return tensors, but the result{path(y_spec[1], k)}"
-                f" is a {type(y).__name__}"
+                f" is of type {type(y).__name__}"
             )
     body = step.body()
     consts = step.rec.closed_over

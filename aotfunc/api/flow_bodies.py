@@ -32,7 +32,7 @@ def tensors(name: str, what: str, leaves: Sequence[Any], spec: Any) -> list[Tens
             x = torch.as_tensor(x)
         if not isinstance(x, Tensor):
             raise ArgumentError(
-                f"{name}: {what}{path(spec, k)} is a {type(x).__name__}; it must be a tensor"
+                f"{name}: {what}{path(spec, k)} is of type {type(x).__name__}; it must be a tensor"
                 f"{at(user_line())}"
             )
         found.append(x.contiguous())

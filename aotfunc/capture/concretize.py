@@ -50,14 +50,19 @@ def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: st
         if count == 1 or all(bit_patterns(v).eq(bit_patterns(v[:1])).all() for v in values):
             return answer
         for k in range(1, count):
-            if not same_answer(answer, question(*[v[k] for v in values])):
+            if same_answer(answer, question(*[v[k] for v in values])):
+                continue
+            if trace.finished:
                 raise CaptureError(
-                    f"{what} was asked for, but the samples of the batch do not agree on "
-                    f"it{line}. Use torch.where instead of `if` and of selecting by a mask, "
-                    "nonzero_static(size=...) instead of nonzero, or pass the value as an "
-                    "argument with in_dims=None. Beside another index tensor write "
-                    "w[i.reshape(1), j]."
+                    "a value leaked from vmap, where each sample has its own, and is used outside "
+                    f"of it{line}: return it from the function"
                 )
+            raise CaptureError(
+                f"{what} was asked for, but the samples of the batch do not agree on it{line}. "
+                "Use cond or torch.where instead of `if`, torch.where instead of selecting by a "
+                "mask, nonzero_static(size=...) instead of nonzero, or pass the value as an "
+                "argument with in_dims=None."
+            )
     return answer
 
 

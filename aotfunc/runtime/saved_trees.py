@@ -64,7 +64,7 @@ def pattern(x: Any, where: str, places: TensorTable) -> Any:
         return {"is": as_data(x, {})}
     except RuntimeError:
         raise ArgumentError(
-            f"export: {where} is a {type(x).__name__}, which cannot be written to a file"
+            f"export: {where} is of type {type(x).__name__}, which cannot be written to a file"
             f"{at(user_line(2))}: pass and return tensors, plain values, containers and instances"
         ) from None
 

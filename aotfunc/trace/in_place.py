@@ -83,9 +83,9 @@ def write_results(
             and t.tracer is trace
             and _grad_enabled()
         ):
-            raise RuntimeError(
+            raise CaptureError(
                 "a leaf Variable that requires grad is being used in an in-place "
-                f"operation{at(user_line(3))}"
+                f"operation{at(user_line(3))}: write under torch.no_grad(), or to a clone() of it"
             )
         if sig.__class__ is Sig and sig.shape != tuple(t.shape) and not facts.reshapes:
             raise CaptureError(

@@ -206,9 +206,9 @@ def vmap(
 def shared_write(target: Node, value: Node) -> str:
     """Return the error for writing a batched value to an unbatched tensor."""
     text = (
-        f"vmap: a tensor that is the same for all samples ({target.name}) was written with a "
-        f"value that differs between samples{at(value.meta.get('line'))}; make it an input with "
-        "its own in_dims"
+        f"vmap: a tensor of shape {list(target.meta['val'].shape)} that is the same for all "
+        "samples was written with a value that differs between "
+        f"samples{at(value.meta.get('line'))}; make it an input with its own in_dims"
     )
     near = {value}
     for _ in range(4):

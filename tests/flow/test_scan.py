@@ -373,11 +373,15 @@ ERRORS = {
     ),
     "number": (lambda: scan(lambda c, x: (1.0, x), H, XS), ArgumentError, "returned float"),
     "result": (lambda: scan(lambda c, x: c, H, XS), ArgumentError, r"must return \(carry, y\)"),
-    "y": (lambda: scan(lambda c, x: (c, {"a": 2}), H, XS), ArgumentError, r"\['a'\] is a int"),
+    "y": (
+        lambda: scan(lambda c, x: (c, {"a": 2}), H, XS),
+        ArgumentError,
+        r"\['a'\] is of type int",
+    ),
     "leaf": (
         lambda: scan(lambda c, x: (c, x), {"s": "no"}, XS),
         ArgumentError,
-        r"init\['s'\] is a str",
+        r"init\['s'\] is of type str",
     ),
     "lengths": (
         lambda: scan(lambda c, x: (c, None), H, {"a": XS, "b": H}),

@@ -39,7 +39,7 @@ ARGUMENTS = {
     ),
     "no tensor": (
         lambda: vmap(lambda a, k: a * k)(x, 2),
-        "in_dims has 0 for k (argument 1), which is a int",
+        "in_dims has 0 for k (argument 1), which is of type int",
     ),
     "variadic": (
         lambda: vmap(lambda *xs: xs[0])(x, y),
@@ -68,7 +68,7 @@ ARGUMENTS = {
     ),
     "result in a tree": (
         lambda: vjp(lambda a: {"a": a, "n": 2}, x),
-        "vjp: the output['n'] is a int",
+        "vjp: the output['n'] is of type int",
     ),
     "has_aux": (
         lambda: grad(lambda a: a.sum(), has_aux=True)(x),
