@@ -44,7 +44,9 @@ def repeated_call(
     alone = first_alike(tensors) is None and not entry.shared.given and entry.whereabouts is None
     if not (tensors and same and plain and alone):
         return lambda args, kwargs: OTHER
-    number, all_closed = len(tensors), entry.sources == [*range(len(found))]
+    number = len(tensors)
+    # all closed-over tensors are tensors of the state, in its order
+    all_closed = [s if s.__class__ is int else None for s in entry.sources] == [*range(len(found))]
     state = entry.check if entry.check.is_large else None  # it has native code of its own
     check = Check(Situation(tensors, found, None if state else entry.check), large=0)
     # the tensors, if all arguments are tensors

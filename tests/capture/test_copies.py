@@ -65,7 +65,13 @@ def test_deepcopy_of_an_argument_is_a_leaf_of_its_own():
     assert_same(vmap(twice)(X), (X + 1) * X)
 
 
-@pytest.mark.parametrize("how", ["pickle", "save", "copy"])
+def test_a_copy_of_a_value():
+    assert_same(vmap(lambda x: copy.copy(x.sin()) * x)(X), X.sin() * X)
+    with pytest.raises(CaptureError, match=r"copy\.copy of a value that requires grad.*clone\(\)"):
+        grad(lambda x: (copy.copy(x * 2) * x).sum())(X[0])
+
+
+@pytest.mark.parametrize("how", ["pickle", "save"])
 def test_differentiated_and_batched_values_are_not_pickled(how):
     for run in (
         grad(lambda x: (WAYS[how](x * 2) * x).sum()),

@@ -58,6 +58,8 @@ def reuse(graph: fx.Graph) -> None:
     for n, mine in owner.items():
         end[mine] = max([end.get(mine, 0), *[place[u] for u in n.users]])
     for n in graph.nodes:
+        if not isinstance(n.target, Launch):  # a constant that a launch has made
+            continue
         taken: dict[int, int] = {}
         for out, inputs in n.meta.get("fitting", {}).items():
             for i in inputs:
