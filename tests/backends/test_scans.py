@@ -74,6 +74,19 @@ def test_several_kernels():
     agree(lambda x: (x * 2).cumsum(0), floats(0, 3), kernels=0)
 
 
+def test_read_elsewhere():
+    """A scan whose other indices vary along its axis is another kernel's."""
+    x, i = floats(19, 19), torch.arange(37 * 19).view(37, 19) * 7 % 19
+    for f in OPS.values():
+        agree(lambda x, f=f: value_of(f(x.sin(), 1)).diagonal() * 2, x, kernels=None)
+        agree(lambda x, i, f=f: value_of(f(x, 1)).gather(0, i) * 2, x, i, kernels=None)
+        agree(lambda x, i, f=f: value_of(f(x, 1)).gather(0, i).sum(1), x, i, kernels=None)
+
+
+def value_of(y):
+    return y if isinstance(y, torch.Tensor) else y.values
+
+
 def test_special_values():
     x = torch.tensor([SPECIAL, SPECIAL[::-1], SPECIAL[4:] + SPECIAL[:4]])
     same = torch.tensor([[2.0, 2.0, math.nan, 3.0, math.nan, 1.0]]).t()

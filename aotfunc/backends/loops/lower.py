@@ -213,8 +213,9 @@ class Lowering(Axes):
         forward, backward = index_along(axis), index_along(axis, -1).shifted(size - 1)
         if more or index not in (forward, backward) or self.extents[axis] != size:
             raise Unfit("a scan of a part, or along several axes")
-        if mask is not None and axis in self.axes_of(mask):
-            raise Unfit("a scan along which a mask varies")
+        others = (*place[:dim], *place[dim:][1:])
+        if axis in self.reached(others) or (mask is not None and axis in self.axes_of(mask)):
+            raise Unfit("a scan along which another index or a mask varies")
         if self.reduced not in ((), (axis,)) or self.turned is (index == forward):
             raise Unfit("scans along other axes, or the other way")
         self.reduced, self.turned = (axis,), index == backward
