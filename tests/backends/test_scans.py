@@ -83,6 +83,20 @@ def test_read_elsewhere():
         agree(lambda x, i, f=f: value_of(f(x, 1)).gather(0, i).sum(1), x, i, kernels=None)
 
 
+def test_added_elsewhere():
+    """Where a scan from the end is added to places, no memory beyond the result is written."""
+    x, i = floats(64, 33), torch.arange(64 * 33).view(64, 33) * 7 % 64
+    from_end = OPS["from the end"]
+    zeros = lambda: torch.zeros(64, 33)
+    agree(lambda x, i: zeros().scatter_add(0, i, from_end(x, 1)), x, i, kernels=None, **LOOSE)
+    agree(lambda x, i: zeros().index_add(0, i[:, 0], from_end(x, 1)), x, i, kernels=None, **LOOSE)
+    put = lambda x, i: zeros().index_put((i[:, 0],), from_end(x, 1), accumulate=True)
+    agree(put, x, i, kernels=None, **LOOSE)
+
+
+LOOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
 def value_of(y):
     return y if isinstance(y, torch.Tensor) else y.values
 

@@ -268,6 +268,8 @@ class Lowering(Axes):
         outer = set(range(rank - len(self.reduced)))
         for s in stores:
             walked = accesses[s.access]
+            if s.shift is not None and walked.start:  # the memory is cleared from there on
+                raise Unfit("values that are added along with a scan from the end")
             if s.blocks or s.shift is not None:
                 continue
             if not outer <= {k for k, stride in enumerate(walked.strides) if stride}:
