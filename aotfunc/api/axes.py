@@ -58,18 +58,17 @@ def psum(x: Any, axis_name: str) -> Any:
     >>> vmap(lambda x: x / psum(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0]))
     tensor([0.2500, 0.7500])
     """
-    counted = lambda x: x.long() if x.dtype == torch.bool else x
-    return each(lambda x: ops.psum(counted(x), axis_name), x, axis_name)
+    return each(lambda x: summed(x, axis_name), x, axis_name)
 
 
 def pmean(x: Any, axis_name: str) -> Any:
-    """Return the mean over all samples.
+    """Return the mean over all samples; of bools, the share that is true.
 
     >>> vmap(lambda x: x - pmean(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0]))
     tensor([-1.,  1.])
     """
     size = axis_size(axis_name)
-    return each(lambda x: ops.psum(x, axis_name) / size, x, axis_name)
+    return each(lambda x: summed(x, axis_name) / size, x, axis_name)
 
 
 def pmax(x: Any, axis_name: str) -> Any:
@@ -95,6 +94,10 @@ def all_gather(x: Any, axis_name: str, axis: int = 0) -> Any:
             [1, 2]])
     """
     return each(lambda x: gathered(x, axis_name).movedim(0, axis), x, axis_name)
+
+
+def summed(x: Tensor, axis_name: str) -> Tensor:
+    return ops.psum(x.long() if x.dtype == torch.bool else x, axis_name)
 
 
 def gathered(x: Tensor, axis_name: str) -> Tensor:

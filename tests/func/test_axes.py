@@ -162,6 +162,11 @@ def test_dtypes(dtype):
     assert_same(got, want.expand(4, 3))
 
 
+def test_the_mean_of_bools_is_the_share_that_is_true():
+    x = X > 0.5
+    assert_same(vmap(lambda x: pmean(x, "i"), axis_name="i", out_dims=None)(x), x.float().mean(0))
+
+
 def test_a_result_that_is_the_same_for_all_needs_no_dimension():
     assert_same(vmap(lambda x: psum(x, "i"), axis_name="i", out_dims=None)(X), X.sum(0))
 
