@@ -24,9 +24,12 @@ def doctor() -> None:
     """Print versions, the compiler, the cache, and whether each backend computes a gradient."""
     print(f"aotfunc {aotfunc.__version__}, PyTorch {torch.__version__}, Python {python_version()}")
     print("C++ compiler:", *toolchain.compiler() if toolchain.found() else ["none found"])
-    folder = store.directory()
-    files = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
-    print(f"cache: {folder}, {len(files)} files, {sum(files) / 2**20:.1f} MiB")
+    try:
+        folder = store.directory()
+        files = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
+        print(f"cache: {folder}, {len(files)} files, {sum(files) / 2**20:.1f} MiB")
+    except OSError as e:  # kernels are then kept in a temporary directory
+        print(f"cache: not used: {e}")
     for backend in BACKENDS:
         print(f"backend {backend}: {works(backend)}")
 
@@ -87,7 +90,7 @@ def best(f: Callable, args: Sequence[Any]) -> str:
 def clear_cache() -> None:
     """Remove the compiled code that is kept on disk."""
     folder = store.directory()
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder)
     print(f"removed {folder}")
 
 

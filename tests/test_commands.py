@@ -38,6 +38,13 @@ def test_doctor_says_what_works(capsys, monkeypatch):
     assert "backend none: BackendError: there is no backend 'none'" in printed
 
 
+def test_doctor_says_why_a_cache_is_not_used(tmp_path, capsys):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "kernels").write_text("no directory")
+    commands.main(["doctor"])
+    assert "cache: not used: " in capsys.readouterr().out
+
+
 def test_show_writes_a_page(file, tmp_path, capsys):
     page = tmp_path / "page.html"
     commands.main(["show", f"{file}:g", "--args", "torch.zeros(3), scale", "--to", str(page)])

@@ -101,6 +101,16 @@ def test_groups_that_read_each_other_are_arranged():
     assert found["edges"] == [(0, 1), (1, 0)] and len(found["places"]) == 2
 
 
+def test_constants_and_bodies_of_a_compiled_graph():
+    f = lambda x: (
+        torch.linspace(0, 1, 4).cumsum(0) @ x
+        + aotfunc.scan(lambda c, r: (c + r.sin(), c), x[0], x)[0]
+    )
+    for backend in ("eager", "cpp"):
+        page = aotfunc.show(aotfunc.jit(f, backend=backend), torch.ones(4, 4), to=None)
+        assert len(data_of(page)["stages"]) == len(page.stages)
+
+
 @pytest.mark.parametrize("what", ["a plain function", "a module", "a saved file"])
 def test_what_can_be_shown(tmp_path, what):
     x, f = torch.randn(5, 8), net()

@@ -19,6 +19,7 @@ from ..graph import output_node
 from ..partition.cost import Roofline, flops, nbytes
 from ..partition.memory import live_bytes
 from ..partition.ops import is_view
+from ..partition.report import dtype_text
 from .layout import arranged
 
 _FILES = Path(__file__).parent
@@ -67,7 +68,7 @@ class Values:
 
 def described(stage: Stage, values: Values) -> dict[str, Any]:
     """Return what the page shows of one stage."""
-    nodes = [n for n in stage.graph.nodes if n.op in ("placeholder", "call_function")]
+    nodes = [n for n in stage.graph.nodes if n.op != "output"]
     index = {n: i for i, n in enumerate(nodes)}
     lines = [user_line(n) for n in nodes]
     numbers = values.numbers(nodes, [text for text, _ in lines])
@@ -91,7 +92,7 @@ def described(stage: Stage, values: Values) -> dict[str, Any]:
         }
         for i, (n, (text, function)) in enumerate(zip(nodes, lines))
     ]
-    edges = [(index[a], i) for n, i in index.items() for a in n.all_input_nodes if a in index]
+    edges = [(index[a], i) for n, i in index.items() for a in n.all_input_nodes]
     levels = {
         "ops": list(range(len(nodes))),
         "lines": grouped([row["line"] or row["name"] for row in rows]),
@@ -139,15 +140,15 @@ def user_line(n: Node) -> tuple[str, str]:
 
 
 def op_name(n: Node) -> str:
-    if n.op == "placeholder":
-        return str(n.meta.get("role", "input"))
+    if n.op != "call_function":
+        return str(n.meta.get("role", "constant" if n.op == "get_attr" else "input"))
     return getattr(n.target, "__name__", str(n.target)).removesuffix(".default")
 
 
 def kind(n: Node) -> str:
     """Return what colours a node."""
     op = n.target
-    if n.op == "placeholder":
+    if n.op != "call_function":
         return "input"
     if op is operator.getitem or (isinstance(op, OpOverload) and is_view(n)):
         return "view"
@@ -163,4 +164,4 @@ def type_text(val: Any) -> str:
         return ", ".join(map(type_text, val))
     if not hasattr(val, "dtype"):
         return "" if val is None else str(val)
-    return f"{str(val.dtype).removeprefix('torch.')}{list(val.shape)}"
+    return f"{dtype_text(val.dtype)}{list(val.shape)}"
