@@ -7,23 +7,12 @@ from torch import nn
 
 from aotfunc import aot_function, jit
 from aotfunc.errors import CaptureError
+from tests.functions import Cube
 from tests.reference import assert_same
 
 
 class Stop(Exception):
     pass
-
-
-class Cubed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return g * 3 * x**2
 
 
 class World:
@@ -76,7 +65,7 @@ def update_statistics(w, x):
 
 
 def keep_the_functions_result(w, x):
-    w.kept = Cubed.apply(x)
+    w.kept = Cube.apply(x)
     (w.leaf_gradient,) = torch.autograd.grad((x**3).sum(), x)
 
 

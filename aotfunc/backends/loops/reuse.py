@@ -15,6 +15,7 @@ from .folded import RETURNED, aten
 from .ir import Kernel, Load, walk
 from .launch import Launch
 from .pointwise import RULES
+from .recompute import numel
 from .reductions import REDUCTIONS
 from .tasks import InRange, LaidOut
 from .views import VIEWS
@@ -94,7 +95,3 @@ def owners(graph: fx.Graph) -> dict[Node, Node]:
 
 def has_own_memory(n: Node) -> bool:
     return isinstance(n.target, Launch) or n.target in FRESH
-
-
-def numel(n: Any) -> int:
-    return n.meta["val"].numel()
