@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 
 from aotfunc import jit
 from aotfunc.errors import CaptureError
-from aotfunc.runtime.guards import check
+from aotfunc.runtime.guards import check, keys
 
 
 def f(x, y):
@@ -268,3 +268,8 @@ def test_from_threads_in_other_modes():
     assert all(compiled(x, w).requires_grad for _ in range(200))
     thread.join()
     assert found == [False] * 200
+
+
+def test_the_quick_check_reads_as_much_of_the_surroundings_as_the_key():
+    """One reading for each part of the key, which is compared itself where parts are more."""
+    assert len(keys.READS) + len(keys.ATTRIBUTES) == len(keys.environment_key())
