@@ -77,7 +77,9 @@ def ms(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return (
-        f"{seconds * 1e6:.0f} µs"
+        f"{seconds * 1e6:.2g} µs"
+        if seconds < 1e-5
+        else f"{seconds * 1e6:.0f} µs"
         if seconds < 1e-3
         else f"{seconds * 1e3:.3g} ms"
         if seconds < 1

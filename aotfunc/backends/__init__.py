@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,14 @@ def cpp(gm: Any, example_inputs: Any) -> Callable:
     from .loops.backend import cpp
 
     return cpp(gm, example_inputs)
+
+
+def looped(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable:
+    """Return ``plain``, which runs control flow with compiled bodies, in native code where that is
+    to be had."""
+    from .loops.looped import looped
+
+    return looped(target, bodies, plain) or plain
 
 
 def auto(gm: Any, example_inputs: Any) -> Callable:

@@ -165,10 +165,10 @@ def binds_one_overload(n: Node) -> bool:
 
 def entry_of(n: Node) -> Callable:
     """Return the callable for a node: the overload's C entry (``OpOverload.__call__`` adds a
-    Python frame), or a binding."""
+    Python frame), a binding, or what a target names as its ``entry``."""
     target = n.target
     if not isinstance(target, OpOverload):
-        return target
+        return getattr(target, "entry", target)
     binding = BINDINGS.get(target)
     return binding if binding is not None and binds_one_overload(n) else target._op
 

@@ -183,7 +183,7 @@ def on_rows(body: Program, mask: Node, met: Sequence[bool]) -> tuple[Program, Pr
             taken = b.placeholder("mask", mask.meta["val"])
             args = b.inputs(body.placeholders)
             if run:
-                number = b.call(aten._to_copy.default, taken, dtype=torch.uint8)
+                number = b.call(aten._to_copy.default, taken, dtype=torch.int64)
                 row = b.call(aten.view.default, b.call(aten.argmax.default, number), [1])
                 given = [
                     own_or_copied(b, taken, x, row) if yes else x

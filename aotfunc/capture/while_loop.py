@@ -39,6 +39,7 @@ class While(Flow):
         carry = [p.meta["val"] for p in body.placeholders[n_consts:]]
         body = body.once(("carried", n_consts, len(carry)), lambda: results_as(body, carry))
         self.condition, self.body = self.bodies = condition, body
+        self.n_carry, self.length, self.reverse = len(carry), max_steps, False
 
     def __repr__(self) -> str:
         most = "" if self.max_steps is None else f" of at most {self.max_steps} steps"

@@ -17,6 +17,7 @@ from .. import backends, debug
 from ..backends import Backend
 from ..backends.auto import automatic, suited
 from ..backends.eager import compile_graph
+from ..capture.bodies import dense, results_as
 from ..capture.calls import CompiledCall
 from ..capture.captured import Captured
 from ..errors import AotfuncError, BackendError
@@ -255,6 +256,8 @@ def compile_bodies(graph: fx.Graph, backend: Backend, what: str) -> bool:
     found = [n for n in graph.nodes if hasattr(n.target, "bodies")]
 
     def compiled(body: Program) -> Callable:
+        if backend == backends.CPP:  # which has loops in native code for results that are dense
+            body = body.once(dense, lambda: results_as(body, [dense(v) for v in body.vals]))
         return body.once(
             ("compiled", backend.compile),
             lambda: unboxed(compiled_by(backend, body, examples(body), f"{what}, {body.name}")),
@@ -262,8 +265,11 @@ def compile_bodies(graph: fx.Graph, backend: Backend, what: str) -> bool:
 
     for n in found:
         target: Any = n.target
-        run = functools.partial(run_bodies, target, list(map(compiled, target.bodies)))
-        run.__name__ = target.__name__  # type: ignore[attr-defined]
+        bodies = list(map(compiled, target.bodies))
+        run: Any = functools.partial(run_bodies, target, bodies)
+        if backend == backends.CPP:
+            run = backends.looped(target, bodies, run)
+        run.__name__, run.flow = target.__name__, (target, bodies)
         n.target = run
     return bool(found)
 
@@ -276,6 +282,7 @@ def unboxed(body: Callable[[list], Sequence]) -> Callable[..., Sequence]:
         return body([*args])
 
     call.unchecked = getattr(body, "unchecked", call)  # type: ignore[attr-defined]
+    call.steady = getattr(body, "steady", None)  # type: ignore[attr-defined]
     return call
 
 

@@ -80,7 +80,7 @@ def test_one_output(form):
     x, y = torch.randn(64), torch.randn(64)
     out = add(64)(x, y)
     assert torch.equal(out, x + y) and type(out) is torch.Tensor and not out.requires_grad
-    assert isinstance(add(64).run, type(len)) == (form == "native")
+    assert isinstance(add(64).entry, type(len)) == (form == "native")
 
 
 def test_several_outputs_in_any_order(form):
@@ -179,7 +179,7 @@ def test_what_is_no_tensor(form, other):
 @pytest.mark.parametrize("count", [0, 1, 3, 20])
 def test_a_wrong_number(form, count):
     f, x = add(4), torch.ones(4)
-    for g in (f, f.run):
+    for g in (f, f.entry):
         with pytest.raises(TypeError, match=f"the kernel add takes 2 tensors, not {count}"):
             g(*[x] * count)
         with pytest.raises(TypeError):
@@ -195,7 +195,7 @@ def test_more_memory_than_there_is(form):
 def test_names_in_graphs(form):
     """A launch is the target of a node."""
     f = add(4)
-    for target in (f, f.run) if form == "native" else (f,):
+    for target in (f, f.entry) if form == "native" else (f,):
         graph = fx.Graph()
         graph.output(graph.call_function(target, (graph.placeholder("x"), graph.placeholder("y"))))
         module = fx.GraphModule({}, graph)
@@ -262,7 +262,7 @@ def test_in_a_forked_child(form, two_threads):
 def test_nothing_is_kept(form):
     f, x, y = add(64), torch.ones(64), torch.ones(64)
     g = made("both", 8, (8, 9), [vector(8), vector(8, torch.float64)], (2, 1, 0))
-    counts = [sys.getrefcount(o) for o in (x, y, f, f.run, f.plain)]
+    counts = [sys.getrefcount(o) for o in (x, y, f, f.entry, f.plain)]
     for _ in range(2):  # the first time memory may grow
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for _ in range(100_000 if form == "native" else 5_000):
@@ -271,7 +271,7 @@ def test_nothing_is_kept(form):
             with contextlib.suppress(TypeError):
                 f(x)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1000  # KiB
-    assert counts == [sys.getrefcount(o) for o in (x, y, f, f.run, f.plain)]
+    assert counts == [sys.getrefcount(o) for o in (x, y, f, f.entry, f.plain)]
     out = f(x, y)
     gone = weakref.ref(out)
     assert sys.getrefcount(out) == 2
@@ -282,7 +282,7 @@ def test_nothing_is_kept(form):
 def test_a_launch_goes_at_once(form):
     f = add(4)
     plain = weakref.ref(f.plain)
-    run = f.run
+    run = f.entry
     gc.disable()
     try:
         del f
@@ -327,7 +327,7 @@ def test_the_plain_form_instead(cache, monkeypatch, what):
     LACKS[what](monkeypatch)
     with pytest.warns(BackendWarning, match="called in Python, not natively"):
         f = Launch(kernel, 4, (), [vector(4)], (0, 1, 2))
-    assert f.run is f.plain
+    assert f.entry is f.plain
     assert torch.equal(f(torch.ones(4), torch.ones(4)), torch.full((4,), 2.0))
 
 
@@ -342,7 +342,7 @@ def test_compiled_for_the_first_launch(cache, monkeypatch):
         monkeypatch.setattr(launch, "native_form", fresh())
         f = Launch(kernel, 4, (), [vector(4)], (0, 1, 2))
         Launch(kernel, 4, (), [vector(4)], (0, 1, 2))
-        assert len(runs) == 2 and f.run is not f.plain
+        assert len(runs) == 2 and f.entry is not f.plain
 
 
 def test_zeros_without_memory(form):

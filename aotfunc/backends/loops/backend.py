@@ -23,6 +23,7 @@ from .folded import fold
 from .fuse import Unit, grouped, stored
 from .ir import Apply, Kernel, Scan, walk
 from .launch import Launch, has_memory
+from .looped import consists_of_launches
 from .lower import lower
 from .matmul import product_launch
 from .members import seen_through
@@ -53,12 +54,11 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
     graph, source = with_kernels(gm)
     if source and (debug.watched is not None or debug.LEVEL >= 3):
         debug.note("cpp", graph, lambda: source, size(graph))
-    launches = [n for n in graph.nodes if isinstance(n.target, Launch)]
-    for n in launches:
-        n.target = n.target.run
+    steady = graph if consists_of_launches(graph) else None
     run = compile_graph(graph)
-    if not launches:
+    if not any(isinstance(n.target, Launch) for n in graph.nodes):
         run.boxed.own = 0  # type: ignore[attr-defined]
+        run.boxed.steady = steady  # type: ignore[attr-defined]
         return run
     by_ops = functools.cache(lambda: compile_graph(gm.graph))
 
@@ -73,6 +73,7 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
     boxed.own = own(output_node(graph).args[0])  # type: ignore[attr-defined]
     boxed.unchecked = run  # type: ignore[attr-defined]
     boxed.alone = one_launch(graph)  # type: ignore[attr-defined]
+    boxed.steady = steady  # type: ignore[attr-defined]
 
     def call(*args: Tensor) -> tuple:
         return boxed([*args])
@@ -86,7 +87,7 @@ def one_launch(graph: fx.Graph) -> Callable | None:
     launch."""
     *inputs, last, output = graph.nodes
     given = all(n.op == "placeholder" for n in inputs) and last.args == (*inputs,)
-    return last.target if given and list(output.args[0]) == [last] else None
+    return last.target.entry if given and list(output.args[0]) == [last] else None
 
 
 def own(results: Sequence[Any]) -> int:
@@ -148,7 +149,7 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """Return a copy of the graph, which may be changed."""
     new: dict[Node, Node] = {}
-    copy = fx.Graph()
+    copy = fx.Graph(graph.owning_module)
     for n in graph.nodes:
         new[n] = copy.node_copy(n, new.__getitem__)
     return copy

@@ -36,7 +36,7 @@ DTYPES = {x for x in vars(torch).values() if isinstance(x, torch.dtype)}
 
 class Launch:
     """``launch(*inputs)`` allocates the kernel's outputs, runs it, and returns them: one tensor,
-    or a tuple. ``run`` is the same, and quicker to call.
+    or a tuple. ``entry`` is the same, and quicker to call.
 
     ``order`` says for each of the kernel's buffers which of ``[*inputs, *outputs]`` it is. Of the
     inputs only the memory is read: their dtypes, sizes, strides and whether they are conjugated
@@ -45,7 +45,7 @@ class Launch:
     one that is no tensor, and ArgumentError, which is one, for a tensor without memory on the
     CPU."""
 
-    __slots__ = ("__name__", "plain", "run", "taken")
+    __slots__ = ("__name__", "entry", "plain", "taken")
 
     def __init__(
         self,
@@ -60,12 +60,12 @@ class Launch:
         self.__name__ = kernel.function.__name__
         self.plain = functools.partial(launch_plainly, kernel, rows, sizes, outputs, order, grain)
         self.taken = taken
-        self.run: Callable = self.plain
+        self.entry: Callable = self.plain
         if (quick := native_form()) and all(d in quick.dtypes for *_, d in outputs):
-            self.run = quick(self.plain, taken)
+            self.entry = quick(self.plain, taken)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        return self.run(*inputs)
+        return self.entry(*inputs)
 
     def taking(self, taken: Mapping[int, int]) -> Launch:
         """Return the launch whose outputs take the memory of inputs."""
@@ -146,9 +146,9 @@ class Native:
         offset = offset_of_tensors()
         shim = ctypes.CDLL(toolchain.torch_library())
         python = ctypes.CDLL(str(Path(toolchain.torch_library()).with_name("libtorch_python.so")))
-        source = (native.HERE / "launch.cpp").read_text()
+        source = "\n".join([(native.HERE / f"{x}.cpp").read_text() for x in ("launch", "loop")])
         library = ctypes.CDLL(str(built(source)))
-        self.launch = address(library.aot_launch)
+        self.launch, self.loop = address(library.aot_launch), address(library.aot_loop)
         names = {d: f"aoti_torch_dtype_{str(d).removeprefix('torch.')}" for d in DTYPES}
         self.dtypes = {d: shim[name]() for d, name in names.items() if hasattr(shim, name)}
         for name, x in (

@@ -23,6 +23,19 @@ def outer_product(x: Tensor, y: Tensor) -> Any:
     return (x * y).contiguous()
 
 
+#: number of multiplications that take no longer in a kernel of products, where another adds the
+#: bias with what follows, than in one call
+FEW_PRODUCTS = 1 << 20
+
+
+def product_and_sum(bias: Tensor, x: Tensor, y: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    """Multiply small matrices, and add."""
+    few = 0 < x.numel() * y.shape[-1] <= FEW_PRODUCTS
+    if beta != 1 or alpha != 1 or not few or {bias.dtype, x.dtype, y.dtype} - {*FLOATS}:
+        return NotImplemented
+    return x @ y + bias
+
+
 FLOATS = (torch.float32, torch.float64)
 
 
@@ -55,6 +68,8 @@ def can_open(args: Sequence, more: Container[torch.dtype] = ()) -> bool:
 OPENED: dict[Any, Callable] = {
     aten.mm.default: outer_product,
     aten.bmm.default: outer_product,
+    aten.addmm.default: product_and_sum,
+    aten.baddbmm.default: product_and_sum,
     aten._softmax.default: of_floats(softmax.softmax),
     aten._log_softmax.default: of_floats(softmax.log_softmax),
     aten._softmax_backward_data.default: of_floats(softmax.softmax_backward),
