@@ -195,6 +195,12 @@ def needed_for(nodes: Sequence[Node], outs: Iterable[Any]) -> set[Any]:
     return found
 
 
+def recomputes(n: Node) -> bool:
+    """Return whether a node computes a value of a checkpointed region again."""
+    region = n.meta.get("region")
+    return region.__class__ is tuple and region[0] == "again"
+
+
 def cut(
     graph: fx.Graph,
     late_inputs: Sequence[Node],
@@ -203,17 +209,19 @@ def cut(
 ) -> tuple[list[Node], list[Node], list[Node]]:
     """Split by reachability: ``(early nodes, late nodes, residuals)``.
 
-    Late is what depends on ``late_inputs`` and is needed for ``late_outs``; everything else that
-    is needed is early; residuals are the early values (or other placeholders) that late nodes or
-    late outputs read."""
-    dependent = dependents(graph, late_inputs)
+    Late is what depends on ``late_inputs``, or recomputes a checkpointed region, and is needed for
+    ``late_outs``; everything else that is needed is early; residuals are the early values (or
+    other placeholders) that late nodes or late outputs read."""
+    nodes = [n for n in graph.nodes if n.op == "call_function"]
+    before = needed_for(nodes, early_outs)
+    again = [n for n in nodes if n not in before and recomputes(n)]
+    dependent = dependents(graph, [*late_inputs, *again])
     late_wanted = {o for o in late_outs if isinstance(o, Node)}
     early_wanted = {o for o in early_outs if isinstance(o, Node)}
     residuals: dict[Node, None] = {
         o: None for o in late_outs if isinstance(o, Node) and o not in dependent
     }
     late: list[Node] = []
-    nodes = [n for n in graph.nodes if n.op == "call_function"]
     for n in reversed(nodes):
         if n in dependent and n in late_wanted:
             late.append(n)

@@ -35,6 +35,7 @@ from .flow_bodies import (
     tensors,
     trip_count,
 )
+from .segments import scan_in_segments
 from .vmap import debug_unwrap, vmap
 
 aten = torch.ops.aten
@@ -47,6 +48,7 @@ def scan(
     xs: Any = None,
     length: int | None = None,
     reverse: bool = False,
+    checkpoint: int = 0,
 ) -> tuple[Any, Any]:
     """Return ``(final carry, ys)`` of the loop ``carry, ys[t] = f(carry, xs[t])``, as one op of a
     graph.
@@ -55,9 +57,11 @@ def scan(
     each step along dimension 0, as have those in ``ys``; with ``xs=None`` there are ``length``
     steps. The carry keeps its tree, shapes and dtypes. ``reverse`` goes from the last row to the
     first. ``f`` is recorded once: graphs and compilation do not grow with the number of steps. It
-    may close over tensors and write to what it makes. Raises ArgumentError for a carry that
-    changes between steps, stacks of several lengths and leaves that are not tensors, CaptureError
-    where ``f`` writes to a tensor from outside.
+    may close over tensors and write to what it makes. With ``checkpoint=k`` reverse mode keeps
+    every ``k``-th carry, and runs the steps from there again; without it keeps what the backward
+    reads of each step. Raises ArgumentError for a carry that changes between steps, stacks of
+    several lengths and leaves that are not tensors, CaptureError where ``f`` writes to a tensor
+    from outside.
 
     >>> total, sums = scan(lambda c, x: (c + x, c + x), torch.tensor(0), torch.arange(4))
     >>> total, sums
@@ -68,6 +72,12 @@ def scan(
     rows, x_spec = ([], None) if xs is None else flatten(xs)
     rows = tensors("scan", "xs", rows, x_spec)
     steps = trip_count("scan", rows, x_spec, length)
+    if not isinstance(checkpoint, int) or checkpoint < 0:
+        raise ArgumentError(
+            f"scan: checkpoint is a number of steps, or 0, not {checkpoint!r}{at(user_line())}"
+        )
+    if every := min(checkpoint, steps):
+        return scan_in_segments(scan, f, init, xs, steps, reverse, every)
     count = len(carry)
 
     def rebuilt(leaves: Sequence[Any]) -> tuple[list, dict]:

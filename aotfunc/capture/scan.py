@@ -146,7 +146,7 @@ class Scan(Flow):
             lambda: Half(self, vjp(self.body, wrt, have), sum(have)),
         )
         _, carries, _ = self.parts(wrt)
-        saved = half.saved(b, n, self)
+        saved = half.saved(b, again, self)
         sigs = [p.meta["val"] for p in self.body.placeholders]
         back, consts, stacked = half.once(
             ("back", wrt, have), lambda: backward_body(self, half, wrt, have)

@@ -92,7 +92,7 @@ class Switch(Flow):
             lambda: cut_branches(self, [vjp(p, wrt, have) for p in self.bodies], sum(have), sigs),
         )
         cts = [laid_out(b, g[j], v, exactly=True) for j, v in enumerate(self.vals) if j in g]
-        return [operands[i] for i in wrt], half.late_results(b, n, cts)
+        return [operands[i] for i in wrt], half.late_results(b, again, cts)
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
         """Let each branch also return residuals, and add a choice between their tangents."""

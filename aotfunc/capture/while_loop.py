@@ -100,7 +100,7 @@ class While(Flow):
                 f"{at(n.meta.get('line'))}: say while_loop(..., max_steps=…), which bounds what "
                 "is kept for the backward"
             )
-        loop = n.target = Scan(self.guarded(), self.n_consts, len(self.vals), self.max_steps)
+        loop = again.target = Scan(self.guarded(), self.n_consts, len(self.vals), self.max_steps)
         return loop.pull(b, n, g, active, again)
 
     def guarded(self) -> Program:

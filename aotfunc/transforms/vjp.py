@@ -76,7 +76,11 @@ def line_of(n: Node) -> dict[str, Any]:
 
 
 def is_op(n: Node) -> bool:
-    return isinstance(n.target, OpOverload) or n.target is operator.getitem
+    """Return whether a node may be computed again: an op, or a loop or branch."""
+    target = n.target
+    return (
+        isinstance(target, OpOverload) or target is operator.getitem or hasattr(target, "bodies")
+    )
 
 
 def reverse(

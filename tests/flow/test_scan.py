@@ -1,6 +1,8 @@
 """``scan``: trees, layouts, aliases, draws and intent as in a Python loop; graphs that do not grow
 with the number of steps; errors that say what differs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -9,7 +11,7 @@ import aotfunc
 from aotfunc import backends, grad, hessian, jit, jvp, linearize, make_fx, scan, vmap
 from aotfunc.debug import stages
 from aotfunc.errors import ArgumentError, CaptureError, RuleError
-from tests.reference import assert_same
+from tests.reference import assert_same, grads, hess
 
 W = torch.tensor([[0.5, -0.2, 0.1], [0.3, 0.8, -0.6], [-0.4, 0.2, 0.9]], dtype=torch.float64)
 H = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64)
@@ -416,3 +418,75 @@ def test_errors(name, wrap):
         wrap(run)
     assert "test_scan.py" in str(e.value)
     assert_same(W[0, 0], torch.tensor(0.5, dtype=torch.float64))
+
+
+def kept(f, *args):
+    """The shapes of what the first loop of a gradient returns."""
+    nodes = make_fx(grad(f))(*args).graph.nodes
+    return [list(v.shape) for n in nodes if n.name == "scan" for v in n.meta["val"]]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 4, 5, 9])
+def test_segments(every, reverse):
+    """Values and two orders of derivatives, with steps left over, with and without rows."""
+
+    def run(loop, h, xs):
+        def step(carry, x):
+            h, n = carry
+            new = torch.tanh(W @ h + x) * h.sin()
+            return (new, n + 1), new * n
+
+        more = {"checkpoint": every} if loop is scan else {}
+        (h, _), ys = loop(step, (h, torch.tensor(0)), xs, reverse=reverse, **more)
+        return h.sum() + ys * xs
+
+    same(run, H, XS, argnums=(0, 1))
+    step = lambda h, _: (torch.sin(W @ h), {"y": h, "none": None})
+    for loop in (scan, jit(scan, backend="eager")):
+        found = loop(step, H, None, 7, reverse, checkpoint=every)
+        assert_same(found, scan(step, H, None, 7, reverse))
+
+
+def test_what_checkpoints_keep():
+    deep = lambda h, x: (torch.sin(torch.tanh(W @ h + x) * h.cos()), None)
+    run = lambda step, **options: lambda h: scan(step, h, XS[:4], **options)[0].sum()
+    assert kept(run(deep), H) == [[3], *[[4, 3]] * 4]
+    assert kept(run(aotfunc.checkpoint(deep)), H) == kept(run(deep, checkpoint=1), H)
+    assert kept(run(deep, checkpoint=1), H) == [[3], *[[4, 3]] * 2]
+    assert kept(run(deep, checkpoint=2), H) == [[3], [2, 3]]
+
+
+def test_branches_and_loops_inside_checkpoints():
+    def run(loops, h, checkpoint):
+        inner = lambda h: loops.while_loop(lambda h: h.abs().sum() > 0.9, lambda h: h * 0.7, h, 9)
+        choice = lambda h: loops.cond(h[0] > 0, torch.sin, lambda h: torch.tanh(W @ h) * h, h)
+        step = checkpoint(lambda h: choice(inner(h)))
+        return step(step(h * 2) + 1).sum()
+
+    python = SimpleNamespace(cond=branch_in_python, while_loop=while_in_python)
+    reference = lambda h: run(python, h, lambda f: f)
+    ours = lambda h: run(aotfunc, h, aotfunc.checkpoint)
+    assert_same(grad(ours)(H), grads(reference)(H))
+    assert_same(hessian(ours)(H), hess(reference, H))
+    assert_same(jit(hessian(ours))(H), hess(reference, H))
+    for around in (lambda h: ours(h), lambda h: checkpoint(ours, h, use_reentrant=False)):
+        leaf = H.clone().requires_grad_()
+        around(leaf).backward()
+        assert_same(leaf.grad, grads(reference)(H))
+
+
+def branch_in_python(yes, f, g, *operands):
+    return f(*operands) if yes else g(*operands)
+
+
+def while_in_python(condition, body, carry, most):
+    while most and condition(carry):
+        carry, most = body(carry), most - 1
+    return carry
+
+
+@pytest.mark.parametrize("checkpoint", [-1, 1.5, None])
+def test_a_checkpoint_is_a_number_of_steps(checkpoint):
+    with pytest.raises(ArgumentError, match="checkpoint is a number of steps"):
+        scan(lambda h, x: (h, x), H, XS, checkpoint=checkpoint)
