@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ..runtime.resized import resized_program
 from ..trace.tape import signature
 from ..trace.traced import Traced
 from ..transforms.fresh import fresh
+from ..transforms.vmap import Axis
 from ..transforms.vmap import vmap as vmap_pass
 from .call import Dims, batch_size, broadcast_prefix, input_dims, sample_sig, tensors_of
 from .dynamo import read_by_dynamo
@@ -85,33 +86,20 @@ def vmap(
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs, func)
         dims = input_dims(in_dims, args, arguments)
-        size = batch_size(arguments, dims)
-        if chunk_size is None or size <= chunk_size:
-            return _run(*_batched_program(func, arguments, dims, size, options))
-        return _chunked(func, arguments, dims, size, options, chunk_size)
+        axis = Axis(batch_size(arguments, dims), randomness, strict, axis_name)
+        if chunk_size is None or axis.size <= chunk_size:
+            return _run(*_batched_program(func, arguments, dims, axis, placed))
+        return _chunked(func, arguments, dims, axis, placed, chunk_size)
 
-    options = Options(
-        tuple(out_dims) if isinstance(out_dims, list) else out_dims,
-        randomness,
-        strict,
-        axis_name,
-    )
+    placed = tuple(out_dims) if isinstance(out_dims, list) else out_dims
     return wrapper
 
 
-class Options(NamedTuple):
-    """The options that the caller of ``vmap`` gives for the batched function."""
-
-    out_dims: Dims
-    randomness: str
-    strict: bool
-    axis: str | None
-
-    def dims_of(self, leaves: list, spec: Any) -> list[int | None]:
-        """Return the dimension of the batch in each leaf of a result."""
-        if isinstance(self.out_dims, int):
-            return [self.out_dims] * len(leaves)
-        return broadcast_prefix(self.out_dims, unflatten(leaves, spec), "out_dims")
+def dims_of_results(out_dims: Dims, leaves: list, spec: Any) -> list[int | None]:
+    """Return the dimension of the batch in each leaf of a result."""
+    if isinstance(out_dims, int):
+        return [out_dims] * len(leaves)
+    return broadcast_prefix(out_dims, unflatten(leaves, spec), "out_dims")
 
 
 def _run(
@@ -147,15 +135,15 @@ def batched_view(rec: Captured, ref: int, x: Tensor, old: int | None, new: int |
     """Return the view of a written input ``x`` that a result is, for the whole batch."""
     view = view_program(rec, ref)
     size = 1 if old is None else x.shape[old]
-    return vmap_pass(view, (old,), (signature(x),), size, "error", (new,), False)
+    return vmap_pass(view, (old,), (signature(x),), Axis(size), (new,))
 
 
 def _batched_program(
     func: Callable,
     arguments: Arguments,
     dims: Sequence[int | None],
-    size: int,
-    options: Options,
+    axis: Axis,
+    out_dims: Dims,
 ) -> tuple[Captured, Program, list[Tensor], list[tuple[int | None, int | None]]]:
     """Return the recording of one sample, the batched program, its inputs, and the dimensions as
     _run takes them."""
@@ -167,14 +155,14 @@ def _batched_program(
     tensor_dims = tuple(
         d for x, d in zip(arguments.leaves, dims, strict=True) if isinstance(x, Tensor)
     )
-    known = AXES.sizes if options.axis is None else {**AXES.sizes, options.axis: size}
+    known = AXES.sizes if axis.name is None else {**AXES.sizes, axis.name: axis.size}
     with axes(known):
         rec = capture(
             as_called(func),
             arguments.leaves,
             arguments.rebuilt,
             samples=samples,
-            batch=Samples(tensor_dims, size, options.randomness, options.axis),
+            batch=Samples(tensor_dims, axis),
             numbers=True,
             name_of=parameter_names(func, arguments),
         )
@@ -185,7 +173,7 @@ def _batched_program(
                 f"vmap: the shape of {name}, which is batched, is changed in place; make a view "
                 "of it"
             )
-    flat = options.dims_of(rec.leaves, rec.spec)
+    flat = dims_of_results(out_dims, rec.leaves, rec.spec)
     for k, (x, d) in enumerate(zip(rec.leaves, flat, strict=True)):
         if not isinstance(x, Tensor) and d is not None:
             path = leaf_paths(rec.spec)[k] if rec.spec is not None else ""
@@ -202,54 +190,47 @@ def _batched_program(
     tensors = tensors_of(arguments)
     sigs = tuple(rec.trace.as_placed([*map(signature, tensors)]))
     own = rec.aliases
-    _, randomness, strict, axis = options
-    how = (randomness, results_dims, strict, own, axis)
-
-    def make() -> Program:
-        return fresh(
-            vmap_pass(base, tensor_dims, sigs, size, randomness, results_dims, strict, axis),
-            own,
-        )
-
+    how = (tensor_dims, sigs, axis, results_dims)
     program = base.derived(
-        ("vmap", tensor_dims, sigs, size, *how),
-        lambda: resized_program(base, tensor_dims, sigs, size, how, make),
+        ("vmap", *how, own),
+        lambda: resized_program(base, *how, own, lambda: fresh(vmap_pass(base, *how), own)),
     )
-    dims_of_results: list[tuple[int | None, int | None]] = []
+    places: list[tuple[int | None, int | None]] = []
     if program.mutated:  # only then results may be inputs
         sources = (tensor_dims[r] if 0 <= r < len(tensor_dims) else None for r in rec.roots)
-        dims_of_results += zip(sources, results_dims, strict=True)
-    return rec, program, [*tensors, *rec.closed_over], dims_of_results
+        places += zip(sources, results_dims, strict=True)
+    return rec, program, [*tensors, *rec.closed_over], places
 
 
 def _chunked(
     func: Callable,
     arguments: Arguments,
     dims: Sequence[int | None],
-    size: int,
-    options: Options,
+    axis: Axis,
+    out_dims: Dims,
     chunk: int,
 ) -> Any:
     parts: list[Any] = []
-    for start in range(0, size, chunk):
-        count = min(chunk, size - start)
+    for start in range(0, axis.size, chunk):
+        count = min(chunk, axis.size - start)
         parts_of = zip(arguments.leaves, dims, strict=True)
         piece = arguments.with_leaves(
             [x if d is None else x.narrow(d, start, count) for x, d in parts_of]
         )
-        rec, program, inputs, places = _batched_program(func, piece, dims, count, options)
+        some = axis._replace(size=count)
+        rec, program, inputs, places = _batched_program(func, piece, dims, some, out_dims)
         # several chunks would draw the same numbers
-        if options.randomness == "same" and any(map(draws, program.graph.nodes)):
+        if axis.randomness == "same" and any(map(draws, program.graph.nodes)):
             if parts:
                 raise ArgumentError(
                     "vmap: randomness='same' with chunk_size, and not every chunk draws; drop "
                     "chunk_size"
                 )
-            return _run(*_batched_program(func, arguments, dims, size, options))
+            return _run(*_batched_program(func, arguments, dims, axis, out_dims))
         parts.append(_run(rec, program, inputs, places))
     flat = [flatten(p) for p in parts]
     leaves, spec = flat[0]
-    where = options.dims_of(leaves, spec)
+    where = dims_of_results(out_dims, leaves, spec)
     joined = [
         torch.cat([p[0][i] for p in flat], d % leaves[i].dim()) if d is not None else leaves[i]
         for i, d in enumerate(where)

@@ -368,9 +368,9 @@ class CompiledCall:
                 0 if isinstance(o, Node) else None
                 for o in self.program.outputs[: self.program.n_outputs]
             ]
-            return vmap(whole, dims, sigs, walk.size, walk.randomness, outs, walk.strict)
+            return vmap(whole, dims, sigs, walk.axis, outs)
 
-        key = ("vmap", self.compile, flags, sigs, walk.size, walk.randomness, walk.strict)
+        key = ("vmap", self.compile, flags, sigs, walk.axis)
         call = self.program.derived(
             key, lambda: CompiledCall(make(), self.compile, self.split, f"vmap_{self.__name__}")
         )

@@ -114,7 +114,7 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
     if samples is None:
         return values, count
     with quiet():
-        return [v.flatten(0, 1) for v in values], count * samples.size
+        return [v.flatten(0, 1) for v in values], count * samples.axis.size
 
 
 def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:

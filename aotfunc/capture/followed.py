@@ -23,19 +23,17 @@ from ..trace.shapes.sig import Sig, sig_of
 from ..trace.traced import Traced, around, quiet, under_way
 from ..trace.tracer import Trace
 from ..transforms.tidy import REWRITES
-from ..transforms.vmap import vmap
+from ..transforms.vmap import Axis, vmap
 from .axes import AXES
 from .calls import CallStep, Row, on_eager
 
 
 class Samples(NamedTuple):
     """How the inputs of a recording under ``vmap`` were sampled: the batch dimension of each
-    (None: unbatched), the size of the batch, ``randomness``, and the axis's name."""
+    (None: unbatched), and the axis."""
 
     dims: tuple[int | None, ...]
-    size: int
-    randomness: str
-    axis: str | None = None
+    axis: Axis
 
 
 class Unsteady(Exception):
@@ -127,7 +125,7 @@ class Followed:
                 there = (*written, *range(self.number, number)) if shown else ()
                 self.differ.update(results, (r for r in there if trace.root(r) in shown))
         made = [*range(self.number, number), *written]
-        samples, sigs = Samples(dims, self.count, "error"), [*map(sig_of, values)]
+        samples, sigs = Samples(dims, Axis(self.count)), [*map(sig_of, values)]
         program = batched_program(program, samples, sigs, self.dims(made))
         with quiet(), torch.no_grad():
             self.values.update(zip(made, on_eager(program)(*values), strict=True))
@@ -184,7 +182,7 @@ class Followed:
 def samples_around(trace: Trace, itself: bool = False) -> int:
     """Return how many samples the batches around a recording have together."""
     traces = [*around(trace), trace] if itself else around(trace)
-    return math.prod(t.samples.size for t in traces if t.samples is not None)
+    return math.prod(t.samples.axis.size for t in traces if t.samples is not None)
 
 
 def repeat_samples(x: Tensor, times: int) -> Tensor:
@@ -257,7 +255,5 @@ def batched_program(
 ) -> Program:
     return program.derived(
         ("asked", *samples, *sigs, *outs),
-        lambda: vmap(
-            program, samples.dims, sigs, samples.size, samples.randomness, outs, axis=samples.axis
-        ),
+        lambda: vmap(program, samples.dims, sigs, samples.axis, outs),
     )

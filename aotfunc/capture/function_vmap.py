@@ -99,7 +99,7 @@ def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
     seen = [*trace.origins, *trace.lifted]
     versions = list(map(version, seen))
     with set_aside(trace):
-        info = Info(trace.samples.size, trace.samples.randomness)
+        info = Info(*trace.samples.axis[:2])
         leaves, spec, out_dims = call(cls, info, dims, operands.rebuilt([x for x, _ in given]))
     if list(map(version, seen)) != versions:
         raise CaptureError(
@@ -197,7 +197,7 @@ class OwnRule:
 
     def __call__(self, walk: Any, inputs: Sequence[Node], line: Line | None) -> tuple[Any, Any]:
         dims = self.operands.dims([0 if walk.has(x) else None for x in inputs])
-        info = Info(walk.size, walk.randomness)
+        info = Info(*walk.axis[:2])
 
         def body(*tensors: Tensor) -> Any:
             # a Function may write to its argument: the recorded call does so, too

@@ -16,7 +16,7 @@ from ..trace.functionalize import Functionalizer
 from ..trace.records import instr_op
 from ..trace.shapes.sig import Sig
 from ..transforms.vjp import reverse
-from ..transforms.vmap import vmap
+from ..transforms.vmap import Axis, vmap
 from ..transforms.walk import builder, filled_node, unknown
 from .calls import Step
 
@@ -104,5 +104,5 @@ def for_each(
     program = Program(inner.finish(remap(tuple(outs), env)), count, len(outs), (), "each")
     dims = [0] * len(inputs) + [None] * len(residuals)
     given = [*batch, *residuals]
-    each = vmap(program, dims, [x.meta["val"] for x in given], size, "same", [0] * len(outs))
+    each = vmap(program, dims, [x.meta["val"] for x in given], Axis(size, "same"), [0] * len(outs))
     return b.inlined(each, given)

@@ -211,13 +211,8 @@ class Scan(Flow):
         )
         dims = [0 if yes else None for yes in met]
         outs = [0 if yes else None for yes in flags]
-        key = ("vmap", tuple(met), sigs, walk.size, walk.randomness, walk.strict, walk.axis)
-        body = self.body.derived(
-            key,
-            lambda: vmap(
-                self.body, dims, sigs, walk.size, walk.randomness, outs, walk.strict, walk.axis
-            ),
-        )
+        key = ("vmap", tuple(met), sigs, walk.axis)
+        body = self.body.derived(key, lambda: vmap(self.body, dims, sigs, walk.axis, outs))
         results = emit_flow(b, self.with_bodies([body]), args)
         for j in range(self.n_carry, len(flags)):
             if flags[j]:

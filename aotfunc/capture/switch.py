@@ -138,20 +138,8 @@ def batched_body(
     """Return a body for a batch, where these arguments and results have its dimension."""
     sigs = tuple([a.meta["val"] for a in args])
     dims, outs = ([0 if yes else None for yes in found] for found in (met, flags))
-    key = (
-        "vmap",
-        tuple(met),
-        tuple(flags),
-        sigs,
-        walk.size,
-        walk.randomness,
-        walk.strict,
-        walk.axis,
-    )
-    return body.derived(
-        key,
-        lambda: vmap(body, dims, sigs, walk.size, walk.randomness, outs, walk.strict, walk.axis),
-    )
+    key = ("vmap", tuple(met), tuple(flags), sigs, walk.axis)
+    return body.derived(key, lambda: vmap(body, dims, sigs, walk.axis, outs))
 
 
 def chosen_rows(

@@ -192,13 +192,10 @@ class While(Flow):
             args.append(new)
         dims = [0 if yes else None for yes in met]
         sigs = tuple([a.meta["val"] for a in args])
-        rest = (walk.size, walk.randomness)
-        key = ("vmap", tuple(met), sigs, *rest, walk.strict, walk.axis, several)
+        key = ("vmap", tuple(met), sigs, walk.axis, several)
 
         def make(program: Program, outs: Sequence[int | None]) -> Program:
-            return program.derived(
-                key, lambda: vmap(program, dims, sigs, *rest, outs, walk.strict, walk.axis)
-            )
+            return program.derived(key, lambda: vmap(program, dims, sigs, walk.axis, outs))
 
         condition = make(self.condition, [0 if several else None])
         if several:

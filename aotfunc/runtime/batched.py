@@ -16,7 +16,7 @@ from ..capture.calls import CompiledCall
 from ..graph import Program, dependents
 from ..trace.recording import without_functorch
 from ..trace.shapes.sig import Sig, sig_of
-from ..transforms.vmap import vmap
+from ..transforms.vmap import Axis, vmap
 
 _functorch = torch._C._functorch
 # torch has two kinds of vmap: autograd's own is the older
@@ -93,9 +93,8 @@ def over_batch(
     call: Any, dims: tuple, sigs: tuple[Sig, ...], size: int, depend: list[bool]
 ) -> Any:
     def make() -> Program:
-        return vmap(
-            flat_program(call), dims, sigs, size, "same", [0 if yes else None for yes in depend]
-        )
+        outs = [0 if yes else None for yes in depend]
+        return vmap(flat_program(call), dims, sigs, Axis(size, "same"), outs)
 
     if isinstance(call, CompiledCall):
         return call.derived((dims, sigs, size), make, "vmap")

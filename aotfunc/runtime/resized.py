@@ -15,22 +15,30 @@ from ..trace.shapes.sig import Sig, contiguous_stride
 from ..transforms.apart.parts import Mixed
 from ..transforms.lower import lowered
 from ..transforms.sizes import size_multiples
+from ..transforms.vmap import Axis
 from .execute import has_control_flow, ours
 
 Dims = Sequence[int | None]
 
 
 def resized_program(
-    base: Program, dims: tuple, sigs: Sequence[Sig], size: int, how: tuple, make: Callable
+    base: Program,
+    dims: tuple,
+    sigs: Sequence[Sig],
+    axis: Axis,
+    out_dims: tuple,
+    own: tuple,
+    make: Callable,
 ) -> Program:
-    """Return the batched ``base`` for a batch of this size, which ``make`` makes; ``dims`` and
-    ``sigs`` are of its inputs, ``how`` is what else it depends on, the dimensions of the batch in
-    the results second."""
+    """Return the batched ``base``, which ``make`` makes, for an axis of this size; ``dims`` and
+    ``sigs`` are of its inputs, ``out_dims`` and ``own`` (the memory that they share) of its
+    results."""
     layouts = [batch_layout(sig, dim) for sig, dim in zip(sigs, dims, strict=True)]
-    if size < 2 or None in layouts:  # a dimension of one has any stride
+    if axis.size < 2 or None in layouts:  # a dimension of one has any stride
         return make()
-    shared = base.derived(("sizes", dims, tuple(layouts), *how), lambda: SharedCode(make(), size))
-    return shared.program_of(size, make, dims, how[1])
+    key = ("sizes", dims, tuple(layouts), axis._replace(size=0), out_dims, own)
+    shared = base.derived(key, lambda: SharedCode(make(), axis.size))
+    return shared.program_of(axis.size, make, dims, out_dims)
 
 
 def batch_layout(sig: Sig, dim: int | None) -> tuple | None:

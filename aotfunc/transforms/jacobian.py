@@ -20,7 +20,7 @@ from .linearize import halve, linear_program
 from .lower import lowered
 from .tidy import rebuilt
 from .vjp import vjp
-from .vmap import vmap
+from .vmap import Axis, vmap
 from .walk import builder, filled_node
 
 aten = torch.ops.aten
@@ -134,7 +134,7 @@ def rows_at_once(
         return [b.call(aten.unsqueeze.default, x, 0) for x in b.inlined(late, [*residuals, row])]
     dims = [None] * len(residuals) + [0]
     sigs = [r.meta["val"] for r in (*residuals, basis)]
-    return b.inlined(vmap(late, dims, sigs, count, randomness), [*residuals, basis])
+    return b.inlined(vmap(late, dims, sigs, Axis(count, randomness)), [*residuals, basis])
 
 
 def chunks(total: int, chunk: int | None) -> list[tuple[int, int]]:

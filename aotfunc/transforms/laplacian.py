@@ -18,7 +18,7 @@ from ..trace.emit import Builder, drop_dead, paused_gc
 from ..trace.shapes.sig import Sig
 from .rules.table import entry_for
 from .taylor import taylor
-from .vmap import Batch
+from .vmap import Axis, Batch
 from .walk import builder
 
 aten = torch.ops.aten
@@ -28,7 +28,7 @@ class Summed(Batch):
     """A batching walk that knows which values are sums over the batch already."""
 
     def __init__(self, b: Builder, size: int) -> None:
-        super().__init__(b, size, "same")
+        super().__init__(b, Axis(size, "same"))
         self.sums: set[Node] = set()
 
     def walk(self, nodes: Any) -> None:

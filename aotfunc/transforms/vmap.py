@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._ops import OpOverload
@@ -41,20 +41,22 @@ TRANSPARENT = {
 }
 
 
-class Batch:
-    """One batching walk: the size, the randomness, the axis's name, and the batched old nodes in
-    the new graph."""
+class Axis(NamedTuple):
+    """The dimension that batching adds: how many samples there are, which draws they share,
+    whether ``strict`` refuses a loop over them, and the name that collectives know it by."""
 
-    def __init__(
-        self,
-        b: Builder,
-        size: int,
-        randomness: str,
-        strict: bool = False,
-        axis: str | None = None,
-    ) -> None:
-        self.b, self.size, self.randomness, self.strict = b, size, randomness, strict
-        self.axis = axis
+    size: int
+    randomness: str = "error"
+    strict: bool = False
+    name: str | None = None
+
+
+class Batch:
+    """One batching walk: the axis, and the batched old nodes in the new graph."""
+
+    def __init__(self, b: Builder, axis: Axis) -> None:
+        self.b, self.axis = b, axis
+        self.size, self.randomness = axis.size, axis.randomness
         self.env: dict[Node, Any] = {}
         self.batched: dict[Node, Any] = {}
         #: the ops that were batched by a loop over the samples, and the user's lines that call
@@ -76,7 +78,7 @@ class Batch:
 
     def names(self, n: Node) -> bool:
         """Return whether a node is an op over this batch's axis."""
-        return n.target in axes.OPS and n.args[-1] == self.axis
+        return n.target in axes.OPS and n.args[-1] == self.axis.name
 
     def over_samples(self, n: Node) -> tuple[Node, bool]:
         """Return the op over the axis as one over the batch, and whether samples differ in it."""
@@ -89,7 +91,7 @@ class Batch:
         if n.target is axes.all_gather:
             if n.args[1] != self.size:
                 raise ArgumentError(
-                    f"vmap: {n.args[1]} samples are gathered along {self.axis!r}, which has "
+                    f"vmap: {n.args[1]} samples are gathered along {self.axis.name!r}, which has "
                     f"{self.size}{at(n.meta.get('line'))}"
                 )
             return self.expanded(x), False
@@ -147,28 +149,25 @@ class Batch:
     def inside(self, b: Builder) -> Batch:
         """Return a walk over the ops inside of one op, for the same batch, into the builder
         ``b``."""
-        return Batch(b, self.size, self.randomness, self.strict, self.axis)
+        return Batch(b, self.axis)
 
 
 def vmap(
     program: Program,
     in_dims: Sequence[int | None],
     sigs: Sequence[Sig],
-    size: int,
-    randomness: str,
+    axis: Axis,
     out_dims: Sequence[int | None] | None = None,
-    strict: bool = False,
-    axis: str | None = None,
 ) -> Program:
     """Return the batched program. ``in_dims`` and ``sigs``: one per input, for the *batched*
-    inputs; ``out_dims``: one per result; ``axis``: the name of the batch's axis.
+    inputs; ``out_dims``: one per result.
 
     A result with ``out_dims`` None must not be batched. A mutated input gets its new value back in
     its own layout. Ops that only a loop over the samples can batch are reported by a LoopWarning,
-    or with ``strict`` refused (RuleError)."""
+    or on a strict axis refused (RuleError)."""
     with paused_gc():
         b = builder()
-        batch = Batch(b, size, randomness, strict, axis)
+        batch = Batch(b, axis)
         closed = program.placeholders[len(in_dims) :]
         dims = [*in_dims, *[None] * len(closed)]
         sigs = [*sigs, *(p.meta["val"] for p in closed)]
@@ -180,7 +179,7 @@ def vmap(
                 batch.batched[p] = True
         batch.walk(program.graph.nodes)
         for op, line in batch.loops:
-            loops.report(op, line, strict)
+            loops.report(op, line, axis.strict)
         results = []
         outs = program.outputs
         for i, o in enumerate(outs[: program.n_outputs]):
