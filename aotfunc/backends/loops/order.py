@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from heapq import heapify, heappop, heappush
 
 from torch import fx
 from torch.fx import Node
@@ -41,19 +42,21 @@ def in_dependency_order(graph: fx.Graph, found: list[Unit]) -> list[Unit]:
     left = {u: len(before) for u, before in waits.items()}
     last = {u: max([rank[n] for n in u.nodes]) for u in found}
     memory = Memory(graph, found)
-    ready = [u for u in found if not left[u]]
-    result = []
+    ready = [(memory.grows(u), last[u], u) for u in found if not left[u]]
+    heapify(ready)
+    done: dict[Unit, None] = {}
     while ready:
-        u = min(ready, key=lambda u: (memory.grows(u), last[u]))
-        ready.remove(u)
-        memory.run(u)
-        result.append(u)
+        *_, u = heappop(ready)
+        if u in done:
+            continue
+        done[u] = None
         for r in readers[u]:
             left[r] -= 1
-            if not left[r]:
-                ready.append(r)
-    assert len(result) == len(found), "kernels wait for each other"
-    return result
+        for r in (*readers[u], *memory.run(u)):
+            if not left[r]:  # a second time if it grows no longer
+                heappush(ready, (memory.grows(r), last[r], r))
+    assert len(done) == len(found), "kernels wait for each other"
+    return [*done]
 
 
 def dependencies(graph: fx.Graph, found: Sequence[Unit]) -> dict[Unit, set[Unit]]:
@@ -75,28 +78,33 @@ def dependencies(graph: fx.Graph, found: Sequence[Unit]) -> dict[Unit, set[Unit]
 
 
 class Memory:
-    """The bytes that each unit makes, and which units have still to read them. Views are the
-    values that they show."""
+    """The bytes that each unit makes, and which units have still to read each value. Views are
+    the values that they show."""
 
     def __init__(self, graph: fx.Graph, found: Sequence[Unit]) -> None:
         self.made = {u: sum(map(size, stored(u.nodes))) for u in found}
         self.reads: dict[Unit, set[Node]] = {}
-        self.waiting: dict[Node, int] = {}  # how many units have not read it yet
+        self.waiting: dict[Node, set[Unit]] = {}
         kept = {m for n in output_node(graph).all_input_nodes for m in behind(n)}
         inside = {n for u in found for n in u.nodes} - kept
         for u in found:
             read = {m for n in u.nodes for i in n.all_input_nodes for m in behind(i)}
             self.reads[u] = (read & inside).difference(u.nodes)
             for n in self.reads[u]:
-                self.waiting[n] = self.waiting.get(n, 0) + 1
+                self.waiting.setdefault(n, set()).add(u)
 
     def grows(self, u: Unit) -> bool:
         """Return whether a unit takes more than it frees."""
-        return self.made[u] > sum([size(n) for n in self.reads[u] if self.waiting[n] == 1])
+        return self.made[u] > sum([size(n) for n in self.reads[u] if len(self.waiting[n]) == 1])
 
-    def run(self, u: Unit) -> None:
+    def run(self, u: Unit) -> list[Unit]:
+        """Note that a unit has run. Return those that are now the last to read a value."""
+        last: list[Unit] = []
         for n in self.reads[u]:
-            self.waiting[n] -= 1
+            self.waiting[n].remove(u)
+            if len(self.waiting[n]) == 1:
+                last += self.waiting[n]
+        return last
 
 
 def size(n: Node) -> int:
