@@ -16,15 +16,10 @@ from torch.fx import Node
 from ..eager import OURS
 from .fuse import keeps_its_turn
 from .launch import Launch
-from .views import VIEWS
-
-aten = torch.ops.aten
+from .memory import OWN_MEMORY
 
 #: a larger value is computed at each call: compiled code should hold little memory
 MOST = 1 << 20
-
-#: ops that may return their argument although their schemas do not say so
-RETURNED = frozenset((aten.conj_physical.default, *VIEWS))
 
 
 def fold(graph: fx.Graph, ours: tuple[type, ...]) -> None:
@@ -92,6 +87,6 @@ def only_reads(u: Node) -> bool:
     return (
         isinstance(u.target, OpOverload)
         and u.target.namespace in OURS
-        and u.target not in RETURNED
+        and OWN_MEMORY.get(u.target) is not False
         and all(a.alias_info is None for a in u.target._schema.arguments)
     )

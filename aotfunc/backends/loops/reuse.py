@@ -11,22 +11,12 @@ from typing import Any
 from torch import fx
 from torch.fx import Node
 
-from .folded import RETURNED, aten
 from .ir import Kernel, Load, walk
 from .launch import Launch
-from .pointwise import RULES
+from .memory import OWN_MEMORY
 from .recompute import numel
-from .reductions import REDUCTIONS
 from .tasks import InRange, LaidOut
 from .views import VIEWS
-
-#: ops whose results have memory of their own
-FRESH = {
-    *RULES,
-    *REDUCTIONS,
-    *(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default),
-    *(aten.convolution.default, aten.convolution_backward.default),
-} - RETURNED
 
 
 def fitting(kernel: Kernel, late: set[tuple[int, int]]) -> dict[Node, list[Node]]:
@@ -94,4 +84,4 @@ def owners(graph: fx.Graph) -> dict[Node, Node]:
 
 
 def has_own_memory(n: Node) -> bool:
-    return isinstance(n.target, Launch) or n.target in FRESH
+    return isinstance(n.target, Launch) or OWN_MEMORY.get(n.target) is True
