@@ -23,15 +23,13 @@ from ..trace.shapes.sig import Sig, contiguous_stride
 from ..trace.traced import current
 from ..transforms.activity import has_derivative, live
 from ..transforms.lower import marked
+from ..transforms.rules.table import entry_for
 from ..transforms.vjp import cotangent_sig, vjp
 from .aliasing import with_own_memory
 from .batched import call_batched
 from .duals import pushed_program, refuse_cuts
 from .late_reads import check_memory, storages
 from .redraw import generator_states, redrawn
-
-WRITES_TO_PARTS = ("aten::select_scatter", "aten::slice_scatter", "aten::diagonal_scatter")
-MISTAKEN = ("aten::as_strided_scatter", "aten::ldexp")
 
 
 def run_eager(program: Program) -> Callable[..., tuple]:
@@ -211,13 +209,14 @@ def is_beyond_autograd(n: Node) -> bool:
     ops, writes to parts of complex tensors and to strided views, negative powers of two, and the
     mean and deviation that a normalisation returns beside its result."""
     if n.target is getitem:
-        return n.args[1] in (1, 2) and "_norm" in str(n.args[0].target)  # type: ignore[union-attr]
+        op, i = n.args[0].target, n.args[1]  # type: ignore[union-attr]
+        return i in (1, 2) and entry_for(op).wrong_in_autograd == "statistics"
     if not isinstance(n.target, OpOverload):
         return False
-    name = n.target._schema.name
-    if name in WRITES_TO_PARTS:
+    which = entry_for(n.target).wrong_in_autograd
+    if which == "complex":
         return n.meta["val"].dtype.is_complex
-    return "_backward" in name or name in MISTAKEN
+    return which == "all" or "_backward" in n.target._schema.name
 
 
 def alive(program: Program, tensors: Sequence[Tensor]) -> Sequence[bool]:

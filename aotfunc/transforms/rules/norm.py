@@ -18,8 +18,8 @@ from .normalized import (
     of_statistics,
     summed_over,
 )
-from .schema import aten, call_op, overload
-from .table import jvp_of, total, vjp_of, vmap_of
+from .schema import aten, call_op, overload, overloads_named
+from .table import jvp_of, total, vjp_of, vmap_of, wrong_in_autograd
 
 
 def itself(x: Tensor) -> Tensor:
@@ -376,3 +376,18 @@ def _(g, x, mean, rstd, weight, n, c, pixels, groups, mask, *, batched, size):
     if mask[2]:
         of_b = g.reshape(size, n, c, pixels).sum([1, 3])
     return of_x, of_w, of_b
+
+
+# ----- mean and deviation ------------------------------------------------------------------------
+
+wrong_in_autograd(
+    "statistics",
+    *overloads_named(
+        *("native_layer_norm", "native_group_norm", "_fused_rms_norm", "_weight_norm_interface"),
+        *("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"),
+        *("_native_batch_norm_legit", "_native_batch_norm_legit.no_stats"),
+        *("_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training"),
+        *("_batch_norm_with_update", "_batch_norm_with_update_functional"),
+        "_batch_norm_no_update",
+    ),
+)

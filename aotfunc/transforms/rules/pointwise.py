@@ -19,7 +19,17 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from .batching import elementwise
 from .schema import aten, tensor_args
-from .table import jvp_of, linear, pointwise, series_as, times, total, vjp_of, vmap_of
+from .table import (
+    jvp_of,
+    linear,
+    pointwise,
+    series_as,
+    times,
+    total,
+    vjp_of,
+    vmap_of,
+    wrong_in_autograd,
+)
 
 
 def functional(*packets: OpOverloadPacket) -> Iterator[OpOverload]:
@@ -105,6 +115,7 @@ for op in functional(aten.ldexp):
     pointwise(
         op, lambda g, out, x, y: aten.ldexp(g, y), lambda g, out, x, y: g * out * math.log(2)
     )
+    wrong_in_autograd("all", op)
 linear(aten.deg2rad, lambda g, x: aten.deg2rad(g), batch=elementwise(aten.deg2rad.default))
 linear(aten.rad2deg, lambda g, x: aten.rad2deg(g), batch=elementwise(aten.rad2deg.default))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .batching import expand_lead, past_batch, shifted
 from .schema import Formula, aten, call_op, overload, overloads_named
-from .table import linear
+from .table import linear, wrong_in_autograd
 
 
 def of_input(op: Any, *names: str) -> Formula:
@@ -148,6 +148,7 @@ def scatter_lines(op: Any, view: Any, *dims: str) -> None:
 scatter_lines(aten.slice_scatter, aten.slice, "dim")
 scatter_lines(aten.select_scatter, aten.select, "dim")
 scatter_lines(aten.diagonal_scatter, aten.diagonal, "dim1", "dim2")
+wrong_in_autograd("complex", aten.slice_scatter, aten.select_scatter, aten.diagonal_scatter)
 
 # ----- as_strided: reads the memory behind x, here a gather of x's elements ----------------------
 
@@ -208,3 +209,4 @@ linear(
     batch=batch_as_strided_scatter,
     jointly=True,
 )
+wrong_in_autograd("all", aten.as_strided_scatter)

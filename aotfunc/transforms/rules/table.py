@@ -67,6 +67,9 @@ class OpRules:
     jointly: bool = False
     #: what it consists of, if the series of that is shorter than the one by its derivative
     series: Formula | None = None
+    #: the results of which autograd has a wrong derivative or none, where the rules have one: see
+    #: :func:`wrong_in_autograd`
+    wrong_in_autograd: str = ""
     #: positions (among the outputs) of the outputs that carry a derivative; None: all floating
     #: ones
     diff_outputs: tuple[int, ...] | None = None
@@ -304,6 +307,13 @@ def along_dims(*ops: OpOverload | OpOverloadPacket) -> None:
     along the dims that the second names, on all of them and on no others."""
     for op in ops:
         writable_entry(op).along = True
+
+
+def wrong_in_autograd(which: str, *ops: OpOverload | OpOverloadPacket) -> None:
+    """State that autograd has a wrong derivative, or none, of ``which`` results of ``ops``: "all",
+    "complex" ones, or the "statistics" that a normalisation returns beside its result."""
+    for op in ops:
+        writable_entry(op).wrong_in_autograd = which
 
 
 def series_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
