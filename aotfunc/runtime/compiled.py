@@ -90,7 +90,6 @@ class Compiled:
         self._recent = Cache(NODES, weight_of)  # the entry last used for arguments like these
         self._families = Cache(LIMIT)  # calls that differ in Python numbers alone
         self._repeated: Callable[[tuple, dict], Any] | None = None  # for a call like the last one
-        self._unkept: Entry | None = None  # whose code the next capture takes
         #: entries that differ in Python numbers that are inputs of their program share one
         self._steps: weakref.WeakValueDictionary[tuple, CompiledStep] = (
             weakref.WeakValueDictionary()
@@ -209,7 +208,6 @@ class Compiled:
         known = learnt == self._names.learnt
         differs = known and after.key != state.key
         changed = (dict(state.facts), dict(after.facts)) if differs else None
-        self._unkept = None if known else entry
         self._history.changed = changed
         # a function that changes the state it reads is captured at every call, until it stops
         # doing so
