@@ -1,6 +1,7 @@
 """What every test starts from: a seed, one thread, default global state, a time limit of its
 own."""
 
+import gc
 import os
 import signal
 
@@ -11,7 +12,8 @@ os.environ.setdefault(
 import pytest
 import torch
 
-from aotfunc import backends
+import aotfunc
+from aotfunc import backends, debug
 
 torch.set_num_threads(1)
 
@@ -38,6 +40,22 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("eager"):
                 item.add_marker(pytest.mark.skip("only the eager backend's"))
+
+
+def pytest_collection_finish():
+    """The garbage collector need not look through all modules and tests again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def compared():
+    """Every value is compared with what the graph says of it, in code that is made now."""
+    aotfunc.clear_caches()
+    level, debug.LEVEL = debug.LEVEL, 2
+    yield
+    debug.LEVEL = level
+    aotfunc.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -6,16 +6,14 @@ runs N seeds."""
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
 import torch
 
 import aotfunc
+from tests.sweeps import seeds
 
-COUNT = int(os.environ.get("AOTFUNC_FUZZ", "40"))
-FIRST = int(os.environ.get("AOTFUNC_FUZZ_FIRST", "0"))
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}
 
 UNARY = [
@@ -324,7 +322,7 @@ def all_of(f, inputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
+@pytest.mark.parametrize("seed", seeds(25))
 def test_a_random_program(seed, dtype):
     f, inputs = program(seed, dtype)
     f = pure(f)
@@ -347,7 +345,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("seed", range(FIRST + 100_000, FIRST + 100_000 + COUNT))
+@pytest.mark.parametrize("seed", seeds(40, 100_000))
 def test_a_random_program_that_writes_to_its_arguments(seed):
     f, inputs = program(seed)
     theirs = [x.clone() for x in inputs]
@@ -365,7 +363,7 @@ def test_a_random_program_that_writes_to_its_arguments(seed):
         torch.testing.assert_close(g, w, msg=lambda m: f"vmap: {m}", **CLOSE)
 
 
-@pytest.mark.parametrize("seed", range(FIRST + 200_000, FIRST + 200_000 + COUNT))
+@pytest.mark.parametrize("seed", seeds(40, 200_000))
 def test_what_a_random_program_returns_shares_memory_as_in_eager(seed):
     f, inputs = program(seed)
     f = f.values

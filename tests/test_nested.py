@@ -6,7 +6,6 @@ with create_graph, a loop for vmap, reverse mode twice for forward mode."""
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
@@ -15,9 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import aotfunc
 from tests.functions import Cube
+from tests.sweeps import seeds
 
-COUNT = int(os.environ.get("AOTFUNC_FUZZ", "40"))
-FIRST = int(os.environ.get("AOTFUNC_FUZZ_FIRST", "0"))
 N = 3
 
 
@@ -176,7 +174,7 @@ def nest(draw, depth, count):
     return call
 
 
-@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
+@pytest.mark.parametrize("seed", seeds(30))
 def test_a_random_nest(seed):
     draw = random.Random(seed)
     torch.manual_seed(seed)

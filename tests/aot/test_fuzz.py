@@ -12,12 +12,13 @@ import re
 
 import pytest
 
+from tests.sweeps import seeds
+
 from .differential import WAYS, differs, minimal, script, valid
 from .program_text import program_of
 from .random_programs import drawn
 
-COUNT = int(os.environ.get("AOTFUNC_FUZZ", "60"))
-FIRST = int(os.environ.get("AOTFUNC_FUZZ_FIRST", "0"))
+SEEDS = seeds(60)
 WAY = os.environ.get("AOTFUNC_FUZZ_WAY")
 
 #: kinds of statements that are switched off, and why
@@ -32,10 +33,10 @@ def refusals():
     nothing."""
     yield
     print(*(f"refused {n} times: {message}" for message, n in REFUSED.most_common()), sep="\n")
-    assert sum(REFUSED.values()) <= 0.1 * 2 * COUNT + 2
+    assert sum(REFUSED.values()) <= 0.1 * 2 * len(SEEDS) + 2
 
 
-@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_random_program(seed):
     checked = valid(drawn(seed, OFF.keys()))
     assert checked is not None, "eager mode refuses the program"

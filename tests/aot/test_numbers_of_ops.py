@@ -4,7 +4,6 @@ or a refusal.
 Of PyTorch's own samples each number, and each tensor but the first, is replaced by a tensor that
 the function closes over. AOTFUNC_FUZZ=N takes 3 N ops instead of 120."""
 
-import os
 import random
 
 import pytest
@@ -15,8 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from aotfunc import jit
 from aotfunc.errors import AotfuncError, CaptureError
 from tests.reference import assert_same
+from tests.sweeps import seeds
 
-COUNT = 3 * int(os.environ.get("AOTFUNC_FUZZ", "40"))
 # the table holds tensor_split as it was before it is exchanged during a capture: see
 # test_numbers.py
 OPS = {
@@ -24,7 +23,7 @@ OPS = {
     for op in op_db
     if op.supported_dtypes("cpu") and op.name != "tensor_split"
 }
-CHOSEN = random.Random(0).sample(sorted(OPS), min(COUNT, len(OPS)))
+CHOSEN = random.Random(0).sample(sorted(OPS), min(3 * len(seeds(40)), len(OPS)))
 ALWAYS = [
     "repeat_interleave",
     "nn_functional_ctc_loss",

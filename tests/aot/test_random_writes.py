@@ -2,15 +2,13 @@
 autograd and hidden from it: values, gradients, requires_grad and memory as in eager.
 ``AOTFUNC_FUZZ=N`` runs N programs."""
 
-import os
 import random
 from contextlib import nullcontext, suppress
 
 import torch
 
 from aotfunc import aot_function, jit
-
-COUNT = int(os.environ.get("AOTFUNC_FUZZ", "150"))
+from tests.sweeps import seeds
 
 VIEWS = [
     lambda t: t[0],
@@ -122,7 +120,7 @@ def outcome(seed, wrap):
 
 def test_as_in_eager():
     wraps = [jit, lambda f: aot_function(f, "eager"), lambda f: jit(lambda *args: jit(f)(*args))]
-    for seed in range(COUNT):
+    for seed in seeds(150):
         try:
             want = outcome(seed, lambda f: f)
         except RuntimeError:  # eager refuses the program

@@ -25,6 +25,7 @@ from aotfunc.backends.loops.steps import in_steps
 from aotfunc.errors import CompilerError, GraphError
 from tests.backends.interpret import interpret
 from tests.kernels import every_kernel
+from tests.sweeps import seeds
 
 pytestmark = pytest.mark.usefixtures("cache")
 SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38, 0.5, -1.0, 2.0]
@@ -385,19 +386,18 @@ def random_program(seed: int):
     return f, args
 
 
-@pytest.mark.parametrize("first", range(0, 40, 10))
-def test_random_programs(first):
+@pytest.mark.parametrize("seed", seeds(40))
+def test_random_programs(seed):
     """Against eager, and each kernel against its interpretation."""
-    for seed in range(first, first + 10):
-        f, args = random_program(seed)
-        try:
-            want = f(*args)
-        except RuntimeError:  # shapes that do not broadcast
-            continue
-        got = jit(f, backend=every_kernel)(*args)
-        assert_close(got, want, equal_nan=True, rtol=1e-4, atol=1e-4)
-        assert [a.stride() for a in got] == [b.stride() for b in want], seed
-        assert [a.dtype for a in got] == [b.dtype for b in want], seed
+    f, args = random_program(seed)
+    try:
+        want = f(*args)
+    except RuntimeError:  # shapes that do not broadcast
+        return
+    got = jit(f, backend=every_kernel)(*args)
+    assert_close(got, want, equal_nan=True, rtol=1e-4, atol=1e-4)
+    assert [a.stride() for a in got] == [b.stride() for b in want]
+    assert [a.dtype for a in got] == [b.dtype for b in want]
 
 
 def against_the_interpreter(kernel) -> None:
@@ -421,13 +421,12 @@ def against_the_interpreter(kernel) -> None:
         assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("first", range(100, 120, 10))
-def test_kernels_against_the_interpreter(first):
-    for seed in range(first, first + 10):
-        f, args = random_program(seed)
-        try:
-            f(*args)
-        except RuntimeError:
-            continue
-        for kernel in kernels_of(f, *args):
-            against_the_interpreter(kernel)
+@pytest.mark.parametrize("seed", seeds(20, 100))
+def test_kernels_against_the_interpreter(seed):
+    f, args = random_program(seed)
+    try:
+        f(*args)
+    except RuntimeError:
+        return
+    for kernel in kernels_of(f, *args):
+        against_the_interpreter(kernel)

@@ -121,19 +121,19 @@ def test_shapes(case, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("case", [*CHANNELS, *ROWS])
-def test_special_values(case, value, dtype):
+def test_special_values(case, dtype):
     """One element that is NaN or infinite."""
     f = (CHANNELS | ROWS)[case]
+    compiled = jit(f, backend=every_kernel)
     if case in CHANNELS:
         args = (torch.randn(3, 6, 5).to(dtype), *[torch.rand(6).to(dtype) for _ in "wb"])
     else:
         args = (torch.randn(5, 37).to(dtype), *[torch.rand(37).to(dtype) for _ in "wb"])
-    args[0].view(-1)[17] = value
     unit = max(1e-5, 8 * torch.finfo(dtype).eps)
-    got, want = jit(f, backend=every_kernel)(*args), f(*args)
-    assert_close(got, want, equal_nan=True, rtol=unit, atol=unit)
+    for value in (math.nan, math.inf, -math.inf):
+        args[0].view(-1)[17] = value
+        assert_close(compiled(*args), f(*args), equal_nan=True, rtol=unit, atol=unit)
 
 
 def test_nothing_is_normalised():

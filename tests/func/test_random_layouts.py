@@ -8,7 +8,6 @@ runs N seeds."""
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
@@ -16,23 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import aotfunc
-from aotfunc import debug, jit, jvp, make_fx, vjp, vmap
+from aotfunc import jit, jvp, make_fx, vjp, vmap
 from tests.laid import laid
+from tests.sweeps import seeds
 
-COUNT = int(os.environ.get("AOTFUNC_FUZZ", "40"))
-FIRST = int(os.environ.get("AOTFUNC_FUZZ_FIRST", "0"))
 F64 = torch.float64
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compared():
-    """Every value is compared with what the graph says of it, in code that is made now."""
-    aotfunc.clear_caches()
-    level, debug.LEVEL = debug.LEVEL, 2
-    yield
-    debug.LEVEL = level
-    aotfunc.clear_caches()
+pytestmark = pytest.mark.usefixtures("compared")
 
 
 # programs
@@ -429,6 +417,6 @@ def differs(seed: int) -> None:
 
 
 @pytest.mark.limit(60)
-@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
+@pytest.mark.parametrize("seed", seeds(25))
 def test_random_program(seed):
     differs(seed)

@@ -12,6 +12,7 @@ from aotfunc import clear_caches, grad, hessian, jacfwd, jacrev, jvp, make_fx, v
 from aotfunc.api import vmap as batching
 from tests.inputs import f64
 from tests.reference import assert_same, loop
+from tests.sweeps import seeds
 
 SIZES = (5, 3, 7, 2, 9, 4, 6, 8, 1, 0, 12)
 
@@ -295,7 +296,7 @@ def random_function(rng):
     return f
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", seeds(16))
 def test_random_programs(seed, made):
     rng = random.Random(seed)
     of = random_function(rng)

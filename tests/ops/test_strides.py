@@ -5,7 +5,6 @@ The calls are those that the transforms of ops of the database make. AOTFUNC_FUZ
 instead of 12."""
 
 import functools
-import os
 import random
 
 import pytest
@@ -18,9 +17,9 @@ from aotfunc.trace.shapes import infer
 from aotfunc.trace.shapes.sig import Facts, Sig, fill, sig_of
 from tests.laid import laid
 from tests.ops import table
+from tests.sweeps import FIRST, seeds
 
-COUNT = int(os.environ.get("AOTFUNC_FUZZ", "12"))
-FIRST = int(os.environ.get("AOTFUNC_FUZZ_FIRST", "0"))
+COUNT = len(seeds(12))
 FEW = [
     "nn_functional_group_norm",
     "linalg_det",

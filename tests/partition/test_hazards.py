@@ -395,7 +395,7 @@ def test_same_graph_same_partition_in_every_process() -> None:
         print(codes.pop())
     """
     codes = set()
-    for seed in ("0", "1", "7"):
+    for seed in ("0", "7"):
         run = subprocess.run(
             [
                 sys.executable,
