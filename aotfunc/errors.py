@@ -49,6 +49,11 @@ class GraphError(AotfuncError, AssertionError):
     it."""
 
 
+class PartitionError(AotfuncError, AssertionError):
+    """A joint graph cannot be split as asked, or a split is not right; the message names the node,
+    or the least that is possible."""
+
+
 class BackendError(AotfuncError, ImportError):
     """A backend is unknown, lacks something that it needs (the message says what to install), or
     failed on a graph: ``graph_module`` is that graph, the message names the half, and the

@@ -1,5 +1,6 @@
 """Joint graph -> forward graph + backward graph: what to save, what to compute again."""
 
+from ..errors import PartitionError
 from .budget import Bytes, Peak, Time
 from .cost import Cost, Flops, Roofline, nbytes
 from .partitions import (
@@ -26,7 +27,6 @@ from .policies import (
 )
 from .profile import Profiled
 from .report import Recomputed, Report, Residual, residuals, table
-from .roles import PartitionError
 from .verify import verify
 
 __all__ = [

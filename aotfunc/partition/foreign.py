@@ -11,8 +11,9 @@ from torch import fx
 from torch.fx import Node
 
 from ..debug import at, user_line
+from ..errors import PartitionError
 from .ops import is_random
-from .roles import Joint, PartitionError, ancestors, describe, read_joint
+from .roles import Joint, ancestors, describe, read_joint
 
 
 def cut_by(

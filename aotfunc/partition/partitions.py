@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from ..errors import ArgumentError
+from ..graph import size
 from .budget import Budget, Bytes, as_budget
 from .cost import Cost, Flops, Roofline
 from .policies import Policy
 from .problem import Choice, Problem
 from .profile import Profiled
-from .report import Report
+from .report import Report, bytes_text
 from .roles import read_joint
 from .solve import INF
 from .split import module, split
@@ -73,6 +74,10 @@ class Partition(NamedTuple):
     bw: fx.GraphModule
     report: Report
 
+    def __repr__(self) -> str:
+        sizes = f"forward of {size(self.fw.graph)} ops, backward of {size(self.bw.graph)}"
+        return f"<partition: {sizes}, {bytes_text(self.report.bytes)} saved>"
+
 
 def partition(
     joint: fx.GraphModule,
@@ -112,6 +117,8 @@ def partition(
     >>> joint = jit(lambda x: (x @ x).sin().exp().sum()).lower(x).graphs["joint"]
     >>> partition(joint).report.bytes, partition(joint, memory_budget="300kB").report.bytes
     (524288, 262144)
+    >>> partition(joint)
+    <partition: forward of 4 ops, backward of 7, 524.3 kB saved>
     """
     count = joint.meta.get("num_fwd_outputs") if num_fwd_outputs is None else num_fwd_outputs
     if count is None:

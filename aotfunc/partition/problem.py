@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from ..errors import PartitionError
 from ..trace.records import saves
 from .cost import Cost, nbytes
 from .ops import base, is_random, is_single, is_symbol, is_view, once, region
 from .policies import Policy, Verdict
-from .roles import Joint, PartitionError, ancestors, describe
+from .roles import Joint, ancestors, describe
 from .solve import INF, Network
 
 

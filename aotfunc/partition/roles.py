@@ -14,12 +14,8 @@ from typing import Any
 from torch import fx
 from torch.fx import Node
 
-from ..errors import AotfuncError
+from ..errors import PartitionError
 from .ops import is_pinned, made_at, writes
-
-
-class PartitionError(AotfuncError, AssertionError):
-    """A joint graph that cannot be split as asked, or a split that is not right."""
 
 
 def describe(n: Node) -> str:

@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from ..errors import PartitionError
 from ..trace.emit import paused_gc
-from .roles import Joint, PartitionError, ancestors
+from .roles import Joint, ancestors
 
 try:  # the Python code of a module is made when it is asked for, if torch offers that
     from torch.fx._lazy_graph_module import _LazyGraphModule as GraphModule

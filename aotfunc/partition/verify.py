@@ -10,8 +10,9 @@ import torch
 from torch import fx
 from torch.fx import Node
 
+from ..errors import PartitionError
 from .ops import base, is_single, once
-from .roles import PartitionError, describe, read_joint
+from .roles import describe, read_joint
 
 
 def verify(

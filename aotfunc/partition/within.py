@@ -6,13 +6,12 @@ from functools import cached_property
 
 import numpy as np
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, PartitionError
 from .budget import Budget, Bytes, Peak, Share, Time
 from .exact import best
 from .frontier import Frontier
 from .memory import Simulation
 from .problem import Choice, Problem
-from .roles import PartitionError
 from .solve import INF
 
 

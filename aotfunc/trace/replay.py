@@ -138,9 +138,9 @@ class Answering(Tape):
     def unanswered(self, what: str) -> CaptureError:
         reason = self.why_not or "this value belongs to a capture that is over"
         return CaptureError(
-            f"{what} was asked for, but {reason}{at(user_line())}. Return it from the "
-            "function (has_aux=True), use torch.where instead of `if`, or pass the value as a "
-            "Python argument."
+            f"{what} was asked for, but {reason}{at(user_line())}. Return the "
+            "tensor and ask it after the call, use torch.where instead of `if`, or pass the value "
+            "as a Python argument."
         )
 
     def _made(self, t: Tensor) -> bool:
