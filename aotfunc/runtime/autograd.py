@@ -9,7 +9,8 @@ compiled call like any other; random numbers that it draws again are those of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from ..capture.calls import CompiledCall
 from ..debug import outside_dynamo
 from ..errors import AotfuncError
 from ..trace.memory import version
-from ..trace.modes import without_modes
+from ..trace.modes import any_modes, without_modes
 from ..transforms.lower import CALLS, lowered
 from .aliasing import with_own_memory
-from .batched import call_batched
+from .batched import call_batched, older_levels
 from .execute import execute, lay_cotangents, strided_copy, write_back
 from .halves import Halves
 from .late_reads import Versions, check_memory, check_unwritten, storages, versions
@@ -152,11 +153,12 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
     every = dict(enumerate(residuals))
     for part in nodes:
         mine, inputs = part
-        found = [results[i] for i in mine]
         kept = every if len(nodes) == 1 else {i: every[i] for i in halves.residuals_of(mine)}
         new = apply(
-            halves,
-            *(part, found, kept, needed, before, read_late),
+            facts(halves, part, kept, before, read_late),
+            [results[i] for i in mine],
+            [r for r in kept.values() if isinstance(r, Tensor)],
+            needed,
             *halves.reached(given, inputs),
         )
         for i, o in zip(mine, new, strict=True):
@@ -166,48 +168,103 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
     return results, read_late
 
 
+def facts(
+    halves: Halves,
+    part: tuple[list[int], list[int]],
+    residuals: dict[int, Any],
+    states: list,
+    read_late: Versions | None,
+) -> dict[str, Any]:
+    """Return what a node knows beside tensors, by name."""
+    return {
+        "halves": halves,
+        "part": part,
+        "residuals": {i: None if isinstance(r, Tensor) else r for i, r in residuals.items()},
+        "states": states,
+        "read_late": read_late,
+        "moment": moment() if halves.reads_state else None,
+        "dtype": torch.get_default_dtype(),
+        "layouts": halves.layouts if part == halves.whole else None,
+    }
+
+
+def same_node(
+    halves: Halves, tensors: Sequence[Tensor], tree: Callable[[Sequence], Any]
+) -> Callable | None:
+    """Return ``(*tensors) -> tree(results)``, which does what :func:`differentiated` does for
+    inputs like these; None where nodes differ from call to call."""
+    program, count = halves.call.program, halves.count
+    run, (outs, inputs) = halves.forward.compiled(tensors), halves.whole
+    varies = halves.differing or halves.unreached or halves.reads_state or program.mutated
+    if varies or halves.layouts is None or len(outs) != count or generator_states(program):
+        return None
+    if halves.parts(tensors) != [halves.whole]:
+        return None
+    if getattr(run, "own", -1) < count or any(t.is_neg() for t in tensors):
+        return None
+    known = facts(halves, halves.whole, dict.fromkeys(halves.saved, tensors[0]), [], None)
+    compute, needed, differentiable = run.unchecked, picked(halves.needed), picked(inputs)
+
+    def call(*tensors: Tensor) -> Any:
+        torch._C._set_grad_enabled(False)
+        try:
+            found = compute(*tensors)
+        finally:
+            torch._C._set_grad_enabled(True)
+        new = apply(known, found[:count], found[count:], needed(tensors), *differentiable(tensors))
+        return tree(new if count == 1 else [*map(lifted, new)])
+
+    return call
+
+
+def picked(places: Sequence[int]) -> Callable[[Sequence], Sequence]:
+    """Return a function that takes the elements at these places."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda given: [given[i] for i in places]
+
+
 class CompiledFunction(torch.autograd.Function):
     """Results of a compiled call, as a node of autograd."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
-        halves: Halves,
-        part: tuple,
-        results: list[Tensor],
-        residuals: dict[int, Any],
+        known: dict[str, Any],
+        results: Sequence[Tensor],
+        kept: Sequence[Tensor],
         needed: list[Tensor],
-        before: list,
-        read_late: Versions | None,
         *inputs: Tensor,
     ) -> tuple:
         ctx.set_materialize_grads(False)
-        ctx.halves, ctx.part, ctx.states, ctx.read_late = halves, part, before, read_late
-        ctx.moment = moment() if halves.reads_state else None
-        kept = [r for r in residuals.values() if isinstance(r, Tensor)]
-        ctx.residuals = {i: None if isinstance(r, Tensor) else r for i, r in residuals.items()}
+        ctx.__dict__.update(known)
         ctx.save_for_backward(*kept)
         # not saved tensors: a plain backward must not mind if one that it does not read has
         # changed
         ctx.inputs = needed  # their gradients may depend on it, though the results do not
-        ctx.versions = list(map(version, ctx.inputs))
-        ctx.memory = storages(ctx.inputs)
+        ctx.versions = [*map(version, needed)]
+        ctx.memory = storages(needed)
         ctx.keeps = bool(needed or kept)
-        ctx.dtype = torch.get_default_dtype()
         return tuple(results)
 
     @staticmethod
     @outside_dynamo
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
+        halves, inputs = ctx.halves, ctx.inputs
         if ctx.read_late is not None:
-            check_unwritten(ctx.read_late, ctx.halves.call.__name__)
+            check_unwritten(ctx.read_late, halves.call.__name__)
         if ctx.moment is not None:
-            ctx.moment.check(ctx.halves.call.__name__)
-        if ctx.inputs is not None:
-            check_memory(ctx.inputs, ctx.memory, ctx.halves.call.__name__)
+            ctx.moment.check(halves.call.__name__)
+        if inputs is not None:
+            check_memory(inputs, ctx.memory, halves.call.__name__)
         # reading them raises an error the second time, unless the graph was retained, even if
         # there are none
-        halves, saved = ctx.halves, ctx.saved_tensors if ctx.keeps else ()
+        saved = ctx.saved_tensors if ctx.keeps else ()
+        if as_laid_out(cts, ctx.layouts, ctx.dtype):
+            values = [*saved, *cts]
+            let_go(ctx)
+            del saved
+            return None, None, None, None, *halves.backward.compiled(values)(values)
         outs, inputs = ctx.part
         there = {i for i, c in zip(outs, cts, strict=True) if c is not None}
         have = tuple([i in there for i, yes in enumerate(halves.live) if yes])
@@ -229,7 +286,20 @@ class CompiledFunction(torch.autograd.Function):
                 grads = call_batched(run_half, half, values)
         found = dict(zip(halves.wrt, grads, strict=True))
         grads = [halves.zero(i, there) if found[i] is None else found[i] for i in inputs]
-        return *[None] * 7, *grads
+        return None, None, None, None, *grads
+
+
+def as_laid_out(
+    cts: Sequence[Tensor | None], layouts: Sequence[tuple] | None, dtype: torch.dtype
+) -> bool:
+    """Return whether these cotangents go to the backward half as they are: all arrive, laid out
+    so, outside of any mode and transform, and no second derivative is asked for."""
+    if layouts is None or torch.is_grad_enabled() or op_by_op() or any_modes() or older_levels():
+        return False
+    for c, strides in zip(cts, layouts, strict=True):
+        if c is None or c.stride() != strides:
+            return False
+    return torch.get_default_dtype() is dtype
 
 
 def let_go(ctx: Any) -> None:

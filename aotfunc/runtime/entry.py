@@ -28,7 +28,7 @@ from ..trace.outside import check_hooks
 from ..trace.seeds import rewinder, states
 from ..trace.traced import Traced, current
 from .aliasing import Changes, without_views
-from .autograd import call_compiled, differentiated, halves_of, op_by_op
+from .autograd import call_compiled, differentiated, halves_of, op_by_op, same_node
 from .casts import casts_of, record_sharing
 from .chains import as_recorded, chained
 from .changing import Family, Served
@@ -160,7 +160,10 @@ class Entry:
             halves = halves_of(call, wrt)
             if not halves.any_live or halves.late_reads is not None:
                 return None
-            return lambda *tensors: self.tree(differentiated(halves, tensors)[0], ())
+            tree = itemgetter(0) if self.plain else lambda outs: self.tree(outs, ())
+            return same_node(halves, tensors, tree) or (
+                lambda *tensors: tree(differentiated(halves, tensors)[0])
+            )
         run: Any = call.compiled(tensors)
         if getattr(run, "own", -1) < count or any(t.is_neg() for t in tensors):
             return None

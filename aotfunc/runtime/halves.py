@@ -72,6 +72,19 @@ class Halves:
         self.saved: Sequence[int] = range(
             len(self.backward.program.placeholders) - sum(map(bool, self.live))
         )
+        #: the results and inputs of the only node, where there is one and it reaches all inputs
+        self.whole = [i for i, yes in enumerate(self.live) if yes], [*wrt]
+        self.layouts = self.cotangents_taken()
+
+    def cotangents_taken(self) -> list[tuple[int, ...]] | None:
+        """Return the strides of cotangents of the only node that are, after the residuals, the
+        arguments of the backward half as they are; None if its results are not the gradients."""
+        vals = [self.vals[i] for i in self.whole[0]]
+        grads = self.backward.program.outputs
+        residuals = self.forward.program.outputs[self.count :]
+        if not all([isinstance(x, Node) for x in (*residuals, *grads)]):
+            return None
+        return [v.stride for v in vals] if all([v.plain for v in vals]) else None
 
     def joint(self) -> Program:
         """Return the program of the results and the gradients, before it is cut."""

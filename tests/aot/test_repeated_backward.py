@@ -1,0 +1,188 @@
+"""The node of a call like the last one: made without Python's detours, it is autograd's as any."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from aotfunc import jit
+from aotfunc.errors import AotfuncError
+from aotfunc.runtime import autograd
+
+
+def f(x, w):
+    return torch.tanh(x * w).sum(-1) * x[:, 0]
+
+
+def several(x, w):
+    return torch.tanh(x * w), (x * w.exp()).sum()
+
+
+def inputs():
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    return x, torch.randn(4, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.fixture(autouse=True)
+def made_directly(monkeypatch):
+    """Every call of these tests is one that is made again."""
+    made, same_node = [], autograd.same_node
+
+    def noted(*args):
+        made.append(same_node(*args) is not None)
+        return same_node(*args)
+
+    monkeypatch.setattr("aotfunc.runtime.entry.same_node", noted)
+    yield
+    assert made and all(made)
+
+
+def warm(f):
+    compiled = jit(f, backend="cpp")
+    for _ in range(3):
+        compiled(*inputs())
+    return compiled
+
+
+def both(f, use):
+    """Check ``use(f, *inputs)`` against eager."""
+    expected, got = use(f, *inputs()), use(warm(f), *inputs())
+    torch.testing.assert_close(got, expected)
+
+
+def grad(outs, args, given=None, **kwargs):
+    outs = [outs] if isinstance(outs, torch.Tensor) else outs
+    given = [torch.full_like(o, 0.5) for o in outs] if given is None else given
+    return torch.autograd.grad(outs, args, given, **kwargs)
+
+
+def second_order(f, *args):
+    first = grad(f(*args), args, create_graph=True)
+    return first, grad(first, args)
+
+
+def retained(f, *args):
+    outs = f(*args)
+    return grad(outs, args, retain_graph=True), grad(outs, args)
+
+
+def expanded(f, *args):
+    outs = f(*args)
+    return grad(outs, args, [outs.new_full((), 2.0).expand(3)])
+
+
+def strided(f, *args):
+    return grad(f(*args), args, [torch.arange(6.0, dtype=torch.float64)[::2]])
+
+
+def negated(f, *args):
+    c = torch.complex(torch.ones(3), torch.arange(3.0)).to(torch.complex128)
+    return grad(f(*args), args, [c.conj().imag])
+
+
+def batched(f, *args):
+    rows = torch.eye(3, dtype=torch.float64)
+    return grad(f(*args), args, [rows], is_grads_batched=True)
+
+
+def in_modes(f, *args):
+    outs = f(*args)
+    with torch.autocast("cpu"), torch.device("meta"):
+        return grad(outs, args, [torch.ones(3, dtype=torch.float64, device="cpu")])
+
+
+def with_another_default(f, *args):
+    outs, before = f(*args), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return grad(outs, args)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def accumulated(f, *args):
+    for _ in range(2):
+        f(*args).sum().backward()
+    return [x.grad for x in args]
+
+
+def with_hooks(f, x, w):
+    y = f(x, w)
+    y.register_hook(lambda g: 2 * g)
+    x.register_hook(lambda g: 3 * g)
+    y.grad_fn.register_hook(lambda gi, go: tuple(4 * g for g in gi))
+    return grad(y, (x, w))
+
+
+def offloaded(f, *args):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(), torch.from_numpy):
+        outs = f(*args)
+    return grad(outs, args)
+
+
+USES = (
+    *(second_order, retained, expanded, strided, negated, batched, in_modes),
+    *(with_another_default, accumulated, with_hooks, offloaded),
+)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_as_eager(use):
+    both(f, use)
+
+
+def one_of_several(f, *args):
+    a, b = f(*args)
+    return grad(b, args, retain_graph=True), grad(a, args, retain_graph=True), grad((a, b), args)
+
+
+@pytest.mark.parametrize("use", [one_of_several, second_order, retained])
+def test_several_results(use):
+    both(several, use)
+
+
+def test_a_second_time():
+    x, w = inputs()
+    y = warm(f)(x, w).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="a second time"):
+        y.backward()
+
+
+def test_written_to_in_between():
+    compiled, (x, w) = warm(f), inputs()
+    y = compiled(x, w).sum()
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    y = compiled(x, w).sum()
+    w.data = w.data.clone()
+    with pytest.raises(AotfuncError, match=r"`\.data = ` gave a tensor of shape \[4\]"):
+        y.backward()
+    result = warm(lambda x, w: (x * w).softmax(-1))(x, w)
+    result.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
+def test_parameters_and_threads():
+    net = nn.Linear(4, 2).double()
+    compiled = warm(lambda x, w: net(x).tanh().sum() + w.sum())
+    (x, w), found = inputs(), []
+    expected = torch.autograd.grad(net(x).tanh().sum() + w.sum(), (x, *net.parameters()))
+
+    def run():
+        for _ in range(50):
+            found.append(torch.autograd.grad(compiled(x, w), (x, *net.parameters())))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(found) == 150
+    for got in found:
+        torch.testing.assert_close(got, expected)
