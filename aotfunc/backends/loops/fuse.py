@@ -6,7 +6,7 @@ computes them all and no kernel waits for another that waits for it."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence, Set
 
 from torch import fx
 from torch._ops import OpOverload
@@ -16,7 +16,8 @@ from ...graph import draws
 from .ir import Unfit
 from .lower import lower
 from .members import in_kernels, seen_through
-from .views import SEVERAL, source_of
+from .pointwise import RULES
+from .views import SEVERAL, source_of, static_shape
 
 #: a kernel of more nodes is slow to compile, and has more values than there are registers
 MOST = 64
@@ -28,21 +29,33 @@ class Unit:
     def __init__(self, nodes: Sequence[Node], kernel: bool) -> None:
         self.nodes = list(nodes)
         self.kernel = kernel
+        #: that of all its values, if they are computed element by element
+        self.shape: tuple[int, ...] | None = None
+        #: the values that it reads through views
+        self.shown: set[Node] = set()
+        self.untried = False  # whether it can be lowered is not known, only likely
 
 
 class Groups:
     """The units so far, and for each, as bits, the units that must run before it."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, doubted: Set[Node]) -> None:
         self.rank = {n: i for i, n in enumerate(graph.nodes)}
         self.units: list[Unit] = []
         self.before: list[int] = []
         self.at: dict[Node, int] = {}
+        self.doubted = doubted
+        self.failed: dict[frozenset, int] = {}  # pairs of units, and how many nodes they had
 
     def add(self, n: Node, kernel: bool, reads: set[int]) -> None:
         """Add a unit of one node."""
         self.at[n] = len(self.units)
-        self.units.append(Unit([n], kernel))
+        self.units.append(unit := Unit([n], kernel))
+        if kernel and n.target in RULES and n not in self.doubted:
+            unit.shape = static_shape(n)
+            unit.shown = {
+                v for m in n.all_input_nodes if seen_through(m) for v in values_behind(m)
+            }
         before = 0
         for i in reads:
             before |= self.before[i] | 1 << i
@@ -58,9 +71,14 @@ class Groups:
             if any(self.before[i] >> first & 1 for i in between):
                 return False
         nodes = sorted([*one.nodes, *other.nodes], key=self.rank.__getitem__)
-        if not can_lower(nodes):
+        if alike(one, other):  # trials take time, and large kernels would need many
+            one.untried = True
+        elif self.tried(p, q, nodes):
+            one.shape, one.untried = None, False
+        else:
             return False
         one.nodes, other.nodes = nodes, []
+        one.shown |= other.shown
         self.at.update(dict.fromkeys(nodes, p))
         both = 1 << p | 1 << q
         before = (self.before[p] | self.before[q]) & ~both
@@ -69,6 +87,36 @@ class Groups:
                 self.before[i] = (old | 1 << p | before) & ~(1 << q)
         self.before[p], self.before[q] = before, 0
         return True
+
+    def tried(self, p: int, q: int, nodes: Sequence[Node]) -> bool:
+        """Return whether the nodes of two units can be one kernel. What has failed is tried again
+        when there are half as many nodes more."""
+        pair = frozenset((self.kind(p), self.kind(q)))
+        if len(nodes) < 1.5 * self.failed.get(pair, 0):
+            return False
+        if can_lower(nodes):
+            return True
+        self.failed[pair] = len(nodes)
+        return False
+
+    def kind(self, p: int) -> Hashable:
+        """Return the place of a unit; for a single node, what steps of a loop have in common."""
+        if len(self.units[p].nodes) > 1:
+            return p
+        (n,) = self.units[p].nodes
+        reads = [(m.target, [self.at.get(v) for v in values_behind(m)]) for m in n.all_input_nodes]
+        return n.target, static_shape(n), str(reads)
+
+
+def alike(one: Unit, other: Unit) -> bool:
+    """Return whether two units compute values of one shape element by element, and neither sees
+    the other's through views."""
+    return (
+        one.shape is not None
+        and one.shape == other.shape
+        and one.shown.isdisjoint(other.nodes)
+        and other.shown.isdisjoint(one.nodes)
+    )
 
 
 def set_bits(mask: int) -> Iterator[int]:
@@ -79,8 +127,20 @@ def set_bits(mask: int) -> Iterator[int]:
 
 
 def grouped(graph: fx.Graph) -> Groups:
-    """Try each node alone, then with the kernels that it reads from or shares an argument with."""
-    groups = Groups(graph)
+    """Return the units of a graph, all of which can be lowered."""
+    doubted: set[Node] = set()
+    while True:
+        groups = formed(graph, doubted)
+        wrong = [u for u in groups.units if u.untried and u.nodes and not can_lower(u.nodes)]
+        if not wrong:
+            return groups
+        doubted.update(*[u.nodes for u in wrong])
+
+
+def formed(graph: fx.Graph, doubted: Set[Node]) -> Groups:
+    """Try each node alone, then with the kernels that it reads from or shares an argument with;
+    that of the ``doubted`` nodes one can be lowered is not taken for granted."""
+    groups = Groups(graph, doubted)
     at = groups.at
     last: int | None = None  # what draws random numbers or has effects keeps its turn
     for n in graph.nodes:

@@ -1,0 +1,51 @@
+"""Which nodes form a kernel, and how many of them are tried."""
+
+import pytest
+import torch
+
+from aotfunc import jit
+from aotfunc.backends.loops import fuse
+from tests.kernels import every_kernel
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def scan(x, a, c):
+    """A state-space model, step by step."""
+    decay, state, outs = a.sigmoid(), torch.zeros_like(x[0]), []
+    for i in range(len(x)):
+        state = decay[i] * state + x[i]
+        outs.append(state * c[i])
+    return torch.stack(outs)
+
+
+def test_trials_grow_with_the_graph(monkeypatch):
+    """Kernels have many nodes, and are not lowered anew with each of them."""
+    counts, real = [], fuse.lower
+
+    def counted(nodes, *args):
+        counts[-1] += len(nodes)
+        return real(nodes, *args)
+
+    monkeypatch.setattr(fuse, "lower", counted)
+    for steps in (8, 16):
+        counts.append(0)
+        args = [torch.randn(steps, 4, 3) for _ in range(3)]
+        got = jit(scan, backend=every_kernel)(*args)
+        torch.testing.assert_close(got, scan(*args))
+    assert counts[1] < 2.2 * counts[0], counts
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: (x.sin(), x.t().cos()),
+        lambda x: (lambda y: (y.exp(), y.t() * 2))(x.sin()),
+        lambda x: (x.sin() + 1, x.flip(0).cos(), x.t().exp()),
+        lambda x: (lambda y, z: (y * z, y + z, (y * z).t().cos()))(x.sin(), x.roll(1, 0)),
+    ],
+)
+def test_values_of_one_shape_that_are_read_in_several_orders(f):
+    """What is likely to be one kernel is looked at in the end."""
+    x = torch.randn(5, 5)
+    torch.testing.assert_close(jit(f, backend=every_kernel)(x), f(x))
