@@ -73,12 +73,7 @@ def memory_replaced(compiler):
 def variable_changed(compiler):
     x, scale = leaf(), 2.0
 
-    def f(x):
-        y = x.exp()
-        y.register_hook(lambda g: g * scale)
-        return y * 1
-
-    y = compiler(f)(x)
+    y = compiler(lambda x: checkpoint(lambda v: v.exp() * scale, x, use_reentrant=False))(x)
     scale = 3.0
     y.sum().backward()
 
@@ -139,8 +134,10 @@ class Classless:
 
 def hook_removed(x):
     y = x * 2
-    y.register_hook(lambda g: g).remove()
-    return y
+    hook = y.register_hook(lambda g: g)
+    (g,) = torch.autograd.grad(y.sum(), x)
+    hook.remove()
+    return g
 
 
 def hooked_and_shared(x):
@@ -228,7 +225,7 @@ PROGRAMS: dict[str, Callable] = {
     "a backward that writes to what it saved": lambda compiler: (
         compiler(WritesWhatItSaved.apply)(leaf()).sum().backward()
     ),
-    "`hook.remove()` inside": on(leaf)(hook_removed),
+    "`hook.remove()` inside, after a gradient": on(leaf)(hook_removed),
     "`y` with a hook, and `y.detach()`, as results": on(leaf)(hooked_and_shared),
     "`torch.autograd.grad(…, x)`, `x` with a hook": on(hooked_outside)(
         lambda x: torch.autograd.grad((x * x).sum(), x)[0].detach()
@@ -244,7 +241,7 @@ PROGRAMS: dict[str, Callable] = {
     ),
     "a write, before the backward, to a result that a hook reads": result_written,
     "`x.data = y` between a call and its backward": memory_replaced,
-    "`scale = 3.0`, which a hook reads, between a call and its backward": variable_changed,
+    "`scale = 3.0`, which a checkpoint reads, between a call and its backward": variable_changed,
     "`saved_tensors_hooks` inside": on(leaf)(
         lambda x: (
             torch.autograd.graph.saved_tensors_hooks(print, print).__enter__() and x

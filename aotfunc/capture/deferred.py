@@ -26,6 +26,7 @@ from ..trace.tracer import Trace
 from .calls import CallStep, CompiledCall
 from .custom_derivative import CustomDerivative, RuleProgram
 from .grad_step import GradStep
+from .live_hooks import LiveHooks
 
 
 def calls_late(*functions: Callable) -> None:
@@ -52,6 +53,9 @@ class Deferred:
         self.written_from = len(trace.records)
         self.make: Callable[[Deferred], tuple[Any, list[int]]]
         self.made: Any = None
+        #: hooks that may be given to autograd instead
+        self.hooks: LiveHooks | None = None
+        self.live = False
 
     def wait(self, make: Callable[[Deferred], tuple[Any, list[int]]]) -> None:
         """Wait from here on: the backward would see later writes, and the recording cannot."""

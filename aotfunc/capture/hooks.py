@@ -17,12 +17,12 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError, OpError
 from ..trace import outside
-from ..trace.holding import holds_traced
 from ..trace.records import instr_op, written_slots
 from ..trace.traced import Traced
-from .autograd_function import call_function
-from .deferred import calls_late
+from .autograd_function import End, call_function
+from .deferred import Deferred, calls_late
 from .function_rules import Context
+from .live_hooks import Handle, Identity, Link, TensorHooks
 
 
 def register_multi_grad_hook(*_: Any, **__: Any) -> RemovableHandle:
@@ -55,63 +55,80 @@ def register_hook(t: Traced, hook: Callable) -> Any:
             f"gradient{at(debug.user_line())}"
         )
     own = trace.root(t.ref)
-    compiled = not trace.may_ask_constants
-    if compiled and own == t.ref < len(trace.inputs) and own not in trace.roots().written:
+    if (
+        trace.live_hooks is not None
+        and own == t.ref < len(trace.inputs)
+        and own not in trace.roots().written
+    ):
         return register_outside(t, hook)
-    if any(
+    used = any(
         t.ref in refs and grad and reads(instr, refs, t.ref)
         for instr, refs, grad, *_ in trace.records
-    ):
-        raise CaptureError(
-            f"a hook of a tensor that was used before{at(debug.user_line())}: register it at once"
-        )
+    )
+    too_late = CaptureError(
+        f"a hook of a tensor that was used before{at(debug.user_line())}: register it at once"
+    )
+    if used and trace.live_hooks is None:
+        raise too_late
     if own < len(trace.inputs) and own in trace.roots().written:
         raise CaptureError(
             f"a hook of an argument that was written to{at(debug.user_line())}: register it "
             "first, outside"
         )
 
-    calls_late(hook)
     why = f"a tensor with a hook{at(debug.user_line())} shares memory, and one is written "
     why += "or both are returned; "
     why += "register the hook on a clone()"
 
     before = next((s for s in trace.stand_ins if s.hooks and s.new == t.ref), None)
-    hooks = (hook,) if before is None else (*before.hooks, hook)
+    handle = Handle(hook, at(debug.user_line()))
+    handles = (handle,) if before is None else (*before.hooks, handle)
+    mine = TensorHooks(handles)
     source = trace.alias(t)
     value = old = source.ref = t.ref if before is None else before.old
 
     def backward(ctx: Any, g: Tensor) -> Tensor:
-        for each in hooks:  # in this order
+        for each in mine.held:  # in this order
             changed = each(g)
             g = g if changed is None else changed
         return g
 
     # a view made under no_grad, which no gradient reaches
     if t.is_leaf and t.ref not in trace.autograd.leaves:
-        return _Handle()
+        return handle
     context = Context()
     context.materialize_grads = False
     with torch.enable_grad():
         t.ref = call_function(
             "hook", [source], lambda ctx: source.view_as(source), context, backward
         ).ref
-    trace.stand_ins.append(outside.StandIn(len(trace.records), value, old, t.ref, why, hooks))
+    waiting, link = trace.deferred[-1], Link()
+    recorded, waiting.hooks = waiting.make, mine
+
+    def make(d: Deferred) -> tuple[End, list[int]]:
+        for each in handles:
+            each.settled = True
+        if d.live:
+            link.live = mine
+            return End(Identity("a hook", (t.sig,), (), link)), []
+        if used and mine.held:
+            raise too_late
+        calls_late(*mine.held)
+        return recorded(d)
+
+    waiting.make = make
+    trace.stand_ins.append(outside.StandIn(len(trace.records), value, old, t.ref, why, handles))
     if own < len(trace.inputs):
         trace.hooked.add(t.ref)
-    return _Handle()
+    return handle
 
 
-def register_outside(t: Traced, hook: Callable) -> _Handle:
+def register_outside(t: Traced, hook: Callable) -> Handle:
     """Let every call register the hook on its argument, whose gradient is that of other uses,
     too."""
-    if holds_traced(hook, set()):
-        raise CaptureError(
-            f"a hook of an argument reads what is computed inside{at(debug.user_line())}: "
-            "register it on x.view_as(x)"
-        )
-    t.tracer.given_hooks.append((t.ref, hook))
-    return _Handle()
+    handle = Handle(hook, at(debug.user_line()))
+    t.tracer.given_hooks.append((t.ref, handle))
+    return handle
 
 
 def before_hooks(t: Traced) -> Traced:
@@ -122,10 +139,3 @@ def before_hooks(t: Traced) -> Traced:
     while twin.ref in hooked:
         twin.ref = hooked[twin.ref]
     return t if twin.ref == t.ref else twin
-
-
-class _Handle:
-    def remove(self) -> None:
-        raise CaptureError(
-            f"a tensor hook cannot be removed inside a captured function{at(debug.user_line())}"
-        )

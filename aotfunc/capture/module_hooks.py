@@ -26,12 +26,14 @@ from .autograd_function import BEGIN, End
 from .custom_derivative import CustomDerivative, RuleProgram, failing, is_ours, splice_rule
 from .deferred import Deferred, calls_late
 from .function_rules import patterns, recorded_rule
+from .live_hooks import Identity, Link, ModuleHooks
 
 
-class HookedCall:
+class HookedCall(Link):
     """One call of a module, between its two identities."""
 
     def __init__(self) -> None:
+        super().__init__()
         #: per reverse walk: the hooks' program for the gradients that are there, these gradients,
         #: what it closes over
         self.given: WeakKeyDictionary[Builder, tuple[Any, list, list]] = WeakKeyDictionary()
@@ -41,19 +43,13 @@ class HookedCall:
         return self._batched.setdefault(walk, HookedCall())
 
 
-class Identity(CustomDerivative):
-    """``(values, values, closed-over tensors) -> values``; hooks do not act on tangents."""
-
-    def __init__(self, name: str, vals: tuple, backward: tuple, link: HookedCall) -> None:
-        super().__init__(name, len(vals), vals, backward, None, (), None)
-        self.link = link
-
-    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        return [tangents.get(x) for x in self.parts(n)[0]]
-
-
 class Front(Identity):
     """The identity in front of a module: hooks may replace the gradients of its inputs."""
+
+    link: HookedCall
+
+    def call(self, hooks: ModuleHooks) -> Callable[[Sequence[Any]], list[Any]]:
+        return hooks.front
 
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
@@ -82,6 +78,8 @@ class Behind(Identity):
     """The identity behind a module: pre-hooks may replace the gradients of its outputs. ``hooks``
     are the programs for the front."""
 
+    link: HookedCall
+
     def __init__(
         self, name: str, vals: tuple, backward: tuple, link: HookedCall, hooks: dict, saved: int
     ) -> None:
@@ -91,6 +89,9 @@ class Behind(Identity):
     @property
     def rules(self) -> list:
         return [*super().rules, *self.hooks.values()]
+
+    def call(self, hooks: ModuleHooks) -> Callable[[Sequence[Any]], list[Any]]:
+        return hooks.behind
 
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
@@ -133,14 +134,24 @@ def setup_output_hook(hook: Any, args: Any) -> Any:
     outs = args if isinstance(args, tuple) else (args,)
     if not tracked(outs):
         return args
-    calls_late(*hook.user_pre_hooks, *hook.user_hooks)
     places, vals = tensors_among(trace, outs)
     name = f"{type(hook.module).__name__}_output"
     first = End(Behind(name, vals, (), hook.link, {}, 0))
     waiting, outs = record_identity(
         trace, outs, places, first, f"a hook of {type(hook.module).__name__}"
     )
-    waiting.wait(lambda d: recorded_hooks(d, hook, name, len(outs), places, vals))
+    mine = waiting.hooks = ModuleHooks(hook.module, hook.user_hooks, hook.user_pre_hooks)
+    mine.n_inputs, mine.inputs = hook.n_inputs, hook.input_tensors_index or ()
+    mine.n_outputs, mine.outputs = len(outs), places
+
+    def make(d: Deferred) -> tuple[End, list[int]]:
+        if d.live:
+            hook.link.live = mine
+            return first, []
+        calls_late(*hook.user_pre_hooks, *hook.user_hooks)
+        return recorded_hooks(d, hook, name, mine.n_outputs, places, vals)
+
+    waiting.wait(make)
     return outs if isinstance(args, tuple) else outs[0]
 
 

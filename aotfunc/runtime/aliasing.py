@@ -177,7 +177,7 @@ class Changes:
         trace = rec.trace
         self.flags = [(i, value, line) for i, (value, line) in trace.autograd.flags.items()]
         self.retained = [i for i, ref in enumerate(trace.finals) if ref in trace.autograd.kept]
-        self.hooks = trace.given_hooks
+        self.hooks = [(i, h.hook) for i, h in trace.given_hooks if not h.removed]
         #: (position, [(op, other arguments, keywords, under no_grad)])
         self.ops: list[tuple[int, list[tuple]]] = []
         if not trace.reshapes and trace.finals == list(range(len(trace.finals))):

@@ -20,6 +20,7 @@ from torch.fx import Node
 from ..backends.eager import compile_graph
 from ..capture.calls import CompiledCall, CompiledStep, hidden_writes
 from ..capture.captured import Captured
+from ..capture.live_hooks import TensorHooks, live_hooks
 from ..graph import Program, needed_for
 from ..trace.emit import Builder, paused_gc, remap
 from ..trace.marks import dead_end
@@ -44,7 +45,8 @@ def as_recorded(rec: Captured, mutated: Sequence[int]) -> Program | None:
     count = len(trace.inputs)
     written = [*map(trace.ref_at, mutated)]
     ends = {*refs, *written}
-    if len(ends) < 2 or not (autograd.active() & ends):
+    hooked = bool(trace.live_hooks)
+    if not hooked and (len(ends) < 2 or not (autograd.active() & ends)):
         return None
     inputs = range(-len(trace.lifted), count)
     read = {r for _, given, *_ in trace.records for r in given}
@@ -52,7 +54,7 @@ def as_recorded(rec: Captured, mutated: Sequence[int]) -> Program | None:
     inside = any(
         i.__class__ is not Instr and (results_of(i) > 1 or has_chain(i)) for i, *_ in trace.records
     )
-    if not inside and not any(
+    if not (inside or hooked) and not any(
         autograd.reaches(r, [*(ends - {r})]) for r in refs if r in read and r not in inputs
     ):
         if not any(r in autograd.active() and read_when_written(trace, r) for r in written):
@@ -209,7 +211,21 @@ class CallCuts:
                 if chain:
                     self.views[n] = chain
         self.cuts = self.dependent([n for n in (*results, *self.written) if n in self.active])
+        #: nodes where autograd calls hooks
+        self.hooked = {
+            n: hooks
+            for n in self.nodes
+            if n in self.active and (hooks := live_hooks(n)) is not None
+        }
+        for n, hooks in self.hooked.items():
+            self.cuts.update(n.users)
+            if isinstance(hooks, TensorHooks):  # those of all that reads the value
+                self.cuts.update(self.shown(n))
         self.stage = self.numbered()
+
+    def shown(self, n: Node) -> list[Node]:
+        """Return the values that a node with hooks passes on."""
+        return n.target.parts(n)[0]  # type: ignore[union-attr]
 
     def chain_of(self, n: Node, roots: set[Node]) -> list[Node]:
         """Return the views that lead to ``n`` from a value that autograd knows, the first one
@@ -258,20 +274,25 @@ class CallCuts:
         if not self.cuts:
             return None
         count = len(self.placeholders)
-        place: dict[Node, int] = {p: i for i, p in enumerate(self.placeholders)}
+        place: dict[Any, int] = {p: i for i, p in enumerate(self.placeholders)}
         size = 2 * count  # the inputs as they were before the call, and as they are
         sources = {chain[0] for chain in self.views.values()}
         wanted = {n for n in self.ends if isinstance(n, Node)} | sources
         for n in self.nodes:
+            read = self.shown(n) if n in self.hooked else n._input_nodes
             wanted.update(
-                i for i in n._input_nodes if i in self.stage and self.stage[i] < self.stage[n]
+                i
+                for i in read
+                if i in self.stage and (self.stage[i] < self.stage[n] or n in self.hooked)
             )
+        for n in self.hooked:
+            wanted.difference_update(n.users)
         steps: list[tuple] = []
         #: signatures of values that cross, where an input was given a new value its own
         said: dict[Node, Any] = {}
         written = [n for n in self.written if n in self.cuts or n in sources]
 
-        def step(fn: Callable, reads: list[int], outs: Sequence[Node]) -> None:
+        def step(fn: Callable, reads: list[int], outs: Sequence[Any]) -> None:
             nonlocal size
             steps.append((fn, reads))
             for n in outs:
@@ -294,6 +315,14 @@ class CallCuts:
                 )
                 step(partial(call_compiled, stage), [place[i] for i in reads], outs)
             for n in mine:
+                if (hooks := self.hooked.get(n)) is not None:
+                    shown, link = self.shown(n), n.target.link  # type: ignore[union-attr]
+                    items: list[Any] = [None] * len(shown)
+                    for u in n.users:
+                        items[u.args[1]] = u  # type: ignore[index, call-overload]
+                    # what the front of a module leaves for what is behind it
+                    reads = [place[x] for x in (*shown, link) if x in place]
+                    step(n.target.call(hooks), reads, [*items, link])  # type: ignore[union-attr]
                 if n in written:
                     step(write, [count + self.written[n], place[n]], [n])
                     said[n] = self.placeholders[self.written[n]].meta["val"]

@@ -179,6 +179,8 @@ class Compiled:
             if entry.whereabouts != now:
                 full = (*full, now)
                 entry = self.entries.get(full)
+        if entry is not None and entry.held is not None and not entry.held.require(state):
+            entry = None
         if entry is not None:
             entry.check.renew(state)
             entry.repeated = None
@@ -193,6 +195,8 @@ class Compiled:
                 self, arguments, tensors, given, state, key, values, family
             )
             drew = of_python() != before
+            if entry.inlined:  # it changes what it changes now
+                undo_changes(state)
             with undrawn(entry.call):
                 result = entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
             if entry.gradients is not None:

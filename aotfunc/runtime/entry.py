@@ -36,7 +36,7 @@ from .execute import run_eager
 from .guards.check import Check
 from .guards.explain import Facts, facts_of
 from .guards.given import Snapshot
-from .guards.hooked import check_made_outside
+from .guards.hooked import Held, give_to_autograd, held_by
 from .guards.keys import AnyNumber, Shared, environment_key, first_alike, noted
 from .guards.reads import Names
 from .guards.returned import Finish, recorded, skeleton
@@ -67,7 +67,10 @@ class Entry:
         inside: Leaves,
         late: Read,
         names: Names,
+        held: Held | None,
     ) -> None:
+        #: hooks inside that autograd calls, and what hooks hold
+        self.live_hooks, self.held = rec.trace.live_hooks, held
         #: the names by which its backward reads state when it is called, and that state
         self.late, self.names, self.watched = late, names, late is None or bool(late)
         self.reached, self.labels = state.facts, state.labels
@@ -89,7 +92,9 @@ class Entry:
         self.idle = (
             not call.program.n_outputs
             and not call.program.mutated
-            and not has_effects(call.program)
+            and not any(
+                n.op == "call_function" and kept_alive(n) for n in call.program.graph.nodes
+            )
         )
         # closed-over tensors are inputs, found in the state; tensors that f made itself, or that
         # the state does not show, belong to the entry
@@ -135,9 +140,17 @@ class Entry:
             return self.pick(found)
         return [found[s] if s.__class__ is int else s for s in self.sources]
 
+    @property
+    def inlined(self) -> bool:
+        """Whether a call runs the function itself: its hooks belong to the recording around it, or
+        to torch.func's transforms."""
+        return bool(self.live_hooks) and (current() is not None or op_by_op())
+
     def __call__(self, tensors: list[Tensor], *where: Any) -> Any:
         """Return the result of a call with these tensors; in Python the call is ``where = (f,
         objects, arguments)``."""
+        if self.inlined:
+            return where[0](*where[2][0], **where[2][1])
         if self.bare and current() is None and not any_modes():
             return self.tree(call_compiled(self.call, tensors), where)
         if (trace := current()) is not None:
@@ -237,10 +250,6 @@ def rebuilder(spec: TreeSpec | None) -> Callable[[list], Any]:
     return lambda leaves: unflatten(leaves, spec)
 
 
-def has_effects(program: Program) -> bool:
-    return any(n.op == "call_function" and kept_alive(n) for n in program.graph.nodes)
-
-
 def captured_entry(
     compiled: Compiled,
     arguments: Arguments,
@@ -273,15 +282,18 @@ def captured_entry(
 
     def f(*args: Any, **kwargs: Any) -> Any:
         mine = Snapshot(args, kwargs)
+        trace: Any = current()
+        trace.live_hooks = []
         with compiled._names.watching(), axes({}):  # those outside are not in the key
             try:
                 result = called(*args, **kwargs)
             except Exception as e:
-                if current().following is not None or not may_fail or refused(e):  # type: ignore
+                if trace.following is not None or not may_fail or refused(e):
                     raise
                 errors.append(e)
                 result = tensors_of(e)
-        late[:] = [read_late(current().late, compiled._names.opened)]  # type: ignore[union-attr]
+        give_to_autograd(trace, state)
+        late[:] = [read_late(trace.late, compiled._names.opened)]
         mine.check(argument_names(function, len(args)), name)
         places.extend(left_behind(state, compiled.titled, containers(given)))
         returned = recorded(result, places, state, mine.containers)
@@ -320,8 +332,7 @@ def captured_entry(
         following = family.following(values, arguments.leaves, compiled.pipeline.rounds)
     rec = captured(None) if following is None else followed(captured, following, state)
     rec.trace.seeds.check_compiled(known, name)
-    for _, hook in rec.trace.given_hooks:
-        check_made_outside(hook, state)
+    held = held_by(rec.trace, state)
     rec.literal = not compiled.pipeline.takes_numbers(rec)
     finish = Finish(rec, state, places, compiled.titled, *shared)
     quiet = called is not observed
@@ -355,7 +366,9 @@ def captured_entry(
     compiled._history.note([e.facts for e in compiled.entries.values()], facts)
     inside = Leaves(rec, program.mutated)
     names = compiled._names
-    entry = Entry(rec, step, views, state, key, facts, enables, finish, inside, late[0], names)
+    entry = Entry(
+        rec, step, views, state, key, facts, enables, finish, inside, late[0], names, held
+    )
     entry.gradients = gradients[0] if gradients else None
     entry.error = errors.pop() if errors else None
     if following is not None:

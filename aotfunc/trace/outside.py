@@ -194,7 +194,7 @@ class StandIn(NamedTuple):
     old: int
     new: int
     why: str
-    hooks: tuple[Callable, ...] = ()
+    hooks: tuple[Any, ...] = ()
 
 
 def check_stand_ins(trace: Trace, returned: Sequence[int]) -> None:

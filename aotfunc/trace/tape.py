@@ -86,7 +86,11 @@ class Tape:
         self.strided = False  # counts from where a storage begins
         self.runs_always = False  # does what no recording sees, so it must run at every call
         self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
-        self.given_hooks: list[tuple[int, Any]] = []  # hooks that each call registers on an input
+        #: hooks that each call registers on an input: (input, handle)
+        self.given_hooks: list[tuple[int, Any]] = []
+        #: of a compiled function: hooks of values inside that each call gives to autograd; None
+        #: where hooks are recorded
+        self.live_hooks: list[Any] | None = None
         #: inputs and lifted tensors whose gradient was taken: (at line)
         self.differentiated: dict[int, str] = {}
         self.reshapes = False  # in place
@@ -208,7 +212,9 @@ class Tape:
         self.finished = True
         self.autograd.settle()
         histories.take_back(self)
-        self.finals = [t.ref for t in self.arguments]
+        # an argument with a recorded hook is what it was
+        before = {s.new: s.value for s in self.stand_ins if s.hooks}
+        self.finals = [before.get(t.ref, t.ref) for t in self.arguments]
         self.arguments.clear()
         self.deferred.clear()
         self.late.clear()

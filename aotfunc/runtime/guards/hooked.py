@@ -1,34 +1,89 @@
-"""Hooks that a function registers on its arguments, and what they may hold."""
+"""Hooks that a function registers at every call, and what they may hold."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any
 
 from ...errors import CaptureError
 from ...trace.holding import SHARED, contents
+from ...trace.traced import Traced
+from ...trace.tracer import Trace
 from .description import is_plain
 from .state import State
 
 
-def check_made_outside(hook: Callable, state: State) -> None:
-    """Refuse a hook that holds what the function makes, which each call would have to make for
-    it."""
-    known = {*state.seen, *(id(owner) for owner, _, _ in state.owners)}
-    todo: list[Any] = [hook]
-    while todo:
-        x = todo.pop()
-        if id(x) in known or is_plain(x) or isinstance(x, SHARED[:2]):
-            continue
-        known.add(id(x))
-        if isinstance(x, FunctionType | MethodType | functools.partial):
-            todo += contents(x)
-        elif isinstance(x, BuiltinMethodType):  # of a list: its append
-            todo.append(x.__self__)
-        else:
+def give_to_autograd(trace: Trace, state: State) -> None:
+    """Let autograd call those hooks of values inside that hold nothing that the function makes.
+    The others are recorded, and so are those by which a gradient was taken."""
+    assert trace.live_hooks is not None
+    for waiting in trace.deferred:
+        if waiting.hooks is not None and waiting.hooks.held and waiting.made is None:
+            if Held(waiting.hooks.held, state).made is None:
+                waiting.live = True
+                trace.live_hooks.append(waiting.hooks)
+
+
+def held_by(trace: Trace, state: State) -> Held | None:
+    """Return what the hooks hold that every call registers, and let the check of the state require
+    it. Raises CaptureError for a hook of an
+    argument that holds what the function makes, which each call would have to make for it."""
+    handles = [h for _, h in trace.given_hooks if not h.removed]
+    for h in handles:
+        h.settled = True
+        if (made := Held([h.hook], state).made) is Traced:
             raise CaptureError(
-                f"a hook of an argument holds a {type(x).__name__} that the function makes, which "
-                "would be the same object at every call; make it outside"
+                f"a hook of an argument reads what is computed inside{h.where}: register it on "
+                "x.view_as(x)"
             )
+        elif made is not None:
+            raise CaptureError(
+                f"a hook of an argument holds a {made.__name__} that the function makes{h.where}, "
+                "which would be the same object at every call; make it outside"
+            )
+    hooks = [h.hook for h in handles] + [x for live in trace.live_hooks or () for x in live.held]
+    held = Held(hooks, state) if hooks else None
+    if held is not None:
+        held.require(state)
+    return held
+
+
+class Held:
+    """Objects of the state that hooks hold, which a call must find there again: not others like
+    them."""
+
+    def __init__(self, hooks: Sequence[Any], state: State) -> None:
+        #: by the variables of the check
+        self.objects: dict[str, Any] = {}
+        #: the class of what the function makes and a hook holds, too
+        self.made: type | None = None
+        known, seen = places(state), set[int]()
+        todo: list[Any] = [*hooks]
+        while todo:
+            x = todo.pop()
+            if id(x) in seen or is_plain(x) or isinstance(x, SHARED[:2]):
+                continue
+            seen.add(id(x))
+            if id(x) in known:
+                self.objects[known[id(x)]] = x
+            elif isinstance(x, FunctionType | MethodType | functools.partial):
+                todo += contents(x)
+            elif isinstance(x, BuiltinMethodType):  # of a list: its append
+                todo.append(x.__self__)
+            elif self.made is not Traced:
+                self.made = type(x)
+
+    def require(self, state: State) -> bool:
+        """Let the check of an equal state require these objects; return whether the state has
+        them."""
+        for v, x in self.objects.items():
+            state.require(v, x)
+        known = places(state)
+        return all(known.get(id(x)) == v for v, x in self.objects.items())
+
+
+def places(state: State) -> dict[int, str]:
+    """Return the variables of the check that hold the objects of a state, by ``id``."""
+    return {id(owner): v for owner, v, _ in state.owners} | state.seen
