@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import types
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, overload
 
@@ -173,6 +175,15 @@ SHARED = (
 )
 
 
+def without_global_hooks(f: Any) -> Any:
+    """Return a method of ``nn.Module`` that sees no hooks of all modules."""
+    scope = {
+        name: OrderedDict() if name.startswith("_global_") and name.endswith("_hooks") else x
+        for name, x in f.__globals__.items()
+    }
+    return types.FunctionType(f.__code__, scope, f.__name__, f.__defaults__, f.__closure__)
+
+
 class CompiledModule(nn.Module):
     """A module whose forward is compiled and which is the original in all else: parameters,
     buffers, submodules and their names, state, mode, attributes and methods. Hooks registered here
@@ -186,6 +197,11 @@ class CompiledModule(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self._compiled)
+
+    # the original module calls those
+    _call_impl = without_global_hooks(nn.Module._call_impl)
+    _get_backward_hooks = without_global_hooks(nn.Module._get_backward_hooks)
+    _get_backward_pre_hooks = without_global_hooks(nn.Module._get_backward_pre_hooks)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._compiled(*args, **kwargs)

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module as every
 
 from aotfunc import aot_function, aot_module, grad, jit, vmap
 from aotfunc.errors import CaptureError
@@ -211,6 +212,39 @@ def test_hooks_of_modules(way):
         return found, log, [p.grad for p in m.parameters()]
 
     assert_same(run(WAYS[way]), run(lambda m: m))
+
+
+@pytest.mark.parametrize("way", [jit, lambda m: aot_module(m, "eager")], ids=["jit", "aot"])
+def test_hooks_of_all_modules(way):
+    """A compiled module is one module, with its own hooks and the original's."""
+
+    def run(wrap, own):
+        torch.manual_seed(0)
+        m, log = nn.Sequential(nn.Linear(3, 3)).double(), []
+        f = wrap(m)
+        handles = [
+            every.register_module_forward_pre_hook(lambda m, xs: (xs[0] + 1,)),
+            every.register_module_forward_hook(lambda m, xs, y: y * 2),
+            every.register_module_full_backward_pre_hook(lambda m, go: log.append(go)),
+            every.register_module_full_backward_hook(lambda m, gi, go: (gi[0] * 3,)),
+        ]
+        if own:
+            m.register_full_backward_hook(lambda m, gi, go: log.append("of the module"))
+            g = f if isinstance(f, nn.Module) else m
+            g.register_forward_hook(lambda m, xs, y: y + 1)
+        try:
+            found = []
+            for _ in range(2):
+                x = leaf()
+                f(x).sum().backward()
+                found.append(x.grad)
+        finally:
+            for h in handles:
+                h.remove()
+        return found, log, f(leaf())
+
+    for own in (False, True):
+        assert_same(run(way, own), run(lambda m: m, own))
 
 
 def test_transforms_record_the_hooks_of_what_they_call():
