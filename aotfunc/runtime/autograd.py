@@ -245,6 +245,8 @@ class CompiledFunction(torch.autograd.Function):
         ctx.versions = [*map(version, needed)]
         ctx.memory = storages(needed)
         ctx.keeps = bool(needed or kept)
+        #: the results whose gradients were taken, so that what they saved is gone
+        ctx.done = frozenset()
         return tuple(results)
 
     @staticmethod
@@ -259,29 +261,30 @@ class CompiledFunction(torch.autograd.Function):
             check_memory(inputs, ctx.memory, halves.call.__name__)
         # reading them raises an error the second time, unless the graph was retained, even if
         # there are none
-        saved = ctx.saved_tensors if ctx.keeps else ()
-        if as_laid_out(cts, ctx.layouts, ctx.dtype):
-            values = [*saved, *cts]
-            let_go(ctx)
-            del saved
-            return None, None, None, None, *halves.backward.compiled(values)(values)
         outs, inputs = ctx.part
-        there = {i for i, c in zip(outs, cts, strict=True) if c is not None}
+        if not ctx.done and as_laid_out(cts, ctx.layouts, ctx.dtype):
+            values = [*(ctx.saved_tensors if ctx.keeps else ()), *cts]
+            let_go(ctx, frozenset(outs))
+            return None, None, None, None, *halves.backward.compiled(values)(values)
+        there = frozenset([i for i, c in zip(outs, cts, strict=True) if c is not None])
+        # of another result, which had nothing in common with those: computed again
+        again = bool(ctx.done and ctx.inputs is not None and halves.apart(ctx.done, there))
+        saved = ctx.saved_tensors if ctx.keeps and not again else ()
         have = tuple([i in there for i, yes in enumerate(halves.live) if yes])
         with without_modes(ctx.dtype):
             plan, given = lay_cotangents(cts, [halves.vals[i] for i in outs])
             sigs = tuple([sig for sig in plan if sig is not None])
-            if torch.is_grad_enabled() or (halves.materializes and not all(have)):
-                values = [*unchanged(ctx), *given]
+            if again or torch.is_grad_enabled() or (halves.materializes and not all(have)):
+                values = [*unchanged(ctx, halves.gradient(have, sigs)), *given]
                 with redrawn(ctx.states), at_moment(ctx.moment):
-                    let_go(ctx)
+                    let_go(ctx, there)
                     grads = call_batched(call_compiled, halves.gradient(have, sigs), values)
             else:
                 half, reads = halves.backward_for(have, sigs)
                 feed = iter(saved)
                 kept = {i: next(feed) if r is None else r for i, r in ctx.residuals.items()}
                 values = [*[kept[i] for i in reads], *given]
-                let_go(ctx)
+                let_go(ctx, there)
                 del saved, feed, kept, given
                 grads = call_batched(run_half, half, values)
         found = dict(zip(halves.wrt, grads, strict=True))
@@ -302,10 +305,15 @@ def as_laid_out(
     return torch.get_default_dtype() is dtype
 
 
-def let_go(ctx: Any) -> None:
-    """Let a node forget what it has saved, unless the graph is retained."""
-    if not torch._C._autograd._get_current_graph_task_keep_graph():
-        ctx.maybe_clear_saved_tensors()
+def let_go(ctx: Any, outs: frozenset[int]) -> None:
+    """Let a node forget what it has saved, unless the graph is retained. Results that have nothing
+    in common with ``outs``, whose gradients are taken, keep the inputs."""
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return
+    ctx.maybe_clear_saved_tensors()
+    ctx.done |= outs
+    rest = [k for k in ctx.part[0] if k not in ctx.done]
+    if not any(ctx.halves.apart(ctx.done, frozenset([k])) for k in rest):
         ctx.inputs = ctx.memory = ctx.read_late = ctx.moment = None
 
 
@@ -328,14 +336,15 @@ class Lift(torch.autograd.Function):
         return g
 
 
-def unchanged(ctx: Any) -> list[Tensor]:
-    """Return the inputs as autograd would have saved them."""
-    for t, before in zip(ctx.inputs, ctx.versions, strict=True):
-        if version(t) != before:
+def unchanged(ctx: Any, gradient: CompiledCall) -> list[Tensor]:
+    """Return the inputs, those that this gradient reads as autograd would have saved them."""
+    for t, before, p in zip(ctx.inputs, ctx.versions, gradient.program.placeholders, strict=False):
+        if version(t) != before and p.users:
             raise AotfuncError(
                 f"an input of {ctx.halves.call.__name__} of shape {list(t.shape)} was modified by "
-                "an inplace operation after the call; its backward cannot be differentiated "
-                "(create_graph=True) any more: pass it a clone(), or write after the backward"
+                "an inplace operation after the call; its backward can neither be differentiated "
+                "(create_graph=True) nor be run for another result any more: pass it a clone(), "
+                "or write after the backward"
             )
     return ctx.inputs
 

@@ -148,6 +148,20 @@ class Halves:
         have = tuple([i in outs for i, yes in enumerate(self.live) if yes])
         return self.backward_for(have, tuple([contiguous_sig(self.vals[i]) for i in outs]))[1]
 
+    def apart(self, done: frozenset[int], outs: frozenset[int]) -> bool:
+        """Return whether the gradients of ``outs`` read nothing that those of other results have
+        read, but for inputs: autograd has graphs of their own then."""
+
+        def find() -> bool:
+            common = set(self.residuals_of(sorted(done)))
+            common.intersection_update(self.residuals_of(sorted(outs)))
+            saved = self.forward.program.outputs[self.count :]
+            return all(isinstance(r := saved[i], Node) and r.op == "placeholder" for i in common)
+
+        if done & outs:
+            return False
+        return self.program.once(("apart", self.wrt, done, outs), find)
+
     def zero(self, i: int, outs: set[int]) -> Tensor | None:
         """Return the gradient of an input that has none in the program, for cotangents of
         ``outs``."""

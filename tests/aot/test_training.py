@@ -189,6 +189,66 @@ def test_a_result_that_is_not_used_adds_nothing():
             assert_same(*grads)
 
 
+APART = {
+    "ops": lambda x: (x * 2, x.sin()),
+    "the same op": lambda x: (x.sin() + 1, x.sin() * x),
+    "nothing saved": lambda x: (lambda h: (h * 2, h * 3))(x + 1),
+    "random": lambda x: (F.dropout(x * x, 0.5), F.dropout(x, 0.5).sin()),
+    "three": lambda x: (x.sin() * x, x.exp(), x.cos()),
+    "products": lambda x: (x @ x.mT, (x.mT @ x).sin()),
+    "a saved one": lambda x: (lambda h: (h.sin(), h * h))(x.exp()),
+}
+
+
+@pytest.mark.parametrize("taken", ["backward", "grad", "create_graph"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("way", [jit, lambda f: aot_function(f, "eager")], ids=["jit", "aot"])
+def test_gradients_of_one_result_after_the_other(way, name, order, taken):
+    """A second one needs no retained graph where eager's needs none."""
+
+    def run(wrap):
+        torch.manual_seed(0)
+        x = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+        outs, found = wrap(APART[name])(x), []
+        for k in order:
+            try:
+                if taken == "backward":
+                    outs[k].sum().backward()
+                    found.append(x.grad.clone())
+                else:
+                    keeps = taken == "create_graph"
+                    (g,) = torch.autograd.grad(
+                        outs[k].sum(), x, create_graph=keeps, retain_graph=False
+                    )
+                    found.append(g)
+            except RuntimeError as e:
+                assert "second time" in str(e)
+                found.append(None)
+        return found
+
+    for got, want in zip(run(way), run(lambda f: f), strict=True):
+        if want is not None:
+            assert_same(got, want)
+        elif name != "nothing saved" and order == (0, 0):
+            assert got is None
+
+
+def test_what_was_written_between_two_backwards():
+    def run(wrap, first, second):
+        x, w = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+        outs = wrap(lambda x, w: (x * w, x.sin()))(x, w)
+        outs[first].sum().backward()
+        with torch.no_grad():
+            w.add_(1)
+        outs[second].sum().backward()
+        return x.grad
+
+    assert_same(run(jit, 0, 1), run(lambda f: f, 0, 1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run(jit, 1, 0)
+
+
 @pytest.mark.parametrize("compiled", COMPILED)
 def test_retain_graph(compiled):
     x = torch.randn(3, requires_grad=True)
