@@ -206,6 +206,7 @@ def test_a_buffer_that_is_written_to_later(name, way):
 @pytest.mark.parametrize("name", CALLED)
 def test_a_buffer_that_is_written_to_before_autograd_calls_a_hook(name, way):
     def run(C):
+        torch.manual_seed(0)
         x, b = torch.ones(3, requires_grad=True), torch.ones(3)
         f = CALLED[name](C, b)
         for _ in range(2):
@@ -801,7 +802,7 @@ def test_a_variable_that_changes_before_the_backward(way, name):
     if name != "nested":  # which is compiled in any way
         assert not torch.equal(want[0], gradients(lambda f: f, name, change)[0])
     assert_same_or_none(gradients(WAYS[way], name, nothing), want)
-    if name in ("hook", "helper", "nested", "module"):
+    if name in ("hook", "helper", "nested"):
         want = gradients(lambda f: f, name, change)
         assert_same_or_none(gradients(WAYS[way], name, change), want)
         return

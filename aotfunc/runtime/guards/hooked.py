@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any
 
+from torch import nn
+
 from ...errors import CaptureError
 from ...trace.holding import SHARED, contents
 from ...trace.traced import Traced
@@ -20,10 +22,13 @@ def give_to_autograd(trace: Trace, state: State) -> None:
     The others are recorded, and so are those by which a gradient was taken."""
     assert trace.live_hooks is not None
     for waiting in trace.deferred:
-        if waiting.hooks is not None and waiting.hooks.held and waiting.made is None:
-            if Held(waiting.hooks.held, state).made is None:
-                waiting.live = True
-                trace.live_hooks.append(waiting.hooks)
+        if (hooks := waiting.hooks) is None or not hooks.held:
+            continue
+        if waiting.made is None and Held(hooks.held, state).made is None:
+            waiting.live = True
+            trace.live_hooks.append(hooks)
+        else:
+            trace.late += [x for x in hooks.held if not isinstance(x, nn.Module)]
 
 
 def held_by(trace: Trace, state: State) -> Held | None:
