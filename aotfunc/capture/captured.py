@@ -27,6 +27,7 @@ from ..trace.tracer import Trace
 from ..transforms.tidy import REWRITES, rebuilt
 from .deferred import check_calls, check_checkpoints
 from .grad_step import GradStep
+from .live_hooks import TensorHooks
 from .tree import flatten, unflatten
 
 aten = torch.ops.aten
@@ -212,7 +213,7 @@ class Captured:
 
     def as_recorded(self, memory: tuple[tuple[int, bool], ...]) -> Program:
         """Return :meth:`program` op by op, nothing rewritten or merged; its last results are the
-        returned tensors."""
+        returned tensors, and values with hooks that autograd calls."""
         trace = self.trace
         with paused_gc():
             b = Builder(None, merge=False)
@@ -226,6 +227,8 @@ class Captured:
                 # tensors of their own
                 returned[ref] = b.call(aten.alias.default, n) if n in returned.values() else n
             outs += [returned[r] for r in self.refs]
+            # that nothing reads any more, but what was computed before does
+            outs += [f.read(h.ref) for h in trace.live_hooks or () if isinstance(h, TensorHooks)]
             return Program(b.finish(outs), len(trace.inputs), len(outs), (), "capture")
 
     @property

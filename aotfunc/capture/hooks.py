@@ -61,20 +61,16 @@ def register_hook(t: Traced, hook: Callable) -> Any:
         and own not in trace.roots().written
     ):
         return register_outside(t, hook)
-    used = any(
+    too_late = ""  # to be recorded
+    if any(
         t.ref in refs and grad and reads(instr, refs, t.ref)
         for instr, refs, grad, *_ in trace.records
-    )
-    too_late = CaptureError(
-        f"a hook of a tensor that was used before{at(debug.user_line())}: register it at once"
-    )
-    if used and trace.live_hooks is None:
-        raise too_late
+    ):
+        too_late = f"a tensor that was used before{at(debug.user_line())}: register it at once"
     if own < len(trace.inputs) and own in trace.roots().written:
-        raise CaptureError(
-            f"a hook of an argument that was written to{at(debug.user_line())}: register it "
-            "first, outside"
-        )
+        too_late = f"an argument that was written to{at(debug.user_line())}: register it first"
+    if too_late and trace.live_hooks is None:
+        raise CaptureError(f"a hook of {too_late}")
 
     why = f"a tensor with a hook{at(debug.user_line())} shares memory, and one is written "
     why += "or both are returned; "
@@ -103,7 +99,7 @@ def register_hook(t: Traced, hook: Callable) -> Any:
             "hook", [source], lambda ctx: source.view_as(source), context, backward
         ).ref
     waiting, link = trace.deferred[-1], Link()
-    recorded, waiting.hooks = waiting.make, mine
+    recorded, waiting.hooks, mine.ref = waiting.make, mine, t.ref
 
     def make(d: Deferred) -> tuple[End, list[int]]:
         for each in handles:
@@ -111,8 +107,8 @@ def register_hook(t: Traced, hook: Callable) -> Any:
         if d.live:
             link.live = mine
             return End(Identity("a hook", (t.sig,), (), link)), []
-        if used and mine.held:
-            raise too_late
+        if too_late and mine.held:
+            raise CaptureError(f"a hook of {too_late}")
         calls_late(*mine.held)
         return recorded(d)
 

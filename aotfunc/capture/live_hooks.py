@@ -48,10 +48,11 @@ class Handle:
 
 
 class TensorHooks(LiveHooks):
-    """Hooks of one value."""
+    """Hooks of one value, the last one registered here; ``ref`` is the value from then on."""
 
     def __init__(self, handles: Sequence[Handle]) -> None:
         self.handles = handles
+        self.ref = 0
 
     @property
     def held(self) -> Sequence[Any]:  # type: ignore[override]
@@ -59,8 +60,8 @@ class TensorHooks(LiveHooks):
 
     def register(self, values: Sequence[Tensor]) -> list[Any]:
         (t,) = values
-        for hook in self.held:
-            t.register_hook(hook)
+        if not self.handles[-1].removed:
+            t.register_hook(self.handles[-1].hook)
         return [t, None]
 
 
@@ -98,6 +99,7 @@ class ModuleHooks(LiveHooks):
         else:
             hook = self.begin()
             hook.setup_input_hook((None,) * self.n_inputs)
+            hook.input_tensors_index = self.inputs or None  # nothing reads those
         found = hook.setup_output_hook(tuple(given))
         return [*(found[i] for i in self.outputs), None]
 

@@ -171,7 +171,7 @@ class CallCuts:
         self.placeholders = plain.placeholders
         #: memory of the results, then new values of written inputs
         self.ends = plain.outputs[: len(whole.outputs)]
-        self.returned = plain.outputs[len(whole.outputs) :]
+        self.returned = plain.outputs[len(whole.outputs) :]  # and values with hooks
         self.active = active_nodes(
             plain.graph.nodes, [self.placeholders[i] for i in wrt], zeros=True
         )

@@ -89,6 +89,51 @@ def without_a_gradient(x, log):
     return x.sum()
 
 
+def not_used_again(x, log):
+    h = x * 2
+    y = h.sin()
+    h.register_hook(kept(log, 2))
+    return y.sum()
+
+
+def used_between(x, log):
+    h = x * 2
+    h.register_hook(kept(log, 2))
+    y = h.sin()
+    h.register_hook(kept(log, 3))
+    return (y + h * y).sum()
+
+
+def written_argument(x, log):
+    x.mul_(3)
+    y = x * 2
+    x.register_hook(kept(log, 2))
+    return (y * x).sum()
+
+
+def written_before(x, log):
+    h = x * 2
+    h.mul_(3)
+    h[:2].register_hook(kept(log, 5))
+    h.register_hook(kept(log, 2))
+    return (h * x).sum()
+
+
+def hooked_then_written(x, log):
+    h = x * 2
+    h.register_hook(kept(log, 2))
+    h[0].mul_(3)
+    return (h * x).sum()
+
+
+def two_kinds_on_one_value(x, log):
+    h = x.sin()
+    h.register_hook(lambda g: g * 2)
+    h.register_hook(lambda g: g * h.detach())
+    h.register_hook(lambda g: g * 3)
+    return h.cos().sum()
+
+
 def recorded_too(x, log):
     h = x.sin()
     h.register_hook(lambda g: g * h.detach())
@@ -108,7 +153,8 @@ def in_a_gradient_inside(x, log):
 
 PROGRAMS = (
     *(two_values, used_before, removed, returned, several_outputs, drawn, written),
-    *(without_a_gradient, recorded_too, in_a_gradient_inside),
+    *(without_a_gradient, recorded_too, in_a_gradient_inside, not_used_again, used_between),
+    *(written_argument, written_before, hooked_then_written, two_kinds_on_one_value),
 )
 
 
@@ -212,6 +258,40 @@ def test_hooks_of_modules(way):
         return found, log, [p.grad for p in m.parameters()]
 
     assert_same(run(WAYS[way]), run(lambda m: m))
+
+
+class Reads(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f, self.weight = f, nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x, k=1, y=None):
+        return self.f(self, x) * k
+
+
+SOME_READ = {
+    "nothing": lambda m, x: m.weight * 2,
+    "its input": lambda m, x: x.sin(),
+    "both, and views": lambda m, x: (x * m.weight)[:2],
+    "the input itself": lambda m, x: x,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", SOME_READ)
+def test_what_a_module_reads(name, way):
+    def run(wrap):
+        m, log = Reads(SOME_READ[name]), []
+        m.register_full_backward_pre_hook(lambda m, go: log.append(go))
+        m.register_full_backward_hook(lambda m, gi, go: log.append((gi, go)))
+        f, found = wrap(lambda x, y: m(x, 2, y=y).sum() + y.sum()), []
+        for _ in range(2):
+            x, y = leaf(), leaf()
+            f(x * 1, y).backward()
+            found += [x.grad, y.grad]
+        return found, m.weight.grad, log
+
+    assert_same(run(WAYS[way]), run(lambda f: f))
 
 
 @pytest.mark.parametrize("way", [jit, lambda m: aot_module(m, "eager")], ids=["jit", "aot"])

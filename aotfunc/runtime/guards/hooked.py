@@ -21,13 +21,17 @@ def give_to_autograd(trace: Trace, state: State) -> None:
     """Let autograd call those hooks of values inside that hold nothing that the function makes.
     The others are recorded, and so are those by which a gradient was taken."""
     assert trace.live_hooks is not None
-    for waiting in trace.deferred:
+    recorded: set[Any] = set()  # with those that were registered on the value before
+    for waiting in reversed(trace.deferred):
         if (hooks := waiting.hooks) is None or not hooks.held:
             continue
-        if waiting.made is None and Held(hooks.held, state).made is None:
+        mine = set(getattr(hooks, "handles", ()))
+        outside = waiting.made is None and Held(hooks.held, state).made is None
+        if outside and recorded.isdisjoint(mine):
             waiting.live = True
-            trace.live_hooks.append(hooks)
+            trace.live_hooks.insert(0, hooks)
         else:
+            recorded |= mine
             trace.late += [x for x in hooks.held if not isinstance(x, nn.Module)]
 
 
