@@ -1,5 +1,5 @@
-"""``torch.tensor([[c, -s], [s, c]])`` of traced numbers. PyTorch would read them from memory; here
-they are stacked.
+"""``torch.tensor([[c, -s], [s, c]])`` of traced numbers: PyTorch would read them from memory, here
+they are stacked. And ``one_hot`` of traced classes, which PyTorch would not check.
 
 As in eager no derivative goes through. The functions are exchanged while a recording is under way.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .nested import leaves
@@ -77,6 +78,21 @@ def new_tensor(self: Tensor, data: Any, **kwargs: Any) -> Tensor:
 
 Traced.new_tensor = new_tensor  # type: ignore[method-assign]
 
+
+def checked(one_hot: Callable) -> Callable:
+    """Return ``one_hot``, whose program checks the classes at each call, as eager mode does."""
+
+    @functools.wraps(one_hot)
+    def function(tensor: Tensor, num_classes: int = -1) -> Tensor:
+        if tensor.__class__ is Traced and num_classes > 0:
+            fits = tensor.ge(0).logical_and(tensor.lt(num_classes)).all()
+            what = f"class values must be non-negative and smaller than {num_classes}"
+            torch.ops.aten._assert_async.msg(fits, f"one_hot: {what}")
+        return one_hot(tensor, num_classes)
+
+    return function
+
+
 CONSTRUCTORS = {
     (torch, name): stacking(getattr(torch, name)) for name in ("tensor", "as_tensor", "asarray")
-}
+} | {(F, "one_hot"): checked(F.one_hot)}

@@ -9,7 +9,6 @@ rewritings and kernels look at (0, 1, 2, 0.5 and their like) are always literals
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -80,10 +79,11 @@ TAKES_NUMBER = frozenset([op._op for op in (*FORMS, *IN_PLACE)])
 
 
 def generic(x: float) -> bool:
-    """Return whether nothing depends on which number this is."""
+    """Return whether nothing depends on which number this is; ops refuse one that their dtype
+    does not hold."""
     if x.__class__ is int:
         return 3 < abs(x) < 1 << 53
-    return math.isfinite(x) and not (abs(x) <= 3 and (2 * x).is_integer())
+    return abs(x) <= LARGEST and not (abs(x) <= 3 and (2 * x).is_integer())
 
 
 def bits_of(numbers: Iterable[float]) -> tuple:
@@ -91,6 +91,8 @@ def bits_of(numbers: Iterable[float]) -> tuple:
     return tuple([(x.__class__, x) for x in numbers])
 
 
+#: of the numbers that each of these dtypes holds
+LARGEST = torch.finfo(torch.float32).max
 WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 #: tensors that a number scales as a tensor in its place does, to the bit
 SCALED = {(dtype, "cpu") for dtype in WIDE}

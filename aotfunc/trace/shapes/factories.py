@@ -45,8 +45,10 @@ def _full(size, value, *, dtype=None, **options):
 
 
 @shape_rule(aten.scalar_tensor)
-def _scalar_tensor(value, **options):
-    return created((), **options)
+def _scalar_tensor(value, *, dtype=None, **options):
+    with torch._C._DisableTorchDispatch():  # it may refuse the number
+        made = aten.scalar_tensor.default(value, dtype=dtype)
+    return created((), dtype=made.dtype, **options)
 
 
 @shape_rule(aten.new_empty, aten.new_zeros, aten.new_ones)

@@ -24,6 +24,16 @@ _deterministic = torch._C._get_deterministic_algorithms
 #: the signatures of results of ops that are only recorded, and never run
 TOLD: dict[OpOverload, Callable] = {}
 
+#: ops that fill with a number, and its place among their arguments
+FILLS: dict[OpOverload, int] = {
+    **dict.fromkeys((aten.full.default, aten.full_like.default, aten.fill_diagonal_.default), 1),
+    **dict.fromkeys((aten.fill.Scalar, aten.fill_.Scalar), 1),
+    **dict.fromkeys((aten.new_full.default, aten.constant_pad_nd.default), 2),
+    **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill_.Scalar), 2),
+    **dict.fromkeys((aten.index_fill.int_Scalar, aten.index_fill_.int_Scalar), 3),
+    **dict.fromkeys((aten.scatter.value, aten.scatter_.value), 3),
+}
+
 
 def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     """Return the signatures of the outputs: by our own rule, else as PyTorch says."""
@@ -33,7 +43,17 @@ def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
         return told(*fill(args, sigs))
     check_devices(op, sigs)
     outs = by_rule(op, args, kwargs, sigs)
-    return by_kernel(op, args, kwargs, sigs) if outs is NotImplemented else outs
+    outs = by_kernel(op, args, kwargs, sigs) if outs is NotImplemented else outs
+    if len(args) > (place := FILLS.get(op, len(args))):
+        check_filling(args[place], outs.dtype)
+    return outs
+
+
+def check_filling(value: Any, dtype: torch.dtype) -> None:
+    """Raise eager's RuntimeError for a number that the dtype does not hold: meta kernels take it,
+    and so do rewritings and kernels of other backends."""
+    with torch._C._DisableTorchDispatch(), off():
+        torch.empty(0, dtype=dtype).fill_(value)
 
 
 def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:

@@ -305,9 +305,12 @@ def takes(op: OpOverload) -> list[str]:
 
 
 def in_place(functional: Callable, x: Sig, *args: Any, **kwargs: Any) -> Sig:
-    """Return the signature of a write to ``x`` of the functional op's result."""
+    """Return the signature of a write to ``x`` of the functional op's result; RuntimeError, as in
+    eager, for one that its dtype does not hold, which meta kernels take."""
     out = functional(x, *args, **kwargs)
-    sure(out.shape == x.shape and torch.can_cast(out.dtype, x.dtype) and 0 not in x.stride)
+    if not torch.can_cast(out.dtype, x.dtype):
+        raise RuntimeError(f"the result of {out.dtype} cannot be written to a {x.dtype}")
+    sure(out.shape == x.shape and 0 not in x.stride)
     return x
 
 
@@ -327,6 +330,7 @@ def pointwise_shape(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Return the signatures of the results of a pointwise op, by the rule for all of them."""
     operands = [a for a in (*args, *kwargs.values()) if a.__class__ is Sig]
     sure(operands and not any(isinstance(a, list | tuple) for a in args))
+    outs = results_of_probes(op, args, kwargs)
     shape = operands[0].shape
     if any(s.shape != shape for s in operands):
         shape = broadcast(*[s.shape for s in operands])
@@ -335,18 +339,20 @@ def pointwise_shape(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     sure(not composed or all(ordinary(s) for s in operands))
     sure("backward" not in name or all(s.dtype is operands[0].dtype for s in operands))
     stride = result_strides(shape, operands)
-    probes = [probe(a.dtype, bool(a.shape)) if a.__class__ is Sig else a for a in args]
-    with torch._C._DisableTorchDispatch(), torch._C._DisableAutocast():
-        try:
-            outs = op(
-                *probes,
-                **{
-                    k: probe(v.dtype, bool(v.shape)) if v.__class__ is Sig else v
-                    for k, v in kwargs.items()
-                },
-            )
-        except (RuntimeError, NotImplementedError):
-            raise Unsure from None
     if outs.__class__ is Tensor:
         return new(operands[0], shape, outs.dtype, stride)
     return tuple([new(operands[0], shape, o.dtype, stride) for o in outs])
+
+
+def results_of_probes(op: OpOverload, args: tuple, kwargs: dict) -> Any:
+    """Return what a pointwise op makes of probes, or the error of its kernel: it refuses numbers,
+    as ``alpha=True``, that meta kernels and kernels of other backends take."""
+
+    def asking(a: Any) -> Any:
+        return probe(a.dtype, bool(a.shape)) if a.__class__ is Sig else a
+
+    with torch._C._DisableTorchDispatch(), torch._C._DisableAutocast():
+        try:
+            return op(*map(asking, args), **{k: asking(v) for k, v in kwargs.items()})
+        except NotImplementedError:  # for this dtype on the CPU
+            raise Unsure from None

@@ -162,7 +162,16 @@ def _zeros(b: Builder, val: Sig, *_: Any, pin_memory: Any = None, **__: Any) -> 
     return None if pin_memory else filled_constant(b, val, 0)
 
 
-@rewrite(aten.full_like.default, aten.new_full.default, aten.scalar_tensor.default)
+@rewrite(aten.scalar_tensor.default)
+def _scalar_tensor(b: Builder, val: Sig, value: Any, **named: Any) -> Any:
+    """Fill with infinity for a number beyond the dtype, which ``full`` refuses."""
+    if value.__class__ in (int, float) and val.dtype.is_floating_point:
+        if abs(value) > torch.finfo(val.dtype).max:
+            value = torch.tensor(float(value), dtype=torch.float64).to(val.dtype).item()
+    return _full_like(b, val, value, **named)
+
+
+@rewrite(aten.full_like.default, aten.new_full.default)
 def _full_like(b: Builder, val: Sig, *args: Any, pin_memory: Any = None, **_: Any) -> Any:
     value = args[-1]
     return (
