@@ -296,7 +296,7 @@ def captured_entry(
         late[:] = [read_late(trace.late, compiled._names.opened)]
         mine.check(argument_names(function, len(args)), name)
         places.extend(left_behind(state, compiled.titled, containers(given)))
-        returned = recorded(result, places, state, mine.containers)
+        returned = recorded(result, places, state, mine)
         shared[:] = [skeleton(returned[0] if places else returned)]
         return returned
 

@@ -95,6 +95,98 @@ def test_an_attribute_of_a_closed_over_tensor_is_set(compiler):
     assert_same(*pairs)
 
 
+# ----- attributes of results --------------------------------------------------------------------
+
+
+class Source:
+    def __init__(self, name):
+        self.name = name
+
+
+OUTSIDE, KEPT = Source("outside"), [None]
+
+
+def given(y, **attributes):
+    y.__dict__.update(attributes)
+    return y
+
+
+def of_itself(x):
+    y = x * 2
+    y.me = y
+    return y
+
+
+def kept_outside(x):
+    KEPT[0] = given(x * 2, tag="kept")
+    return x + 1
+
+
+def one_list(x):
+    y = given(x * 2, parts=[x + 1])
+    return y, [y], y.parts
+
+
+RESULTS = {
+    "number": lambda x: given(x * 2, tag=1),
+    "tensor": lambda x: given(x * 2, half=x / 2),
+    "tree": lambda x: given(x * 2, parts=[x + 1, 2, {"a": x * 3}]),
+    "object from outside": lambda x: given(x * 2, source=OUTSIDE),
+    "object made inside": lambda x: given(x * 2, source=Source("inside")),
+    "argument": lambda x: given(x * 2, source=x),
+    "view": lambda x: given(x[:], tag=1),
+    "one of two": lambda x: (x * 3, given(x * 2, tag=1)),
+    "attributes of attributes": lambda x: given(x * 2, half=given(x / 2, tag=5)),
+    "constant": lambda x: given(torch.tensor(3.0), tag=1),
+    "parameter": lambda x: given(torch.nn.Parameter(x * 2), tag=1),
+    "nested": lambda x: given(jit(lambda z: given(z * 2, tag=1))(x), other=2),
+    "itself": of_itself,
+    "kept outside": kept_outside,
+    "one list": one_list,
+}
+
+
+def shown(x, depth=3):
+    """The result and what its attributes hold."""
+    if isinstance(x, torch.Tensor):
+        inner = {k: shown(v, depth - 1) for k, v in vars(x).items()} if depth else {}
+        return type(x), x.tolist(), x.requires_grad, inner
+    if isinstance(x, (list, tuple)):
+        return [shown(e, depth) for e in x]
+    if isinstance(x, dict):
+        return {k: shown(e, depth) for k, e in x.items()}
+    return (x.name, x is OUTSIDE) if isinstance(x, Source) else x
+
+
+@every_compiler
+@pytest.mark.parametrize("name", RESULTS)
+def test_attributes_of_results(compiler, name):
+    f, plain = COMPILERS[compiler](RESULTS[name]), RESULTS[name]
+    for x in (X.clone(), X + 1, X.clone().requires_grad_()):
+        want = shown(plain(x)), shown(KEPT)
+        KEPT[0] = None if name == "kept outside" else KEPT[0]
+        assert (shown(f(x)), shown(KEPT)) == want
+        assert not vars(x)
+
+
+def test_attributes_of_results_are_the_same_objects():
+    x, f = X.clone(), jit(one_list)
+    for _ in range(2):
+        y, (again,), parts = f(x)
+        assert again is y and parts is y.parts
+    y = jit(of_itself)(x)
+    assert y.me is y
+    first, second = (jit(RESULTS["object made inside"])(x).source for _ in range(2))
+    assert first is not second
+
+
+def test_attributes_of_results_have_derivatives():
+    x = X.clone().requires_grad_()
+    y = jit(lambda x: given((x * 2).sum(), square=(x * x).sum()))(x)
+    (y + y.square).backward()
+    assert_same(x.grad, 2 + 2 * X)
+
+
 # ----- classes of the user's ---------------------------------------------------------------------
 
 

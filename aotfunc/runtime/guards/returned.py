@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import register_pytree_node, tree_unflatten
 
 from ...capture.captured import Captured
 from ...capture.instances import Opened, containers, one_level, remade
 from ...errors import CaptureError
 from ...trace.holding import SHARED, holds_traced, slots_of
+from ...trace.traced import Traced, attributes, current
 from .description import is_plain
+from .given import Snapshot
 from .reads import CLOSED, library_of_module
 from .state import State
 from .stores import Place, finder, store
@@ -42,10 +44,27 @@ class Reference:
         self.kind, self.where = kind, where
 
 
-def recorded(result: Any, places: Sequence[Place], state: State, given: Sequence[Any]) -> Any:
+class Tagged:
+    """A result ``t`` with the attributes that the function gave it in Python."""
+
+    def __init__(self, t: Tensor, values: Sequence[Any], names: tuple[str, ...]) -> None:
+        self.children, self.names = [t, *values], names
+
+
+def tagged(children: Any, names: tuple[str, ...]) -> Tensor:
+    t, *values = children
+    t.__dict__.update(zip(names, values, strict=True))
+    return t
+
+
+register_pytree_node(Tagged, lambda x: (x.children, x.names), tagged)
+
+
+def recorded(result: Any, places: Sequence[Place], state: State, arguments: Snapshot) -> Any:
     """Return the record of a result, and of the values in ``places`` if there are any: references
-    for objects of the state and for the containers ``given``."""
-    known = {id(x): Reference("arguments", k) for k, x in enumerate(given)}
+    for objects of the state and for containers among the arguments."""
+    known = {id(x): Reference("arguments", k) for k, x in enumerate(arguments.containers)}
+    known.update((id(t), t) for t, _ in arguments.tensors)
     known.update(
         (id(x), Reference("state", state.seen[id(x)]))
         for x in state.kept
@@ -65,14 +84,22 @@ def recorded(result: Any, places: Sequence[Place], state: State, given: Sequence
 def referred(tree: Any, known: dict[int, Any]) -> Any:
     """Return the tree with references for the objects that are known; a container that is in it
     twice is one container in the new tree, too."""
-    made, around = dict(known), set[int]()
+    made, outside, around = dict(known), {*known}, set[int]()
 
     def new(x: Any) -> Any:
-        if isinstance(x, Tensor) or id(x) in made:
-            return made.get(id(x), x)
+        if id(x) in made:
+            return made[id(x)]
+        if isinstance(x, Tensor):
+            mine = x.__class__ is Traced and x.tracer is current()
+            given = dict(attributes(x)) if mine else {}
+            given.pop("_is_param", None)  # by which PyTorch knows parameters of other classes
+            made[id(x)] = x  # it may be an attribute of its own
+            if given:
+                made[id(x)] = Tagged(x, [*map(new, given.values())], tuple(given))
+            return made[id(x)]
         children, spec = one_level(x)
         if spec.is_leaf():
-            if id(x) in around or not is_record(x) or not holds_traced(x, {*known}):
+            if id(x) in around or not is_record(x) or not holds_traced(x, outside):
                 return x
             children, spec = one_level(Opened(x))
         if spec.type is Opened:
@@ -105,7 +132,7 @@ def skeleton(tree: Any) -> Any:
             return PLACE if isinstance(x, Tensor) else x
         if id(x) not in made:
             inner = [*map(bare, children)]
-            if spec.type is Opened:
+            if spec.type in (Opened, Tagged):
                 made[id(x)] = copy.copy(x)
                 made[id(x)].children = inner
             else:
