@@ -3,14 +3,18 @@ they are never stale."""
 
 import array
 import collections
+import ctypes
 import dataclasses
+import enum
 import functools
 import importlib
 import itertools
 import operator
 import os
+import queue
 import random
 import sys
+import threading
 import types
 
 import numpy as np
@@ -131,6 +135,85 @@ def default_factory():
     return lambda x: x * d.default_factory(), lambda: setattr(d, "default_factory", lambda: 8.0)
 
 
+@case
+def structure_of_c():
+    c = ctypes.c_double(2.0)
+    return lambda x: x * c.value, lambda: setattr(c, "value", c.value + 1)
+
+
+@case
+def event_of_threads():
+    e = threading.Event()
+    return lambda x: x * 2 if e.is_set() else x * 3, lambda: e.clear() if e.is_set() else e.set()
+
+
+@case
+def size_of_a_queue():
+    q = queue.Queue()
+    return lambda x: x * q.qsize(), lambda: q.put(1)
+
+
+@case
+def method_of_a_list():
+    a = [2.0]
+    get = a.__getitem__
+    return lambda x: x * get(0), lambda: a.__setitem__(0, a[0] + 1)
+
+
+@case
+def method_of_a_dictionary():
+    d = {"a": 2.0}
+    get = d.get
+    return lambda x: x * get("b", 7.0), lambda: d.update(b=d.get("b", 1.0) + 1)
+
+
+# ----- instances of plain values -----------------------------------------------------------------
+
+FACTOR = [2.0]
+
+
+def grows():
+    FACTOR[0] += 1
+
+
+class Kind(enum.Enum):
+    FIRST = 1.0
+    SECOND = [2.0]
+
+    @property
+    def scaled(self):
+        return self.value * FACTOR[0]
+
+
+class Text(str):
+    k = 2.0
+
+
+@case
+def property_of_an_enum():
+    held = [Kind.FIRST]
+    return lambda x: x * held[0].scaled, grows
+
+
+@case
+def enum_in_a_tuple():
+    held = [(Kind.FIRST, 1.0)]
+    return lambda x: x * held[0][0].scaled, grows
+
+
+@case
+def list_of_an_enum():
+    return lambda x: x * Kind.SECOND.value[0], lambda: Kind.SECOND.value.append(
+        Kind.SECOND.value.pop() + 1
+    )
+
+
+@case
+def class_of_texts():
+    texts = [Text("a")]
+    return lambda x: x * texts[0].k, lambda: setattr(Text, "k", Text.k + 1)
+
+
 # ----- read without its name ---------------------------------------------------------------------
 
 
@@ -177,6 +260,92 @@ def bases_of_a_class():
 
     o = Child()
     return lambda x: x * o.k(), lambda: setattr(Child, "__bases__", (Second,))
+
+
+@case
+def partial_method():
+    class Scaler:
+        k = 2.0
+
+        def times(self, x, n):
+            return x * n * self.k
+
+        twice = functools.partialmethod(times, n=2)
+
+    return lambda x: Scaler().twice(x), lambda: setattr(Scaler, "k", Scaler.k + 1)
+
+
+@case
+def the_only_instance():
+    class Single:
+        made = None
+
+        def __new__(cls):
+            if cls.made is None:
+                cls.made = super().__new__(cls)
+                cls.made.k = 2.0
+            return cls.made
+
+    return lambda x: x * Single().k, lambda: setattr(Single(), "k", Single().k + 1)
+
+
+@case
+def items_of_a_class():
+    class Table:
+        items = {"a": 2.0}
+
+        def __class_getitem__(cls, name):
+            return cls.items[name]
+
+    return lambda x: x * Table["a"], lambda: Table.items.update(a=Table["a"] + 1)
+
+
+@case
+def subclasses():
+    class Base:
+        pass
+
+    made = []
+    return lambda x: x * (1 + len(Base.__subclasses__())), lambda: made.append(
+        type("Child", (Base,), {})
+    )
+
+
+@case
+def text_of_a_function():
+    def f():
+        """2"""
+
+    return lambda x: x * float(f.__doc__), lambda: setattr(f, "__doc__", f.__doc__ + "1")
+
+
+@case
+def a_module_that_is_not_there_yet():
+    name = "state_that_comes_later"
+    sys.modules.pop(name, None)
+
+    def f(x):
+        try:
+            import state_that_comes_later
+        except ImportError:
+            return x
+        return x * state_that_comes_later.K
+
+    def change():
+        m = sys.modules.setdefault(name, types.ModuleType(name))
+        m.K = getattr(m, "K", 1.0) + 1
+
+    return f, change
+
+
+@case
+def precision_of_matrices():
+    torch.set_float32_matmul_precision("highest")
+    other = {"highest": "high", "high": "highest"}
+    return (
+        lambda x: x * len(torch.get_float32_matmul_precision()),
+        lambda: torch.set_float32_matmul_precision(other[torch.get_float32_matmul_precision()]),
+    )
 
 
 SCALE = 2.0
@@ -239,18 +408,24 @@ for name, read in ENVIRONMENT.items():
 
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("name", CASES)
-def test_never_stale(name, compiler):
+def test_never_stale(name, compiler, monkeypatch):
     want = []
+    monkeypatch.setitem(globals(), "FACTOR", [2.0])
+    before = torch.get_float32_matmul_precision()
     f, change = CASES[name]()
     for _ in range(3):
         want.append(f(X))
         change()
+    FACTOR[0], Text.k, Kind.SECOND.value[0] = 2.0, 2.0, 2.0
     f, change = CASES[name]()
     compiled = COMPILERS[compiler](f)
     for w in want:
         assert_same(compiled(X), w)
         change()
     os.environ.pop(VARIABLE, None)
+    torch.set_float32_matmul_precision(before)
+    sys.modules.pop("state_that_comes_later", None)
+    Text.k, Kind.SECOND.value[0] = 2.0, 2.0
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import array
 import collections
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from .description import by_bits, is_plain
+from .description import by_bits, is_bare, is_plain
 from .objects import Objects
 
 #: number of objects in a container that are described; of larger ones only the length counts
 LIMIT = 10_000
 
 BYTES = bytearray | array.array | memoryview
+BYTES |= ctypes._SimpleCData | ctypes.Array | ctypes.Structure
 
 
 class Containers(Objects):
@@ -30,7 +32,7 @@ class Containers(Objects):
         self.extra(x, v, label)
 
     def elements(self, x: Sequence[Any], v: str, label: str) -> None:
-        if not all(map(is_plain, x)):
+        if not all(map(is_bare, x)):
             self.lines.append(f"if len({v}) != {len(x)}: return")
             for i, e in enumerate(x if len(x) <= LIMIT else ()):
                 self.meet(e, f"{v}[{i}]", f"{label}[{i}]")

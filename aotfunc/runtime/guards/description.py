@@ -4,7 +4,6 @@ people."""
 from __future__ import annotations
 
 import collections
-from enum import Enum
 from typing import Any
 
 import torch
@@ -94,16 +93,24 @@ class Description:
             self.owners.append((x, expr, dict(x) if isinstance(x, dict) else dict(enumerate(x))))
 
     def of_subclass(self, x: Any, expr: str, label: str) -> None:
-        """Describe the attributes, and the class, of a number or text of a user's class."""
-        cls = type(x)
-        if not isinstance(x, Enum | tuple) and library_of_module(cls.__module__) not in CLOSED:
-            self.meet(cls, f"type({expr})", label)
+        """Describe the attributes, and the class, of a number, text or enum of a user's class."""
+        if of_users_class(x):
+            self.meet(type(x), f"type({expr})", label)
             self.meet(getattr(x, "__dict__", None), f"getattr({expr}, '__dict__', None)", label)
 
 
 def is_plain(x: Any) -> bool:
-    """Return whether this is a plain value, or a tuple of them."""
-    return is_value(x) or (x.__class__ in (tuple, torch.Size) and all(map(is_plain, x)))
+    """Return whether this is a plain value, or a tuple of them without attributes."""
+    return is_value(x) or (x.__class__ in (tuple, torch.Size) and all(map(is_bare, x)))
+
+
+def is_bare(x: Any) -> bool:
+    """Return whether there is no more to a plain value than what it is equal to."""
+    return is_plain(x) and not of_users_class(x)
+
+
+def of_users_class(x: Any) -> bool:
+    return not isinstance(x, tuple) and library_of_module(type(x).__module__) not in CLOSED
 
 
 def by_bits(x: Any) -> Any:

@@ -12,9 +12,13 @@ from .containers import Containers
 from .description import NOTHING, is_plain, passing
 from .keys import Named
 from .reads import library_of, library_of_module
+from .telling import tells
 
 #: the name of the compiled function itself in descriptions, if it is an object
 ROOT = "self"
+
+#: what a function says of itself
+_OWN = frozenset({"__name__", "__qualname__", "__doc__", "__annotations__"})
 
 
 class Functions(Containers):
@@ -82,10 +86,15 @@ class Functions(Containers):
                         self.may_grow(x, f"{scoped}['{name}']")
             for name in sorted(reads.imports):
                 name = scope["__name__"] if name == "__name__" else name
+                modules = self.constant(sys.modules)
                 if name in sys.modules:
-                    self.meet(sys.modules[name], f"{self.constant(sys.modules)}['{name}']", name)
+                    self.meet(sys.modules[name], f"{modules}['{name}']", name)
+                else:  # it may be imported where it can be
+                    self.lines.append(f"if '{name}' in {modules}: return")
         if f is os.getenv:
             self.meet(os.environ, self.constant(os.environ), "os.environ")
+        for name in sorted(_OWN & self.names.attributes):
+            self.meet(getattr(f, name), f"{v}.{name}", f"{label}.{name}")
         wrapped = f.__dict__
         if not known:
             self.owners.append((wrapped, f"{v}.__dict__", dict(wrapped)))
@@ -116,7 +125,7 @@ class Functions(Containers):
             d = d or self.bind(f"{v}.__dict__")
             self.key.append(name)
             read = isinstance(x, types.ModuleType | os._Environ) or x is os.getenv
-            if library and not is_plain(x) and not read:
+            if library and not is_plain(x) and not read and not tells(x):
                 self.same(x, f"{d}['{name}']", f"{label}.{name}")
             else:
                 self.meet(x, f"{d}['{name}']", f"{label}.{name}")

@@ -44,7 +44,7 @@ _NOT_CALLED = frozenset(
         "__setstate__",
         "__copy__",
     }
-    | {"__deepcopy__", "__del__", "__init_subclass__", "__class_getitem__"}
+    | {"__deepcopy__", "__del__", "__init_subclass__"}
 )
 _FUNCTION_RULES = frozenset({"forward", "backward", "setup_context", "vmap", "jvp"})
 #: classes whose instances are known by their content
@@ -52,6 +52,7 @@ _RECORDS = (types.SimpleNamespace, argparse.Namespace)
 _SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 #: libraries' classes whose methods compute with their attributes
 _READ_THEMSELVES = ("torch.nn.", "torch.distributions.", "torch.optim.", "collections")
+_MODULES = frozenset({"threading", "queue", "multiprocessing.sharedctypes"})
 
 
 class Objects(Description):
@@ -99,7 +100,8 @@ class Objects(Description):
         cls = type(x)
         library = library_of_module(cls.__module__)
         self.names.open(library)
-        whole = any(c.__module__.startswith(_READ_THEMSELVES) for c in cls.__mro__)
+        modules = [c.__module__ for c in cls.__mro__]
+        whole = any(m in _MODULES or m.startswith(_READ_THEMSELVES) for m in modules)
         every = slots_of(cls)
         slots = [n for n in every if self.names.any or n in self.names.attributes]
         opaque = not whole and library in ("torch", "aotfunc")
@@ -236,6 +238,9 @@ class Objects(Description):
                 continue
             self.lines.append(f"if len({p}) != {len(table)}: return")
             self.require(f"{self.constant(owner)}.__mro__", owner.__mro__)
+            if "__subclasses__" in named:
+                known = f"{self.constant(owner)}.__subclasses__()"
+                self.meet(owner.__subclasses__(), known, f"{owner.__name__}.__subclasses__()")
             if owner not in self._bases:
                 self._bases.add(owner)
                 attributes = Attributes(owner)
@@ -246,9 +251,8 @@ class Objects(Description):
                 if isinstance(e, _SLOTS) or name == "__classcell__":
                     continue
                 elif name.startswith("__"):
-                    called = isinstance(e, types.FunctionType) and (
-                        name not in _NOT_CALLED or name in named
-                    )
+                    method = isinstance(e, types.FunctionType | staticmethod | classmethod)
+                    called = method and (name not in _NOT_CALLED or name in named)
                     if called and not (name == "__init__" and issubclass(cls, nn.Module)):
                         self.key.append(name)
                         self.meet(e, f"{p}['{name}']", f"{owner.__name__}.{name}")

@@ -31,6 +31,7 @@ from .containers import BYTES
 from .description import NOTHING
 from .functions import ROOT, Functions
 from .reads import CLOSED, LargeLibrary, Names, library_of, library_of_module
+from .telling import tells
 
 _GLOBAL_HOOKS = tuple(
     n for n in vars(nn.modules.module) if n.startswith("_global_") and n.endswith("_hooks")
@@ -44,6 +45,8 @@ PARTS: dict[type, tuple[str, ...]] = {
     staticmethod: ("__func__",),
     classmethod: ("__func__",),
     functools.cached_property: ("func",),
+    functools.partialmethod: ("func", "args", "keywords"),
+    functools.singledispatchmethod: ("dispatcher",),
     MappingView: ("mapping", "_mapping"),
     os._Environ: ("_data",),
     # their rules are recorded as a part of the function
@@ -96,7 +99,10 @@ class State(Functions):
     def visit(self, x: Any, v: str, label: str) -> None:
         cls = type(x)
         self.key.append(v)
-        if isinstance(x, Tensor):
+        if tells(x):
+            self.same(x, v, label)
+            self.meet(x(), f"{v}()", f"{label}()")
+        elif isinstance(x, Tensor):
             self.attributes(x, self.bind(f"{v}.__dict__"), label, self.wants)
         elif isinstance(x, types.FunctionType):
             self.function(x, v, label)
@@ -112,6 +118,13 @@ class State(Functions):
                 x.__self__, f"{v}.__self__", "self" if label == ROOT else f"{label}.__self__"
             )
             self.meet(x.__func__, f"{v}.__func__", label)
+        elif type(x) in (types.BuiltinMethodType, types.MethodWrapperType) and not isinstance(
+            x.__self__, types.ModuleType | type | None
+        ):
+            self.key.append(x.__name__)
+            self.lines.append(f"if type({v}) is not {self.constant(type(x))}: return")
+            self.lines.append(f"if {v}.__name__ != {x.__name__!r}: return")
+            self.meet(x.__self__, f"{v}.__self__", f"{label}.__self__")
         elif isinstance(x, functools.partial):
             self.require(f"type({v})", cls)
             for name in ("func", "args", "keywords"):
