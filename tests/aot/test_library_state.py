@@ -135,6 +135,33 @@ def default_factory():
     return lambda x: x * d.default_factory(), lambda: setattr(d, "default_factory", lambda: 8.0)
 
 
+class Numbers(list):
+    factor = 2.0
+
+
+class Array(np.ndarray):
+    pass
+
+
+@case
+def attribute_of_a_list():
+    a = Numbers([1.0])
+    return lambda x: x * a[0] * a.factor, lambda: setattr(a, "factor", a.factor + 1)
+
+
+@case
+def attribute_of_an_array():
+    a = np.ones(1).view(Array)
+    a.factor = 2.0
+    return lambda x: x * float(a[0]) * a.factor, lambda: setattr(a, "factor", a.factor + 1)
+
+
+@case
+def polynomial():
+    p = np.poly1d([1.0, 2.0])
+    return lambda x: x * float(p(1.0)), lambda: p.coeffs.__setitem__(0, p.coeffs[0] + 1)
+
+
 @case
 def structure_of_c():
     c = ctypes.c_double(2.0)

@@ -16,6 +16,8 @@ from .objects import Objects
 #: number of objects in a container that are described; of larger ones only the length counts
 LIMIT = 10_000
 
+#: packages whose containers have no attributes that matter
+_PLAIN = frozenset({"builtins", "collections", "torch", "numpy"})
 BYTES = bytearray | array.array | memoryview
 BYTES |= ctypes._SimpleCData | ctypes.Array | ctypes.Structure
 
@@ -82,17 +84,20 @@ class Containers(Objects):
             self.key += (x.shape, x.strides)
             self.lines.append(f"if {v}.shape != {x.shape} or {v}.strides != {x.strides}: return")
             self.elements([*x.flat], self.bind(f"[*{v}.flat]"), label)
+            self.extra(x, v, label)
             return
         now = content(x)
         self.key.append(now)
         self.facts.append((label, now))
         self.lines.append(f"if content({v}) != {self.constant(now)}: return")
+        if isinstance(x, np.ndarray):
+            self.extra(x, v, label)
 
     def extra(self, x: Any, v: str, label: str) -> None:
         """Describe the attributes of a container of the user's own class."""
-        if type(x).__module__.partition(".")[0] not in {"builtins", "collections", "torch"}:
+        if type(x).__module__.partition(".")[0] not in _PLAIN:
             self.class_of(type(x))
-            if getattr(x, "__dict__", None):
+            if hasattr(x, "__dict__"):
                 self.attributes(x, self.bind(f"{v}.__dict__"), label, self.wants)
 
 
