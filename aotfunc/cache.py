@@ -14,61 +14,79 @@ FEW = 8
 EVERY: weakref.WeakSet[Cache] = weakref.WeakSet()
 
 
-class Cache:
+class Cache(dict):
     """A mapping whose values weigh no more than ``limit`` together (but for the last few); what
     was used least recently goes.
 
     Entries live in two generations. Whatever is put, or found, is young; when the young ones weigh
     half of the limit they become the old ones, and the old ones that were not asked for meanwhile
     go. So a hit costs one look-up and no bookkeeping, and threads need no lock: what they may lose
-    is an entry, which is made again."""
+    is an entry, which is made again. The young ones are the dictionary's own: a hit runs no
+    Python."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
 
     def __init__(self, limit: int, weigh: Callable[[Any], int] = lambda value: 1) -> None:
         self.limit, self.weigh = limit, weigh
-        self.young: dict[Hashable, Any] = {}
         self.old: dict[Hashable, Any] = {}
         self.weight = 0  # of the young
         EVERY.add(self)
 
-    def get(self, key: Hashable) -> Any:
-        """Return the value for this key, or None."""
-        value = self.young.get(key)
-        if value is None:
-            value = self.old.get(key)
-            if value is not None:
-                self.put(key, value)
+    def __missing__(self, key: Hashable) -> Any:
+        value = self.old.get(key)
+        if value is not None:
+            self.put(key, value)
         return value
 
+    #: return the value for this key, or None
+    get = dict.__getitem__  # type: ignore[assignment]
+
     def put(self, key: Hashable, value: Any) -> None:
-        if 2 * self.weight >= self.limit and len(self.young) >= FEW:
-            self.old, self.young, self.weight = self.young, {}, 0
-        self.young[key] = value
+        if 2 * self.weight >= self.limit and dict.__len__(self) >= FEW:
+            self.old, self.weight = dict.copy(self), 0
+            dict.clear(self)
+        self[key] = value
         self.weight += self.weigh(value)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return the value for this key, made if there is none."""
-        value = self.get(key)
+        value = self[key]
         if value is None:
             value = make()
             self.put(key, value)
         return value
 
     def clear(self) -> None:
-        self.young, self.old, self.weight = {}, {}, 0
+        self.old, self.weight = {}, 0
+        dict.clear(self)
 
-    def pop(self, key: Hashable) -> Any:
+    def pop(self, key: Hashable) -> Any:  # type: ignore[override]
         """Forget this key; return its value, or None."""
-        young, old = self.young.pop(key, None), self.old.pop(key, None)
+        young, old = dict.pop(self, key, None), self.old.pop(key, None)
         return old if young is None else young
 
+    def all(self) -> dict[Hashable, Any]:
+        """Return the entries of both generations."""
+        return {**self.old, **dict.copy(self)}
+
     def __iter__(self) -> Iterator[Hashable]:
-        return iter({**self.old, **self.young})
+        return iter(self.all())
 
     def __len__(self) -> int:
-        return len({**self.old, **self.young})
+        return len(self.all())
 
-    def values(self) -> list[Any]:
-        return list({**self.old, **self.young}.values())
+    def values(self) -> list[Any]:  # type: ignore[override]
+        return list(self.all().values())
+
+    def state(self) -> tuple[dict, dict, int]:
+        """Return what is in it, to be put back by :meth:`restore`."""
+        return dict.copy(self), self.old, self.weight
+
+    def restore(self, state: tuple[dict, dict, int]) -> None:
+        young, self.old, self.weight = state
+        dict.clear(self)
+        self.update(young)
 
 
 def clear_caches() -> None:

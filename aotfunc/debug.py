@@ -195,7 +195,7 @@ def stages(f: Callable) -> Callable[..., Stages]:
 
     def call(*args: Any, **kwargs: Any) -> Stages:
         global watched
-        caches = [(cache, vars(cache).copy()) for cache in EVERY]
+        caches = [(cache, cache.state()) for cache in EVERY]
         outer, found = watched, Stages()
         watched = found
         try:
@@ -205,7 +205,7 @@ def stages(f: Callable) -> Callable[..., Stages]:
         finally:
             watched = outer
             for cache, before in caches:
-                vars(cache).update(before)
+                cache.restore(before)
         return found
 
     return call

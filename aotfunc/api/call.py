@@ -275,10 +275,11 @@ def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | N
                 f"vmap: in_dims has {dim} for {arguments.said(k)}, which is of type "
                 f"{type(x).__name__}, not a tensor; use None there"
             )
-        if not -x.dim() <= dim < x.dim():
-            has = f"which has {x.dim()} dimension{'s' * (x.dim() != 1)}"
+        rank = x.dim()
+        if not -rank <= dim < rank:
+            has = f"which has {rank} dimension{'s' * (rank != 1)}"
             raise ArgumentError(f"vmap: in_dims has {dim} for {arguments.said(k)}, {has}")
-        dims.append(dim % x.dim())
+        dims.append(dim % rank)
     dims += [None] * (len(arguments.leaves) - len(dims))
     return dims
 
@@ -312,7 +313,7 @@ def batch_size(arguments: Arguments, dims: Sequence[int | None]) -> int:
     ]
     if not batched:
         raise ArgumentError("vmap: no argument is batched: in_dims is None for all of them")
-    if len({size for _, size, _ in batched}) > 1:
+    if len(batched) > 1 and len({size for _, size, _ in batched}) > 1:
         said = "; ".join(
             f"{arguments.said(k)} has {size} at dimension {d}" for k, size, d in batched
         )

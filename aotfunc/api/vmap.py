@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def dims_of_results(out_dims: Dims, leaves: list, spec: Any) -> list[int | None]
 
 
 def _run(
-    rec: Captured,
+    changes: Changes,
     program: Program,
     inputs: list[Tensor],
     dims: Sequence[tuple[int | None, int | None]],
@@ -111,9 +112,10 @@ def _run(
     """Run a batched program. A written input that is returned is itself, and a view of it is its
     view. ``dims``: for each result the batch dimension in the input whose memory it shows, and in
     the result."""
+    rec = changes.rec
     with rec.gradients():
         outs = list(execute(program, inputs))
-    Changes(rec).after(inputs)
+    changes.after(inputs)
     for k, (ref, root, (old, new)) in (
         enumerate(zip(rec.refs, rec.roots, dims, strict=True)) if program.mutated else ()
     ):
@@ -144,9 +146,9 @@ def _batched_program(
     dims: Sequence[int | None],
     axis: Axis,
     out_dims: Dims,
-) -> tuple[Captured, Program, list[Tensor], list[tuple[int | None, int | None]]]:
-    """Return the recording of one sample, the batched program, its inputs, and the dimensions as
-    _run takes them."""
+) -> tuple[Changes, Program, list[Tensor], list[tuple[int | None, int | None]]]:
+    """Return the changes that one sample's recording makes to its inputs, the batched program, its
+    inputs, and the dimensions as _run takes them."""
     samples = {
         k: sample_sig(x, d)
         for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True))
@@ -155,8 +157,8 @@ def _batched_program(
     tensor_dims = tuple(
         d for x, d in zip(arguments.leaves, dims, strict=True) if isinstance(x, Tensor)
     )
-    known = AXES.sizes if axis.name is None else {**AXES.sizes, axis.name: axis.size}
-    with axes(known):
+    named = axis.name is not None
+    with axes({**AXES.sizes, axis.name: axis.size}) if named else nullcontext():
         rec = capture(
             as_called(func),
             arguments.leaves,
@@ -166,7 +168,8 @@ def _batched_program(
             numbers=True,
             name_of=parameter_names(func, arguments),
         )
-    for i, _ in Changes(rec).ops:
+    changes = Changes(rec)
+    for i, _ in changes.ops:
         if tensor_dims[i] is not None:
             name = rec.names()[i]
             raise CaptureError(
@@ -199,7 +202,7 @@ def _batched_program(
     if program.mutated:  # only then results may be inputs
         sources = (tensor_dims[r] if 0 <= r < len(tensor_dims) else None for r in rec.roots)
         places += zip(sources, results_dims, strict=True)
-    return rec, program, [*tensors, *rec.closed_over], places
+    return changes, program, [*tensors, *rec.closed_over], places
 
 
 def _chunked(
@@ -218,7 +221,7 @@ def _chunked(
             [x if d is None else x.narrow(d, start, count) for x, d in parts_of]
         )
         some = axis._replace(size=count)
-        rec, program, inputs, places = _batched_program(func, piece, dims, some, out_dims)
+        changes, program, inputs, places = _batched_program(func, piece, dims, some, out_dims)
         # several chunks would draw the same numbers
         if axis.randomness == "same" and any(map(draws, program.graph.nodes)):
             if parts:
@@ -227,7 +230,7 @@ def _chunked(
                     "chunk_size"
                 )
             return _run(*_batched_program(func, arguments, dims, axis, out_dims))
-        parts.append(_run(rec, program, inputs, places))
+        parts.append(_run(changes, program, inputs, places))
     flat = [flatten(p) for p in parts]
     leaves, spec = flat[0]
     where = dims_of_results(out_dims, leaves, spec)

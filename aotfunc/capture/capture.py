@@ -171,7 +171,14 @@ OPERATORS = ("flex_attention",)
 def as_called(f: Callable) -> Callable:
     """Return ``f`` with gradients off if they are off here, as a recording turns them on;
     forward_ad still sees what autograd would not."""
-    return f if torch.is_grad_enabled() or forward_ad._current_level >= 0 else torch.no_grad()(f)
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return f
+
+    def without_gradients(*args: Any, **kwargs: Any) -> Any:  # torch.no_grad()(f) costs more
+        with torch.no_grad():
+            return f(*args, **kwargs)
+
+    return without_gradients
 
 
 def parameter_names(f: Callable, args: Any) -> Callable[[], list[str]]:

@@ -37,6 +37,9 @@ aten = torch.ops.aten
 _programs = Cache(1 << 16, weight)
 
 
+_NONE = nullcontext()
+
+
 class Numbers:
     """The Python numbers of recordings that differ only in these: ``first``, and the places that
     have ``varied``."""
@@ -117,7 +120,7 @@ class Captured:
     def gradients(self) -> AbstractContextManager:
         """Turn gradients on, around its program, if the function turned them on."""
         on = self.enables and not torch.is_inference_mode_enabled()
-        return torch.enable_grad() if on else nullcontext()
+        return torch.enable_grad() if on else _NONE
 
     @property
     def key(self) -> Any:

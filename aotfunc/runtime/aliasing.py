@@ -174,7 +174,7 @@ class Changes:
     (``x.t_()``, ``x.detach_()``). They affect only the argument itself."""
 
     def __init__(self, rec: Captured) -> None:
-        trace = rec.trace
+        self.rec, trace = rec, rec.trace
         self.flags = [(i, value, line) for i, (value, line) in trace.autograd.flags.items()]
         self.retained = [i for i, ref in enumerate(trace.finals) if ref in trace.autograd.kept]
         self.hooks = [(i, h.hook) for i, h in trace.given_hooks if not h.removed]

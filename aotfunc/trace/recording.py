@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -57,10 +57,7 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
             dynamo.set_eval_frame(compiling)
         trace.finish()
 
-    numbers = nullcontext() if trace.may_ask_constants else watch
-    inside = functorch.peek_interpreter_stack() is not None
-    outer_values = ByReference(trace) if inside else nullcontext()
-    with paused_gc(), without_functorch(), outer_values, functions, numbers:
+    with paused_gc(), functions, more_aside(trace):
         try:
             if compiling is not None:
                 dynamo.set_eval_frame(None)  # Dynamo must not compile what f calls
@@ -91,10 +88,28 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
                 raise
 
 
-def without_functorch() -> Any:
+def more_aside(trace: Trace) -> AbstractContextManager:
+    """Set aside what is not always there: torch.func's levels, and reads of numbers that would be
+    frozen."""
+    inside = functorch.peek_interpreter_stack() is not None
+    if trace.may_ask_constants and not inside:
+        return _NONE
+    stack = ExitStack()
+    if inside:
+        stack.enter_context(without_functorch())
+        stack.enter_context(ByReference(trace))
+    if not trace.may_ask_constants:
+        stack.enter_context(watch)
+    return stack
+
+
+_NONE = nullcontext()
+
+
+def without_functorch() -> AbstractContextManager:
     """Set torch.func's levels aside, if there are any."""
     if functorch.peek_interpreter_stack() is None:
-        return nullcontext()
+        return _NONE
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
     return temporarily_clear_interpreter_stack()

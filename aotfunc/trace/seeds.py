@@ -89,6 +89,8 @@ class Seeds:
 
 def undo_draws(known: States) -> bool:
     """Return whether a state has changed; if so, put all back."""
+    if not known:
+        return False
     with quiet():
         same = all(torch.equal(g.get_state(), state) for g, state in known.values())
     for g, state in () if same else known.values():

@@ -19,6 +19,7 @@ from ..debug import _OURS, at, user_line
 from ..errors import CaptureError
 from .autograd import needs_grad
 from .casts import record_cast
+from .in_place import refresh
 from .kernels import READ_AS_LAID, misread
 from .numbers import forgive
 from .outside import StandIn
@@ -27,6 +28,7 @@ from .records import flat_tensors
 from .shapes.infer import TOLD, infer
 from .shapes.instr import env_key, intern, interned
 from .shapes.sig import Slot
+from .traced import Traced
 
 if TYPE_CHECKING:
     from .tracer import Trace
@@ -238,6 +240,26 @@ def _on_lists(op: OpOverload, trace: Trace, *args: Any, **kwargs: Any) -> Any:
             op(*one, **kwargs)
 
 
+def _reshape_newest(view: OpOverload, trace: Trace, x: Tensor, *args: Any) -> Any:
+    """Record a view instead of a change in place of the newest value, which nothing else shows:
+    torch's own ``vector @ matrix`` ends in one, and writes cost the recording more."""
+    if not (
+        x.__class__ is Traced
+        and x.tracer is trace
+        and x.ref == trace.count - 1
+        and trace.records
+        and getattr(trace.records[-1][0], "simple", False)
+        and x.ref not in trace.autograd.leaves
+        and not (trace.autograd.retained or trace.stand_ins)
+    ):
+        return NotImplemented
+    with trace:
+        shown = view(x, *args)
+    x.ref = shown.ref
+    refresh(x, shown.sig)
+    return x
+
+
 _LISTS = [
     op
     for name in dir(torch)
@@ -251,6 +273,9 @@ _ANSWERS: dict[OpOverload, Callable] = {
     aten._local_scalar_dense.default: _scalar,
     aten.equal.default: _equal,
     aten.lift_fresh.default: _lift_fresh,
+    aten.squeeze_.dim: partial(_reshape_newest, aten.squeeze.dim),
+    aten.squeeze_.dims: partial(_reshape_newest, aten.squeeze.dims),
+    aten.unsqueeze_.default: partial(_reshape_newest, aten.unsqueeze.default),
     aten._conj.default: _conj,
     aten.view_as_real.default: _view_as_real,
     aten._to_copy.default: record_cast,

@@ -39,6 +39,27 @@ class Tape:
     tensors too. Without ``intent`` autograd is left alone (derived rules use it).
     ``ask(trace, question, tensors, what)`` answers what depends on inputs."""
 
+    count = 0
+    depth = 0  # of the modes, while it is recorded
+    lifts_numbers = False  # see scalars
+    mutates = False
+    strided = False  # counts from where a storage begins
+    runs_always = False  # does what no recording sees, so it must run at every call
+    reshapes = False  # in place
+    region: Any = None  # the checkpointed region that is being recorded
+    regions = 0
+    concrete_inputs: list[Tensor | None] | None = None
+    samples: Any = None
+    _values: Replay | None = None
+    answered = False  # whether a value was asked for
+    followed: Any = None  # see capture/followed.py
+    _roots: Roots | None = None
+    _places: tuple[MemoryPlace, ...] | None = None
+    finished = False
+    refused: CaptureError | None = None  # a question that had no answer
+    place: tuple | None = None  # an index that was asked for its number, see special
+    in_lstsq = False
+
     def __init__(
         self,
         why_not: str | None = None,
@@ -54,7 +75,6 @@ class Tape:
         #: its program may be differentiated by any of its values
         self.of_a_rule: bool = outer is not None and outer.of_a_rule
         self.records: list[Record] = []
-        self.count = 0
         #: traced values know their recording, which must not hold them when it is over
         self.inputs: list[Sig] = []
         self.arguments: list[Traced] = []  # the tensors themselves, while they are used
@@ -62,8 +82,6 @@ class Tape:
         self.lifted: list[Tensor] = []  # outside tensors, by reference
         #: lifted tensors that f makes anew on each run: torch.tensor(3)
         self.made_inside: set[int] = set()
-        self.depth = 0  # of the modes, while it is recorded
-        self.lifts_numbers = False  # see scalars
         self.numbers: list[float] = []  # which may be inputs
         self.following: Following | None = None if outer is None else outer.following
         self._lift_refs: dict[int, int] = {}
@@ -82,9 +100,6 @@ class Tape:
         self.casts: dict[tuple[int, torch.dtype], Tensor] = {}  # see casts.py
         #: regions found there by the end of the recording: they go on outside
         self.casts_left: list[tuple[int, torch.dtype]] = []
-        self.mutates = False
-        self.strided = False  # counts from where a storage begins
-        self.runs_always = False  # does what no recording sees, so it must run at every call
         self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
         #: hooks that each call registers on an input: (input, handle)
         self.given_hooks: list[tuple[int, Any]] = []
@@ -93,24 +108,10 @@ class Tape:
         self.live_hooks: list[Any] | None = None
         #: inputs and lifted tensors whose gradient was taken: (at line)
         self.differentiated: dict[int, str] = {}
-        self.reshapes = False  # in place
-        self.region: Any = None  # the checkpointed region that is being recorded
-        self.regions = 0
         self.named: dict[int, str] = {}  # what the user calls the results of records
         self.why_not, self.ask = why_not, ask
         self.dtype: torch.dtype = torch.get_default_dtype() if outer is None else outer.dtype
-        self.concrete_inputs: list[Tensor | None] | None = None
-        self.samples: Any = None
         self.origins: list[Tensor] = []  # what the inputs stand for, or are samples of
-        self._values: Replay | None = None
-        self.answered = False  # whether a value was asked for
-        self.followed: Any = None  # see capture/followed.py
-        self._roots: Roots | None = None
-        self._places: tuple[MemoryPlace, ...] | None = None
-        self.finished = False
-        self.refused: CaptureError | None = None  # a question that had no answer
-        self.place: tuple | None = None  # an index that was asked for its number, see special
-        self.in_lstsq = False
         #: decompositions, instead of an answer of SPECIAL's
         self.opened: Mapping[OpOverload, Callable] = {}
 
@@ -266,7 +267,7 @@ class Tape:
     def as_placed(self, sigs: Sequence[Sig]) -> list[Sig]:
         """Return the signatures, moved to the beginning of a storage where their place does not
         matter."""
-        return list(sigs) if self.placed else [s.start for s in sigs]
+        return list(sigs) if self.placed else [s.start if s.offset else s for s in sigs]
 
     def layout(self) -> tuple[MemoryPlace, ...]:
         """Return, for each input, then each lifted tensor, where it lies in memory."""

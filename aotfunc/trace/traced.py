@@ -63,6 +63,7 @@ class Traced(Tensor):
     """A tensor that stands for a value of a recording: shape, dtype and device are real, there is
     no data."""
 
+    __slots__ = ("ref", "sig", "tracer")
     tracer: Trace
     ref: int
     sig: Sig
@@ -290,8 +291,8 @@ def attributes(t: Tensor) -> dict[str, Any]:
     """Return the attributes that a tensor was given in Python."""
     given = t.__dict__
     if t.__class__ is Traced:
-        return {k: v for k, v in given.items() if k not in _OWN}
-    if not _OWN.isdisjoint(given):
+        return {k: v for k, v in given.items() if k != "_grad"} if given else given
+    if given and not _OWN.isdisjoint(given):
         names = ", ".join(sorted(_OWN.intersection(given)))
         raise CaptureError(
             f"an argument of shape {list(t.shape)} has the attribute {names}; give it another name"

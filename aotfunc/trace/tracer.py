@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import debug
@@ -26,13 +27,15 @@ from .learning import follows_default, learn
 from .records import written_slots
 from .replay import Answering
 from .scalars import FIRST, NUMBER, TAKES_NUMBER, beside_tensors, generic, may_be_input
-from .shapes.instr import SIMPLE, Instr, encode, env_key, intern, interned
+from .shapes.infer import _deterministic
+from .shapes.instr import SIMPLE, Instr, encode, intern, interned
 from .shapes.sig import Sig, Slot
 from .special import AT_A_PLACE, SPECIAL
 from .traced import Traced
 
 _grad_enabled = torch.is_grad_enabled
 _tangents_enabled = torch._C._is_fwd_grad_enabled
+_default_dtype = torch.get_default_dtype
 
 
 class Trace(Answering, TorchDispatchMode):
@@ -81,6 +84,10 @@ class Trace(Answering, TorchDispatchMode):
                 add(a)
             elif cls is float:
                 add(a.hex())
+            elif cls is Tensor or cls is Parameter:
+                ref, sig = self.ref_of(a)
+                refs.append(ref)
+                add(sig)
             else:
                 encode(a, key, self._sink(refs))
         if kwargs:
@@ -92,7 +99,7 @@ class Trace(Answering, TorchDispatchMode):
                     key += (v.__class__, NUMBER)
                 else:
                     encode(v, key, sink)
-        env = env_key()
+        env = (_default_dtype(), _deterministic())
         add(env)
         frozen = tuple(key)
         instr = interned(frozen)

@@ -6,6 +6,7 @@ import operator
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.testing import assert_close
 
 from aotfunc import functionalize, grad, jit, make_fx, vmap
 from aotfunc.capture import captured
@@ -159,3 +160,21 @@ def test_an_exchanged_method_is_called(name, monkeypatch):
     old = getattr(torch.Tensor, name)
     monkeypatch.setattr(torch.Tensor, name, lambda self, *more: torch.add(old(self, *more), 1))
     assert_same(functionalize(f)(x), want)
+
+
+def test_a_vector_times_a_matrix_writes_nothing():
+    """PyTorch ends it in ``squeeze_``, of a value that nothing else shows."""
+    seen = []
+
+    def f(x, w):
+        y = x @ w
+        seen.append((y.tracer.mutates, tuple(y.shape)))
+        return y, y.unsqueeze_(0)
+
+    x, w = torch.randn(3), torch.randn(3, 2)
+    one, two = make_fx(f)(x, w)(x, w)
+    assert seen == [(False, (2,))]
+    assert one.shape == two.shape == (1, 2)
+    assert_close(one, (x @ w)[None])
+    assert_close(grad(lambda x: (x @ w).square().sum())(x), 2 * w @ (x @ w))
+    assert_close(vmap(f, (0, None))(x[None], w)[0][0], one)
