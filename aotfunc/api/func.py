@@ -20,6 +20,7 @@ from ..errors import ArgumentError
 from ..graph import Program
 from ..runtime.aliasing import Changes, without_views
 from ..runtime.anomaly import without_nan
+from ..runtime.constants import attached
 from ..runtime.execute import contiguous, execute
 from ..runtime.late_reads import check_memory, storages
 from ..trace.entering import entry
@@ -229,9 +230,11 @@ def jvp(
     program = call.derived(
         (n_out, call.aliases), lambda: fresh(linear_program(base, wrt, n_out), call.aliases)
     )
-    outs = execute(program, [*tensors_of(arguments), *flat_tangents, *call.rec.closed_over])
+    tensors = tensors_of(arguments)
+    outs = execute(program, [*tensors, *flat_tangents, *call.rec.closed_over])
     output, *aux = call.results(outs[: base.n_outputs])
-    return output, unflatten(outs[base.n_outputs :], call.spec), *aux
+    pushed = attached(base, wrt, tensors, outs[base.n_outputs :])
+    return output, unflatten(pushed, call.spec), *aux
 
 
 @read_as(linearize_in_graph)
@@ -262,7 +265,8 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     def jvp_fn(*tangents: Any) -> Any:
         _, flat = primals_and_tangents("jvp_fn", primals, tangents, func)
         with without_modes(dtype):
-            return unflatten(execute(late, [*residuals, *flat]), call.spec)
+            pushed = execute(late, [*residuals, *flat])
+        return unflatten(attached(base, wrt, call.inputs, pushed), call.spec)
 
     return output, jvp_fn, *aux
 

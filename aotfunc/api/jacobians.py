@@ -9,6 +9,7 @@ from typing import Any
 from ..capture.tree import Arguments, unflatten
 from ..errors import ArgumentError
 from ..runtime.anomaly import without_nan
+from ..runtime.constants import attached
 from ..runtime.execute import execute
 from ..transforms.jacobian import jacobian_columns, jacobian_rows
 from .call import Call, chosen_tree, positions
@@ -139,6 +140,9 @@ def _jacobian(
         count = n_out * len(wrt)
         outs = (*without_nan(program, call.inputs, outs[:count]), *outs[count:])
     blocks = [outs[i * len(wrt) : (i + 1) * len(wrt)] for i in range(n_out)]
+    if assemble is jacobian_columns:
+        columns = [attached(base, wrt, call.inputs, c) for c in zip(*blocks, strict=True)]
+        blocks = [*zip(*columns, strict=True)]
     result = unflatten([chosen_tree(arguments, argnums, block) for block in blocks], call.spec)
     _, *aux = call.results(outs[n_out * len(wrt) :], n_out)
     return (result, *aux) if has_aux else result

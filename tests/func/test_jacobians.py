@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
 
-from aotfunc import hessian, jacfwd, jacrev, vmap
+from aotfunc import hessian, jacfwd, jacrev, jvp, linearize, vmap
 from aotfunc.errors import AotfuncError
 from tests.inputs import f32, f64
 from tests.reference import assert_same, hess, jacobian, loop
@@ -206,3 +207,37 @@ def test_batched_hessian():
     f = SCALAR["dense"][0]
     x = f64(3, 4)
     assert_same(vmap(hessian(f))(x), loop(lambda z: hess(f, z))(x))
+
+
+W = torch.arange(6.0).view(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("f", "attached"),
+    [
+        (lambda x: (x * x).sum(0, keepdim=True), True),
+        (lambda x: x.relu(), True),
+        (lambda x: W @ x, True),
+        (lambda x: x.sum(0, keepdim=True), False),
+        (lambda x: 1 - x.flip(0), False),
+        (lambda x: torch.ones(2), False),
+    ],
+)
+def test_constant_tangents_require_grad_as_torchs(f, attached):
+    """... with a gradient of zeros, if f is made of more than linear ops."""
+    x, t = torch.randn(3, requires_grad=True), torch.randn(3)
+    for ours, theirs in (
+        (jvp(f, (x,), (t,))[1], torch.func.jvp(f, (x,), (t,))[1]),
+        (jacfwd(f)(x), torch.func.jacfwd(f)(x)),
+        (linearize(f, x)[1](t), None),
+    ):
+        if theirs is not None:
+            assert_close(ours, theirs)
+            assert theirs.requires_grad is attached
+        assert ours.requires_grad is attached
+    quadratic = hessian(lambda x: (x * x).sum())(x)
+    (zeros,) = torch.autograd.grad(quadratic.sum(), x)
+    assert_close(zeros, torch.zeros(3))
+    assert not jacfwd(f)(x.detach()).requires_grad
+    with torch.no_grad():
+        assert not jacfwd(f)(x).requires_grad
