@@ -73,4 +73,5 @@ with _paused_gc():
         min_cut_rematerialization_partition as min_cut_rematerialization_partition,
     )
     from .partition import partition as partition
+    from .progress import show_progress as show_progress
     from .viewer import show as show

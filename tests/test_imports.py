@@ -26,12 +26,12 @@ ROWS = [
     ("graph",),
     ("debug",),
     ("cache", "native"),
-    ("errors",),
+    ("errors", "progress"),
 ]
 # Stricter than the rows: a backend does not know that a gradient exists; a rule is plain tensor
 # code beside its table.
 ONLY = {
-    "backends": {"backends", "trace", "graph", "debug", "native", "errors"},
+    "backends": {"backends", "trace", "graph", "debug", "native", "errors", "progress"},
     "rules": {"rules"},
 }
 

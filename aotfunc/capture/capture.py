@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from ..debug import at, line_of_error
 from ..errors import CaptureError
+from ..progress import doing
 from ..trace.entering import as_outside
 from ..trace.following import Following
 from ..trace.modes import outside_inference_mode
@@ -112,9 +113,16 @@ def capture(
             )
         return Captured(trace, result, name_of or (lambda: ()))
 
-    recorded = record_into(trace, call)
+    with doing(lambda: so_far(trace)):
+        recorded = record_into(trace, call)
     trace.seeds.check()
     return recorded
+
+
+def so_far(trace: Trace) -> str:
+    """Return how many ops have been recorded, and the line of the last one."""
+    line = trace.records[-1][-1] if trace.records else None
+    return f"capture, {len(trace.records):,} ops{at(line)}"
 
 
 def refusal_of(error: RuntimeError) -> CaptureError | None:

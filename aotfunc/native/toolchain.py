@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CompilerError
+from ..progress import doing
 
 #: compilers in the order they are looked for; the environment variable ``CXX`` comes first
 NAMES = ("g++", "c++", "clang++")
@@ -114,16 +115,18 @@ def compile(source: Path, library: Path) -> None:
     """Compile ``source`` into the shared object ``library``. Raises CompilerError with what the
     compiler says, and OSError where the disk is full."""
     command = [*compiler(), *flags(), "-x", "c++", str(source), "-o", str(library)]
+    step = lambda: f"{Path(command[0]).name}, {source.stat().st_size >> 10} KiB of C++"
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env={**os.environ, "LC_ALL": "C"},
-        )
+        with doing(step):
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env={**os.environ, "LC_ALL": "C"},
+            )
     except OSError as e:
         raise CompilerError(f"the C++ compiler cannot be run: {e}") from e
     if done.returncode:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..progress import doing
 from .problem import Choice, Problem
 from .solve import INF
 
@@ -87,14 +88,15 @@ class Frontier:
         low, high = self.ends
         points, apart = [low, high], NEAR * (high.bytes - low.bytes)
         gaps = [(low.bytes - high.bytes, low.bytes, low, high)]
-        for _ in range(MANY):
-            if not gaps or -gaps[0][0] <= apart:
-                break
-            _, _, a, b = heapq.heappop(gaps)
-            if (c := self.between(a, b)) is not None:
-                points.append(c)
-                for p, q in ((a, c), (c, b)):
-                    heapq.heappush(gaps, (p.bytes - q.bytes, p.bytes, p, q))
+        with doing(lambda: f"frontier, {len(points)} points of at most {MANY}"):
+            for _ in range(MANY):
+                if not gaps or -gaps[0][0] <= apart:
+                    break
+                _, _, a, b = heapq.heappop(gaps)
+                if (c := self.between(a, b)) is not None:
+                    points.append(c)
+                    for p, q in ((a, c), (c, b)):
+                        heapq.heappush(gaps, (p.bytes - q.bytes, p.bytes, p, q))
         return sorted(points, key=lambda p: p.bytes)
 
     @cached_property

@@ -25,6 +25,7 @@ from ..graph import Program, output_node, size
 from ..partition import min_cut_rematerialization_partition
 from ..partition.foreign import cut_by
 from ..partition.partitions import under
+from ..progress import doing
 from ..trace.emit import Builder, paused_gc, remap, remap_dict
 from ..trace.shapes.instr import Instr
 from ..trace.shapes.sig import make_sig
@@ -91,7 +92,8 @@ class Pipeline:
         program = self.opened(program)
         if self.reassociates(program, backend):
             program = reassociated(lowered(program, EVERYTHING))
-        with naming(f"{self.name}_{half}"):
+        step = lambda: f"{self.name}, {half} of {size(program.graph):,} ops"
+        with naming(f"{self.name}_{half}"), doing(step):
             fn = compiled_by(backend, program, tensors, f"{self.name}: {half}")
         if (eagerly := getattr(fn, "eagerly", None)) is not None:
             self.eagerly.append((half, eagerly))
@@ -140,7 +142,8 @@ class Pipeline:
             joint = reassociated(lowered(joint, dissolve))
         fuses = suited(joint.graph, self.forward_backend).fuses
         cut = under(self.partition, fuses)
-        forward, backward = partitioned(cut, joint, n_early, dissolve)
+        with doing(lambda: f"{self.name}, partition of {size(joint.graph):,} ops"):
+            forward, backward = partitioned(cut, joint, n_early, dissolve)
         return (
             CompiledCall(forward, self.forward, self.split, f"{self.name}_forward"),
             CompiledCall(backward, self.backward, self.split, f"{self.name}_backward"),

@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..debug import Line
+from ..progress import along
 from .emit import Builder, displaced
 from .marks import hidden_write
 from .records import flat_tensors
@@ -40,7 +41,8 @@ class Functionalizer(ValueNodes):
     """Builds the functional graph of one recording."""
 
     def run(self) -> None:
-        for i, (instr, refs, grad, region, line) in enumerate(self.trace.records):
+        records = along("ops written as a graph", self.trace.records)
+        for i, (instr, refs, grad, region, line) in enumerate(records):
             self.b.meta = {"line": line} if region is None else {"line": line, "region": region}
             if i in self.trace.named:
                 self.b.meta["named"] = self.trace.named[i]
