@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -91,14 +93,16 @@ def ratio(theirs: float | None, ours: float) -> str:
     return "-" if theirs is None else f"{theirs / ours:.2f}x"
 
 
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} processors"
+
+
 def machine() -> str:
     import torch  # here, so that a fresh process can time its own import
 
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else (platform.processor() or platform.machine())
-    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     python, threads = platform.python_version(), torch.get_num_threads()
     return f"torch {torch.__version__}, Python {python}, {device}, {threads} thread(s)"
 
@@ -129,7 +133,7 @@ class Report:
 
     def write(self) -> None:
         self.path.write_text("\n".join(self.text))
-        self.console.print(f"written: docs/{self.path.name}")
+        self.console.print(f"written: docs/{self.path.name}; python -m benchmarks.plots draws it")
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:

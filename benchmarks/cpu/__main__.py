@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 from benchmarks.cpu.columns import HEADS, MORE, columns, head, own
 from benchmarks.cpu.processes import Cells, first_calls, measured, memory
 from benchmarks.cpu.workloads import Workload, workloads
-from benchmarks.measure import DOCS, Report, arguments, ms
+from benchmarks.measure import DOCS, Report, arguments, ms, processor
 
 METHOD = [
     "Times are medians of processor time per call with one thread; the columns of a row take "
@@ -94,11 +93,6 @@ def commit() -> str:
     ask = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True).stdout
     changed = ask("status", "--porcelain", "aotfunc")
     return ask("rev-parse", "--short", "HEAD").strip() + (" with changes" if changed else "")
-
-
-def processor() -> str:
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} processors"
 
 
 def tables(report: Report, chosen: dict[str, Workload], found: dict[str, Cells], names: list[str]):
