@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import linecache
 import os
 import sys
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -52,12 +53,20 @@ class Line(NamedTuple):
         return f"{where}: {text}" if text else where
 
 
+class LineInModule(Line):
+    """A line, and the name of the innermost module that was being called: what :func:`stages`
+    sees."""
+
+    module = ""
+
+
 _make = tuple.__new__  # Line(...) adds a Python frame
+_CALL = torch.nn.Module._call_impl.__code__
 
 
 def user_line(depth: int = 1) -> Line | None:
     """Return the innermost line on the stack that lies neither in torch nor in aotfunc."""
-    frame = sys._getframe(depth)
+    frame = innermost = sys._getframe(depth)
     while frame is not None:
         code = frame.f_code
         name = code.co_filename
@@ -65,9 +74,30 @@ def user_line(depth: int = 1) -> Line | None:
         if mine is None:
             mine = _is_user[name] = not name.startswith(_NOT_THE_USERS)
         if mine:
-            return _make(Line, (code, frame.f_lasti))
+            if watched is None:
+                return _make(Line, (code, frame.f_lasti))
+            line = _make(LineInModule, (code, frame.f_lasti))
+            line.module = module_of(innermost)
+            return line
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def module_of(frame: FrameType | None) -> str:
+    """Return the name, in the outermost module that is being called, of the innermost one; the
+    class of the outermost where that is the same."""
+    called: list[torch.nn.Module] = []  # the outermost first
+    while frame is not None:
+        if frame.f_code is _CALL and not type(m := frame.f_locals["self"]).__module__.startswith(
+            __package__
+        ):
+            called.insert(0, m)
+        frame = frame.f_back
+    names = [
+        next((name for name, m in outer.named_modules() if m is inner), type(inner).__name__)
+        for outer, inner in itertools.pairwise(called)
+    ]
+    return ".".join(names) or (type(called[0]).__name__ if called else "")
 
 
 def where_defined(f: Any) -> str:

@@ -7,9 +7,11 @@ where it is of use.
 4. what that split keeps;
 5. time per step beside plain autograd and torch.func.
 
-It leaves two pages in ``build/demo``: what was measured, as plots, and the graphs of a step.
+It leaves a page, ``build/demo/index.html``: the loss, the norms of gradients, what the split keeps
+and the times as plots, and the graphs of a step to look around in.
 """
 
+import io
 import statistics
 import time
 from pathlib import Path
@@ -277,15 +279,14 @@ def show_times(params, images, labels, rounds: int):
     return whole_ms
 
 
-def leave_pages(folder: Path, params, batch, losses, norms, kept, times):
-    """Plot what was measured, and show the graphs of a step."""
-    folder.mkdir(parents=True, exist_ok=True)
+def leave_page(folder: Path, params, batch, losses, norms, kept, times):
+    """Write one page: plots of what was measured, and the graphs of a step."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     (curve, histogram), (memory, bars) = figure.subplots(2, 2)
     curve.plot(losses, linewidth=0.8)
     curve.set(title="loss by step", yscale="log")
     histogram.hist(norms.tolist(), bins=16)
-    histogram.set(title=f"norms of {BATCH} per-sample gradients, before training")
+    histogram.set(title=f"norms of {BATCH} samples' gradients, at first")
     for partition, nodes in kept.items():
         left = 0.0
         for node in nodes:
@@ -294,10 +295,17 @@ def leave_pages(folder: Path, params, batch, losses, norms, kept, times):
     memory.set(title="KiB that the forward keeps, value by value")
     bars.barh(list(times), list(times.values()))
     bars.set(title="milliseconds per step")
-    figure.savefig(folder / "measured.svg")
+    plots = io.StringIO()
+    figure.savefig(plots, format="svg")
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
-    show(jit(loss), leaves, *batch, to=folder / "graphs.html")
-    print(f"{folder / 'measured.svg'} and {folder / 'graphs.html'}: look at them in a browser")
+    graphs = show(jit(loss), leaves, *batch, to=None)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "index.html"
+    svg = plots.getvalue().partition("<svg")[2]
+    body = f"<h1>Digits</h1>\n<svg{svg}\n<h2>A step</h2>\n{graphs._repr_html_()}"
+    head = "<!doctype html>\n<meta charset='utf-8'>\n<title>aotfunc: digits</title>"
+    file.write_text(f"{head}\n{body}\n", encoding="utf-8")
+    print(f"{file}: look at it in a browser")
 
 
 def main(quick: bool = False, folder: Path = Path("build/demo")):
@@ -314,7 +322,7 @@ def main(quick: bool = False, folder: Path = Path("build/demo")):
     assert score > (0.7 if quick else 0.95), score
     kept = show_residuals(trained, *batch, forward)
     times = show_times(trained, *batch, rounds=3 if quick else 60)
-    leave_pages(folder, trained, batch, losses, norms, kept, times)
+    leave_page(folder, trained, batch, losses, norms, kept, times)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,47 @@ def test_edges_between_groups_of_lines_and_functions(page):
     assert levels["functions"]["edges"] == [[0, 2], [1, 2]]
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x):
+        return self.inner(x) + x
+
+
+def test_groups_of_modules():
+    net = nn.Sequential(Block(), Block(), nn.Linear(8, 3))
+    page = aotfunc.show(aotfunc.jit(net, backend="eager"), torch.randn(2, 8), to=None)
+    capture, *_ = stages = data_of(page)["stages"]
+    modules = {n["module"] for n in capture["nodes"]} - {""}
+    assert modules == {f"{i}{part}" for i in "01" for part in ("", ".inner.0", ".inner.1")} | {"2"}
+    for stage in stages:  # the parameters, too, are nodes of their own
+        assert {"0", "1", "2"} <= {*stage["levels"]["outer modules"]["names"]}
+        assert modules - {"0", "1"} <= {*stage["levels"]["modules"]["names"]}
+        assert not {"0.inner.0"} & {*stage["levels"]["outer modules"]["names"]}
+
+
+def test_a_line_knows_no_module_where_nothing_is_shown():
+    made = aotfunc.make_fx(lambda x: net()(x))(torch.randn(2, 8))
+    lines = [n.meta.get("line") for n in made.graph.nodes]
+    assert any(lines) and not any(hasattr(line, "module") for line in lines)
+
+
+def test_a_derivative_names_the_value_that_it_is_of(page):
+    capture, vjp, forward, backward = data_of(page)["stages"]
+    tanh, mm = node(capture, "tanh")["value"], node(capture, "mm")["value"]
+    for stage in (vjp, backward):
+        of = {n["op"]: n["of"] for n in stage["nodes"] if n["of"] is not None}
+        assert of["tanh_backward"] == tanh and of["mm"] == mm
+    assert all(n["of"] is None for s in (capture, forward) for n in s["nodes"])
+    tangents = aotfunc.show(
+        lambda x, t: aotfunc.jvp(torch.sin, (x,), (t,)), *torch.randn(2, 3), to=None
+    )
+    jvp = data_of(tangents)["stages"][1]
+    assert {n["of"] for n in jvp["nodes"]} == {None, node(jvp, "sin")["value"]}
+
+
 def test_groups_that_read_each_other_are_arranged():
     found = arranged([0, 1, 0, 1], [(0, 1), (1, 2), (2, 3)])
     assert found["edges"] == [(0, 1), (1, 0)] and len(found["places"]) == 2
@@ -145,6 +186,8 @@ const click = e => e.dispatchEvent(new MouseEvent("click", { bubbles: true }));
 found.columns = columns.map(c => c.stage.made_by);
 click(node(0, "NAME"));
 found.clicked = columns.map((c, i) => node(i, "NAME") && classes(i, "NAME"));
+found.derivatives = columns.map(c =>
+  [...c.svg.querySelectorAll(".derivative")].map(e => e.dataset.name));
 found.kin = columns.map(c => c.svg.querySelectorAll(".kin").length);
 found.details = element("details").textContent;
 found.lines = columns[0].memory.querySelectorAll("line").length;
@@ -157,6 +200,9 @@ found.more = columns.map(c => c.stage.made_by);
 element("level").value = "functions";
 element("level").dispatchEvent(new Event("change"));
 found.groups = columns[0].svg.querySelectorAll(".node").length;
+for (const listing of document.querySelectorAll("details")) listing.open = true;
+const root = document.documentElement;
+found.beyond = [root.scrollWidth - innerWidth, root.scrollHeight - innerHeight];
 element("level").value = "ops";
 element("level").dispatchEvent(new Event("change"));
 const start = performance.now();
@@ -190,12 +236,29 @@ def test_in_a_browser(page, tmp_path):
     assert found["columns"] == ["capture", "forward", "backward"]
     assert all("same" in names for names in found["clicked"])
     assert "saved" in found["clicked"][1] and "saved" in found["clicked"][2]
-    assert found["kin"][2] > 0  # what came of the same line in the backward
+    assert found["derivatives"] == [[], [], ["tanh_backward"]]
+    assert found["kin"][2] > 0  # what else came of the same line in the backward
     assert "aten.tanh.default" in found["details"] and "float32[5, 2]" in found["details"]
     assert found["lines"] == 1
     assert found["hits"][0].endswith("found") and found["hits"][1] >= 3
     assert found["more"] == ["capture", "vjp", "forward", "backward"]
     assert found["groups"] == 3
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_wide_code_does_not_scroll_the_page(tmp_path):
+    page = aotfunc.show(lambda **kwargs: aotfunc.grad(wide)(kwargs), to=None, **many())
+    found = in_chromium(page, tmp_path, "tensors_an_argument_with_a_long_name_0")
+    assert max(map(len, page.stages[0].code.splitlines())) > 1000
+    assert found["beyond"] == [0, 0]
+
+
+def many():
+    return {f"an_argument_with_a_long_name_{i}": torch.ones(()) for i in range(60)}
+
+
+def wide(tensors):
+    return sum(tensors.values()).sin()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")

@@ -48,6 +48,8 @@ def copy_opened(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth
         args = remap(full_args(op, n.args, n.kwargs), env)
         inner, outs, given = as_graph(traced(by_schema(op, body), opened=table), args)
         outs, sub = as_declared(inner, outs, n.meta["val"], op), dict[Node, Any](given)
+        for m in inner.graph.nodes:
+            m.meta["line"] = n.meta.get("line")
         again = any(m.target is op for m in inner.graph.nodes)
         copy_opened(b, inner.graph.nodes, sub, {} if again else table, depth + 1)
         return remap(outs, sub)

@@ -39,6 +39,7 @@ def forward(b: Builder, nodes: Any, env: dict[Node, Any], tangents: dict[Node, A
 
     def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
         new = b.call_like(n, env)
+        b.meta = {**b.meta, "of": getattr(new, "name", None)}
         if n in active and (t := push(b, n, new, env, tangents)) is not None:
             tangents[n] = t
         return new

@@ -130,7 +130,7 @@ def reverse(
             parts[i] = g
             continue
         again = regions.recomputed(n) if regions is not None else n
-        b.meta = line_of(n)
+        b.meta = {**line_of(n), "of": n.name}
         for a, ga in zip(*pull(b, n, g, active, again), strict=True):
             give(a, ga)
             if ga is None and hasattr(n.target, "zeros"):

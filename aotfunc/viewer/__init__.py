@@ -41,11 +41,12 @@ def show(
 
     ``f`` is what :func:`debug.stages` takes, or else a plain function or a module, which is
     compiled by ``jit`` or ``aot_module`` for this, or the name of a file of ``export``. The page
-    needs no network: graphs with shapes, bytes, costs and the user's lines; pointing at a value
-    marks it in every stage, and lighter what came of the same line, such as its derivative; values
-    that the forward saves and ops that the backward computes again are coloured; a curve shows
-    the bytes that live while each op runs. ``to=None`` writes no file. The arrangement of graphs
-    is igraph's (``pip install aotfunc[show]``), after Sugiyama, Tagawa and Toda (1981).
+    needs no network: graphs with shapes, bytes, costs and the user's lines, collapsed to lines,
+    functions or modules; pointing at a value marks it in every stage, its derivative, and
+    lighter what else came of the same line; values that the forward saves and ops that the
+    backward computes again are coloured; a curve shows the bytes that live while each op runs.
+    ``to=None`` writes no file. The arrangement of graphs is igraph's (``pip install
+    aotfunc[show]``), after Sugiyama, Tagawa and Toda (1981).
 
     >>> show(grad(lambda x: x.sin()), torch.zeros(()), to=None)
     <page of 2 programs: capture, vjp>

@@ -131,6 +131,7 @@ class Column {
     if (has(n => n.mark === "recomputed")) names.push("recomputed");
     if (has(n => n.result)) names.push("result");
     if (same) names.push("same");
+    else if (has(n => marks.same.has(n.of) || marks.of.has(n.value))) names.push("derivative");
     else if (has(n => marks.lines.has(n.line))) names.push("kin");
     if (has(n => matches(n))) names.push("hit");
     const e = make(parent, "g", {
@@ -140,7 +141,7 @@ class Column {
     if (this.scale < 0.3) return;
     const short = (text, n) => text.length > n ? text.slice(0, n - 1) + "…" : text;
     const label = one ? (first.kind === "input" ? first.name : first.op)
-      : state.level === "lines" ? first.line.replace(/^.*?: /, "") : first.function;
+      : this.stage.levels[state.level].names[i].replace(/^.*?: /, "");
     const under = one ? first.type : `${g.members.length} ops`;
     make(e, "text", { y: -2 }, short(label || first.name, 24));
     make(e, "text", { y: 11, class: "type" }, short(under, 30));
@@ -166,13 +167,14 @@ function marked() {
   const members = at && at.column.groups[at.group] ? at.column.groups[at.group].members : [];
   return {
     same: new Set(members.map(n => n.value)),
+    of: new Set(members.map(n => n.of).filter(value => value !== null)),
     lines: new Set(members.map(n => n.line).filter(line => line)),
   };
 }
 
 function matches(n) {
   const q = state.query;
-  return q && [n.name, n.op, n.type, n.line, n.function].some(t => t.toLowerCase().includes(q));
+  return q && [n.name, n.op, n.type, n.line, n.function, n.module].some(t => t.toLowerCase().includes(q));
 }
 
 function point(to) {
@@ -235,7 +237,7 @@ function start() {
     label.append(` ${stage.made_by} (${stage.size})`);
   });
   const key = make(document.querySelector("header"), "div", { class: "key" });
-  for (const kind of ["input", "view", "pointwise", "product", "kernel", "saved", "recomputed"]) {
+  for (const kind of ["input", "view", "pointwise", "product", "kernel", "saved", "recomputed", "derivative"]) {
     const svg = make(key, "svg", { width: 78, height: 18 });
     const g = make(svg, "g", { class: "node " + kind, transform: "translate(38 9)" });
     make(g, "rect", { x: -36, y: -7.5, width: 72, height: 15 });

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,13 @@ def page(title: str, stages: Iterable[Stage]) -> str:
 class Values:
     """Numbers for values: one value has one number in all stages.
 
-    Two nodes of different stages stand for one value if they call one target with the same
-    values, or, where a pass changed these, if they have one name and one line of the user's."""
+    Two nodes of different stages stand for one value if they call one op with the same values,
+    or, where a pass changed these, if they have one op, one name and one line of the user's."""
 
     def __init__(self) -> None:
         self.of: dict[Any, int] = {}
         self.count = 0
+        self.derived: dict[int, int | None] = {}  # the value whose derivative another one computes
 
     def numbers(self, nodes: Sequence[Node], lines: Sequence[str]) -> dict[Node, int]:
         """Return the number of each node of a program."""
@@ -57,12 +59,17 @@ class Values:
             keys: list[Any] = [n.name]
             if n.op == "call_function":
                 args = fx.node.map_arg((n.args, n.kwargs), lambda a: f"%{found[a]}")
-                keys = [(str(n.target), str(args)), (n.name, line)]
+                keys = [(n.name, line)]  # a kernel has the name of the value that it stores
+                if isinstance(n.target, OpOverload):
+                    keys = [(str(n.target), str(args)), (n.name, line, str(n.target))]
             known = [self.of[k] for k in keys if k in self.of and self.of[k] not in taken]
             self.count += not known
             number = found[n] = known[0] if known else self.count
             taken.add(number)
-            self.of.update(dict.fromkeys((*keys, n.name), number))
+            self.of.update(dict.fromkeys((*keys, (n.name, line), n.name), number))
+        named = {n.name: number for n, number in found.items()}
+        for n, number in found.items():
+            self.derived.setdefault(number, named.get(n.meta.get("of")))
         return found
 
 
@@ -71,7 +78,7 @@ def described(stage: Stage, values: Values) -> dict[str, Any]:
     nodes = [n for n in stage.graph.nodes if n.op != "output"]
     index = {n: i for i, n in enumerate(nodes)}
     lines = [user_line(n) for n in nodes]
-    numbers = values.numbers(nodes, [text for text, _ in lines])
+    numbers = values.numbers(nodes, [text for text, *_ in lines])
     results = set(output_node(stage.graph).all_input_nodes)
     live = live_bytes(nodes, results)
     rows = [
@@ -85,27 +92,30 @@ def described(stage: Stage, values: Values) -> dict[str, Any]:
             "cost": _COST.time(n),
             "line": text,
             "function": function,
+            "module": module,
             "value": numbers[n],
+            "of": values.derived[numbers[n]],
             "result": n in results,
             "code": n.format_node() or "",
             "live": live[i],
         }
-        for i, (n, (text, function)) in enumerate(zip(nodes, lines))
+        for i, (n, (text, function, module)) in enumerate(zip(nodes, lines))
     ]
     edges = [(index[a], i) for n, i in index.items() for a in n.all_input_nodes]
+    named = lambda what: [row[what] or row["name"] for row in rows]
     levels = {
-        "ops": list(range(len(nodes))),
-        "lines": grouped([row["line"] or row["name"] for row in rows]),
-        "functions": grouped([row["function"] or row["name"] for row in rows]),
+        "ops": named("name"),
+        "lines": named("line"),
+        "functions": named("function"),
+        "modules": named("module"),
+        "outer modules": [outer(row["module"]) or row["name"] for row in rows],
     }
     return {
         "made_by": stage.made_by,
         "size": stage.size,
         "code": stage.code,
         "nodes": rows,
-        "levels": {
-            level: {"group": group, **arranged(group, edges)} for level, group in levels.items()
-        },
+        "levels": {level: collapsed(keys, edges) for level, keys in levels.items()},
     }
 
 
@@ -124,19 +134,31 @@ def mark_halves(stages: list[dict[str, Any]]) -> None:
                     row["mark"] = "recomputed"
 
 
-def grouped(keys: Sequence[str]) -> list[int]:
-    """Return a number for each key, in the order in which they appear."""
+def collapsed(keys: Sequence[str], edges: Iterable[tuple[int, int]]) -> dict[str, Any]:
+    """Return the graph of groups: nodes of one key are one, named after it."""
     numbers: dict[str, int] = {}
-    return [numbers.setdefault(key, len(numbers)) for key in keys]
+    group = [numbers.setdefault(key, len(numbers)) for key in keys]
+    return {"group": group, "names": [*numbers], **arranged(group, edges)}
 
 
-def user_line(n: Node) -> tuple[str, str]:
-    """Return the user's line that a node came from, and the function that this line is in."""
+def user_line(n: Node) -> tuple[str, str, str]:
+    """Return the user's line that a node came from, the function that this line is in, and the
+    module that was being called."""
     line = n.meta.get("line")
     if isinstance(line, Line):
-        return str(line), line.code.co_qualname.replace("<locals>.", "")
+        function = line.code.co_qualname.replace("<locals>.", "")
+        return str(line), function, getattr(line, "module", "")
     place = str(line or "").partition(": ")[0]
-    return str(line or ""), place.partition(" in ")[2]
+    return str(line or ""), place.partition(" in ")[2], ""
+
+
+def outer(module: str) -> str:
+    """Return the name up to its first number.
+
+    >>> outer("encoder.layers.0.self_attn"), outer("head"), outer("stem.conv")
+    ('encoder.layers.0', 'head', 'stem')
+    """
+    return re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)|[^.]*", module)[0]  # type: ignore[index]
 
 
 def op_name(n: Node) -> str:
