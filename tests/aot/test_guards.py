@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 
 from aotfunc import aot_function, aot_module, grad, jit, vmap
+from aotfunc.runtime.guards.reads import reads_of
 from tests.aot import state_helper
 from tests.aot.state_helper import through
 from tests.reference import assert_same
@@ -1165,3 +1166,10 @@ def test_explain_says_the_options_of_transforms_and_not_how_they_are_entered():
     text = f.explain()
     assert ".in_dims == 1" in text and ".argnums == 0" in text
     assert "in_graph" not in text and "dynamo" not in text
+
+
+def test_attributes_of_any_name():
+    """Python 3.13 loads two local variables by one instruction."""
+    by_name = lambda o, name: getattr(o, name, None)
+    by_constant = lambda o: getattr(o, "name", None)
+    assert reads_of(by_name.__code__).any_name and not reads_of(by_constant.__code__).any_name

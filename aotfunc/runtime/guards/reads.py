@@ -6,6 +6,7 @@ import dis
 import functools
 import itertools
 import os
+import re
 import sys
 import types
 from collections.abc import Iterable, Iterator
@@ -54,11 +55,7 @@ def reads_of(code: types.CodeType) -> Reads:
     written: set[str] = set()
     imports: set[str] = set()
     any_name = binds_globals = False
-    steps = [
-        i
-        for i in dis.get_instructions(code)
-        if i.opname not in ("PUSH_NULL", "CACHE", "EXTENDED_ARG")
-    ]
+    steps = steps_of(code)
     for i, step in enumerate(steps):
         kind, name = step.opname, step.argval
         if kind.startswith(
@@ -108,6 +105,19 @@ def reads_of(code: types.CodeType) -> Reads:
         any_name,
         binds_globals,
     )
+
+
+def steps_of(code: types.CodeType) -> list[dis.Instruction]:
+    """Return the instructions of a code object, those for two local variables (Python 3.13) as
+    two."""
+    steps: list[dis.Instruction] = []
+    for i in dis.get_instructions(code):
+        parts = re.findall("(?:LOAD|STORE)_FAST", i.opname)
+        if len(parts) == 2 and isinstance(i.argval, tuple):
+            steps += [i._replace(opname=p, argval=v) for p, v in zip(parts, i.argval)]
+        elif i.opname not in ("PUSH_NULL", "CACHE", "EXTENDED_ARG"):
+            steps.append(i)
+    return steps
 
 
 def compiled_texts(texts: Iterable[str]) -> Iterator[types.CodeType]:
