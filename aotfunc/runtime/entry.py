@@ -142,13 +142,11 @@ class Entry:
 
     @property
     def inlined(self) -> bool:
-        """Whether a call runs the function itself: its hooks belong to the recording around it, or
-        to torch.func's transforms."""
+        """Whether a call runs the function itself, whose hooks belong to what is around it."""
         return bool(self.live_hooks) and (current() is not None or op_by_op())
 
     def __call__(self, tensors: list[Tensor], *where: Any) -> Any:
-        """Return the result of a call with these tensors; in Python the call is ``where = (f,
-        objects, arguments)``."""
+        """Return the result of a call, in Python ``where = (f, objects, arguments)``."""
         if self.inlined:
             return where[0](*where[2][0], **where[2][1])
         if self.bare and current() is None and not any_modes():

@@ -248,7 +248,9 @@ class ProgramFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.program, ctx.states, *tensors = inputs
-        ctx.memory = storages(tensors)
+        # hooks of saved tensors give others back
+        kept = torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        ctx.memory = storages(tensors) if kept else []
         ctx.dtype = torch.get_default_dtype()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
