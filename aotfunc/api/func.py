@@ -239,7 +239,7 @@ def jvp(
 
 @read_as(linearize_in_graph)
 def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
-    """``(output, jvp_fn)``: the function's value and its linear map at ``primals``;
+    """Return ``(output, jvp_fn)``: the function's value and its linear map at ``primals``;
     ``jvp_fn(*tangents)`` does only the linear work.
 
     ``f`` is evaluated once. ``jvp_fn`` may be called often, nested, differentiated and batched.

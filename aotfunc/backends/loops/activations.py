@@ -77,13 +77,15 @@ def hardsigmoid(x: Expr) -> Expr:
     return clamp(x + 3, 0, 6) / 6
 
 
-def between(low: float, high: float, inside: Expr, x: Expr) -> Expr:
-    """Return a value where x lies inside of these bounds, 0 elsewhere."""
+def zero_outside(low: float, high: float, inside: Expr, x: Expr) -> Expr:
+    """Return the value ``inside`` where ``x`` lies between these bounds, 0 elsewhere."""
     return where(function_of("bitwise_and", x > low, x < high), inside, 0)
 
 
 add_rule("float", hardsigmoid, aten.hardsigmoid.default)
-add_rule("float", lambda g, x: between(-3, 3, g * (1 / 6), x), aten.hardsigmoid_backward.default)
+add_rule(
+    "float", lambda g, x: zero_outside(-3, 3, g * (1 / 6), x), aten.hardsigmoid_backward.default
+)
 add_rule("float", lambda x: x * clamp(x + 3, 0, 6) / 6, aten.hardswish.default)
 add_rule("float", gelu, aten.gelu.default)
 add_rule("float", gelu_backward, aten.gelu_backward.default)
@@ -159,7 +161,7 @@ add_rule("float", elu_backward, aten.elu_backward.default)
 add_rule("float", lambda x, alpha=1.0: elu(x, alpha, 1, 1 / alpha), aten.celu.default)
 add_rule(
     "any",
-    lambda g, x, low, high: between(low, high, g, x),
+    lambda g, x, low, high: zero_outside(low, high, g, x),
     aten.hardtanh_backward.default,
 )
 add_rule(

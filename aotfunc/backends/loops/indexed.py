@@ -18,7 +18,7 @@ from .checks import index_of, wrapped
 from .dtypes import as_given, cast
 from .ir import Expr, Given, Unfit, function_of, number
 from .places import FIRST, Index, Place, divide_index
-from .views import expand, first_of, static_shape, with_index
+from .views import first_of, place_of_expanded, static_shape, with_index
 
 if TYPE_CHECKING:
     from .lower import Lowering
@@ -102,7 +102,7 @@ def place_of_indexed(
         if d not in indices:
             where.append(next(rest))
             continue
-        here = At(expand(static_shape(indices[d]), common), at.mask)
+        here = At(place_of_expanded(static_shape(indices[d]), common), at.mask)
         found = index_of(
             work, indices[d], here, -n, n, outside(IndexError, n, list(indices).index(d))
         )

@@ -46,7 +46,7 @@ from .reductions import REDUCTIONS
 from .scans import SCANS, turned
 from .scatter import ADDED
 from .steps import FEW, MANY
-from .views import VIEWS, expand, source_of, source_place, static_shape
+from .views import VIEWS, place_of_expanded, source_of, source_place, static_shape
 from .waste import often, one_way
 
 Walked = TypeVar("Walked", Access, Ramp)
@@ -127,7 +127,7 @@ class Lowering(Axes):
         axes."""
         value, shape, where = ADDED[n.target](n)
         place = self.root(shape)
-        found = self.value(value, expand(static_shape(value), place))
+        found = self.value(value, place_of_expanded(static_shape(value), place))
         target = where(self, place)
         shift = self.shift(n, target)
         if shift is None:
@@ -232,7 +232,7 @@ class Lowering(Axes):
                 if common in ROUNDED and (rule.kind == "compare" or n.target in ROUND_FIRST):
                     a = number(a, common).value
                 return as_given(a) if dtype.is_floating_point else a
-            value = self.value(a, expand(static_shape(a), place), mask)
+            value = self.value(a, place_of_expanded(static_shape(a), place), mask)
             if (rule.kind == "where" and i == 0) or (rule.kind == "masked" and i == 1):
                 value = cast(value, torch.bool)
             else:

@@ -25,31 +25,31 @@ def static_shape(n: Node) -> tuple[int, ...]:
 # argument's place.
 
 
-def expand(shape: Shape, place: Place, *_: Any) -> Place:
+def place_of_expanded(shape: Shape, place: Place, *_: Any) -> Place:
     last = place[len(place) - len(shape) :]
     return tuple([FIRST if size == 1 else i for size, i in zip(shape, last, strict=True)])
 
 
-def permute(shape: Shape, place: Place, dims: Shape) -> Place:
+def place_of_permuted(shape: Shape, place: Place, dims: Shape) -> Place:
     found = [FIRST] * len(shape)
     for d, index in zip(dims, place, strict=True):
         found[d] = index
     return tuple(found)
 
 
-def transpose(shape: Shape, place: Place, i: int = 0, j: int = -1) -> Place:
+def place_of_transposed(shape: Shape, place: Place, i: int = 0, j: int = -1) -> Place:
     found = list(place)
     if place:
         found[i], found[j] = found[j], found[i]
     return tuple(found)
 
 
-def select(shape: Shape, place: Place, dim: int, index: int) -> Place:
+def place_of_selected(shape: Shape, place: Place, dim: int, index: int) -> Place:
     dim %= len(shape)
     return (*place[:dim], FIRST.shifted(index % shape[dim]), *place[dim:])
 
 
-def sliced(
+def place_of_sliced(
     shape: Shape,
     place: Place,
     dim: int = 0,
@@ -72,13 +72,15 @@ def first_of(start: int | None, size: int) -> int:
     return min(max(start + size if start < 0 else start, 0), size)
 
 
-def flip(shape: Shape, place: Place, dims: Shape) -> Place:
+def place_of_flipped(shape: Shape, place: Place, dims: Shape) -> Place:
     for d in dims:
         place = with_index(place, d, (place[d] * -1).shifted(shape[d] - 1))
     return place
 
 
-def diagonal(shape: Shape, place: Place, offset: int = 0, i: int = 0, j: int = 1) -> Place:
+def place_of_diagonal(
+    shape: Shape, place: Place, offset: int = 0, i: int = 0, j: int = 1
+) -> Place:
     i, j = i % len(shape), j % len(shape)
     both = {i: place[-1].shifted(max(0, -offset)), j: place[-1].shifted(max(0, offset))}
     rest = iter(place)
@@ -87,14 +89,14 @@ def diagonal(shape: Shape, place: Place, offset: int = 0, i: int = 0, j: int = 1
 
 #: op -> the place of its argument; None for the same elements in the same order
 VIEWS: dict[Any, Callable[..., Place] | None] = {
-    aten.expand.default: expand,
-    aten.permute.default: permute,
-    aten.transpose.int: transpose,
-    aten.t.default: transpose,
-    aten.select.int: select,
-    aten.slice.Tensor: sliced,
-    aten.flip.default: flip,
-    aten.diagonal.default: diagonal,
+    aten.expand.default: place_of_expanded,
+    aten.permute.default: place_of_permuted,
+    aten.transpose.int: place_of_transposed,
+    aten.t.default: place_of_transposed,
+    aten.select.int: place_of_selected,
+    aten.slice.Tensor: place_of_sliced,
+    aten.flip.default: place_of_flipped,
+    aten.diagonal.default: place_of_diagonal,
     **dict.fromkeys(
         (
             *(aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default),
@@ -106,7 +108,7 @@ VIEWS: dict[Any, Callable[..., Place] | None] = {
 
 
 def place_of_unbound(shape: Shape, place: Place, i: int, dim: int = 0) -> Place:
-    return select(shape, place, dim, i)
+    return place_of_selected(shape, place, dim, i)
 
 
 def place_of_part(shape: Shape, place: Place, i: int, size: int | Shape, dim: int = 0) -> Place:
