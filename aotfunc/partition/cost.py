@@ -151,7 +151,8 @@ class Roofline:
             return 0.0
         if bodies := getattr(n.target, "bodies", ()):  # control flow
             ops = [m for body in bodies for m in body.graph.nodes]
-            return getattr(n.target, "length", 1) * sum(map(self.time, ops))
+            steps = getattr(n.target, "length", 1)  # None for a loop without a bound
+            return (1 if steps is None else steps) * sum(map(self.time, ops))
         written = nbytes(n.meta.get("val"))
         if self.fused < 1 and n.target.__class__ is OpOverload:
             folds = (

@@ -251,6 +251,7 @@ def _reshape_newest(view: OpOverload, trace: Trace, x: Tensor, *args: Any) -> An
         and getattr(trace.records[-1][0], "simple", False)
         and x.ref not in trace.autograd.leaves
         and not (trace.autograd.retained or trace.stand_ins)
+        and torch.is_grad_enabled()
     ):
         return NotImplemented
     with trace:

@@ -291,7 +291,7 @@ def attributes(t: Tensor) -> dict[str, Any]:
     """Return the attributes that a tensor was given in Python."""
     given = t.__dict__
     if t.__class__ is Traced:
-        return {k: v for k, v in given.items() if k != "_grad"} if given else given
+        return {k: v for k, v in given.items() if k != "_grad"}
     if given and not _OWN.isdisjoint(given):
         names = ", ".join(sorted(_OWN.intersection(given)))
         raise CaptureError(

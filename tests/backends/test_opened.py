@@ -144,3 +144,18 @@ def test_nothing_is_normalised():
         found = gradients(jit(norm, backend=every_kernel), (x, w), torch.float32)
         for got, want in zip(found, gradients(norm, (x, w), torch.float32), strict=True):
             assert_close(got, want)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (1, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_small_product_and_a_bias(shape, dtype):
+    """Dtypes that differ are refused, as by the op."""
+    bias, x, y = torch.randn(shape), torch.randn(3, 4, dtype=dtype), torch.randn(4, 5, dtype=dtype)
+    f = jit(torch.addmm, backend="cpp")
+    if dtype is torch.float64:
+        with pytest.raises(RuntimeError, match="same dtype"):
+            f(bias, x, y)
+    assert_close(f(bias.to(dtype), x, y), torch.addmm(bias.to(dtype), x, y))
+    batch = torch.randn(2, 3, 4, dtype=dtype), torch.randn(2, 4, 5, dtype=dtype)
+    biases = bias.to(dtype).expand(2, 3, 5)
+    assert_close(jit(torch.baddbmm, backend="cpp")(biases, *batch), biases + batch[0] @ batch[1])

@@ -162,7 +162,10 @@ def mismatches(calls):
     """How many calls the rules answer, and where they differ from the kernels."""
     answered, wrong = 0, []
     for op, args, kwargs, sigs in calls:
-        ours = by_rule(op, args, kwargs, sigs)
+        try:
+            ours = by_rule(op, args, kwargs, sigs)
+        except RuntimeError:  # the CPU's kernels refuse what meta kernels take
+            continue
         if ours is NotImplemented:
             continue
         answered += 1

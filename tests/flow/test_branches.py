@@ -343,3 +343,16 @@ def test_branches_do_not_write_outside():
     with pytest.raises(CaptureError, match="writes to its argument"):
         cond(X[0] > 0, lambda x: x.mul_(2), lambda x: x, X)
     assert aotfunc.cond is cond and X[0] == 0.3
+
+
+def test_a_loop_without_a_bound_beside_what_is_differentiated():
+    def f(x, w):
+        count = torch.tensor(0)
+        step = lambda c: (c[0] + 1, c[1] * 2)
+        return (x * while_loop(lambda c: c[0] < 3, step, (count, w))[1]).sin()
+
+    x = torch.ones(3, requires_grad=True)
+    y = jit(f)(x, torch.ones(3))
+    y.sum().backward()
+    assert_same(y, torch.full((3,), 8.0).sin())
+    assert_same(x.grad, 8 * torch.full((3,), 8.0).cos())

@@ -31,7 +31,8 @@ FEW_PRODUCTS = 1 << 20
 def product_and_sum(bias: Tensor, x: Tensor, y: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
     """Multiply small matrices, and add."""
     few = 0 < x.numel() * y.shape[-1] <= FEW_PRODUCTS
-    if beta != 1 or alpha != 1 or not few or {bias.dtype, x.dtype, y.dtype} - {*FLOATS}:
+    dtypes = {bias.dtype, x.dtype, y.dtype}  # torch refuses to mix them
+    if beta != 1 or alpha != 1 or not few or len(dtypes) > 1 or dtypes - {*FLOATS}:
         return NotImplemented
     return x @ y + bias
 
