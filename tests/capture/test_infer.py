@@ -19,7 +19,7 @@ from aotfunc.errors import CaptureError
 from aotfunc.trace.shapes import infer
 from aotfunc.trace.shapes.instr import SIMPLE, encode
 from aotfunc.trace.shapes.rules import by_rule, ordered_strides, shape_rule_for
-from aotfunc.trace.shapes.sig import Facts, Sig, Slot, contiguous_stride, make_sig, sig_of
+from aotfunc.trace.shapes.sig import Facts, Sig, Slot, contiguous_stride, fill, make_sig, sig_of
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.complex64, torch.int64, torch.float16)
@@ -151,6 +151,16 @@ def by_kernel(op, args, kwargs, sigs):
         return f"{type(e).__name__}: {str(e)[:100]}"
 
 
+def refused(op, args, kwargs, sigs):
+    """Whether the CPU's kernel refuses such tensors."""
+    tensors = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype).fill_(1) for s in sigs]
+    try:
+        op(*fill(args, tensors), **{k: fill(v, tensors) for k, v in kwargs.items()})
+    except RuntimeError:
+        return True
+    return False
+
+
 def described(outs):
     """An answer with all that must agree; signatures print without strides."""
     if isinstance(outs, Sig):
@@ -165,6 +175,8 @@ def mismatches(calls):
         try:
             ours = by_rule(op, args, kwargs, sigs)
         except RuntimeError:  # the CPU's kernels refuse what meta kernels take
+            if not refused(op, args, kwargs, sigs):
+                wrong.append(f"{op}{args}{kwargs} of {[described(s) for s in sigs]}: refused")
             continue
         if ours is NotImplemented:
             continue
