@@ -60,7 +60,7 @@ def looped(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable
     to be had."""
     from .loops.looped import looped
 
-    return looped(target, bodies, plain) or plain
+    return looped(target, bodies, plain)
 
 
 def auto(gm: Any, example_inputs: Any) -> Callable:

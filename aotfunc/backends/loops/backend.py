@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx import Node
 
 from ... import debug
@@ -22,7 +22,7 @@ from .cpp import Printer
 from .folded import fold
 from .fuse import Unit, grouped, stored
 from .ir import Apply, Kernel, Scan, walk
-from .launch import Launch, has_memory
+from .launch import TENSORS, Launch, has_memory
 from .looped import consists_of_launches
 from .lower import lower
 from .matmul import product_launch
@@ -39,9 +39,6 @@ SMALL = 32768
 
 #: number of bytes that are new memory at each call: a launch asks for it in larger pieces
 LARGE = 1 << 25
-
-#: classes of tensors that have memory, or are zeros
-TENSORS = (Tensor, nn.Parameter)
 
 #: functions that kernels compute faster than PyTorch does
 QUICK = frozenset(("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "erfc", "pow"))

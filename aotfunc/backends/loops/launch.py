@@ -31,6 +31,9 @@ Output = tuple[Sequence[int], Sequence[int], torch.dtype]
 
 EMPTY: Mapping[int, int] = {}
 
+#: classes of tensors that have memory, or are zeros
+TENSORS = (Tensor, nn.Parameter)
+
 DTYPES = {x for x in vars(torch).values() if isinstance(x, torch.dtype)}
 
 
@@ -118,6 +121,12 @@ def has_memory(t: Tensor) -> bool:
         return False
 
 
+def bytes_of(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> int:
+    """Return how much memory a tensor takes that has none beside its elements."""
+    last = sum([(n - 1) * s for n, s in zip(shape, strides, strict=True)])
+    return (last + 1) * dtype.itemsize if all(shape) else 0
+
+
 def count_inputs(order: Sequence[int], outputs: Sequence[Output]) -> int:
     """Return how many inputs there are: those buffers that a kernel does not write."""
     return max(order, default=-1) + 1 - len(outputs)
@@ -171,8 +180,7 @@ class Native:
         plan = [count_inputs(order, outputs), len(outputs), len(order), len(sizes)]
         plan += [rows, grain or 0, largest, kernel.address, *order, *sizes]
         for i, (shape, strides, dtype) in enumerate(outputs):
-            elements = 1 + sum([(n - 1) * s for n, s in zip(shape, strides, strict=True)])
-            bytes = max(0, elements) * dtype.itemsize
+            bytes = bytes_of(shape, strides, dtype)
             plan += [self.dtypes[dtype], bytes, taken.get(i, -1), len(shape), *shape, *strides]
         name = kernel.function.__name__
         return python_function(name, self.launch, (array("q", plan).tobytes(), plain), __name__)

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx import Node
 
@@ -18,7 +18,7 @@ from ...graph import output_node
 from ...native.fastcall import python_function
 from . import native
 from .ir import Requirement
-from .launch import Launch, native_form
+from .launch import TENSORS, Launch, bytes_of, native_form
 from .matmul import viewed_again
 from .tasks import InRange, LaidOut
 from .views import VIEWS
@@ -122,27 +122,27 @@ class Step:
     def check(self, slot: int, check: Requirement) -> list[int]:
         shape, strides, start = check.window
         low, high = check.low, check.high
-        width = self.vals[slot].element_size()
-        if width not in (4, 8):
+        itemsize = self.vals[slot].element_size()
+        if itemsize not in (4, 8):
             raise Unsteady
-        return instruction(CHECK, [slot, width, low, high, start, len(shape), *shape, *strides])
+        return instruction(CHECK, [slot, itemsize, low, high, start, len(shape), *shape, *strides])
 
     def switch(
         self, target: Any, bodies: Sequence[fx.Graph | None], inputs: Sequence[int]
     ) -> tuple[list[int], list[int]]:
         index, *operands = inputs
-        width = self.vals[index].element_size()
-        if width not in (1, 8):
+        itemsize = self.vals[index].element_size()
+        if itemsize not in (1, 8):
             raise Unsteady
         outs = [self.new(o.meta["val"]) for o in results_of(bodies[0])]
         branches = []
         for body in bodies:
             words, results = self.code(body, operands)
             for out, s in zip(outs, results, strict=True):
-                words += instruction(COPY, [out, s, bytes_of(self.vals[out])])
+                words += instruction(COPY, [out, s, width(self.vals[out])])
             branches.append(words)
         lengths = [len(words) for words in branches]
-        return instruction(SWITCH, [index, width, len(bodies), *lengths, *flat(branches)]), outs
+        return instruction(SWITCH, [index, itemsize, len(bodies), *lengths, *flat(branches)]), outs
 
     def loop(
         self, target: Any, bodies: Sequence[fx.Graph | None], inputs: Sequence[int]
@@ -167,11 +167,11 @@ class Step:
         homes, copies, following = self.placed(outs, own[first:last])
         self.made -= homes.keys()
         ends = [self.new(v) for v in (*carried, *[stack(v, length) for v in stacked])]
-        spare = [(self.new(stack(v, 2)), bytes_of(v)) for v in carried]
-        sizes = [bytes_of(v) for v in (*carried, *stacked)]
+        spare = [(self.new(stack(v, 2)), width(v)) for v in carried]
+        sizes = [width(v) for v in (*carried, *stacked)]
         words = [first, k, len(rows), len(stacked), length, int(target.reverse), *holds]
         words += [*inputs, own[0], *ends]
-        words += [*map(bytes_of, rows), *sizes[k:], *flat(spare), *following]
+        words += [*map(width, rows), *sizes[k:], *flat(spare), *following]
         words += [len(homes), *flat(homes.items())]
         words += [len(copies), *flat([(d, s, sizes[d]) for d, s in copies])]
         words += [len(test), len(step), *test, *step]
@@ -254,29 +254,25 @@ def alike(one: Tensor, other: Tensor) -> bool:
     return facts[0] == facts[1]
 
 
-def bytes_of(val: Tensor) -> int:
-    last = sum([(n - 1) * s for n, s in zip(val.shape, val.stride(), strict=True)])
-    return (last + 1) * val.element_size() if val.numel() else 0
+def width(val: Tensor) -> int:
+    """Return the bytes of a value."""
+    return bytes_of(val.shape, val.stride(), val.dtype)
 
 
 def stack(row: Tensor, count: int) -> Tensor:
     return torch.empty((count, *row.shape), dtype=row.dtype, device="meta")
 
 
-#: classes of tensors that have memory
-TENSORS = (Tensor, nn.Parameter)
-
-
-def looped(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable | None:
-    """Return ``plain``, which runs a loop of compiled bodies, in native code. Return None where it
-    cannot be had, and for what is no loop."""
+def looped(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable:
+    """Return ``plain``, which runs control flow with compiled bodies, in native code where that is
+    to be had: for loops whose steps consist of launches."""
     quick = native_form()
     if quick is None or not hasattr(target, "n_consts"):
-        return None
+        return plain
     try:
         words, constants = packed(target, list(map(steady, bodies)), quick.dtypes)
     except Unsteady:
-        return None
+        return plain
     data = (array("q", words).tobytes(), plain, constants)
     run = python_function(target.__name__, quick.loop, data, __name__)
 
@@ -306,7 +302,7 @@ def packed(
     memory, size = [], 1
     for s in step.made.difference(ends):
         memory.append((s, size := -(-size // LINE) * LINE))
-        size += bytes_of(step.vals[s])
+        size += width(step.vals[s])
     if size > MOST or not all(v.dtype in dtypes for v in results):
         raise Unsteady
     words = [len(step.vals), size, step.buffers, len(inputs), len(results)]
