@@ -14,6 +14,7 @@ from ..capture.bodies import drawn, emit_flow, hoisted
 from ..capture.scan import Scan
 from ..capture.switch import Switch
 from ..capture.tree import Arguments, flatten, in_order_of, structure, unflatten
+from ..capture.unrolled import emit_unrolled
 from ..capture.while_loop import While, as_condition
 from ..debug import at, user_line, where_defined
 from ..errors import ArgumentError
@@ -48,6 +49,7 @@ def scan(
     xs: Any = None,
     length: int | None = None,
     reverse: bool = False,
+    unroll: int = 1,
     checkpoint: int = 0,
 ) -> tuple[Any, Any]:
     """Return ``(final carry, ys)`` of the loop ``carry, ys[t] = f(carry, xs[t])``, as one op of a
@@ -57,11 +59,11 @@ def scan(
     each step along dimension 0, as have those in ``ys``; with ``xs=None`` there are ``length``
     steps. The carry keeps its tree, shapes and dtypes. ``reverse`` goes from the last row to the
     first. ``f`` is recorded once: graphs and compilation do not grow with the number of steps. It
-    may close over tensors and write to what it makes. With ``checkpoint=k`` reverse mode keeps
-    every ``k``-th carry, and runs the steps from there again; without it keeps what the backward
-    reads of each step. Raises ArgumentError for a carry that changes between steps, stacks of
-    several lengths and leaves that are not tensors, CaptureError where ``f`` writes to a tensor
-    from outside.
+    may close over tensors and write to what it makes. With ``unroll=k`` the body of the loop is
+    ``k`` steps. With ``checkpoint=k`` reverse mode keeps every ``k``-th carry, and runs the steps
+    from there again; without it keeps what the backward reads of each step. Raises ArgumentError
+    for a carry that changes between steps, stacks of several lengths and leaves that are not
+    tensors, CaptureError where ``f`` writes to a tensor from outside.
 
     >>> total, sums = scan(lambda c, x: (c + x, c + x), torch.tensor(0), torch.arange(4))
     >>> total, sums
@@ -76,8 +78,12 @@ def scan(
         raise ArgumentError(
             f"scan: checkpoint is a number of steps, or 0, not {checkpoint!r}{at(user_line())}"
         )
+    if not isinstance(unroll, int) or isinstance(unroll, bool) or unroll < 1:
+        raise ArgumentError(
+            f"scan: unroll must be a positive int, not {unroll!r}{at(user_line())}"
+        )
     if every := min(checkpoint, steps):
-        return scan_in_segments(scan, f, init, xs, steps, reverse, every)
+        return scan_in_segments(scan, f, init, xs, steps, reverse, unroll, every)
     count = len(carry)
 
     def rebuilt(leaves: Sequence[Any]) -> tuple[list, dict]:
@@ -116,9 +122,13 @@ def scan(
         read, before, rest = hoisted(body, len(consts))
         fixed = [*[args[i] for i in read], *b.inlined(before, args)]
         target = Scan(rest, len(fixed), count, steps, reverse)
-        return emit_flow(b, target, [*fixed, *args[len(consts) :]])
+        given = [*fixed, *args[len(consts) :]]
+        return (
+            emit_flow(b, target, given) if unroll == 1 else emit_unrolled(b, target, given, unroll)
+        )
 
-    outs = run_flow(body, ("scan", count, steps, reverse), build, [*consts, *carry, *rows])
+    key = ("scan", count, steps, reverse, unroll)
+    outs = run_flow(body, key, build, [*consts, *carry, *rows])
     ys = list(y_spec[0])
     for k, y in zip(places, outs[count:], strict=True):
         ys[k] = y

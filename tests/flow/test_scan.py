@@ -437,7 +437,7 @@ def test_segments(every, reverse):
             new = torch.tanh(W @ h + x) * h.sin()
             return (new, n + 1), new * n
 
-        more = {"checkpoint": every} if loop is scan else {}
+        more = {"checkpoint": every, "unroll": 1 + every % 3} if loop is scan else {}
         (h, _), ys = loop(step, (h, torch.tensor(0)), xs, reverse=reverse, **more)
         return h.sum() + ys * xs
 
@@ -446,6 +446,50 @@ def test_segments(every, reverse):
     for loop in (scan, jit(scan, backend="eager")):
         found = loop(step, H, None, 7, reverse, checkpoint=every)
         assert_same(found, scan(step, H, None, 7, reverse))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("unroll", [2, 3, 5, 9])
+def test_unrolled(unroll, reverse):
+    """Several steps in one body, with steps left over, draws in their order, under transforms."""
+
+    def run(loop, h, xs):
+        def step(carry, x):
+            h, n = carry
+            new = torch.tanh(W @ h + x) * h.sin()
+            return (new, n + 1), new * n
+
+        more = {"unroll": unroll} if loop is scan else {}
+        (h, _), ys = loop(step, (h, torch.tensor(0)), xs, reverse=reverse, **more)
+        return h.sum() + ys * xs
+
+    same(run, H, XS)
+    ours, plain = [lambda h, loop=loop: run(loop, h, XS).sin().sum() for loop in (scan, by_loop)]
+    assert_same(jvp(ours, (H,), (H.cos(),))[1], grads(plain)(H) @ H.cos())
+    assert_same(hessian(ours)(H), hess(plain, H))
+    batch = torch.stack([H, H * 2])
+    assert_same(vmap(grad(ours))(batch), torch.stack(list(map(grads(plain), batch))))
+    assert_same(jit(grad(ours))(H), grads(plain)(H))
+    step = lambda c, _: (c + torch.rand(()), c)
+    found = []
+    for k in (1, unroll):
+        torch.manual_seed(1)
+        found.append(scan(step, torch.zeros(()), None, 7, reverse, unroll=k))
+    assert_same(*found)
+
+
+def test_what_is_unrolled():
+    f = lambda h, xs: scan(lambda c, x: (c * x, c.sin()), h, xs, unroll=2)
+    code = make_fx(f)(H, XS).code
+    assert "operators_scan(scan_body, [], [h], [view], length = 2, reverse = False)" in code
+    assert code.count("aten.mul") == code.count("aten.cat") == 1  # the step that is left over
+    assert "scan" not in make_fx(f)(H, XS[:2]).code
+
+
+@pytest.mark.parametrize("unroll", [0, -1, 1.5, True, None])
+def test_unroll_is_a_number_of_steps(unroll):
+    with pytest.raises(ArgumentError, match="unroll must be a positive int"):
+        scan(lambda h, x: (h, x), H, XS, unroll=unroll)
 
 
 def test_what_checkpoints_keep():
