@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 # a collection that visits PyTorch's objects takes longer than these imports
 with _paused_gc():
+    from .api.associative_scan import associative_scan as associative_scan
     from .api.axes import all_gather as all_gather
     from .api.axes import axis_index as axis_index
     from .api.axes import axis_size as axis_size
@@ -16,7 +17,6 @@ with _paused_gc():
     from .api.check import check_grads as check_grads
     from .api.checkpoint import checkpoint as checkpoint
     from .api.checkpoint import checkpoint_name as checkpoint_name
-    from .api.control_flow import associative_scan as associative_scan
     from .api.control_flow import cond as cond
     from .api.control_flow import map as map
     from .api.control_flow import scan as scan

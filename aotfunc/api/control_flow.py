@@ -15,7 +15,7 @@ from ..capture.scan import Scan
 from ..capture.switch import Switch
 from ..capture.tree import Arguments, flatten, in_order_of, structure, unflatten
 from ..capture.unrolled import emit_unrolled
-from ..capture.while_loop import While, as_condition
+from ..capture.while_loop import While, as_condition, counted
 from ..debug import at, user_line, where_defined
 from ..errors import ArgumentError
 from ..trace.emit import Builder
@@ -244,7 +244,12 @@ def choice(name: str, index: Tensor, branches: Sequence[Callable], operands: tup
 
 @entry
 def while_loop(
-    cond_fn: Callable, body_fn: Callable, init: Any, max_steps: int | None = None
+    cond_fn: Callable,
+    body_fn: Callable,
+    init: Any,
+    max_steps: int | None = None,
+    checkpoint: str | None = None,
+    slots: int | None = None,
 ) -> Any:
     """Return the last carry of ``while cond_fn(carry): carry = body_fn(carry)``, which starts with
     ``init`` and goes at most ``max_steps`` steps; as one op of a graph.
@@ -253,7 +258,11 @@ def while_loop(
     element. Under ``vmap`` each sample stops at its own step. Reverse mode keeps what it needs of
     each step and so has to know a bound: ``max_steps``, or where a transform is not compiled the
     number of steps, which is then counted first. The backward takes the time of all ``max_steps``,
-    of which those that are too many do nothing.
+    of which those that are too many do nothing. With ``checkpoint="revolve"`` it needs no bound:
+    the backward keeps ``slots`` carries, that before the first step among them, and computes the
+    others again, as few steps as that takes (Griewank and Walther, 2000). Raises RuleError for
+    derivatives of such a loop that draws random numbers, and for second derivatives through rules
+    of the user's.
 
     >>> while_loop(lambda x: x < 100, lambda x: x * x, torch.tensor(3.0))
     tensor(6561.)
@@ -265,16 +274,27 @@ def while_loop(
     """
     if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 1):
         raise ArgumentError(f"while_loop: max_steps must be a positive int, not {max_steps!r}")
+    if checkpoint not in (None, "revolve") or (checkpoint is None) != (slots is None):
+        raise ArgumentError(
+            "while_loop: checkpoint='revolve' and slots=… are said together, not "
+            f"{checkpoint!r} and {slots!r}{at(user_line())}"
+        )
+    if slots is not None and (not isinstance(slots, int) or slots < 1):
+        raise ArgumentError(
+            f"while_loop: slots must be a positive int, not {slots!r}{at(user_line())}"
+        )
 
     def limit(inputs: Sequence[Tensor], draws: bool) -> int | None:
-        if max_steps is not None or draws:  # counting would draw, too
+        if max_steps is not None or slots or draws:  # counting would draw, too
             return max_steps
         return step_bound(cond_fn, body_fn, init, inputs)
 
-    return while_loop_up_to(cond_fn, body_fn, init, limit)
+    return while_loop_up_to(cond_fn, body_fn, init, limit, slots)
 
 
-def while_loop_up_to(cond_fn: Callable, body_fn: Callable, init: Any, limit: Callable) -> Any:
+def while_loop_up_to(
+    cond_fn: Callable, body_fn: Callable, init: Any, limit: Callable, slots: int | None = None
+) -> Any:
     """Run :func:`while_loop` with ``limit(inputs, whether it draws)`` for the most steps."""
     carry, spec = flatten(init)
     carry = tensors("while_loop", "init", carry, spec)
@@ -299,9 +319,14 @@ def while_loop_up_to(cond_fn: Callable, body_fn: Callable, init: Any, limit: Cal
     max_steps = limit(inputs, any([*drawn(condition), *drawn(body)]))
 
     def build(b: Builder, args: list) -> list:
-        return emit_flow(b, While(as_condition(condition), body, len(consts), max_steps), args)
+        loop = While(as_condition(condition), body, len(consts), max_steps)
+        if slots is None:
+            return emit_flow(b, loop, args)
+        loop, n = counted(loop, slots), len(consts)
+        zero = filled_node(b, 0, loop.body.placeholders[n].meta["val"])
+        return emit_flow(b, loop, [*args[:n], zero, *args[n:]])[1:]
 
-    key = ("while_loop", condition, max_steps)
+    key = ("while_loop", condition, max_steps, slots)
     return unflatten(run_flow(body, key, build, inputs), spec)
 
 
@@ -319,58 +344,3 @@ def step_bound(
         _, steps = while_loop_up_to(lambda c: cond_fn(c[0]), step, start, lambda *_: None)
     most = int(debug_unwrap(steps).max())
     return 1 << max(most - 1, 0).bit_length()
-
-
-@entry
-def associative_scan(f: Callable, xs: Any, reverse: bool = False, dim: int = 0) -> Any:
-    """Return ``ys`` with ``ys[0] = xs[0]`` and ``ys[t] = f(ys[t - 1], xs[t])`` along ``dim``, for
-    an associative ``f`` of two elements, in about ``2 log2(n)`` steps that each take all elements
-    at once.
-
-    ``xs`` is a tree of tensors, and ``f`` maps two trees of elements to a third. ``reverse``
-    starts at the last element. Raises ArgumentError where ``f`` changes the tree, a shape or a
-    dtype.
-
-    >>> associative_scan(torch.maximum, torch.tensor([1, 3, 2, 5, 4]))
-    tensor([1, 3, 3, 5, 5])
-    """
-    leaves, spec = flatten(xs)
-    rows = tensors("associative_scan", "xs", leaves, spec)
-    for k, x in enumerate(rows):
-        if not -x.dim() <= dim < x.dim():
-            raise ArgumentError(
-                f"associative_scan: xs{path(spec, k)} has no dimension {dim}{at(user_line())}"
-            )
-    rows = [x.movedim(dim, 0).flip(0) if reverse else x.movedim(dim, 0) for x in rows]
-    trip_count("associative_scan", rows, spec, None)
-
-    def combined(x: list[Tensor], y: list[Tensor]) -> list[Tensor]:
-        tree = vmap(f)(unflatten(x, spec), unflatten(y, spec))
-        found, found_spec = flatten(tree)
-        if found_spec != spec or not all(
-            [(a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(found, x, strict=True)]
-        ):
-            raise ArgumentError(
-                f"associative_scan: {where_defined(f)} must return what it gets, for all elements "
-                f"{structure(unflatten(x, spec))}, not {structure(tree)}"
-            )
-        return found
-
-    def prefixes(x: list[Tensor]) -> list[Tensor]:
-        count = x[0].shape[0]
-        if count < 2:
-            return x
-        odd = prefixes(combined([a[:-1:2] for a in x], [a[1::2] for a in x]))
-        even = [a[:1] for a in x]
-        if count > 2:
-            before = [a[:-1] if count % 2 == 0 else a for a in odd]
-            rest = combined(before, [a[2::2] for a in x])
-            even = [torch.cat(parts) for parts in zip(even, rest, strict=True)]
-        half = count // 2
-        pairs = [
-            torch.stack([a[:half], b], 1).flatten(0, 1) for a, b in zip(even, odd, strict=True)
-        ]
-        return [torch.cat([p, a[half:]]) for p, a in zip(pairs, even, strict=True)]
-
-    found = prefixes(rows)
-    return unflatten([(y.flip(0) if reverse else y).movedim(0, dim) for y in found], spec)

@@ -10,9 +10,15 @@ from torch import Tensor, fx
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_map
 
+from ..capture.bodies import emit_flow
+from ..capture.unwind import Unwind
+from ..capture.while_loop import While, as_condition
 from ..runtime.graph_module import graph_module
+from ..trace.emit import Builder
 from ..trace.traced import HOOKS
 from . import control_flow
+from .associative_scan import associative_scan
+from .flow_bodies import Body, one, run_flow, sharing_constants
 
 
 def scan(
@@ -51,22 +57,70 @@ def while_loop(
     constants: Sequence[Tensor],
     init: Sequence[Tensor],
     max_steps: int | None,
+    slots: int | None = None,
 ) -> list[Tensor]:
     """Run :func:`aotfunc.while_loop` with ``condition(*constants, *carry)`` and ``body(*constants,
     *carry)``."""
     if has_torch_function(given := (*constants, *init)):
         return handle_torch_function(
-            while_loop, given, condition, body, constants, init, max_steps
+            while_loop, given, condition, body, constants, init, max_steps, slots
         )
     return control_flow.while_loop(
         lambda carry: condition(*constants, *carry)[0],
         lambda carry: list(body(*constants, *carry)),
         list(init),
         max_steps,
+        "revolve" if slots else None,
+        slots,
     )
 
 
-OPERATORS: dict[str, Callable] = {"scan": scan, "switch": switch, "while_loop": while_loop}
+def unwind(
+    condition: Callable,
+    body: Callable,
+    back: Callable,
+    steps: Tensor,
+    constants: Sequence[Tensor],
+    init: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    wrt: Sequence[int],
+    max_steps: int | None,
+    slots: int,
+) -> list[Tensor]:
+    """Return the cotangents of the arguments ``wrt`` of a :func:`while_loop`, for those of its
+    results, after so many ``steps``; ``back(*constants, *carry, *sums, *cotangents) -> (*sums,
+    *cotangents)`` is the backward of one."""
+    if has_torch_function(given := (steps, *constants, *init, *cotangents)):
+        options = {"wrt": wrt, "max_steps": max_steps, "slots": slots}
+        groups = steps, constants, init, cotangents
+        return handle_torch_function(unwind, given, condition, body, back, *groups, **options)
+    values, count = [*constants, *init], len(constants)
+    sums = [values[i].contiguous() for i in wrt if i < count]
+    late = [*values, *sums, *cotangents]
+    why = "unwind records its functions once for all steps"
+    bodies = [
+        Body("unwind", f, lambda leaves: ([*leaves], {}), list(map(one, leaves)), leaves, why)
+        for f, leaves in ((condition, values), (body, values), (back, late))
+    ]
+    consts, (test, step, last) = sharing_constants(bodies)
+    more = len(consts)
+    loop = While(as_condition(test), step, more + count, max_steps, slots)
+    target = Unwind(loop, [i + more for i in wrt], (test, step, last))
+
+    def build(b: Builder, args: list) -> list:
+        shared, start, rest = args[:more], args[more], args[more + 1 :]
+        return emit_flow(b, target, [start, *shared, *rest])
+
+    key = ("unwind", test, last, tuple(wrt), max_steps, slots)
+    return list(run_flow(step, key, build, [*consts, steps, *values, *cotangents]))
+
+
+OPERATORS: dict[str, Callable] = {
+    "scan": scan,
+    "switch": switch,
+    "while_loop": while_loop,
+    "unwind": unwind,
+}
 
 
 def with_operators(gm: fx.GraphModule, dissolve: frozenset[str]) -> fx.GraphModule:
@@ -118,7 +172,7 @@ def torch_map(f: Callable, xs: Any, *args: Any) -> Any:
 
 
 def torch_associative_scan(f: Callable, xs: Any, dim: int, reverse: bool) -> Any:
-    return control_flow.associative_scan(f, xs, reverse, dim)
+    return associative_scan(f, xs, reverse, dim)
 
 
 HOOKS.update(

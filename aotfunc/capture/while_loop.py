@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..debug import at
 from ..errors import RuleError
 from ..graph import Program, size
 from ..trace.emit import Builder, paused_gc
+from ..trace.shapes.sig import make_sig
 from ..trace.views import laid_out
 from ..transforms.activity import flat_inputs, has_derivative
 from ..transforms.jvp import jvp
@@ -21,6 +22,7 @@ from ..transforms.walk import builder, filled_node
 from .bodies import Flow, as_planned, dense, differing, emit_flow, results_as
 from .scan import Scan, own_memory
 from .switch import Switch
+from .unwind import emit_unwind
 
 aten = torch.ops.aten
 
@@ -28,14 +30,20 @@ aten = torch.ops.aten
 class While(Flow):
     """The target of a node ``(constants, carry) -> carry``: the ``body`` is called while the
     ``condition`` holds, at most ``max_steps`` times. Both are programs of all arguments; what is
-    carried is contiguous."""
+    carried is contiguous. With ``slots`` the first value that it carries counts the steps, and the
+    backward keeps so many of them."""
 
     __name__ = "while_loop"
 
     def __init__(
-        self, condition: Program, body: Program, n_consts: int, max_steps: int | None
+        self,
+        condition: Program,
+        body: Program,
+        n_consts: int,
+        max_steps: int | None,
+        slots: int | None = None,
     ) -> None:
-        self.n_consts, self.max_steps = n_consts, max_steps
+        self.n_consts, self.max_steps, self.slots = n_consts, max_steps, slots
         carry = [p.meta["val"] for p in body.placeholders[n_consts:]]
         body = body.once(("carried", n_consts, len(carry)), lambda: results_as(body, carry))
         self.condition, self.body = self.bodies = condition, body
@@ -51,7 +59,11 @@ class While(Flow):
 
     def with_bodies(self, bodies: Sequence[Program]) -> While:
         condition, body = bodies
-        return While(condition, body, self.n_consts, self.max_steps)
+        return self.of(condition, body, self.n_consts)
+
+    def of(self, condition: Program, body: Program, n_consts: int) -> While:
+        """Return a loop of other bodies, as long as this one."""
+        return While(condition, body, n_consts, self.max_steps, self.slots)
 
     def reading(self, read: set[int]) -> tuple[While, list[int]]:
         return self, list(range(len(self.vals)))
@@ -69,7 +81,8 @@ class While(Flow):
 
     def form(self, args: Sequence[Any]) -> tuple[list, dict[str, Any]]:
         n = self.n_consts
-        return [list(args[:n]), list(args[n:])], {"max_steps": self.max_steps}
+        options = {"max_steps": self.max_steps} | ({"slots": self.slots} if self.slots else {})
+        return [list(args[:n]), list(args[n:])], options
 
     # ----- as a node -----------------------------------------------------------------------------
 
@@ -93,12 +106,24 @@ class While(Flow):
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
-        """Make the loop one of ``max_steps`` steps, in which surplus steps do nothing."""
+        """Make the loop one of ``max_steps`` steps, in which surplus steps do nothing. With
+        ``slots`` leave it, and add a node that goes back from step to step."""
+        if self.slots:
+            if self.draws:
+                raise RuleError(
+                    "reverse mode through while_loop(checkpoint='revolve') that draws random "
+                    f"numbers{at(n.meta.get('line'))}: steps that are computed again would draw "
+                    "others; draw them before the loop, and let it read them"
+                )
+            given = [i for i, a in enumerate(n.args) if a in active]
+            cts = {self.n_consts + j: ct for j, ct in g.items()}
+            found = emit_unwind(b, self, given, b.item(again, 0), again.args, cts)
+            return [n.args[i] for i in found], list(found.values())
         if self.max_steps is None:
             raise RuleError(
                 "reverse mode through a while_loop whose number of steps is not known"
                 f"{at(n.meta.get('line'))}: say while_loop(..., max_steps=…), which bounds what "
-                "is kept for the backward"
+                "is kept for the backward, or checkpoint='revolve', which does so by slots=…"
             )
         loop = again.target = Scan(self.guarded(), self.n_consts, len(self.vals), self.max_steps)
         return loop.pull(b, n, g, active, again)
@@ -121,24 +146,32 @@ class While(Flow):
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
         """Add a loop beside this one that carries the tangents with the values."""
-        wrt = self.derivative([a in tangents for a in n.args])
+        ts = {i: tangents[a] for i, a in enumerate(n.args) if a in tangents}
+        loop, args, wrt = self.dual(b, new.args, ts)  # type: ignore[arg-type]
+        k, count = self.n_consts, len(self.vals)
+        outs = emit_flow(b, loop, args)
+        found = dict(zip([i for i in wrt if i >= k], outs[count:], strict=True))
+        return [found.get(k + j) for j in range(count)]
+
+    def dual(
+        self, b: Builder, args: Sequence[Node], ts: Mapping[int, Node]
+    ) -> tuple[While, list[Node], tuple[int, ...]]:
+        """Return the loop that carries tangents with the values, its arguments for the tangents
+        ``ts`` by number of argument, and the arguments that have one in some step."""
+        wrt = self.derivative([i in ts for i in range(len(args))])
         k, count = self.n_consts, len(self.vals)
         consts, carries = [i for i in wrt if i < k], [i for i in wrt if i >= k]
         condition, body = self.body.once(("pushed", self.condition, wrt), lambda: self.pushed(wrt))
         sigs = [p.meta["val"] for p in body.placeholders]
 
         def tangent(i: int, place: int) -> Node:
-            t = tangents.get(n.args[i])
             sig = sigs[place]
-            return filled_node(b, 0, sig) if t is None else laid_out(b, t, sig, exactly=True)
+            return laid_out(b, ts[i], sig, exactly=True) if i in ts else filled_node(b, 0, sig)
 
-        args = list(new.args)
-        ts = [tangent(i, k + j) for j, i in enumerate(consts)]
-        us = [tangent(i, k + len(consts) + count + j) for j, i in enumerate(carries)]
-        loop = While(condition, body, k + len(consts), self.max_steps)
-        outs = emit_flow(b, loop, [*args[:k], *ts, *args[k:], *us])
-        found = dict(zip(carries, outs[count:], strict=True))
-        return [found.get(k + j) for j in range(count)]
+        us = [tangent(i, k + j) for j, i in enumerate(consts)]
+        vs = [tangent(i, k + len(consts) + count + j) for j, i in enumerate(carries)]
+        loop = self.of(condition, body, k + len(consts))
+        return loop, [*args[:k], *us, *args[k:], *vs], wrt
 
     def pushed(self, wrt: tuple[int, ...]) -> tuple[Program, Program]:
         """Return the condition and the body with tangents of these inputs beside the values."""
@@ -175,9 +208,16 @@ class While(Flow):
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         """Batch the steps. If the condition differs between samples, the loop runs while it holds
         for any, and each sample stops at its own step."""
+        loop, args, flags = self.batched(walk, n.args, [walk.has(a) for a in n.args])
+        return emit_flow(walk.b, loop, args), flags
+
+    def batched(
+        self, walk: Any, given: Sequence[Any], met: Sequence[bool]
+    ) -> tuple[While, list[Node], list[bool]]:
+        """Return the loop of a batch, where at least the arguments ``met`` differ between samples;
+        its arguments for those ``given``; and which results differ."""
         b, k, count = walk.b, self.n_consts, len(self.vals)
-        apart = walk.randomness == "different"
-        met, body = [walk.has(a) for a in n.args], self.body
+        apart, body = walk.randomness == "different", self.body
         one = lambda found: Scan(body, k, count, 1).met(found, apart)[0]
         met = one(met)
         [several] = differing(self.condition, met, apart)
@@ -185,9 +225,9 @@ class While(Flow):
             body = self.guarded()
             met = one([*met[:k], *[True] * count])
         args = []
-        for i, a in enumerate(n.args):
+        for i, a in enumerate(given):
             new = walk.expanded(a) if met[i] else walk.env[a]
-            if i >= k:
+            if i >= k or met[i] != walk.has(a):
                 new = laid_out(b, new, dense(new.meta["val"]), exactly=True)
             args.append(new)
         dims = [0 if yes else None for yes in met]
@@ -200,8 +240,23 @@ class While(Flow):
         condition = make(self.condition, [0 if several else None])
         if several:
             condition = condition.once("any", lambda: of_any(condition))
-        loop = While(condition, make(body, dims[k:]), k, self.max_steps)
-        return emit_flow(b, loop, args), met[k:]
+        return self.of(condition, make(body, dims[k:]), k), args, met[k:]
+
+
+def counted(loop: While, slots: int) -> While:
+    """Return the loop with ``slots``, where the number of steps is carried before all else."""
+    k, [holds] = loop.n_consts, loop.condition.vals
+    sig = make_sig((), (), torch.int64, holds.device)
+
+    def beside(program: Program, more: int | None) -> Program:
+        with paused_gc():
+            b, inputs = builder(), program.placeholders
+            consts, count = b.inputs(inputs[:k]), b.placeholder("count", sig)
+            outs = b.inlined(program, [*consts, *b.inputs(inputs[k:])])
+            outs = outs if more is None else [b.call(aten.add.Tensor, count, more), *outs]
+            return Program(b.finish(outs), len(inputs) + 1, len(outs), (), program.name)
+
+    return While(beside(loop.condition, None), beside(loop.body, 1), k, loop.max_steps, slots)
 
 
 def of_any(condition: Program) -> Program:

@@ -8,6 +8,7 @@ import torch
 
 from aotfunc import cond, scan, switch, while_loop
 from tests.func.test_compositions import MATRIX, TRANSFORMS, check
+from tests.sweeps import every
 
 
 def step(x):
@@ -58,13 +59,33 @@ def branched_in_python(x):
     return b + c[0] * x
 
 
-PROGRAMS = {"scan": (looped, unrolled), "branches": (branched, branched_in_python)}
+def revolved(x):
+    """A loop of unknown length whose backward keeps two of its carries."""
+    test = lambda c: (c[0] ** 2).sum() < 60
+    y, _ = while_loop(test, grown(x), (x, torch.tensor(0)), checkpoint="revolve", slots=2)
+    return y * x
+
+
+def revolved_in_python(x):
+    c = x, torch.tensor(0)
+    while (c[0] ** 2).sum() < 60:
+        c = grown(x)(c)
+    return c[0] * x
+
+
+PROGRAMS = {
+    "scan": (looped, unrolled),
+    "branches": (branched, branched_in_python),
+    "revolve": (revolved, revolved_in_python),
+}
+PAIRS = [*itertools.product(TRANSFORMS, TRANSFORMS)]
+CASES = [(program, pair) for program in ("scan", "branches") for pair in PAIRS]
+CASES += [("revolve", pair) for pair in every(7, PAIRS)]
 
 
 @pytest.mark.parametrize(
-    "pair", [*itertools.product(TRANSFORMS, TRANSFORMS)], ids=lambda p: "-".join(p)
+    ("program", "pair"), CASES, ids=lambda p: p if isinstance(p, str) else "-".join(p)
 )
-@pytest.mark.parametrize("program", PROGRAMS)
 def test_pair(program, pair):
     check(pair, ours=PROGRAMS[program][0], reference=PROGRAMS[program][1])
 

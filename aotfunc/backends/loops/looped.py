@@ -98,6 +98,8 @@ class Step:
                 at[n] = self.constant(n.target(*n.args, **n.kwargs))
             elif hasattr(n.target, "flow"):
                 target, bodies = n.target.flow  # type: ignore[union-attr]
+                if target.__name__ == "unwind":
+                    raise Unsteady
                 flow = self.loop if hasattr(target, "n_consts") else self.switch
                 more, at[n] = flow(target, list(map(steady, bodies)), [at[a] for a in n.args])
                 words += more

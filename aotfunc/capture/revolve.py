@@ -1,0 +1,53 @@
+"""In which order steps are gone through backwards, where few of their states can be kept.
+
+Source: Griewank and Walther, "Algorithm 799: revolve" (2000), who show that no other order
+computes fewer steps again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import comb
+from typing import TypeVar
+
+State = TypeVar("State")
+
+
+def backwards(
+    steps: int,
+    slots: int,
+    start: State,
+    advance: Callable[[State], State],
+    visit: Callable[[State], None],
+) -> None:
+    """Call ``visit`` with the state before each of so many steps, the last step first. At most
+    ``slots`` states are kept, ``start`` among them; ``advance`` makes the others."""
+    kept = [(0, start)]
+    for wanted in reversed(range(steps)):
+        while kept[-1][0] > wanted:
+            kept.pop()
+        at, state = kept[-1]
+        while at < wanted:
+            free = slots - len(kept)
+            goal = at + stride(wanted + 1 - at, free + 1) if free else wanted
+            for _ in range(goal - at):
+                state = advance(state)
+            at = goal
+            if free:
+                kept.append((at, state))
+        visit(state)
+
+
+def stride(steps: int, slots: int) -> int:
+    """Return after how many of these steps, at least two, the next state is kept: the steps before
+    it then need ``slots``, those behind it one less, and each is computed as often as it has to
+    be."""
+    times = 1
+    while reach(slots, times) < steps:
+        times += 1
+    return max(1, reach(slots, times - 2), steps - reach(slots - 1, times))
+
+
+def reach(slots: int, times: int) -> int:
+    """Return how many steps these slots suffice for, if each is computed at most so many times
+    before it is gone through backwards."""
+    return comb(slots + times, slots) if times >= 0 else 0

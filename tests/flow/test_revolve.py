@@ -1,0 +1,240 @@
+"""``while_loop(checkpoint="revolve")``: the order of steps is the best there is, what lives is
+bounded by the slots, derivatives of the backward are those of a Python loop."""
+
+import functools
+import itertools
+import weakref
+
+import pytest
+import torch
+
+from aotfunc import (
+    backends,
+    cond,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jit,
+    make_fx,
+    scan,
+    vmap,
+    while_loop,
+)
+from aotfunc.capture.revolve import backwards
+from aotfunc.errors import ArgumentError, RuleError
+from aotfunc.extend import pointwise
+from tests.reference import assert_same, grads, hess
+
+W = torch.tensor([[0.5, -0.2, 0.1], [0.3, 0.8, -0.6], [-0.4, 0.2, 0.9]], dtype=torch.float64)
+X = torch.tensor([0.7, -0.4, 1.1], dtype=torch.float64)
+H = torch.tensor([0.1, -0.05, 0.08], dtype=torch.float64)
+TIGHT = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def by_loop(test, body, carry, **options):
+    while test(carry):
+        carry = body(carry)
+    return carry
+
+
+def grown(loop, w, x, h, slots=3):
+    """A carry that counts, constants that are read, and a number of steps that depends on ``h``:
+    from 0 to 23."""
+    test = lambda c: ((c["h"] ** 2).sum() < 4) & (c["n"] < 23)
+    body = lambda c: {"h": torch.sin(w @ c["h"]) * x + c["h"] * 1.05, "n": c["n"] + 1}
+    carry = loop(test, body, {"n": torch.tensor(0), "h": h}, checkpoint="revolve", slots=slots)
+    return carry["h"].cos().sum()
+
+
+ours, plain = functools.partial(grown, while_loop), functools.partial(grown, by_loop)
+
+
+@functools.cache
+def fewest(steps, slots):
+    """The least steps computed again, by trying all places for the next state that is kept."""
+    if steps < 2 or slots == 1:
+        return steps * (steps - 1) // 2
+    places = range(1, steps)
+    return min(k + fewest(steps - k, slots - 1) + fewest(k, slots) for k in places)
+
+
+def test_the_order_is_the_best():
+    for steps in range(45):
+        for slots in range(1, 8):
+            made, seen = itertools.count(), []
+            backwards(steps, slots, 0, lambda k, made=made: (next(made), k + 1)[1], seen.append)
+            assert seen == [*range(steps)][::-1]
+            assert next(made) == fewest(steps, slots)
+
+
+# ----- steps and memory --------------------------------------------------------------------------
+
+
+def step_of(x):
+    MADE.append(1)
+    y = x * 1.01
+    LIVING.add(y)
+    PEAK[0] = max(PEAK[0], len(LIVING))
+    return y
+
+
+MADE, PEAK, LIVING = [], [0], weakref.WeakSet()
+LIBRARY = torch.library.Library("test_revolve", "DEF")
+LIBRARY.define("step(Tensor x) -> Tensor")
+LIBRARY.impl("step", step_of, "CPU")
+LIBRARY.impl("step", torch.empty_like, "Meta")
+pointwise(torch.ops.test_revolve.step, lambda g, out, x: g * 1.01)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_steps_and_memory(slots):
+    def f(x, most):
+        body = lambda c: (torch.ops.test_revolve.step(c[0]), c[1] + 1)
+        start = x * x, torch.tensor(0)
+        loop = functools.partial(while_loop, checkpoint="revolve", slots=slots)
+        return loop(lambda c: c[1] < most, body, start)[0].sum()
+
+    x, first = torch.tensor(0.3, dtype=torch.float64), grad(f)
+    second = grad(lambda x, most: first(x, most).sin())
+    for most in (20, 60):
+        slope = 2 * torch.tensor(1.01, dtype=torch.float64) ** most
+        expected = slope * x, slope * (slope * x).cos()
+        for order, derivative in enumerate((first, second)):
+            MADE.clear()
+            PEAK[0] = 0
+            assert_same(derivative(x, torch.tensor(most)), expected[order], rtol=1e-9, atol=0)
+            assert len(MADE) == most + (1 + order) * fewest(most, slots)
+            assert PEAK[0] == slots + 1
+
+
+# ----- derivatives -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 3, 40])
+@pytest.mark.parametrize("scale", [1, 8, 100])
+def test_derivatives(slots, scale):
+    args, every = (W, X, H * scale), (0, 1, 2)
+    f = functools.partial(ours, slots=slots)
+    assert_same(f(*args), plain(*args))
+    reference = torch.func.jacrev(torch.func.grad(plain, every), every)(*args)
+    first = torch.func.grad(plain, every)(*args)
+    assert_same(grad(f, every)(*args), first, **TIGHT)
+    for outer in (jacrev, jacfwd):
+        assert_same(outer(grad(f, every), every)(*args), reference, **TIGHT)
+    assert_same(jacrev(jacfwd(f, every), every)(*args), reference, **TIGHT)
+    leaves = [a.clone().requires_grad_() for a in args]
+    for run in (f, jit(f)):
+        found = torch.autograd.grad(run(*leaves), leaves, create_graph=True)
+        assert_same(found, first, **TIGHT)
+        mixed = torch.autograd.grad(found[0].sum(), leaves)
+        assert_same(mixed, tuple(r.sum((0, 1)) for r in reference[0]), **TIGHT)
+
+
+def test_third_derivatives():
+    f, g = (lambda h, f=f: f(W, X, h) for f in (ours, plain))
+    third = torch.func.jacrev(torch.func.jacrev(torch.func.jacrev(g)))(H)
+    assert_same(jacrev(jacrev(jacrev(f)))(H), third, **TIGHT)
+    assert_same(jacrev(hessian(f))(H), third, **TIGHT)
+
+
+def test_each_sample_goes_back_from_its_own_end():
+    batch = torch.stack([H, H * 8, H * 100, H * 2])
+    one = lambda w, h: plain(w, X, h)
+    f = lambda w, h: ours(w, X, h)
+    for run in (f, jit(f)):
+        got = vmap(grad(run, (0, 1)), (None, 0))(W, batch)
+        pairs = [torch.func.grad(one, (0, 1))(W, h) for h in batch]
+        assert_same(got, tuple(map(torch.stack, zip(*pairs, strict=True))), **TIGHT)
+        together = grad(lambda w, run=run: vmap(run, (None, 0))(w, batch).sum())
+        assert_same(together(W), sum(w for w, _ in pairs), **TIGHT)
+    second = torch.stack([hess(lambda h: one(W, h), h) for h in batch])
+    assert_same(vmap(hessian(lambda h: f(W, h)))(batch), second, **TIGHT)
+
+
+@pytest.mark.parametrize("backend", ["cpp", lambda gm, example_inputs: gm])
+def test_compiled(backend):
+    if backend == "cpp" and not backends.auto.possible():
+        pytest.skip("no compiler")
+    f = lambda h: ours(W, X, h)
+    assert_same(jit(grad(f), backend=backend)(H), grads(lambda h: plain(W, X, h))(H), **TIGHT)
+    second = hess(lambda h: plain(W, X, h), H)
+    assert_same(jit(hessian(f), backend=backend)(H), second, **TIGHT)
+    inside = lambda loop: lambda h: loop_in_a_loop(loop, h)
+    reference = torch.func.grad(inside(by_loop))(H)
+    assert_same(jit(grad(inside(while_loop)), backend=backend)(H), reference, **TIGHT)
+
+
+def loop_in_a_loop(loop, h):
+    """The loop inside of a loop, beside a branch."""
+    grow = lambda h: loop(
+        lambda h: (h * h).sum() < 1, lambda h: h * 1.5 + h.sin(), h, checkpoint="revolve", slots=2
+    )
+    if loop is while_loop:
+        step = lambda h, x: (cond(x > 0, lambda h: grow(h) * x, torch.sin, h), h.sum())
+        h, ys = scan(step, h, X)
+        return h.sum() + ys.sum()
+    total = 0
+    for x in X:
+        h, total = grow(h) * x if x > 0 else h.sin(), total + h.sum()
+    return h.sum() + total
+
+
+def test_printed():
+    gm = make_fx(grad(lambda h: ours(W, X, h)))(H)
+    assert "operators_unwind(" in gm.code and "slots = 3" in gm.code
+    assert "aten.add" in gm.unwind_body_2.code
+    for scale in (1, 8, 100):
+        expected = torch.func.grad(lambda h: plain(W, X, h))(H * scale)
+        assert_same(gm(H * scale), expected, **TIGHT)
+    again = make_fx(grad(lambda h: gm(h).sin().sum()))(H)
+    reference = torch.func.grad(lambda h: torch.func.grad(lambda h: plain(W, X, h))(h).sin().sum())
+    assert_same(again(H), reference(H), **TIGHT)
+
+
+# ----- what is refused ---------------------------------------------------------------------------
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2
+
+
+def test_rules_of_the_users_have_first_derivatives():
+    body = lambda c: (Twice.apply(c[0]), c[1] + 1)
+    start = lambda x: (x, torch.tensor(0))
+    f = lambda x: while_loop(lambda c: c[1] < 3, body, start(x), checkpoint="revolve", slots=1)[0]
+    x = torch.tensor(1.0)
+    assert_same(grad(f)(x), torch.tensor(8.0))
+    with pytest.raises(RuleError, match=r"second derivative of while_loop.*own rule.*max_steps"):
+        grad(lambda x: grad(lambda x: f(x) ** 2)(x))(x)
+
+
+def test_draws_are_refused():
+    f = lambda x: while_loop(
+        lambda x: x < 3, lambda x: x + torch.rand(()), x, checkpoint="revolve", slots=2
+    )
+    assert f(torch.tensor(0.0)) >= 3
+    with pytest.raises(RuleError, match=r"draws random numbers.*draw them before the loop") as e:
+        grad(f)(torch.tensor(0.0))
+    assert "test_revolve.py" in str(e.value)
+
+
+WRONG = {"often": 2}, {"checkpoint": "revolve"}, {"checkpoint": 3, "slots": 2}, {"slots": 2}
+WRONG = [
+    *WRONG[1:],
+    {"checkpoint": "revolve", "slots": 0},
+    {"checkpoint": "revolve", "slots": 1.5},
+]
+
+
+@pytest.mark.parametrize("options", WRONG, ids=str)
+def test_options_are_checked(options):
+    with pytest.raises(ArgumentError, match="slots") as e:
+        while_loop(lambda x: x < 3, lambda x: x + 1, torch.tensor(0.0), **options)
+    assert "test_revolve.py" in str(e.value)
