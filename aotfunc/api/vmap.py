@@ -42,6 +42,7 @@ def vmap(
     chunk_size: int | None = None,
     strict: bool = False,
     axis_name: str | None = None,
+    cond: str = "select",
 ) -> Callable:
     """Return ``func`` over batches: each tensor argument has a batch dimension where ``in_dims``
     says, each result where ``out_dims`` says.
@@ -52,6 +53,10 @@ def vmap(
     time (all at once where they share a draw). ``axis_name``: by which ``psum`` and its kind
     inside of ``func`` know the batch; it excludes ``chunk_size``. Raises ArgumentError if dims and
     arguments do not fit, or sizes differ.
+
+    ``cond``: where samples differ in the branch of ``cond`` and ``switch`` that they take, or in
+    the steps of a ``while_loop``, "select" goes each way for the whole batch and selects, "map"
+    goes sample by sample, each its own way alone.
 
     A few ops can only be batched by a loop over the samples: those whose result's shape depends on
     values, and ops of your own without ``torch.library.register_vmap``. They are called once per
@@ -77,6 +82,8 @@ def vmap(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ArgumentError(f"vmap: chunk_size must be a positive int, not {chunk_size!r}")
 
+    if cond not in ("select", "map"):
+        raise ArgumentError(f"vmap: cond must be 'select' or 'map', not {cond!r}")
     if chunk_size is not None and axis_name is not None:
         raise ArgumentError(
             "vmap: chunk_size and axis_name exclude each other, as a sum over the axis needs all "
@@ -87,7 +94,8 @@ def vmap(
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs, func)
         dims = input_dims(in_dims, args, arguments)
-        axis = Axis(batch_size(arguments, dims), randomness, strict, axis_name)
+        size = batch_size(arguments, dims)
+        axis = Axis(size, randomness, strict, axis_name, cond == "map")
         if chunk_size is None or axis.size <= chunk_size:
             return _run(*_batched_program(func, arguments, dims, axis, placed))
         return _chunked(func, arguments, dims, axis, placed, chunk_size)

@@ -23,6 +23,7 @@ from ..transforms.vjp import vjp
 from ..transforms.vmap import vmap
 from ..transforms.walk import builder, filled_node
 from .bodies import Flow, as_planned, dense, differing, emit_flow, results_as, returning
+from .one_by_one import one_by_one
 
 aten = torch.ops.aten
 
@@ -122,6 +123,8 @@ class Switch(Flow):
             flags = list(map(any, zip(*each, strict=True)))
             bodies = [batched_body(walk, body, met, args, flags) for body in self.bodies]
             return emit_flow(walk.b, Switch(bodies), [walk.env[n.args[0]], *args]), flags
+        if walk.maps:
+            return one_by_one(walk, n)
         everything = [True] * len(self.vals)
         bodies = [batched_body(walk, body, met, args, everything) for body in self.bodies]
         return chosen_rows(walk.b, walk.env[n.args[0]], bodies, met, args), everything

@@ -25,6 +25,7 @@ from ..trace.views import laid_out
 from ..transforms.vjp import vjp
 from ..transforms.walk import builder, filled_node
 from .bodies import Flow, as_planned, dense, emit_flow, results_as
+from .one_by_one import one_by_one
 from .revolve import backwards
 from .scan import own_memory
 
@@ -137,6 +138,8 @@ class Unwind(Flow):
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         """Go back through the loop of the batch; each sample has cotangents of its own."""
+        if walk.maps and walk.has(n.args[0]):
+            return one_by_one(walk, n)
         _, inputs, given = self.parts(n.args)
         met = [walk.has(a) or i in self.wrt for i, a in enumerate(inputs)]
         loop, args, _ = self.loop.batched(walk, inputs, met)

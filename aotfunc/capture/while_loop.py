@@ -20,6 +20,7 @@ from ..transforms.jvp import jvp
 from ..transforms.vmap import vmap
 from ..transforms.walk import builder, filled_node
 from .bodies import Flow, as_planned, dense, differing, emit_flow, results_as
+from .one_by_one import one_by_one
 from .scan import Scan, own_memory
 from .switch import Switch
 from .unwind import emit_unwind
@@ -208,6 +209,8 @@ class While(Flow):
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         """Batch the steps. If the condition differs between samples, the loop runs while it holds
         for any, and each sample stops at its own step."""
+        if walk.maps and self.met(walk, [walk.has(a) for a in n.args])[1]:
+            return one_by_one(walk, n)
         loop, args, flags = self.batched(walk, n.args, [walk.has(a) for a in n.args])
         return emit_flow(walk.b, loop, args), flags
 
@@ -216,14 +219,11 @@ class While(Flow):
     ) -> tuple[While, list[Node], list[bool]]:
         """Return the loop of a batch, where at least the arguments ``met`` differ between samples;
         its arguments for those ``given``; and which results differ."""
-        b, k, count = walk.b, self.n_consts, len(self.vals)
-        apart, body = walk.randomness == "different", self.body
-        one = lambda found: Scan(body, k, count, 1).met(found, apart)[0]
-        met = one(met)
-        [several] = differing(self.condition, met, apart)
+        b, k, body = walk.b, self.n_consts, self.body
+        met, several = self.met(walk, met)
         if several:
             body = self.guarded()
-            met = one([*met[:k], *[True] * count])
+            met = [*met[:k], *[True] * len(self.vals)]
         args = []
         for i, a in enumerate(given):
             new = walk.expanded(a) if met[i] else walk.env[a]
@@ -241,6 +241,14 @@ class While(Flow):
         if several:
             condition = condition.once("any", lambda: of_any(condition))
         return self.of(condition, make(body, dims[k:]), k), args, met[k:]
+
+    def met(self, walk: Any, given: Sequence[bool]) -> tuple[list[bool], bool]:
+        """Return which inputs differ between samples in some step, where these arguments do, and
+        whether the condition does."""
+        apart = walk.randomness == "different"
+        met = Scan(self.body, self.n_consts, len(self.vals), 1).met(given, apart)[0]
+        [several] = differing(self.condition, met, apart)
+        return met, several
 
 
 def counted(loop: While, slots: int) -> While:

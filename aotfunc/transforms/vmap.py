@@ -44,12 +44,14 @@ TRANSPARENT = {
 
 class Axis(NamedTuple):
     """The dimension that batching adds: how many samples there are, which draws they share,
-    whether ``strict`` refuses a loop over them, and the name that collectives know it by."""
+    whether ``strict`` refuses a loop over them, the name that collectives know it by, and whether
+    control flow in which they differ goes sample by sample."""
 
     size: int
     randomness: str = "error"
     strict: bool = False
     name: str | None = None
+    maps: bool = False
 
 
 class Batch:
@@ -58,6 +60,7 @@ class Batch:
     def __init__(self, b: Builder, axis: Axis) -> None:
         self.b, self.axis = b, axis
         self.size, self.randomness = axis.size, axis.randomness
+        self.maps = axis.maps and axis.size > 0
         self.env: dict[Node, Any] = {}
         self.batched: dict[Node, Any] = {}
         #: the ops that were batched by a loop over the samples, and the user's lines that call
