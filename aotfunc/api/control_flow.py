@@ -18,6 +18,7 @@ from ..capture.unrolled import emit_unrolled
 from ..capture.while_loop import While, as_condition, counted
 from ..debug import at, user_line, where_defined
 from ..errors import ArgumentError
+from ..partition.policies import Policy
 from ..trace.emit import Builder
 from ..trace.entering import entry
 from ..trace.traced import under_way
@@ -50,7 +51,7 @@ def scan(
     length: int | None = None,
     reverse: bool = False,
     unroll: int = 1,
-    checkpoint: int = 0,
+    checkpoint: int | Policy = 0,
 ) -> tuple[Any, Any]:
     """Return ``(final carry, ys)`` of the loop ``carry, ys[t] = f(carry, xs[t])``, as one op of a
     graph.
@@ -61,9 +62,11 @@ def scan(
     first. ``f`` is recorded once: graphs and compilation do not grow with the number of steps. It
     may close over tensors and write to what it makes. With ``unroll=k`` the body of the loop is
     ``k`` steps. With ``checkpoint=k`` reverse mode keeps every ``k``-th carry, and runs the steps
-    from there again; without it keeps what the backward reads of each step. Raises ArgumentError
-    for a carry that changes between steps, stacks of several lengths and leaves that are not
-    tensors, CaptureError where ``f`` writes to a tensor from outside.
+    from there again; without it keeps what the backward reads of each step. A policy (see
+    :mod:`aotfunc.partition.policies`) says which values of a step may be kept, and a minimum cut
+    chooses among them. Raises ArgumentError for a carry that changes between steps, stacks of
+    several lengths and leaves that are not tensors, CaptureError where ``f`` writes to a tensor
+    from outside.
 
     >>> total, sums = scan(lambda c, x: (c + x, c + x), torch.tensor(0), torch.arange(4))
     >>> total, sums
@@ -74,15 +77,17 @@ def scan(
     rows, x_spec = ([], None) if xs is None else flatten(xs)
     rows = tensors("scan", "xs", rows, x_spec)
     steps = trip_count("scan", rows, x_spec, length)
-    if not isinstance(checkpoint, int) or checkpoint < 0:
+    policy, every = (checkpoint, 0) if callable(checkpoint) else (None, checkpoint)
+    if not isinstance(every, int) or every < 0:
         raise ArgumentError(
-            f"scan: checkpoint is a number of steps, or 0, not {checkpoint!r}{at(user_line())}"
+            "scan: checkpoint is a number of steps, 0, or a policy, not "
+            f"{checkpoint!r}{at(user_line())}"
         )
     if not isinstance(unroll, int) or isinstance(unroll, bool) or unroll < 1:
         raise ArgumentError(
             f"scan: unroll must be a positive int, not {unroll!r}{at(user_line())}"
         )
-    if every := min(checkpoint, steps):
+    if every := min(every, steps):
         return scan_in_segments(scan, f, init, xs, steps, reverse, unroll, every)
     count = len(carry)
 
@@ -121,13 +126,13 @@ def scan(
             return [*init, *[filled_node(b, 0, inserted(v, 0, 0)) for v in body.vals[count:]]]
         read, before, rest = hoisted(body, len(consts))
         fixed = [*[args[i] for i in read], *b.inlined(before, args)]
-        target = Scan(rest, len(fixed), count, steps, reverse)
+        target = Scan(rest, len(fixed), count, steps, reverse, policy)
         given = [*fixed, *args[len(consts) :]]
         return (
             emit_flow(b, target, given) if unroll == 1 else emit_unrolled(b, target, given, unroll)
         )
 
-    key = ("scan", count, steps, reverse, unroll)
+    key = ("scan", count, steps, reverse, unroll, policy)
     outs = run_flow(body, key, build, [*consts, *carry, *rows])
     ys = list(y_spec[0])
     for k, y in zip(places, outs[count:], strict=True):

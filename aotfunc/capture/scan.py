@@ -3,6 +3,7 @@ another body. So a graph does not grow with the number of steps."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any
@@ -12,17 +13,20 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..graph import Program, size
+from ..partition.policies import Policy
 from ..trace.emit import Builder
 from ..trace.node_views import storage_root
 from ..trace.shapes.sig import Sig
 from ..trace.views import laid_out
 from ..transforms.activity import flat_inputs, has_derivative, live
 from ..transforms.jvp import jvp
+from ..transforms.linearize import halve
 from ..transforms.vjp import vjp
 from ..transforms.vmap import inserted, vmap, with_dim_moved
 from ..transforms.walk import filled_node
 from .bodies import Flow, as_planned, dense, differing, emit_flow, results_as, returning, row_sig
 from .scan_halves import Half, backward_body, linear_body
+from .stacked import chosen
 
 #: number of rows that are kept as tensors of their own before they join their stack
 ROWS = 256
@@ -33,17 +37,26 @@ class Scan(Flow):
 
     ``body`` maps ``(constants, carry, one row of each stack)`` to ``(carry, one row of each
     result)`` and is called ``length`` times, at least once; with ``reverse`` from the last row to
-    the first. A stack has its rows along dimension 0; what is carried or stacked is contiguous."""
+    the first. A stack has its rows along dimension 0; what is carried or stacked is contiguous.
+    With a ``policy`` a partition chooses what reverse mode stacks, among what that lets be
+    saved."""
 
     __name__ = "scan"
 
     def __init__(
-        self, body: Program, n_consts: int, n_carry: int, length: int, reverse: bool = False
+        self,
+        body: Program,
+        n_consts: int,
+        n_carry: int,
+        length: int,
+        reverse: bool = False,
+        policy: Policy | None = None,
     ) -> None:
         carry = [p.meta["val"] for p in body.placeholders[n_consts : n_consts + n_carry]]
         self.body = body.once(("carried", n_consts, n_carry), lambda: results_as(body, carry))
         self.bodies = (self.body,)
         self.n_consts, self.n_carry, self.length, self.reverse = n_consts, n_carry, length, reverse
+        self.policy = policy
 
     def __repr__(self) -> str:
         way = ", in reverse" if self.reverse else ""
@@ -60,7 +73,8 @@ class Scan(Flow):
         return (*vals[: self.n_carry], *rows)
 
     def with_bodies(self, bodies: Sequence[Program]) -> Scan:
-        return Scan(bodies[0], self.n_consts, self.n_carry, self.length, self.reverse)
+        [body] = bodies
+        return Scan(body, self.n_consts, self.n_carry, self.length, self.reverse, self.policy)
 
     def reading(self, read: set[int]) -> tuple[Scan, list[int]]:
         kept = [i for i in range(self.body.n_outputs) if i < self.n_carry or i in read]
@@ -139,11 +153,14 @@ class Scan(Flow):
         cotangents of the constants so far, and those of the carry."""
         wrt, flags = self.derivative([a in active for a in n.args])
         k = self.n_carry
+        cuts = halve if self.policy is None else functools.partial(chosen, self)
         given = [j for j in range(k, len(flags)) if flags[j] and j in g]
         have = tuple([flags[j] if j < k else j in given for j in range(len(flags))])
         half = self.body.once(
-            ("pull", self.n_consts, k, wrt, have),
-            lambda: Half(self, vjp(self.body, wrt, have), sum(have)),
+            ("pull", self.n_consts, k, wrt, have, self.policy),
+            lambda: Half(
+                self, vjp(self.body, wrt, have, recompute=cuts is halve), sum(have), cuts
+            ),
         )
         _, carries, _ = self.parts(wrt)
         saved = half.saved(b, again, self)
@@ -159,7 +176,8 @@ class Scan(Flow):
         vals = n.meta["val"]
         cts = [laid_out(b, g[j], vals[j], exactly=True) for j in given]
         args = [*saved.consts, *start, *saved.rows, *cts]
-        loop = Scan(back, len(saved.consts), len(start), self.length, not self.reverse)
+        count, way = len(saved.consts), not self.reverse
+        loop = Scan(back, count, len(start), self.length, way, self.policy)
         outs = emit_flow(b, loop, args)
         found: dict[int, Any] = dict(zip((*consts, *carries, *stacked), outs, strict=True))
         return [n.args[i] for i in wrt], [found.get(i) for i in wrt]
@@ -189,7 +207,7 @@ class Scan(Flow):
             *[tangent(i, sigs[i]) for i in rows],
         ]
         n_consts = len(saved.consts) + len(consts)
-        loop = Scan(linear, n_consts, len(carries), self.length, self.reverse)
+        loop = Scan(linear, n_consts, len(carries), self.length, self.reverse, self.policy)
         outs = emit_flow(b, loop, args)
         places = [*[i - self.n_consts for i in carries], *stacked]
         found: dict[int, Any] = dict(zip(places, outs, strict=True))

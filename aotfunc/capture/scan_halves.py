@@ -35,9 +35,11 @@ class Half:
     depends on its last ``n_late`` inputs. A residual that is computed from constants alone is kept
     once, and computed outside of the loop."""
 
-    def __init__(self, scan: Scan, joint: Program, n_late: int) -> None:
+    def __init__(
+        self, scan: Scan, joint: Program, n_late: int, cuts: Callable[..., tuple] = halve
+    ) -> None:
         count, last = scan.body.n_outputs, scan.n_consts + scan.n_carry
-        early, self.late, direct = halve(joint, count, n_late)
+        early, self.late, direct = cuts(joint, count, n_late)
         inputs = early.placeholders
         varying = dependents(early.graph, [*inputs[scan.n_consts :], *drawn(early)])
         results, computed = list(early.outputs[:count]), list(early.outputs[count:])

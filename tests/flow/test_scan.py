@@ -427,8 +427,8 @@ def kept(f, *args):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("every", [1, 2, 4, 5, 9])
-def test_segments(every, reverse):
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 9])
+def test_segments(length, reverse):
     """Values and two orders of derivatives, with steps left over, with and without rows."""
 
     def run(loop, h, xs):
@@ -437,14 +437,14 @@ def test_segments(every, reverse):
             new = torch.tanh(W @ h + x) * h.sin()
             return (new, n + 1), new * n
 
-        more = {"checkpoint": every, "unroll": 1 + every % 3} if loop is scan else {}
+        more = {"checkpoint": length, "unroll": 1 + length % 3} if loop is scan else {}
         (h, _), ys = loop(step, (h, torch.tensor(0)), xs, reverse=reverse, **more)
         return h.sum() + ys * xs
 
     same(run, H, XS, argnums=(0, 1))
     step = lambda h, _: (torch.sin(W @ h), {"y": h, "none": None})
     for loop in (scan, jit(scan, backend="eager")):
-        found = loop(step, H, None, 7, reverse, checkpoint=every)
+        found = loop(step, H, None, 7, reverse, checkpoint=length)
         assert_same(found, scan(step, H, None, 7, reverse))
 
 
@@ -530,7 +530,7 @@ def while_in_python(condition, body, carry, most):
     return carry
 
 
-@pytest.mark.parametrize("checkpoint", [-1, 1.5, None])
+@pytest.mark.parametrize("checkpoint", [-1, 1.5, None, "dots"])
 def test_a_checkpoint_is_a_number_of_steps(checkpoint):
     with pytest.raises(ArgumentError, match="checkpoint is a number of steps"):
         scan(lambda h, x: (h, x), H, XS, checkpoint=checkpoint)

@@ -1,0 +1,50 @@
+"""Which values of a loop's body are stacked for the backward, and which it computes again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..graph import Program, dependents
+from ..partition.cost import Roofline, nbytes
+from ..partition.problem import Problem
+from ..partition.roles import read_joint
+from ..partition.split import split
+from .bodies import drawn, part
+
+if TYPE_CHECKING:
+    from .scan import Scan
+
+#: what it costs to keep a value that is there anyway: not worth holding for its sizes alone
+THERE = 8.0
+
+
+def chosen(
+    scan: Scan, joint: Program, n_early: int, n_late: int
+) -> tuple[Program, Program, list[int]]:
+    """Return the joint program of a loop's body as :func:`halve` does, cut where "bytes stacked +
+    traffic of what is computed again" is least among the values that the loop's policy lets be
+    saved. Rows of stacks and what is the same in every step are kept anyway; what is carried is
+    not."""
+    inputs = joint.placeholders
+    first, last = scan.n_consts, scan.n_consts + scan.n_carry
+    carry, stacked = inputs[first:last], joint.outputs[scan.n_carry : n_early]
+    varying = dependents(joint.graph, [*inputs[first:], *drawn(joint)])
+    problem = Problem(read_joint(joint.graph, n_early), Roofline(), scan.policy)
+    for k, n in enumerate(problem.nodes):
+        if n in carry:
+            problem.save[k] = nbytes(n.meta["val"])
+        elif n in stacked or n not in varying:
+            problem.save[k] = min(problem.save[k], THERE)
+    saved = list(problem.reasons(problem.cheapest(1.0)))
+    direct = [n for n in saved if n.op == "placeholder"]
+    computed = [n for n in saved if n not in direct]
+    early, late = split(problem.joint, [*computed, *direct])
+    count = len(saved) + n_late
+    whole = Program(early, len(inputs) - n_late, n_early + len(saved), (), "forward")
+    outs = whole.outputs[: n_early + len(computed)]
+    back = Program(late, count, joint.n_outputs - n_early, (), "backward")
+    return (
+        part(whole, early.nodes, outs),
+        part(back, late.nodes, back.outputs),
+        [inputs.index(n) for n in direct],
+    )

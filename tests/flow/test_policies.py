@@ -1,0 +1,80 @@
+"""``scan(checkpoint=policy)``: a partition chooses what is stacked; results stay what they are."""
+
+import functools
+
+import pytest
+import torch
+
+import aotfunc
+from aotfunc import grad, hessian, jit, scan, vmap
+from aotfunc.partition.policies import (
+    everything_saveable,
+    must_save,
+    nothing_saveable,
+    save_dots,
+    save_only_these,
+)
+from tests.flow.test_scan import INTENT, PLAIN, XS, H, W, by_loop, kept, same
+from tests.reference import assert_same, grads, hess
+from tests.sweeps import every
+
+POLICIES = {
+    "nothing": nothing_saveable,
+    "dots": save_dots,
+    "everything": everything_saveable,
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies(policy):
+    """Values and two orders of derivatives, whatever is stacked; what draws draws once."""
+    options = {"checkpoint": POLICIES[policy]}
+    by_policy = functools.partial(scan, **options)
+
+    def run(loop, h, xs):
+        more = {**options, "unroll": 2} if loop is scan else {}
+        deep = lambda h, x: torch.sin(torch.tanh(W @ h + x) * h.cos() * H.exp())
+        return loop(lambda h, x: (deep(h, x), h * x), h, xs, **more)[1] + xs
+
+    same(run, H, XS)
+    for name in every(3, INTENT):
+        ours, plain = INTENT[name], PLAIN.get(name, INTENT[name])
+        same(
+            lambda loop, h, xs, f=(ours, plain): checked(by_policy, loop, f, h, xs),
+            H[:2],
+            XS[:, :2],
+        )
+    step = lambda c, x: ((c + torch.dropout(x, 0.5, True)).tanh() * c, c * torch.rand(3))
+    found = []
+    for loop in (by_policy, by_loop):
+        torch.manual_seed(3)
+        found.append(grad(lambda h, loop=loop: sum(map(torch.sum, loop(step, h, XS))))(H))
+    assert_same(*found)
+    batch = torch.stack([H, H * 2])
+    one = lambda loop: lambda h: run(loop, h, XS).sin().sum()
+    assert_same(vmap(grad(one(scan)))(batch), torch.stack(list(map(grads(one(by_loop)), batch))))
+    assert_same(jit(hessian(one(scan)))(H), hess(one(by_loop), H))
+
+
+def checked(by_policy, loop, steps, h, xs):
+    ours, plain = steps
+    c, y = by_policy(ours, h, xs) if loop is scan else loop(plain, h, xs)
+    return c + (y * y).sum()
+
+
+def test_what_policies_keep():
+    deep = lambda h, x: (torch.sin(torch.tanh(W @ h + x) * h.cos()), None)
+    run = lambda **options: lambda h: scan(deep, h, XS[:4], **options)[0].sum()
+    stacks = {k: len(kept(run(checkpoint=p), H)) - 1 for k, p in POLICIES.items()}
+    assert stacks == {"nothing": 1, "dots": 2, "everything": 2} and len(kept(run(), H)) == 5
+    # a result that is stacked anyway, and what is the same in every step
+    again = lambda h, x: ((h * W[0].exp()).sin() * x, h * W[0].exp())
+    both = lambda h: sum(map(torch.sum, scan(again, h, XS[:4], checkpoint=POLICIES["everything"])))
+    assert kept(both, H) == [[3], [4, 3]]
+    named = lambda h, x: (
+        torch.sin(aotfunc.checkpoint_name(torch.tanh(h) * x, "kept").cos()),
+        None,
+    )
+    for policy, count in ((save_only_these("kept"), 1), (must_save("kept"), 2)):
+        f = lambda h, policy=policy: scan(named, h, XS, checkpoint=policy)[0].sum()
+        assert kept(f, H) == [[3], *[[5, 3]] * count]
