@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..graph import Program, dependents
 from ..partition.cost import Roofline, nbytes
+from ..partition.ops import base, is_single, is_view
 from ..partition.problem import Problem
 from ..partition.roles import read_joint
 from ..partition.split import split
@@ -24,14 +25,15 @@ def chosen(
     """Return the joint program of a loop's body as :func:`halve` does, cut where "bytes stacked +
     traffic of what is computed again" is least among the values that the loop's policy lets be
     saved. Rows of stacks and what is the same in every step are kept anyway; what is carried is
-    not."""
+    not. A view is stacked without the rest of the memory that it shows."""
     inputs = joint.placeholders
     first, last = scan.n_consts, scan.n_consts + scan.n_carry
     carry, stacked = inputs[first:last], joint.outputs[scan.n_carry : n_early]
     varying = dependents(joint.graph, [*inputs[first:], *drawn(joint)])
     problem = Problem(read_joint(joint.graph, n_early), Roofline(), scan.policy)
+    asked = {n for n, yes in zip(problem.nodes, problem.asked, strict=True) if yes}
     for k, n in enumerate(problem.nodes):
-        if n in carry:
+        if n in carry or (is_view(n) and is_single(n) and base(n) not in asked):
             problem.save[k] = nbytes(n.meta["val"])
         elif n in stacked or n not in varying:
             problem.save[k] = min(problem.save[k], THERE)

@@ -78,3 +78,6 @@ def test_what_policies_keep():
     for policy, count in ((save_only_these("kept"), 1), (must_save("kept"), 2)):
         f = lambda h, policy=policy: scan(named, h, XS, checkpoint=policy)[0].sum()
         assert kept(f, H) == [[3], *[[5, 3]] * count]
+    # of a product the part that is read
+    part = lambda h, x: (torch.sin((torch.cat([W, W]) @ h)[:3]), None)
+    assert kept(lambda h: scan(part, h, XS, checkpoint=save_dots)[0].sum(), H) == [[3], [5, 3]]
