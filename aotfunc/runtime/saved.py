@@ -4,6 +4,7 @@ What is read is never run as code: an op is named and looked up, and the graph i
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from ..capture.bodies import Flow
 from ..capture.custom_derivative import CustomDerivative, Later, RuleProgram
 from ..errors import ArgumentError, CaptureError
 from ..graph import Program, verify_graph
@@ -19,6 +21,7 @@ from ..trace.emit import Builder
 from ..trace.marks import fail
 from ..trace.shapes.sig import Sig, make_sig
 from ..transforms.lower import CALLS, lowered
+from .saved_flow import flow_data, restored_flow
 
 #: how often a derivative that applies itself is followed
 DEPTH = 3
@@ -65,6 +68,8 @@ def target_data(n: Node, depth: int) -> Any:
         return "getitem"
     if isinstance(n.target, CustomDerivative):
         return derivative(n.target, depth)
+    if isinstance(n.target, Flow):
+        return flow_data(n.target, functools.partial(program_data, depth=depth))
     if not isinstance(n.target, OpOverload) or n.target is fail:
         where = f" (at {n.meta['line']})" if n.meta.get("line") else ""
         raise CaptureError(
@@ -165,7 +170,7 @@ def function_named(name: Any) -> Callable:
     if name == "getitem":
         return operator.getitem
     if isinstance(name, dict):
-        return restored_derivative(name)
+        return restored_flow(name, program_of) if "flow" in name else restored_derivative(name)
     found: Any = torch.ops
     try:
         for part in name.split("."):
