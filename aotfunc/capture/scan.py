@@ -26,6 +26,7 @@ from ..transforms.vmap import inserted, vmap, with_dim_moved
 from ..transforms.walk import filled_node
 from .bodies import Flow, as_planned, dense, differing, emit_flow, results_as, returning, row_sig
 from .scan_halves import Half, backward_body, linear_body
+from .series import Groups, body_series, emit_series, moved
 from .stacked import chosen
 
 #: number of rows that are kept as tensors of their own before they join their stack
@@ -212,6 +213,25 @@ class Scan(Flow):
         places = [*[i - self.n_consts for i in carries], *stacked]
         found: dict[int, Any] = dict(zip(places, outs, strict=True))
         return [found.get(j) if flags[j] else None for j in range(len(flags))]
+
+    def series(self, b: Builder, n: Node, given: Sequence[Sequence], order: int) -> list[list]:
+        """Let the loop also carry and stack coefficients."""
+        inputs, results = self.groups(moved(given), order)
+        body = body_series(self.body, inputs, results)
+        count, k = inputs.count(0), results.count(0)
+        loop = Scan(body, count, k, self.length, self.reverse, self.policy)
+        return emit_series(b, loop, given, inputs, results)
+
+    def groups(self, given: Sequence[bool], order: int) -> tuple[Groups, Groups]:
+        """Return how coefficients stand beside inputs and results of the body, where these
+        arguments have some."""
+        first, last = self.n_consts, self.n_consts + self.n_carry
+        wrt, flags = self.derivative(given)
+        kinds = range(first), range(first, last), range(last, len(given))
+        carried = [i - first for i in wrt if first <= i < last]
+        moving = [*carried, *[j for j in range(self.n_carry, len(flags)) if flags[j]]]
+        ends = range(self.n_carry), range(self.n_carry, len(flags))
+        return Groups(kinds, wrt, order), Groups(ends, tuple(moving), order)
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         """Batch the steps; what all samples share in every step stays unbatched."""

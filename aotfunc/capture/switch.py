@@ -24,6 +24,7 @@ from ..transforms.vmap import vmap
 from ..transforms.walk import builder, filled_node
 from .bodies import Flow, as_planned, dense, differing, emit_flow, results_as, returning
 from .one_by_one import one_by_one
+from .series import Groups, body_series, emit_series, moved
 
 aten = torch.ops.aten
 
@@ -113,6 +114,16 @@ class Switch(Flow):
         ]
         found = iter(half.late_results(b, new, ts))
         return [next(found) if yes else None for yes in flags]
+
+    def series(self, b: Builder, n: Node, given: Sequence[Sequence], order: int) -> list[list]:
+        """Let each branch also return coefficients."""
+        wrt = tuple([i for i, yes in enumerate(moved(given[1:])) if yes])
+        flags = map(any, zip(*[live(body, wrt) for body in self.bodies], strict=True))
+        inputs = Groups((range(len(given) - 1),), wrt, order)
+        moving = tuple([j for j, yes in enumerate(flags) if yes])
+        results = Groups((range(len(self.vals)),), moving, order)
+        target = Switch([body_series(body, inputs, results) for body in self.bodies])
+        return emit_series(b, target, given[1:], inputs, results, [given[0][0]])
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         met = [walk.has(a) for a in n.args[1:]]

@@ -22,6 +22,7 @@ from ..transforms.walk import builder, filled_node
 from .bodies import Flow, as_planned, dense, differing, emit_flow, results_as
 from .one_by_one import one_by_one
 from .scan import Scan, own_memory
+from .series import Groups, body_series, emit_series, moved
 from .switch import Switch
 from .unwind import emit_unwind
 
@@ -174,6 +175,14 @@ class While(Flow):
         loop = self.of(condition, body, k + len(consts))
         return loop, [*args[:k], *us, *args[k:], *vs], wrt
 
+    def series(self, b: Builder, n: Node, given: Sequence[Sequence], order: int) -> list[list]:
+        """Let the loop also carry coefficients."""
+        one = Scan(self.body, self.n_consts, len(self.vals), 1)
+        inputs, results = one.groups(moved(given), order)
+        body = body_series(self.body, inputs, results)
+        loop = self.of(without_coefficients(self.condition, body, inputs), body, inputs.count(0))
+        return emit_series(b, loop, given, inputs, results)
+
     def pushed(self, wrt: tuple[int, ...]) -> tuple[Program, Program]:
         """Return the condition and the body with tangents of these inputs beside the values."""
         k, count = self.n_consts, len(self.vals)
@@ -274,6 +283,15 @@ def of_any(condition: Program) -> Program:
         [holds] = b.inlined(condition, b.inputs(condition.placeholders))
         graph = b.finish([b.call(aten.any.default, holds)])
         return Program(graph, condition.n_inputs, 1, (), "condition")
+
+
+def without_coefficients(condition: Program, body: Program, inputs: Groups) -> Program:
+    """Return the condition as a program of the inputs of a ``body`` that carries coefficients."""
+    with paused_gc():
+        b = builder()
+        rows = inputs.parted(b.inputs(body.placeholders))
+        outs = b.inlined(condition, [row[0] for row in rows])
+        return Program(b.finish(outs), body.n_inputs, 1, (), condition.name)
 
 
 def as_condition(program: Program) -> Program:

@@ -25,10 +25,12 @@ aten = torch.ops.aten
 
 
 class Summed(Batch):
-    """A batching walk that knows which values are sums over the batch already."""
+    """A batching walk that knows which values are sums over the batch already; not ``early``, none
+    are, as in programs whose loops and branches carry values of all degrees."""
 
-    def __init__(self, b: Builder, size: int) -> None:
+    def __init__(self, b: Builder, size: int, early: bool) -> None:
         super().__init__(b, Axis(size, "same"))
+        self.early = early
         self.sums: set[Node] = set()
 
     def walk(self, nodes: Any) -> None:
@@ -43,7 +45,7 @@ class Summed(Batch):
             return NotImplemented
         new, self.batched[n] = self.batch(n)
         env[n] = new
-        if entry_for(n.target).bilinear and all(map(self.has, n.args[:2])):
+        if self.early and entry_for(n.target).bilinear and all(map(self.has, n.args[:2])):
             self.batched[n] = False
             self.sums.add(n)
             return b.call(aten.sum.dim_IntList, new, [0])
@@ -61,7 +63,8 @@ def summed(program: Program, direction: int, sig: Sig) -> Program:
     over the rows of a tensor of signature ``sig`` that take its place. Literal results stay."""
     with paused_gc():
         b = builder()
-        walk = Summed(b, sig.shape[0])
+        early = not any(hasattr(n.target, "bodies") for n in program.graph.nodes)
+        walk = Summed(b, sig.shape[0], early)
         for i, p in enumerate(program.placeholders):
             val = sig if i == direction else p.meta["val"]
             walk.env[p] = b.placeholder(p.name, val, role=p.meta.get("role"))

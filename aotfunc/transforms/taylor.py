@@ -38,8 +38,8 @@ class Series:
     """The coefficients, in the builder ``b``, of the values of a second graph, whose ops are those
     of the program and of its derivatives."""
 
-    def __init__(self) -> None:
-        self.b, self.ops = builder(), builder()
+    def __init__(self, order: int) -> None:
+        self.b, self.ops, self.order = builder(), builder(), order
         self.given: dict[Node, Sequence[Node | None]] = {}  # of inputs
         self.derivatives: dict[Node, Node] = {}  # an input that is the derivative of a value
         self.integrals: dict[Node, Node] = {}  # the value that an input is the derivative of
@@ -49,6 +49,7 @@ class Series:
         self.moves: dict[Node, bool] = {}
         self.slopes: dict[Node, tuple[list, bool]] = {}
         self.bodies: dict[Node, Any] = {}
+        self.flows: dict[Node, list] = {}
 
     # ----- the graph of ops ----------------------------------------------------------------------
 
@@ -134,6 +135,10 @@ class Series:
 
     def call(self, n: Node, k: int) -> Any:
         b, env = self.b, Values(self)
+        if n.target is operator.getitem and n.args[0] in self.flows:
+            return self.flows[n.args[0]][n.args[1]][k]  # type: ignore[index]
+        if hasattr(n.target, "bodies") and self.moving(n):
+            return self.flow(n)
         if k == 0:
             return b.call_like(n, env, moved=True)
         if not self.moving(n):
@@ -141,11 +146,6 @@ class Series:
         if n.target is operator.getitem:
             parts = self.coefficient(n.args[0], k)
             return parts and parts[n.args[1]]
-        if hasattr(n.target, "bodies"):
-            raise RuleError(
-                f"jet: {n.target.__name__} has no series{at(n.meta.get('line'))}: "  # type: ignore
-                "nest jvp instead"
-            )
         if (body := self.opened(n)) is not None:
             return fit_tangents(b, self.coefficient(body, k), n)
         if entry_for(n.target).bilinear:
@@ -164,6 +164,22 @@ class Series:
             return push(b, n, self.coefficient(n, 0), env, moved)
         found = [self.scaled(self.coefficient(p, k - 1), 1 / k) for p in slope]
         return found if isinstance(n.meta["val"], tuple) else found[0]
+
+    def flow(self, n: Node) -> list:
+        """Return the coefficients of the results of a loop or a branch, which has all at once."""
+        if n not in self.flows:
+            target: Any = n.target
+            if not hasattr(target, "series"):
+                raise RuleError(
+                    f"jet: {target.__name__} has no series{at(n.meta.get('line'))}: nest jvp "
+                    "instead"
+                )
+            orders = range(self.order + 1)
+            given = [[self.coefficient(a, k) for k in orders] for a in n.args]
+            for row, a in zip(given, n.args, strict=True):
+                row[0] = Values(self)[a]  # type: ignore[index]
+            self.flows[n] = target.series(self.b, n, given, self.order)
+        return self.flows[n]
 
     # ----- series of products, quotients and powers ----------------------------------------------
 
@@ -245,16 +261,23 @@ def integer_power(x: Tensor, p: int) -> Tensor:
 
 
 def taylor(
-    program: Program, wrt: Sequence[int], given: Sequence[Sequence[bool]], order: int, n_out: int
+    program: Program,
+    wrt: Sequence[int],
+    given: Sequence[Sequence[bool]],
+    order: int,
+    n_out: int,
+    scaled: bool = True,
 ) -> Program:
     """Return the series of a program: ``(inputs, derivatives of wrt, closed-over) -> (outputs,
     derivatives of the first n_out)``.
 
     ``given[i][k - 1]`` says whether input ``wrt[i]`` has a derivative of order ``k``: the others
-    are zero. Derivatives of an output are its orders 1 to ``order``, None where zero."""
+    are zero. Derivatives of an output are its orders 1 to ``order``, None where zero. Those that
+    are not ``scaled`` are coefficients, k-th derivatives divided by ``k!``."""
+    factor = math.factorial if scaled else lambda k: 1
     program = lowered(program, frozenset({"calls"}))
     with paused_gc():
-        series = Series()
+        series = Series(order)
         b, old = series.b, program.placeholders
         new = primals(b, old[: program.n_inputs])
         rows: dict[int, list] = {}
@@ -268,9 +291,7 @@ def taylor(
         new += primals(b, old[program.n_inputs :])
         env = dict(zip(old, series.ops.inputs(old), strict=True))
         for i, (p, x) in enumerate(zip(old, new, strict=True)):
-            each = [
-                series.scaled(c, 1 / math.factorial(k)) for k, c in enumerate(rows.get(i, ()), 1)
-            ]
+            each = [series.scaled(c, 1 / factor(k)) for k, c in enumerate(rows.get(i, ()), 1)]
             series.given[env[p]] = [x, *each]
         series.ops.copy(program.graph.nodes, env)
         for n in program.graph.nodes:  # in order: draws, and no deep recursion
@@ -280,7 +301,7 @@ def taylor(
         outs = [env[o] if isinstance(o, Node) else o for o in program.outputs]
         first = [series.coefficient(o, 0) for o in outs]
         rest = [
-            series.scaled(series.coefficient(o, k), math.factorial(k))
+            series.scaled(series.coefficient(o, k), factor(k))
             for o in outs[:n_out]
             for k in range(1, order + 1)
         ]

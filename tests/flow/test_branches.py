@@ -290,16 +290,6 @@ def test_associative_scan(count, reverse):
 # ----- errors ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("higher", [aotfunc.laplacian, aotfunc.diag_hessian])
-def test_taylor_mode_is_refused(higher):
-    loop = lambda x: scan(lambda c, _: (c.sin() * x, None), x, length=3)[0].sum()
-    for f, name in ((loop, "scan"), (lambda x: cond(x[0] > 0, torch.sin, torch.cos, x), "switch")):
-        with pytest.raises(RuleError, match=f"jet: {name} has no series.*nest jvp"):
-            higher(f)(X)
-    still = lambda x: x.sum() ** 2 + scan(lambda c, _: (c * 2, None), H, length=2)[0].sum()
-    assert_same(aotfunc.laplacian(still)(X), torch.tensor(8.0, dtype=torch.float64))
-
-
 ERRORS = {
     "predicate": (lambda: cond("yes", torch.sin, torch.cos, X), "pred must be a tensor .* a str"),
     "several": (lambda: cond(X > 0, torch.sin, torch.cos, X), r"one element, not bool\[4\]"),

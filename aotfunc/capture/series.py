@@ -1,0 +1,101 @@
+"""Taylor mode of loops and branches: their bodies carry the coefficients of series along."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch.fx import Node
+
+from ..graph import Program
+from ..trace.emit import Builder, paused_gc
+from ..trace.views import laid_out
+from ..transforms.taylor import taylor
+from ..transforms.walk import builder, filled_node
+from .bodies import dense, emit_flow
+
+
+class Groups(NamedTuple):
+    """How values and coefficients lie side by side: those ``wrt`` have coefficients up to
+    ``order``, which stand behind all values of their group."""
+
+    groups: tuple[range, ...]
+    wrt: tuple[int, ...]
+    order: int
+
+    def count(self, k: int) -> int:
+        """Return how many there are of a group, coefficients included."""
+        group = self.groups[k]
+        return len(group) + self.order * sum(i in group for i in self.wrt)
+
+    def joined(self, values: Sequence[Any], coefficients: Any) -> list:
+        """Return them in order; ``coefficients(i)`` returns those of a value."""
+        found: list = []
+        for group in self.groups:
+            found += [values[i] for i in group]
+            found += [c for i in group if i in self.wrt for c in coefficients(i)]
+        return found
+
+    def parted(self, found: Sequence[Any]) -> list[list]:
+        """Undo :meth:`joined`: return for each value a list of it and of its coefficients."""
+        rows: list[list] = []
+        rest = iter(found)
+        for group in self.groups:
+            rows += [[next(rest)] for _ in group]
+            for i in group:
+                rows[i] += [next(rest) if i in self.wrt else None for _ in range(self.order)]
+        return rows
+
+
+def moved(given: Sequence[Sequence[Node | None]]) -> list[bool]:
+    """Return which arguments have coefficients beyond the first."""
+    return [any(c is not None for c in row[1:]) for row in given]
+
+
+def body_series(body: Program, inputs: Groups, results: Groups) -> Program:
+    """Return the body with coefficients beside its inputs and its results; those of a result that
+    has none are zeros."""
+
+    def make() -> Program:
+        wrt, order, vals = inputs.wrt, inputs.order, body.vals
+        joint = taylor(body, wrt, [(True,) * order] * len(wrt), order, len(vals), scaled=False)
+        given = joint.placeholders
+        planned = {i: given[len(given) - len(wrt) * order + k * order] for k, i in enumerate(wrt)}
+        with paused_gc():
+            b = builder()
+            sigs = [p.meta["val"] for p in body.placeholders]
+            made = inputs.joined(sigs, lambda i: [dense(sigs[i])] * order)
+            rows = inputs.parted([b.placeholder("x", sig) for sig in made])
+            terms = [laid_out(b, c, planned[i].meta["val"]) for i in wrt for c in rows[i][1:]]
+            outs = b.inlined(joint, [*[row[0] for row in rows], *terms])
+
+            def found(j: int) -> list:
+                part = outs[len(vals) + j * order :][:order]
+                return [filled_node(b, 0, vals[j]) if c is None else c for c in part]
+
+            ends = results.joined(outs, found)
+            return Program(b.finish(ends), len(made), len(ends), (), "series")
+
+    return body.once(("series", inputs, results), make)
+
+
+def emit_series(
+    b: Builder,
+    target: Any,
+    given: Sequence[Sequence[Node | None]],
+    inputs: Groups,
+    results: Groups,
+    first: Sequence[Node] = (),
+) -> list[list]:
+    """Add control flow whose bodies carry coefficients, with arguments for these ``given`` behind
+    the ``first``; return the coefficients of each result."""
+    values = [row[0] for row in given]
+
+    def terms(i: int) -> list:
+        sig = dense(values[i].meta["val"])  # type: ignore[union-attr]
+        return [
+            filled_node(b, 0, sig) if c is None else laid_out(b, c, sig, exactly=True)
+            for c in given[i][1:]
+        ]
+
+    return results.parted(emit_flow(b, target, [*first, *inputs.joined(values, terms)]))
