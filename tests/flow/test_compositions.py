@@ -80,7 +80,7 @@ PROGRAMS = {
 }
 PAIRS = [*itertools.product(TRANSFORMS, TRANSFORMS)]
 CASES = [(program, pair) for program in ("scan", "branches") for pair in PAIRS]
-CASES += [("revolve", pair) for pair in every(7, PAIRS)]
+CASES += [("revolve", pair) for pair in every(30, PAIRS)]
 
 
 @pytest.mark.parametrize(

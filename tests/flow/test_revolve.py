@@ -111,8 +111,7 @@ def test_steps_and_memory(slots):
 # ----- derivatives -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slots", [1, 3, 40])
-@pytest.mark.parametrize("scale", [1, 8, 100])
+@pytest.mark.parametrize(("slots", "scale"), [(3, 1), (1, 8), (3, 100), (40, 2)])
 def test_derivatives(slots, scale):
     args, every = (W, X, H * scale), (0, 1, 2)
     f = functools.partial(ours, slots=slots)
@@ -135,7 +134,6 @@ def test_third_derivatives():
     f, g = (lambda h, f=f: f(W, X, h) for f in (ours, plain))
     third = torch.func.jacrev(torch.func.jacrev(torch.func.jacrev(g)))(H)
     assert_same(jacrev(jacrev(jacrev(f)))(H), third, **TIGHT)
-    assert_same(jacrev(hessian(f))(H), third, **TIGHT)
 
 
 def test_each_sample_goes_back_from_its_own_end():

@@ -448,8 +448,7 @@ def test_segments(length, reverse):
         assert_same(found, scan(step, H, None, 7, reverse))
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("unroll", [2, 3, 5, 9])
+@pytest.mark.parametrize(("unroll", "reverse"), [(2, False), (3, True), (5, False), (9, True)])
 def test_unrolled(unroll, reverse):
     """Several steps in one body, with steps left over, draws in their order, under transforms."""
 

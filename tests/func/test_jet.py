@@ -137,15 +137,18 @@ def test_long_programs():
 
 
 @pytest.mark.parametrize(
-    "f",
+    ("f", "unrolled"),
     [
-        lambda x: aotfunc.map(torch.sin, x),
-        lambda x: aotfunc.scan(lambda c, y: (c * y, y), x[0], x)[0],
+        (lambda x: aotfunc.map(torch.sin, x), torch.sin),
+        (
+            lambda x: aotfunc.scan(lambda c, y: (c * y, y), x[0], x)[0],
+            lambda x: x[0] * x[0] * x[1] * x[2] * x[3],
+        ),
     ],
 )
-def test_loops_are_refused(f):
-    with pytest.raises(RuleError, match="scan has no series"):
-        jet(f, (numbers(4),), ([numbers(4)],))
+def test_loops(f, unrolled):
+    x, terms = numbers(4), [numbers(4), None, torch.ones(4, dtype=D)]
+    torch.testing.assert_close(jet(f, (x,), (terms,))[1], tower(unrolled, x, terms))
 
 
 def test_graphs_grow_with_the_square_of_the_order():
