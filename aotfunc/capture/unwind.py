@@ -1,9 +1,9 @@
 """The backward of a loop that keeps few of its steps, as one node of a graph: it computes the
 others again.
 
-Its derivatives are nodes of its kind. It is the gradient of ``s = <cotangents, results>``, and the
-second derivatives of ``s`` are symmetric: so the pull of a gradient along ``v`` is the gradient of
-the tangent of ``s`` along ``v``, the backward of the loop that carries tangents."""
+Its derivatives are nodes of its kind. With the Jacobian ``J`` of the loop it is ``Jᵀa``, for
+cotangents ``a``, and ``<v, Jᵀa> = <a, Jv>``: so its pull along ``v`` is the backward of the loop
+that carries the tangents ``v``. As second derivatives are symmetric, so is its tangent."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from torch.fx import Node
 from ..debug import at
 from ..errors import RuleError
 from ..graph import Program, size
+from ..partition.ops import TRUSTED
 from ..trace.emit import Builder, paused_gc
-from ..trace.marks import check_gradient, fail, no_tangent
+from ..trace.marks import fail, no_tangent
 from ..trace.views import laid_out
+from ..transforms.lower import CALLS, lowered
 from ..transforms.vjp import vjp
 from ..transforms.walk import builder, filled_node
 from .bodies import Flow, as_planned, dense, emit_flow, results_as
+from .custom_derivative import CustomDerivative
 from .one_by_one import one_by_one
 from .revolve import backwards
 from .scan import own_memory
@@ -107,7 +110,7 @@ class Unwind(Flow):
     ) -> tuple[list, list]:
         """Carry tangents along the cotangents given. Those of the results are the cotangents of
         the ``cotangents``; the loop's own backward has those of its inputs."""
-        self.check_symmetric(n)
+        self.check_rules(n, symmetric=False)
         _, inputs, given = self.parts(n.args)
         steps, values, cts = self.parts(again.args)
         dual = Dual(b, self.loop, values, {self.wrt[j]: ct for j, ct in g.items()})
@@ -129,7 +132,7 @@ class Unwind(Flow):
         if not ts:
             found = emit_unwind(b, self.loop, self.wrt, steps, values, of_cts)
         else:
-            self.check_symmetric(n)
+            self.check_rules(n, symmetric=True)
             dual = Dual(b, self.loop, values, ts)
             of_cts = {dual.places[i]: t for i, t in of_cts.items()}
             of_cts |= dual.of_tangents(self.carries, cts)
@@ -147,10 +150,12 @@ class Unwind(Flow):
         found = emit_unwind(walk.b, loop, self.wrt, walk.env[n.args[0]], args, cts)
         return [found[i] for i in self.wrt], [True] * len(self.wrt)
 
-    def check_symmetric(self, n: Node) -> None:
+    def check_rules(self, n: Node, symmetric: bool) -> None:
         """Refuse derivatives of the backward where a rule of the user's may differ from the
-        derivative of what it belongs to."""
-        if rule := self.loop.body.once(own_rule, lambda: own_rule(self.loop.body)):
+        transpose of another, or, for ``symmetric`` second derivatives, from the derivative."""
+        body = self.loop.body
+        rule = body.once((own_rule, symmetric), lambda: own_rule(body, symmetric))
+        if rule:
             raise RuleError(
                 f"a second derivative of while_loop(checkpoint='revolve'){at(n.meta.get('line'))} "
                 f"goes through {rule}, whose own rule need not have the derivative of what it "
@@ -239,18 +244,20 @@ def backward_step(loop: While, wrt: tuple[int, ...]) -> Program:
     return loop.body.once(("backward step", loop.n_consts, wrt), make)
 
 
-def own_rule(body: Program) -> str:
-    """Return the name of an op in a body with a derivative that the user has written, or ""."""
-    for n in body.graph.nodes:
+def own_rule(body: Program, symmetric: bool) -> str:
+    """Return the name of an op in a body with a rule of the user's for both modes, or, where
+    ``symmetric``, for any; or ""."""
+    for n in lowered(body, CALLS).graph.nodes:
         target: Any = n.target
         if n.op != "call_function" or target is operator.getitem:
             continue
-        inner = getattr(target, "bodies", None)
-        if inner is None and (
-            not isinstance(target, OpOverload) or target in (no_tangent, check_gradient, fail)
-        ):
+        if isinstance(target, OpOverload):
+            own = target in (no_tangent, fail) or (symmetric and target.namespace not in TRUSTED)
+        elif isinstance(target, CustomDerivative):
+            own = symmetric or target.forward is not None
+        else:
+            inner = getattr(target, "bodies", None)
+            own = inner is None or any(own_rule(p, symmetric) for p in inner)
+        if own:
             return n.name
-        for name in map(own_rule, inner or ()):
-            if name:
-                return name
     return ""

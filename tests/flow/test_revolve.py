@@ -194,23 +194,44 @@ def test_printed():
 
 
 class Twice(torch.autograd.Function):
+    """The sine, with another derivative."""
+
     @staticmethod
     def forward(ctx, x):
-        return x * 1.0
+        ctx.save_for_backward(x)
+        return x.sin()
 
     @staticmethod
     def backward(ctx, g):
-        return g * 2
+        [x] = ctx.saved_tensors
+        return g * x.cos() * x
 
 
-def test_rules_of_the_users_have_first_derivatives():
-    body = lambda c: (Twice.apply(c[0]), c[1] + 1)
-    start = lambda x: (x, torch.tensor(0))
-    f = lambda x: while_loop(lambda c: c[1] < 3, body, start(x), checkpoint="revolve", slots=1)[0]
-    x = torch.tensor(1.0)
-    assert_same(grad(f)(x), torch.tensor(8.0))
-    with pytest.raises(RuleError, match=r"second derivative of while_loop.*own rule.*max_steps"):
-        grad(lambda x: grad(lambda x: f(x) ** 2)(x))(x)
+class Forward(Twice):
+    @staticmethod
+    def jvp(ctx, t):
+        return t
+
+
+def test_rules_of_the_users():
+    """Reverse mode takes theirs as autograd does; what would need more of them is refused."""
+
+    def f(loop, x, function=Twice):
+        body = lambda c: (function.apply(c[0] + 1) * x, jit(torch.add)(c[1], 1))
+        start = x, torch.tensor(0)
+        return loop(lambda c: c[1] < 4, body, start, checkpoint="revolve", slots=2)[0].sum()
+
+    leaf = H.clone().requires_grad_()
+    [first] = torch.autograd.grad(f(by_loop, leaf), leaf, create_graph=True)
+    [second] = torch.autograd.grad(first.sin().sum(), leaf)
+    ours = grad(lambda x: f(while_loop, x))
+    assert_same(ours(H), first.detach(), **TIGHT)
+    assert_same(grad(lambda x: ours(x).sin().sum())(H), second, **TIGHT)
+    words = r"second derivative of while_loop.*own rule.*max_steps"
+    with pytest.raises(RuleError, match=words):
+        hessian(lambda x: f(while_loop, x))(H)
+    with pytest.raises(RuleError, match=words):
+        grad(lambda x: grad(lambda x: f(while_loop, x, Forward))(x).sum())(H)
 
 
 def test_draws_are_refused():
