@@ -138,6 +138,8 @@ class Switch(Flow):
             return one_by_one(walk, n)
         everything = [True] * len(self.vals)
         bodies = [batched_body(walk, body, met, args, everything) for body in self.bodies]
+        if not walk.size:
+            return walk.b.inlined(bodies[0], args), everything
         return chosen_rows(walk.b, walk.env[n.args[0]], bodies, met, args), everything
 
 

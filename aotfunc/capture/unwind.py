@@ -85,7 +85,7 @@ class Unwind(Flow):
         def visit(carry: Sequence[Tensor]) -> None:
             found[:] = back(*consts, *carry, *found)
 
-        count = int(steps.max())  # samples of a batch may have stopped before
+        count = max(steps.flatten().tolist(), default=0)  # samples stop at steps of their own
         slots = self.loop.slots
         assert slots is not None
         backwards(count, slots, start, lambda carry: body(*consts, *carry), visit)

@@ -82,6 +82,16 @@ def test_loops_stop_at_their_own_step(how):
     assert SEEN == [0.5, 2, 5, 4.5, 6, 1.5, 4, 9]
 
 
+@pytest.mark.parametrize("how", ["select", "map"])
+def test_a_batch_of_no_samples(how):
+    grow = lambda x: while_loop(lambda c: c < 9, lambda c: c * 2, x, checkpoint="revolve", slots=2)
+    f = lambda x: cond(x > 0, grow, torch.sin, x)
+    for wrap in (lambda f: f, grad, lambda f: grad(grad(f)), tangent):
+        for run in (vmap(wrap(f), cond=how), vmap(wrap(grow), cond=how)):
+            assert_same(run(X[:0]), X[:0])
+    assert_same(grad(lambda x: vmap(f, cond=how)(x).sum())(X[:0]), X[:0])
+
+
 def test_printed():
     code = make_fx(mapped(lambda x: cond(x > 0, torch.log, torch.sin, x)))(X).code
     assert "scan(scan_body, [], [], [gt, x], length = 4, reverse = False)" in code
