@@ -128,9 +128,9 @@ def scan(
         fixed = [*[args[i] for i in read], *b.inlined(before, args)]
         target = Scan(rest, len(fixed), count, steps, reverse, policy)
         given = [*fixed, *args[len(consts) :]]
-        return (
-            emit_flow(b, target, given) if unroll == 1 else emit_unrolled(b, target, given, unroll)
-        )
+        if unroll > 1:
+            return emit_unrolled(b, target, given, unroll)
+        return emit_flow(b, target, given)
 
     key = ("scan", count, steps, reverse, unroll, policy)
     outs = run_flow(body, key, build, [*consts, *carry, *rows])
