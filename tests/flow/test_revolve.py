@@ -130,6 +130,31 @@ def test_derivatives(slots, scale):
         assert_same(mixed, tuple(r.sum((0, 1)) for r in reference[0]), **TIGHT)
 
 
+KINKS = {
+    "relu": torch.relu,
+    "clamp": lambda x: x.clamp(0, 1),
+    "amax": lambda x: x.amax() * x,
+    "prod": lambda x: x + x[:2].prod(),
+    "sort": lambda x: x.sort()[0] * x,
+    "cummax": lambda x: x.cummax(0)[0] * x,
+}
+
+
+@pytest.mark.parametrize("name", KINKS)
+def test_kinks(name):
+    """Where forward and reverse mode have to choose they choose alike: at zeros, bounds, ties."""
+    weights = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
+    body = lambda c: (KINKS[name](c[0]) * 0.9, c[1] + 1)
+    found = []
+    for loop in (while_loop, by_loop):
+        x = torch.tensor([0.0, 1.0, 1.0, -0.5], dtype=torch.float64, requires_grad=True)
+        start = x * x + x, torch.tensor(0)
+        y = loop(lambda c: c[1] < 3, body, start, checkpoint="revolve", slots=2)[0]
+        [first] = torch.autograd.grad((y * weights).sum(), x, create_graph=True)
+        found.append((first, torch.autograd.grad((first * weights.flip(0)).sum(), x)))
+    assert_same(*found, **TIGHT)
+
+
 def test_third_derivatives():
     f, g = (lambda h, f=f: f(W, X, h) for f in (ours, plain))
     third = torch.func.jacrev(torch.func.jacrev(torch.func.jacrev(g)))(H)
