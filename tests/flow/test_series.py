@@ -8,6 +8,7 @@ from aotfunc import backends, diag_hessian, grad, jet, jit, laplacian, make_fx, 
 from aotfunc.errors import RuleError
 from tests.flow.test_compositions import PROGRAMS, revolved
 from tests.reference import assert_same
+from tests.sweeps import every
 
 X = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64)
 V = torch.tensor([0.5, 0.2, -0.7], dtype=torch.float64)
@@ -21,7 +22,7 @@ def test_jet(program):
     for series in ([V], [None, X, V], [V, X.cos(), None, V]):
         along = lambda f, series=series: lambda x: jet(f, (x,), (series,))
         assert_same(along(ours)(X), along(plain)(X), **TIGHT)
-    for backend in BACKENDS:
+    for backend in every(2, BACKENDS[::-1]):
         assert_same(jit(along(ours), backend=backend)(X), along(plain)(X), **TIGHT)
     nested, expected = lambda t: plain(X + t * V), []
     for _ in range(3):
