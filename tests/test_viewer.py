@@ -89,11 +89,14 @@ def test_live_bytes_are_those_of_the_schedule(page):
     assert [n["live"] for n in capture["nodes"]] == [0, 0, 40, 80, 44]
 
 
-def test_edges_between_groups_of_lines_and_functions(page):
-    levels = data_of(page)["stages"][0]["levels"]
+def test_groups_of_lines_and_functions(page):
+    capture = data_of(page)["stages"][0]
+    levels = capture["levels"]
     assert len(levels["ops"]["places"]) == 5
     assert len(levels["lines"]["places"]) == 3  # two inputs and a line
-    assert levels["functions"]["edges"] == [[0, 2], [1, 2]]
+    group = levels["functions"]["group"]
+    between = {(group[a], group[b]) for a, b in capture["edges"] if group[a] != group[b]}
+    assert between == {(0, 2), (1, 2)}
 
 
 class Block(nn.Module):
@@ -138,8 +141,8 @@ def test_a_derivative_names_the_value_that_it_is_of(page):
 
 
 def test_groups_that_read_each_other_are_arranged():
-    found = arranged([0, 1, 0, 1], [(0, 1), (1, 2), (2, 3)])
-    assert found["edges"] == [(0, 1), (1, 0)] and len(found["places"]) == 2
+    first, second = arranged([0, 1, 0, 1], [(0, 1), (1, 2), (2, 3)])
+    assert first != second
 
 
 def test_constants_and_bodies_of_a_compiled_graph():
@@ -176,13 +179,18 @@ def test_text_of_the_user_cannot_end_the_script():
     )
 
 
-ACTIONS = """
-<script>
-{
+HELPERS = """
 const found = {}, node = (i, name) =>
   columns[i].svg.querySelector(`.node[data-name="${name}"]`);
 const classes = (i, name) => [...node(i, name).classList];
 const click = e => e.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+const select = level => {
+  element("level").value = level;
+  element("level").dispatchEvent(new Event("change"));
+};
+"""
+
+ACTIONS = """
 found.columns = columns.map(c => c.stage.made_by);
 click(node(0, "NAME"));
 found.clicked = columns.map((c, i) => node(i, "NAME") && classes(i, "NAME"));
@@ -197,37 +205,44 @@ found.hits = [element("found").textContent, document.querySelectorAll(".hit").le
 const box = document.querySelectorAll("nav input")[1];
 click(box);
 found.more = columns.map(c => c.stage.made_by);
-element("level").value = "functions";
-element("level").dispatchEvent(new Event("change"));
+select("functions");
+found.edges = columns[0].svg.querySelector(".edges").getAttribute("d").match(/M/g).length;
 found.groups = columns[0].svg.querySelectorAll(".node").length;
 for (const listing of document.querySelectorAll("details")) listing.open = true;
 const root = document.documentElement;
 found.beyond = [root.scrollWidth - innerWidth, root.scrollHeight - innerHeight];
-element("level").value = "ops";
-element("level").dispatchEvent(new Event("change"));
+select("ops");
 const start = performance.now();
 for (let i = 0; i < 20; i++) { columns[0].top += 20; columns[0].draw(); }
 found.frame = (performance.now() - start) / 20;
-document.body.innerHTML = "";
-make(document.body, "pre", { id: "result" }, JSON.stringify(found));
-}
-</script>
 """
 
 
-def in_chromium(page, tmp_path, name):
-    """What a reader finds who clicks on the node, searches for it, and shows another stage."""
+def chromium(page, tmp_path, script, flag):
+    """What Chromium prints of the page, in which the script has run."""
     file = tmp_path / "page.html"
-    file.write_text(page.html.replace("</body>", ACTIONS.replace("NAME", name) + "</body>"))
-    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --dump-dom"
-    dom = subprocess.run(
+    file.write_text(page.html.replace("</body>", f"<script>{{{HELPERS}{script}}}</script></body>"))
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking"
+    return subprocess.run(
         [CHROMIUM, *flags.split(), "--window-size=1500,900", f"--user-data-dir={tmp_path}/profile"]
-        + [file.as_uri()],
+        + [flag, file.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
     ).stdout
+
+
+def found_in_chromium(page, tmp_path, script):
+    """What the script has put into ``found``."""
+    result = 'document.body.innerHTML = ""; '
+    result += 'make(document.body, "pre", { id: "result" }, JSON.stringify(found));'
+    dom = chromium(page, tmp_path, script + result, "--dump-dom")
     return json.loads(html.unescape(re.search(r'<pre id="result">(.*)</pre>', dom, re.S)[1]))
+
+
+def in_chromium(page, tmp_path, name):
+    """What a reader finds who clicks on the node, searches for it, and shows another stage."""
+    return found_in_chromium(page, tmp_path, ACTIONS.replace("NAME", name))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -242,7 +257,55 @@ def test_in_a_browser(page, tmp_path):
     assert found["lines"] == 1
     assert found["hits"][0].endswith("found") and found["hits"][1] >= 3
     assert found["more"] == ["capture", "vjp", "forward", "backward"]
-    assert found["groups"] == 3
+    assert (found["groups"], found["edges"]) == (3, 2)
+
+
+OPEN = """
+const names = i => columns[i].items.map(g => g.frame ? g.name : g.members[0].name);
+const middle = e => {
+  const { x, y, width, height } = e.getBoundingClientRect();
+  return [x + width / 2, y + height / 2];
+};
+const apart = (a, b) => Math.abs(a.x - b.x) >= (a.across + b.across) / 2
+  || Math.abs(a.y - b.y) >= (a.down + b.down) / 2;
+select("outer modules");
+found.closed = columns.map((_, i) => names(i));
+found.before = middle(node(0, "FIRST"));
+click(node(0, "FIRST"));
+found.after = middle(node(0, "1"));
+found.open = columns.map((_, i) => names(i));
+found.touching = columns.map(c => c.items.flatMap(a =>
+  c.items.filter(b => a !== b && !apart(a, b)).map(b => [a, b])));
+found.touching = found.touching.map(pairs => pairs.map(pair => pair.map(g =>
+  g.frame ? g.name : g.members[0].name)));
+found.details = element("details").textContent;
+"""
+CLOSE = """
+click(node(0, "1"));
+found.again = columns.map((_, i) => names(i));
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_a_group_is_opened_alone(tmp_path):
+    f = aotfunc.jit(nn.Sequential(Block(), Block(), nn.Linear(8, 3)), backend="eager")
+    page = aotfunc.show(f, torch.randn(2, 8, requires_grad=True), to=None)
+    shown = [s for s in data_of(page)["stages"] if s["made_by"] != "vjp"]
+    members = [[n["name"] for n in s["nodes"] if re.match(r"1\b", n["module"])] for s in shown]
+    script = OPEN.replace("FIRST", members[0][0])
+    found = found_in_chromium(page, tmp_path, script + CLOSE)
+    assert found["again"] == found["closed"] and len(members[0]) > 1
+    for closed, opened, inside, touching in zip(
+        found["closed"], found["open"], members, found["touching"]
+    ):  # in each stage
+        assert {*opened} == {*closed, *inside, "1"}
+        assert {frozenset(pair) for pair in touching} == {frozenset({"1", n}) for n in inside}
+    for was, now in zip(found["before"], found["after"]):  # it opens where it stood
+        assert abs(was - now) < 1
+    assert f"{len(members[0]) - 3} more" in found["details"]
+    shot = tmp_path / "shot.png"
+    chromium(page, tmp_path, script, f"--screenshot={shot}")
+    assert shot.read_bytes()[1:4] == b"PNG"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")

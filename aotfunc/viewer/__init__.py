@@ -42,9 +42,10 @@ def show(
     ``f`` is what :func:`debug.stages` takes, or else a plain function or a module, which is
     compiled by ``jit`` or ``aot_module`` for this, or the name of a file of ``export``. The page
     needs no network: graphs with shapes, bytes, costs and the user's lines, collapsed to lines,
-    functions or modules; pointing at a value marks it in every stage, its derivative, and
-    lighter what else came of the same line; values that the forward saves and ops that the
-    backward computes again are coloured; a curve shows the bytes that live while each op runs.
+    functions or modules, each of which a click opens alone; pointing at a value marks it in every
+    stage, its derivative, and lighter what else came of the same line; values that the forward
+    saves and ops that the backward computes again are coloured; a curve shows the bytes that live
+    while each op runs.
     ``to=None`` writes no file. The arrangement of graphs is igraph's (``pip install
     aotfunc[show]``), after Sugiyama, Tagawa and Toda (1981).
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from ..errors import AotfuncError
 
@@ -11,15 +10,15 @@ from ..errors import AotfuncError
 FAR = 12
 
 
-def arranged(group: Sequence[int], edges: Iterable[tuple[int, int]]) -> dict[str, Any]:
-    """Return the place of each group of nodes, in columns and rows, and the edges between groups.
+def arranged(group: Sequence[int], edges: Iterable[tuple[int, int]]) -> list[tuple[float, int]]:
+    """Return the place of each group of nodes, in columns and rows.
 
     ``group`` has the number of the group of each node. Raises AotfuncError where igraph is not
     installed. Source: Sugiyama, Tagawa and Toda, Methods for visual understanding of hierarchical
     system structures (1981), in igraph.
 
     >>> arranged([0, 1, 1], [(0, 1), (1, 2)])
-    {'edges': [(0, 1)], 'places': [(0.0, 0), (0.0, 1)]}
+    [(0.0, 0), (0.0, 1)]
     """
     try:
         import igraph
@@ -39,8 +38,8 @@ def arranged(group: Sequence[int], edges: Iterable[tuple[int, int]]) -> dict[str
     # an edge is a node more in each layer that it crosses; long ones would be nearly all of them
     graph.delete_edges([e for e in graph.es if layer[e.target] - layer[e.source] > FAR])
     layout = graph.layout_sugiyama(layers=layer, maxiter=100)
-    places, free = [(0.0, 0.0)] * count, dict.fromkeys(layer, -float("inf"))
+    places, free = [(0.0, 0)] * count, dict.fromkeys(layer, -float("inf"))
     for x, i in sorted((layout[i][0], i) for i in range(count)):
         x = max(x, free[layer[i]])  # it may put two nodes half a column apart
         places[i], free[layer[i]] = (x, layer[i]), x + 1
-    return {"edges": between, "places": places}
+    return places

@@ -5,7 +5,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 150, HEIGHT = 34, ACROSS = 165, DOWN = 66;
-const state = { level: "ops", pointed: null, kept: null, query: "" };
+const state = { level: "ops", open: new Set(), pointed: null, kept: null, query: "" };
 const element = id => document.getElementById(id);
 
 function make(parent, tag, attributes = {}, text = "") {
@@ -25,6 +25,34 @@ function bytes(n) {
   return `${+n.toFixed(1)} GiB`;
 }
 
+// Where the places of some nodes come to stand without the others: gaps are closed.
+function closed(places) {
+  const to = new Map();
+  let before = null, at = 0;
+  for (const place of [...new Set(places)].sort((a, b) => a - b)) {
+    if (before !== null) at += Math.min(1, place - before);
+    to.set(before = place, at);
+  }
+  return to;
+}
+
+// The nodes of an open group around its middle, and the room that they take.
+function inside(places) {
+  const xs = closed(places.map(([x]) => x)), ys = closed(places.map(([, y]) => y));
+  const across = Math.max(...xs.values()), down = Math.max(...ys.values());
+  const around = ([x, y]) => [xs.get(x) - across / 2, ys.get(y) - down / 2 + 0.15]; // below the title
+  return { across: across + 1.2, down: down + 1.6, places: places.map(around) };
+}
+
+// Where a place is moved by groups that take more room than one node does, on both their sides.
+function moved(place, more) {
+  let by = 0;
+  for (const [at, room] of more) by += Math.sign(place - at) * room / 2;
+  return place + by;
+}
+
+const short = (text, n) => text.length > n ? text.slice(0, n - 1) + "…" : text;
+
 class Column {
   constructor(stage) {
     this.stage = stage;
@@ -40,14 +68,13 @@ class Column {
     this.listen();
   }
 
-  // The groups of the level: their members, and where they stand.
+  // The groups of the level, in the places of the arrangement.
   arrange() {
-    const { group, places, edges } = this.stage.levels[state.level];
-    this.groups = places.map(([x, y]) => ({ x: x * ACROSS, y: y * DOWN, members: [] }));
-    group.forEach((g, i) => this.groups[g].members.push(this.stage.nodes[i]));
-    this.group = group;
-    this.edges = edges;
-    const xs = this.groups.map(g => g.x), ys = this.groups.map(g => g.y);
+    const { group, names, places } = this.stage.levels[state.level];
+    this.closed = places.map(([x, y], i) => ({ x, y, name: names[i], members: [] }));
+    group.forEach((g, i) => this.closed[g].members.push(i));
+    this.opened();
+    const xs = this.items.map(g => g.x), ys = this.items.map(g => g.y);
     const size = this.svg.getBoundingClientRect();
     const wide = Math.max(...xs) - Math.min(...xs) + 2 * WIDTH;
     this.scale = Math.max(0.55, Math.min(1, size.width / wide));
@@ -58,23 +85,75 @@ class Column {
     this.draw();
   }
 
+  // What is drawn: groups and, where one is open, a frame with its nodes in it. The others make room.
+  opened() {
+    const { nodes, levels, edges } = this.stage;
+    const wider = new Map(), higher = new Map();
+    const more = (map, at, room) => map.set(at, Math.max(room, map.get(at) || 0));
+    for (const g of this.closed) {
+      g.inside = state.open.has(g.name) && g.members.length > 1
+        && inside(g.members.map(i => levels.ops.places[i]));
+      if (!g.inside) continue;
+      more(wider, g.x, g.inside.across - 1);
+      more(higher, g.y, g.inside.down - 1);
+    }
+    this.items = [];
+    const itemOf = this.itemOf = [];
+    const add = (x, y, members, name, frame) => {
+      const across = frame ? frame.across * ACROSS - 12 : WIDTH;
+      const down = frame ? frame.down * DOWN - 16 : HEIGHT;
+      for (const i of members) itemOf[i] = this.items.length;
+      members = members.map(i => nodes[i]);
+      this.items.push({ x: x * ACROSS, y: y * DOWN, across, down, members, name, frame });
+    };
+    for (const g of this.closed) {
+      const x = moved(g.x, wider), y = moved(g.y, higher);
+      add(x, y, g.members, g.name, g.inside);
+      if (g.inside) g.inside.places.forEach(([right, below], k) => add(x + right, y + below, [g.members[k]]));
+    }
+    const pairs = new Set(edges.map(([a, b]) => `${itemOf[a]} ${itemOf[b]}`));
+    this.edges = [...pairs].map(pair => pair.split(" ")).filter(([a, b]) => a !== b);
+  }
+
+  // Open a group in every column, or close it; it stays where it is.
+  toggle(name) {
+    if (!state.open.delete(name)) state.open.add(name);
+    for (const column of columns) {
+      const item = () => column.items.find(item => item.name === name);
+      const before = item();
+      column.opened();
+      if (!before) continue;
+      column.left += item().x - before.x;
+      column.top += item().y - before.y;
+      if (column === this) state.pointed = state.kept = item();
+    }
+    for (const column of columns) column.draw();
+  }
+
   listen() {
-    let from = null;
-    const at = e => e.target.closest(".node")?.dataset.group;
-    this.svg.addEventListener("pointerdown", e => { from = [e.clientX, e.clientY, this.left, this.top]; });
+    let from = null, dragged = false;
+    const at = e => this.items[e.target.closest(".node")?.dataset.item] || null;
+    this.svg.addEventListener("pointerdown", e => {
+      from = [e.clientX, e.clientY, this.left, this.top];
+      dragged = false;
+    });
     window.addEventListener("pointerup", () => { from = null; });
     this.svg.addEventListener("pointermove", e => {
       if (from) {
-        this.left = from[2] - (e.clientX - from[0]) / this.scale;
-        this.top = from[3] - (e.clientY - from[1]) / this.scale;
+        const [right, down] = [e.clientX - from[0], e.clientY - from[1]];
+        dragged ||= Math.hypot(right, down) > 3;
+        this.left = from[2] - right / this.scale;
+        this.top = from[3] - down / this.scale;
         this.later();
       } else if (!state.kept) {
-        point(at(e) === undefined ? null : { column: this, group: +at(e) });
+        point(at(e));
       }
     });
     this.svg.addEventListener("click", e => {
-      state.kept = at(e) === undefined ? null : { column: this, group: +at(e) };
+      if (dragged) return;
+      state.kept = at(e);
       point(state.kept);
+      if (state.kept?.members.length > 1) this.toggle(state.kept.name);
     });
     this.svg.addEventListener("wheel", e => {
       e.preventDefault();
@@ -92,8 +171,8 @@ class Column {
     if (!this.waiting) this.waiting = requestAnimationFrame(() => { this.waiting = 0; this.draw(); });
   }
 
-  show(group) {
-    const { x, y } = this.groups[group], size = this.svg.getBoundingClientRect();
+  show(item) {
+    const { x, y } = item, size = this.svg.getBoundingClientRect();
     this.scale = Math.max(this.scale, 0.7);
     this.left = x - size.width / this.scale / 2;
     this.top = y - size.height / this.scale / 2;
@@ -103,30 +182,38 @@ class Column {
   draw() {
     const size = this.svg.getBoundingClientRect();
     const right = this.left + size.width / this.scale, bottom = this.top + size.height / this.scale;
-    const seen = g => g.x > this.left - WIDTH && g.x < right + WIDTH
-      && g.y > this.top - HEIGHT && g.y < bottom + HEIGHT;
+    const seen = ({ x, y, across, down }) =>
+      x > this.left - across && x < right + across && y > this.top - down && y < bottom + down;
     this.svg.replaceChildren();
     const all = make(this.svg, "g", {
       transform: `scale(${this.scale}) translate(${-this.left} ${-this.top})` });
     const marks = marked();
-    const near = g => g.members.some(n => marks.same.has(n.value));
+    const near = g => !g.frame && g.members.some(n => marks.same.has(n.value));
+    this.items.forEach((g, i) => { if (g.frame && seen(g)) this.frame(all, g, i); });
     const paths = { edges: "", near: "" };
     for (const [a, b] of this.edges) {
-      const from = this.groups[a], to = this.groups[b];
+      const from = this.items[a], to = this.items[b];
       if (Math.max(from.y, to.y) < this.top || Math.min(from.y, to.y) > bottom) continue;
       const y1 = from.y + HEIGHT / 2, y2 = to.y - HEIGHT / 2, middle = (y1 + y2) / 2;
       paths[near(from) || near(to) ? "near" : "edges"] +=
         `M${from.x} ${y1}C${from.x} ${middle} ${to.x} ${middle} ${to.x} ${y2}`;
     }
     for (const [name, d] of Object.entries(paths)) if (d) make(all, "path", { class: name, d });
-    this.groups.forEach((g, i) => { if (seen(g)) this.node(all, g, i, marks, near(g)); });
+    this.items.forEach((g, i) => { if (!g.frame && seen(g)) this.node(all, g, i, marks, near(g)); });
     this.curve(marks);
+  }
+
+  frame(parent, { x, y, across, down, members, name }, i) {
+    const e = make(parent, "g", {
+      class: "node group frame", "data-item": i, "data-name": name, transform: `translate(${x} ${y})` });
+    make(e, "rect", { x: -across / 2, y: -down / 2, width: across, height: down });
+    make(e, "text", { x: 8 - across / 2, y: 14 - down / 2 }, `▾ ${short(name, across / 6)}, ${members.length} ops`);
   }
 
   node(parent, g, i, marks, same) {
     const first = g.members[0], one = g.members.length === 1;
     const has = test => g.members.some(test);
-    const names = ["node", one ? first.kind : "other"];
+    const names = ["node", one ? first.kind : "group"];
     if (has(n => n.mark === "saved")) names.push("saved");
     if (has(n => n.mark === "recomputed")) names.push("recomputed");
     if (has(n => n.result)) names.push("result");
@@ -135,14 +222,13 @@ class Column {
     else if (has(n => marks.lines.has(n.line))) names.push("kin");
     if (has(n => matches(n))) names.push("hit");
     const e = make(parent, "g", {
-      class: names.join(" "), "data-group": i, "data-name": first.name,
+      class: names.join(" "), "data-item": i, "data-name": first.name,
       transform: `translate(${g.x} ${g.y})` });
     make(e, "rect", { x: -WIDTH / 2, y: -HEIGHT / 2, width: WIDTH, height: HEIGHT });
     if (this.scale < 0.3) return;
-    const short = (text, n) => text.length > n ? text.slice(0, n - 1) + "…" : text;
     const label = one ? (first.kind === "input" ? first.name : first.op)
-      : this.stage.levels[state.level].names[i].replace(/^.*?: /, "");
-    const under = one ? first.type : `${g.members.length} ops`;
+      : g.name.replace(/^.*?: /, "");
+    const under = one ? first.type : `▸ ${g.members.length} ops`;
     make(e, "text", { y: -2 }, short(label || first.name, 24));
     make(e, "text", { y: 11, class: "type" }, short(under, 30));
   }
@@ -163,8 +249,7 @@ class Column {
 }
 
 function marked() {
-  const at = state.kept || state.pointed;
-  const members = at && at.column.groups[at.group] ? at.column.groups[at.group].members : [];
+  const members = (state.kept || state.pointed)?.members || [];
   return {
     same: new Set(members.map(n => n.value)),
     of: new Set(members.map(n => n.of).filter(value => value !== null)),
@@ -180,10 +265,9 @@ function matches(n) {
 function point(to) {
   const before = state.pointed;
   state.pointed = to;
-  if (to && before && to.column === before.column && to.group === before.group && !state.kept) return;
-  if (!to && !before) return;
+  if (to === before && !(to && state.kept)) return;
   for (const column of columns) column.draw();
-  if (to) describe(to.column.groups[to.group].members);
+  if (to) describe(to.members);
 }
 
 function describe(members) {
@@ -206,7 +290,7 @@ function search() {
     column.stage.nodes.forEach((n, i) => {
       if (!matches(n)) return;
       count += 1;
-      first ||= [column, column.group[i]];
+      first ||= [column, column.items[column.itemOf[i]]];
     });
   }
   element("found").textContent = state.query ? `${count} found` : "";
@@ -245,6 +329,7 @@ function start() {
   }
   element("level").addEventListener("change", e => {
     state.level = e.target.value;
+    state.open.clear();
     state.pointed = state.kept = null;
     for (const column of columns) column.arrange();
   });

@@ -115,6 +115,7 @@ def described(stage: Stage, values: Values) -> dict[str, Any]:
         "size": stage.size,
         "code": stage.code,
         "nodes": rows,
+        "edges": edges,
         "levels": {level: collapsed(keys, edges) for level, keys in levels.items()},
     }
 
@@ -138,7 +139,7 @@ def collapsed(keys: Sequence[str], edges: Iterable[tuple[int, int]]) -> dict[str
     """Return the graph of groups: nodes of one key are one, named after it."""
     numbers: dict[str, int] = {}
     group = [numbers.setdefault(key, len(numbers)) for key in keys]
-    return {"group": group, "names": [*numbers], **arranged(group, edges)}
+    return {"group": group, "names": [*numbers], "places": arranged(group, edges)}
 
 
 def user_line(n: Node) -> tuple[str, str, str]:
