@@ -1,12 +1,18 @@
 """What is said of captures and compilations that take long, by a clock of the test's."""
 
+import re
 import threading
 
 import pytest
 import torch
 
-from aotfunc import grad, jit, progress, show_progress
+from aotfunc import grad, jit, partition, progress, show_progress
+from aotfunc.errors import BackendWarning
+from aotfunc.partition import Bytes, Peak
+from aotfunc.partition.solve import Network
+from aotfunc.partition.within import Within
 from aotfunc.progress import Screen, Watch, along, doing
+from tests.partition.test_solve import MODELS
 
 
 class Said(list):
@@ -67,6 +73,75 @@ def test_a_compilation_says_which_half_it_is(watch):
     jit(lambda x: x.sin().sum(), backend=compiler)(torch.ones(3, requires_grad=True)).backward()
     said = [*filter(None, watch.screen)]
     assert said == [f"aotfunc, 3 s: jit, {half} of 2 ops" for half in ("forward", "backward")]
+
+
+def steps_of(what, watch, monkeypatch, *functions):
+    """Let the watch look whenever one of these functions of other libraries is called."""
+    for owner, name in functions:
+        original = getattr(owner, name)
+
+        def looked(*args, original=original, **kwargs):
+            watch.now += 3
+            watch.say()
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, looked)
+    what()
+    steps = [said.rpartition(" › ")[2] for said in filter(None, watch.screen)]
+    return [re.sub(r"^aotfunc, \d+ s: ", "", step) for step in steps]
+
+
+def test_inductor_says_how_far_it_is(watch, monkeypatch):
+    from torch._inductor import codecache, compile_fx, config, graph, scheduler
+    from torch._inductor.fx_passes import post_grad
+
+    functions = [
+        (compile_fx, "fake_tensor_prop"),
+        (post_grad, "remove_noop_ops"),
+        (graph.GraphLowering, "call_function"),
+        (scheduler.Scheduler, "fuse_nodes"),
+        (scheduler.Scheduler, "enter_context"),
+        (codecache.LambdaFuture, "result"),
+    ]
+    monkeypatch.setattr(codecache.LambdaFuture, "result", refuse)  # no time for g++
+    f = jit(lambda x: (x.sin() @ x).cos(), backend="inductor")
+    with config.patch(fx_graph_cache=False), pytest.warns(BackendWarning, match="refuse"):
+        found = steps_of(lambda: f(torch.ones(4, 4)), watch, monkeypatch, *functions)
+    assert [*dict.fromkeys(found)] == [
+        "Inductor, preparation",
+        "Inductor, passes over the graph",
+        *[f"Inductor, lowering, {i} of 5" for i in (1, 2, 3)],
+        "Inductor, fusion of 3 ops",
+        *[f"Inductor, kernels, {i} of 3" for i in range(3)],
+        "Inductor, compiler, 0 of 2",
+    ]
+
+
+def refuse(*args, **kwargs):
+    raise OSError("refused")
+
+
+def test_a_partition_says_how_far_it_is(watch, monkeypatch):
+    import scipy.optimize
+
+    joint = MODELS["chain"]().module
+
+    def reports():
+        most = partition(joint, num_fwd_outputs=1).report.bytes
+        for budget, exact in ((Bytes(most // 2), True), (Peak(10 * most), False)):
+            report = partition(joint, memory_budget=budget, exact=exact, num_fwd_outputs=1).report
+            assert report.gap < 1
+
+    functions = [(scipy.optimize, "milp"), (Network, "cut"), (Within, "peaks")]
+    found = [*dict.fromkeys(steps_of(reports, watch, monkeypatch, *functions))]
+    assert found == [
+        *[f"frontier, {i} points of at most 48" for i in (2, 3, 4, 5)],
+        "budget, 3 choices within it",
+        "integer program of 72 variables, 0 of at most 10 s",
+        "bound, from 8 to 1,032 bytes",
+        "bound, from 8 to 520 bytes",
+        *[f"peaks of the frontier, {i} of 5" for i in range(5)],
+    ]
 
 
 def test_an_error_ends_its_steps(watch):

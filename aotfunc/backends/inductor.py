@@ -19,9 +19,11 @@ from torch._ops import OpOverload
 
 from ..errors import BackendError, BackendWarning
 from ..graph import draws, output_node
+from ..progress import doing
 from ..trace.node_views import storage_root
 from .eager import compile_graph
 from .formulas import FORMULAS, LOW
+from .inductor_steps import compiling
 from .results import Results, resolved
 
 aten = torch.ops.aten
@@ -135,7 +137,8 @@ def compiled_by_inductor(gm: fx.GraphModule, say: Callable[[str, Exception], Non
             marked = any("should_fallback" in n.meta for n in ours.graph.nodes)
             fakes = [n.meta["val"] for n in ours.graph.nodes if n.op == "placeholder"]
             try:
-                with config.patch(force_disable_caches=True) if marked else nullcontext():
+                caches = config.patch(force_disable_caches=True) if marked else nullcontext()
+                with caches, compiling():
                     fn = compile_fx_inner(ours, fakes)
                 return first_results(fn, count) if more else fn
             except Exception as e:
@@ -292,8 +295,9 @@ def targets_named(error: Exception) -> set[str]:
 
 def decompositions() -> dict:
     """Return the decompositions that Inductor applies before it compiles."""
-    # some decompositions ask what a lowering can do
-    from torch._inductor import decomposition, lowering  # noqa: F401
+    with doing(lambda: "import of Inductor"):
+        # some decompositions ask what a lowering can do
+        from torch._inductor import decomposition, lowering  # noqa: F401
 
     random = torch.Tag.nondeterministic_seeded  # what draws in another way draws other numbers
     table = {

@@ -12,8 +12,11 @@ forward needs it anyway, computed in the forward:
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
+from ..progress import doing
 from .problem import Choice, Problem
 from .solve import INF
 
@@ -60,16 +63,19 @@ def best(
     upper[late[problem.time == INF]] = 0
     lower = np.zeros(4 * count)
     lower[early] = problem.forward
-    found = milp(
-        weights[other],
-        integrality=np.ones(4 * count),
-        bounds=Bounds(lower, upper),
-        constraints=[
-            LinearConstraint(matrix, [least for _, _, least in rows]),
-            LinearConstraint(weights[axis][None, :], ub=limit / units[axis]),
-        ],
-        options={"time_limit": seconds, "mip_rel_gap": 5e-4},
-    )
+    begun = time.monotonic()
+    spent = lambda: f"{time.monotonic() - begun:.0f} of at most {seconds:.0f} s"
+    with doing(lambda: f"integer program of {4 * count:,} variables, {spent()}"):
+        found = milp(
+            weights[other],
+            integrality=np.ones(4 * count),
+            bounds=Bounds(lower, upper),
+            constraints=[
+                LinearConstraint(matrix, [least for _, _, least in rows]),
+                LinearConstraint(weights[axis][None, :], ub=limit / units[axis]),
+            ],
+            options={"time_limit": seconds, "mip_rel_gap": 5e-4},
+        )
     bound = max(0.0, (found.mip_dual_bound or 0.0) * units[other])
     if found.x is None:
         return None, bound

@@ -111,12 +111,13 @@ class Frontier:
         fits = lambda p: getattr(p.choice, axis) <= limit
         found = [p.choice for p in self.cuts if fits(p)]
         a, b = self.bracket(fits)
-        while a is not None and b is not None and (c := self.between(*ordered(a, b))) is not None:
-            if fits(c):
-                found.append(c.choice)
-                a = c
-            else:
-                b = c
+        with doing(lambda: f"budget, {len(found)} choices within it"):
+            while a and b and (c := self.between(*ordered(a, b))) is not None:
+                if fits(c):
+                    found.append(c.choice)
+                    a = c
+                else:
+                    b = c
         other = "time" if axis == "bytes" else "bytes"
         return min(found, key=lambda c: (getattr(c, other), getattr(c, axis)), default=None)
 
@@ -139,19 +140,20 @@ class Frontier:
         # inputs and sizes cost next to nothing in the cut, and nothing here
         free = float(problem.save[problem.save < INF].sum() - problem.bytes.sum())
         best = 0.0
-        while low.time > high.time and low.bytes < high.bytes:
-            price = (high.bytes - low.bytes) / (low.time - high.time)
-            found, value = self.cut(price, flat, low, high)
-            value -= free
-            line = (value - limit) / price if axis == "bytes" else value - price * limit
-            best = max(best, line)
-            inner = low.bytes < found.bytes < high.bytes
-            if not inner or value + free >= (low.bytes + price * low.time) * (1 - 1e-6):
-                break
-            if (found.bytes <= limit) if axis == "bytes" else (found.time > limit):
-                low = found
-            else:
-                high = found
+        with doing(lambda: f"bound, from {low.bytes:,.0f} to {high.bytes:,.0f} bytes"):
+            while low.time > high.time and low.bytes < high.bytes:
+                price = (high.bytes - low.bytes) / (low.time - high.time)
+                found, value = self.cut(price, flat, low, high)
+                value -= free
+                line = (value - limit) / price if axis == "bytes" else value - price * limit
+                best = max(best, line)
+                inner = low.bytes < found.bytes < high.bytes
+                if not inner or value + free >= (low.bytes + price * low.time) * (1 - 1e-6):
+                    break
+                if (found.bytes <= limit) if axis == "bytes" else (found.time > limit):
+                    low = found
+                else:
+                    high = found
         return best
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from ..errors import ArgumentError, PartitionError
+from ..progress import along
 from .budget import Budget, Bytes, Peak, Share, Time
 from .exact import best
 from .frontier import Frontier
@@ -45,7 +46,7 @@ class Within:
         does not rise: what is computed again lives in the backward, in the end all of it."""
         found: list[Choice] = []
         least = INF
-        for choice in reversed(self.frontier.points):
+        for choice in along("peaks of the frontier", self.frontier.points[::-1]):
             if (peak := max(self.peaks(choice))) <= least:
                 found.append(choice)
                 least = peak
@@ -65,10 +66,11 @@ class Within:
             case Peak():
                 if self.exact:
                     raise ArgumentError("exact: peaks are simulated, and have no bound; drop it")
-                fit = [c for c in self.frontier.points if max(self.peaks(c)) <= budget.limit]
+                points = along("peaks of the frontier", self.frontier.points)
+                peaks = [(max(self.peaks(c)), c) for c in points]
+                fit = [c for peak, c in peaks if peak <= budget.limit]
                 if not fit:
-                    lowest = min(max(self.peaks(c)) for c in self.frontier.points)
-                    raise too_little("a peak", budget.limit, lowest)
+                    raise too_little("a peak", budget.limit, min(peak for peak, _ in peaks))
                 return min(fit, key=lambda c: c.time)
             case Bytes():
                 return self.limited(budget.limit, "bytes")
