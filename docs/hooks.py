@@ -1,7 +1,9 @@
-"""What the site does to pages and docstrings on their way in: a page may be a file of the
-repository's root, roles of Sphinx become code, and examples become blocks of code."""
+"""What the site does to pages and docstrings: a page may be a file of the repository's root, roles
+of Sphinx become code, examples become blocks of code, and their copy button copies the code."""
 
+import html
 import re
+from doctest import DocTestParser
 from pathlib import Path
 
 import griffe
@@ -12,6 +14,18 @@ def on_page_markdown(markdown, page, **_):
     if source := page.meta.get("from"):
         markdown = Path(source).read_text()
     return re.sub(r"\]\(docs/", "](", markdown)
+
+
+def on_page_content(content, **_):
+    """Return the page where what is copied of an example is its code, without prompts and output:
+    the theme copies the attribute ``data-copy`` instead of the text."""
+    return re.sub(r'<div class="highlight">(?=(.*?)</div>)', copied, content, flags=re.DOTALL)
+
+
+def copied(block):
+    text = html.unescape(re.sub("<.*?>", "", block[1]))
+    code = "".join(example.source for example in DocTestParser().get_examples(text))
+    return f'{block[0][:-1]} data-copy="{html.escape(code)}">' if code else block[0]
 
 
 class Docstrings(griffe.Extension):

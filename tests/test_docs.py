@@ -1,6 +1,7 @@
 """The examples in docstrings and on pages run and say what they show."""
 
 import doctest
+import html
 import importlib
 import pkgutil
 import re
@@ -39,7 +40,7 @@ def test_the_examples_of_a_module(name):
     assert not runner.summarize(verbose=False).failed
 
 
-API = ROOT / "docs" / "api.md"
+API, TOUR = ROOT / "docs" / "api.md", ROOT / "docs" / "index.md"
 ALL_PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 PAGES = [p for p in ALL_PAGES if ">>> " in p.read_text()]
 
@@ -79,6 +80,10 @@ def test_the_site_is_built(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
+    text = (tmp_path / "index.html").read_text()
+    copied = [html.unescape(code) for code in re.findall('data-copy="(.*?)"', text, re.DOTALL)]
+    examples = doctest.DocTestParser().get_examples(re.sub("(?m)^```.*$", "", TOUR.read_text()))
+    assert len(copied) > 5 and "".join(copied) == "".join(e.source for e in examples)
     named = re.findall(r"(?:^::: aotfunc\.|`)(\w+)", API.read_text(), re.M)
     assert not {*PUBLIC}.difference(named)
 
