@@ -10,10 +10,11 @@ import griffe
 
 
 def on_page_markdown(markdown, page, **_):
-    """Return the text of the file that the page's ``from`` names, with links between pages."""
+    """Return the text of the page or of the file that its ``from`` names, with links between
+    pages."""
     if source := page.meta.get("from"):
         markdown = Path(source).read_text()
-    return re.sub(r"\]\(docs/", "](", markdown)
+    return re.sub(r"\]\(docs/", "](", shown(markdown))
 
 
 def on_page_content(content, **_):
@@ -38,4 +39,9 @@ class Docstrings(griffe.Extension):
 
 
 def fenced(example):
-    return f"```pycon\n{example[0].rstrip()}\n```\n"
+    return f"```pycon\n{shown(example[0].rstrip())}\n```\n"
+
+
+def shown(examples):
+    """Return examples without what only their tests need."""
+    return re.sub(r"(?m)^<BLANKLINE>$|  # doctest: .*$", "", examples)
