@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from ..errors import GraphError
 from ..trace.node_views import storage_root
+from ..trace.shapes.sig import reach
 
 #: a tensor, found or made from ``(arguments, results)``
 Pick = Callable[[Sequence, Sequence], Tensor]
@@ -98,11 +99,8 @@ def copy(k: int, size: tuple, stride: tuple) -> Pick:
 
 def resolved(t: Tensor) -> Tensor:
     """Return the tensor with its conjugation or negation carried out, laid out as before."""
-    extent = (
-        1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-    )
     return (
-        t.as_strided((extent,), (1,))
+        t.as_strided((reach(t.shape, t.stride()),), (1,))
         .resolve_conj()
         .resolve_neg()
         .as_strided(t.shape, t.stride(), 0)

@@ -16,6 +16,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from ..trace.shapes.sig import reach
 from .ops import is_symbol, is_view
 
 
@@ -48,15 +49,11 @@ def nbytes(val: Any) -> int:
     if dtype is None:
         return 0 if val is None else 8
     shape = shape_of(val)
-    if 0 in shape:
-        return 0
     try:
         stride = val.stride() if callable(val.stride) else val.stride
     except RuntimeError:  # a layout without strides
         return math.prod(shape) * dtype.itemsize
-    return (
-        1 + sum([(n - 1) * hint(s) for n, s in zip(shape, stride, strict=True)])
-    ) * dtype.itemsize
+    return reach(shape, [hint(s) for s in stride]) * dtype.itemsize
 
 
 # ----- how long ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from ..debug import outside_dynamo
 from ..graph import Program
 from ..trace.modes import without_modes
 from ..trace.node_views import storage_root
-from ..trace.shapes.sig import Sig, contiguous_stride
+from ..trace.shapes.sig import Sig, contiguous_stride, reach
 from ..trace.traced import current
 from ..transforms.activity import has_derivative, live
 from ..transforms.lower import marked
@@ -192,8 +192,7 @@ def strided_copy(t: Tensor) -> Tensor:
     copy = t.clone()
     if copy.stride() == t.stride() or not t.numel():
         return copy
-    reach = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
-    memory = copy.new_zeros(reach).as_strided(t.shape, t.stride())
+    memory = copy.new_zeros(reach(t.shape, t.stride())).as_strided(t.shape, t.stride())
     once = tuple([slice(0, 1) if step == 0 else slice(None) for step in t.stride()])
     memory[once] = copy[once]
     return memory

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .aliases import final_views
-from .shapes.sig import Sig, contiguous_stride
+from .shapes.sig import Sig, contiguous_stride, reach
 from .traced import Traced
 
 aten = torch.ops.aten
@@ -118,9 +118,7 @@ def version(t: Tensor) -> int:
 def overlap(a: Tensor, a_start: int, b: Tensor, b_start: int) -> bool:
     """Return whether two tensors of one memory share an element. Where that is hard to tell:
     yes."""
-    if not (
-        a.numel() and b.numel() and a_start < b_start + extent(b) and b_start < a_start + extent(a)
-    ):
+    if a_start >= b_start + extent(b) or b_start >= a_start + extent(a):
         return False
     try:
         x, y = _block(a, a_start), _block(b, b_start)
@@ -131,9 +129,7 @@ def overlap(a: Tensor, a_start: int, b: Tensor, b_start: int) -> bool:
 
 def extent(t: Tensor) -> int:
     """Return the bytes from the first element of ``t`` to behind its last."""
-    return (
-        1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    ) * t.element_size()
+    return reach(t.shape, t.stride()) * t.element_size()
 
 
 def offset_inside(base: Sig, at: MemoryPlace, sig: Sig, place: MemoryPlace) -> int | None:

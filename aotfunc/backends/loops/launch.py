@@ -24,6 +24,7 @@ from ...errors import ArgumentError, BackendWarning, CompilerError
 from ...native import toolchain
 from ...native.build import built
 from ...native.fastcall import Unlike, address, check_objects, python_function, word
+from ...trace.shapes.sig import reach
 from . import native
 
 #: the shape, strides and dtype of a tensor
@@ -123,8 +124,7 @@ def has_memory(t: Tensor) -> bool:
 
 def bytes_of(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> int:
     """Return how much memory a tensor takes that has none beside its elements."""
-    last = sum([(n - 1) * s for n, s in zip(shape, strides, strict=True)])
-    return (last + 1) * dtype.itemsize if all(shape) else 0
+    return reach(shape, strides) * dtype.itemsize
 
 
 def count_inputs(order: Sequence[int], outputs: Sequence[Output]) -> int:

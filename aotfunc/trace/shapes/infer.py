@@ -189,8 +189,7 @@ def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
 
 def zeros_at(s: Sig) -> Tensor:
     """Return zeros with this signature, the offset included."""
-    reach = s.offset + 1 + sum((n - 1) * step for n, step in zip(s.shape, s.stride, strict=True))
-    memory = torch.zeros(reach if s.numel else s.offset, dtype=s.dtype, device=s.device)
+    memory = torch.zeros(s.extent, dtype=s.dtype, device=s.device)
     return memory.as_strided(s.shape, s.stride, s.offset)
 
 

@@ -5,6 +5,7 @@ A tensor's signature (:class:`Sig`) is interned, so that signatures compare and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,15 @@ from ...cache import Cache
 from ...errors import CaptureError
 
 aten = torch.ops.aten
+
+
+def reach(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Return how many elements of memory lie from the first one of a tensor to behind its last.
+
+    >>> reach((2, 3), (10, 2)), reach((2, 0), (10, 2))
+    (15, 0)
+    """
+    return 1 + sum([(n - 1) * s for n, s in zip(shape, stride, strict=True)]) if all(shape) else 0
 
 
 class Sig:
@@ -52,11 +62,7 @@ class Sig:
     @property
     def extent(self) -> int:
         """Return how many elements of the storage it reaches."""
-        return (
-            self.offset
-            + 1
-            + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True) if n)
-        )
+        return self.offset + reach(self.shape, self.stride)
 
     @property
     def ndim(self) -> int:
