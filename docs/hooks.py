@@ -1,6 +1,7 @@
 """What the site does to pages and docstrings: a page may be a file of the repository's root, roles
 of Sphinx become code, examples become blocks of code, and their copy button copies the code."""
 
+import ast
 import html
 import re
 from doctest import DocTestParser
@@ -24,24 +25,40 @@ def on_page_content(content, **_):
 
 
 def copied(block):
-    text = html.unescape(re.sub("<.*?>", "", block[1]))
-    code = "".join(example.source for example in DocTestParser().get_examples(text))
+    code = code_of(html.unescape(re.sub("<.*?>", "", block[1])))
     return f'{block[0][:-1]} data-copy="{html.escape(code)}">' if code else block[0]
 
 
 class Docstrings(griffe.Extension):
     """Rewrites the docstrings of the reference."""
 
-    def on_instance(self, *, obj, **_):
-        if obj.docstring:
-            text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", obj.docstring.value)
-            obj.docstring.value = re.sub(r"(?m)(?:^>>> (?:.+\n?)+)", fenced, text)
+    def on_package(self, *, pkg, **_):
+        objects = [pkg]
+        for obj in objects:
+            objects += [member for member in obj.members.values() if not member.is_alias]
+            if obj.docstring:
+                text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", obj.docstring.value)
+                fenced = lambda m, obj=obj: f"```pycon\n{imports(m[0], obj)}{shown(m[0])}\n```\n"
+                obj.docstring.value = re.sub(r"(?m)(?:^>>> (?:.+\n?)+)", fenced, text)
 
 
-def fenced(example):
-    return f"```pycon\n{shown(example[0].rstrip())}\n```\n"
+def imports(example, obj):
+    """Return the imports that an example of an object's docstring needs to run by itself."""
+    nodes = [*ast.walk(ast.parse(code_of(example)))]
+    used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    lines = ["import torch"] if "torch" in used else []
+    used.discard("torch")
+    for owner in (obj.package, obj.module):
+        names = sorted(used & {*owner.members})
+        used.difference_update(names)
+        lines += [f"from {owner.path} import {', '.join(names)}"] if names else []
+    return "".join(f">>> {line}\n" for line in lines)
+
+
+def code_of(examples):
+    return "".join(example.source for example in DocTestParser().get_examples(examples))
 
 
 def shown(examples):
     """Return examples without what only their tests need."""
-    return re.sub(r"(?m)^<BLANKLINE>$|  # doctest: .*$", "", examples)
+    return re.sub(r"(?m)^<BLANKLINE>$|  # doctest: .*$", "", examples).rstrip()

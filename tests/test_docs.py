@@ -1,5 +1,7 @@
 """The examples in docstrings and on pages run and say what they show."""
 
+import ast
+import builtins
 import doctest
 import html
 import importlib
@@ -80,12 +82,28 @@ def test_the_site_is_built(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    text = (tmp_path / "index.html").read_text()
-    copied = [html.unescape(code) for code in re.findall('data-copy="(.*?)"', text, re.DOTALL)]
+    copied = examples_of(tmp_path / "index.html")
     examples = doctest.DocTestParser().get_examples(re.sub("(?m)^```.*$", "", TOUR.read_text()))
     assert len(copied) > 5 and "".join(copied) == "".join(e.source for e in examples)
     named = re.findall(r"(?:^::: aotfunc\.|`)(\w+)", API.read_text(), re.M)
     assert not {*PUBLIC}.difference(named)
+    examples = examples_of(tmp_path / "api" / "index.html")
+    assert len(examples) > 50
+    for code in examples:  # each runs by itself, as far as names say
+        nodes = [*ast.walk(ast.parse(code))]
+        names = [n for n in nodes if isinstance(n, ast.Name)]
+        bound = {n.id for n in names if not isinstance(n.ctx, ast.Load)}
+        bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+        bound |= {
+            n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.alias)
+        }
+        assert not {n.id for n in names} - bound - {*dir(builtins)}, code
+
+
+def examples_of(page):
+    """The code that the copy buttons of a page of the site copy."""
+    found = re.findall('data-copy="(.*?)"', page.read_text(), re.DOTALL)
+    return [html.unescape(code) for code in found]
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -254,7 +254,10 @@ def debug_unwrap(tensor: Tensor, *, recurse: bool = True) -> Tensor:
     dimension 0, if it is batched. Any other tensor is returned as it is (``recurse`` is accepted
     for compatibility).
 
-    >>> _ = vmap(lambda x: print(debug_unwrap(x * 2)))(torch.ones(2))  # doctest: +SKIP
+    >>> def f(x):
+    ...     print(debug_unwrap(x * 2))
+    ...     return x
+    >>> _ = vmap(f)(torch.ones(2))
     tensor([2., 2.])
     """
     if tensor.__class__ is not Traced:

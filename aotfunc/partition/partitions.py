@@ -40,8 +40,14 @@ def default_partition(
     callers of functorch's partitioners pass them. Raises PartitionError if an output depends on a
     tangent.
 
-    >>> fw, bw = default_partition(joint, num_fwd_outputs=1)  # doctest: +SKIP
-    >>> print(table(residuals(fw)))  # doctest: +SKIP
+    >>> from aotfunc.partition import residuals
+    >>> def told(joint, inputs, num_fwd_outputs):
+    ...     fw, bw = default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs)
+    ...     print([(r.name, r.bytes) for r in residuals(fw)])
+    ...     return fw, bw
+    >>> f = aot_function(lambda x: x.exp().sin(), "eager", partition_fn=told)
+    >>> y = f(torch.ones(2, requires_grad=True))
+    [('exp', 8)]
     """
     problem = Problem(read_joint(joint_module.graph, num_fwd_outputs), Roofline())
     return verified_split(joint_module, problem, problem.cheapest(INF))
