@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import runpy
 import shutil
+import sys
 import time
 import timeit
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from platform import python_version
 from typing import Any
 
@@ -50,13 +54,22 @@ def works(backend: str) -> str:
 
 def call_of(what: str, arguments: str) -> tuple[Callable, tuple]:
     """Return the function that ``FILE.py:name`` names and the arguments that an expression makes
-    where the names of the file and ``torch`` are known."""
+    where the names of the file and ``torch`` are known. Raises AotfuncError where there is no such
+    function, or where it does not take these arguments."""
     file, _, name = what.rpartition(":")
+    if not Path(file).is_file():
+        raise AotfuncError(f"{what!r} names no file; write FILE.py:function")
+    sys.path.insert(0, str(Path(file).resolve().parent))  # as for ``python FILE.py``
     names = runpy.run_path(file)
-    if name not in names:
-        raise AotfuncError(f"{file} defines no {name!r}")
-    args = eval(f"({arguments},)" if arguments else "()", {"torch": torch, **names})
-    return names[name], args
+    if not callable(f := names.get(name)):
+        raise AotfuncError(f"{file} defines no function {name!r}")
+    try:
+        args = eval(f"({arguments},)" if arguments else "()", {"torch": torch, **names})
+        with suppress(ValueError):  # what is written in C may have no signature
+            inspect.signature(f).bind(*args)
+    except Exception as e:
+        raise AotfuncError(f"--args {arguments!r}: {e}") from e
+    return f, args
 
 
 def show(what: str, arguments: str, to: str) -> None:
@@ -113,7 +126,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             made.add_argument("--to", default="aotfunc.html", help="the page to write")
     command("clear-cache", clear_cache)
     given = vars(parser.parse_args(argv))
-    given.pop("run")(**given)
+    try:
+        given.pop("run")(**given)
+    except AotfuncError as e:
+        parser.exit(1, f"{type(e).__name__}: {e}\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """``python -m aotfunc``."""
 
+import sys
+
 import pytest
 
 from aotfunc import __main__ as commands
-from aotfunc.errors import AotfuncError
 
 FILE = """
 import torch
@@ -22,6 +23,7 @@ def quick(monkeypatch, tmp_path):
     """Inductor takes half a minute; the user's cache is not ours to empty."""
     monkeypatch.setattr(commands, "BACKENDS", ("eager",))
     monkeypatch.setenv("AOTFUNC_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 @pytest.fixture
@@ -58,9 +60,35 @@ def test_bench_prints_times(file, capsys):
     assert as_it_is.endswith("µs") and "first call" in eager
 
 
-def test_a_name_that_is_not_there(file):
-    with pytest.raises(AotfuncError, match="defines no 'h'"):
-        commands.main(["bench", f"{file}:h"])
+@pytest.mark.parametrize(
+    ("name", "args", "said"),
+    [
+        (":h", "", "defines no function 'h'"),
+        (":scale", "", "defines no function 'scale'"),
+        ("", "", "names no file; write FILE.py:function"),
+        ("s:f", "", "names no file; write FILE.py:function"),
+        (":f", "torch.zeros(", "--args 'torch.zeros(': invalid syntax"),
+        (":f", "zeros(3)", "--args 'zeros(3)': name 'zeros' is not defined"),
+        (":f", "torch.zeros(3)", "--args 'torch.zeros(3)': missing a required argument: 'by'"),
+    ],
+)
+def test_mistakes_are_one_line(file, capsys, name, args, said):
+    with pytest.raises(SystemExit):
+        commands.main(["bench", f"{file}{name}", "--args", args])
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_an_error_of_the_function_is_raised(file):
+    with pytest.raises(AttributeError, match="no attribute 'sin'"):
+        commands.main(["bench", f"{file}:f", "--args", "3, 2"])
+
+
+def test_a_file_finds_its_neighbours(tmp_path, capsys):
+    (tmp_path / "a_neighbour.py").write_text("def f(x): return x.sin()")
+    (tmp_path / "code.py").write_text("from a_neighbour import f")
+    commands.main(["bench", f"{tmp_path / 'code.py'}:f", "--args", "torch.zeros(3)"])
+    assert "eager" in capsys.readouterr().out
 
 
 def test_clear_cache(tmp_path):
