@@ -54,15 +54,16 @@ class Target(Protocol):
     def pull(
         self, b: Any, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
-        """Reverse mode: return ``(arguments, their cotangents)`` of the node ``n`` for the
-        cotangents ``g`` of its results; values may be read from the node ``again``."""
+        """Return ``(arguments, their cotangents)`` of the node ``n`` for the cotangents ``g`` of
+        its results, in reverse mode; values may be read from the node ``again``."""
 
     def push(self, b: Any, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Forward mode: return the tangents of the results of ``n``, which has become ``new``."""
+        """Return the tangents of the results of ``n``, which has become ``new`` in forward
+        mode."""
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
-        """Batching: return ``(results, which of them are batched)`` of ``n`` for the new arguments
-        in ``walk.env``."""
+        """Return ``(results, which of them are batched)`` of the batched ``n``, whose new
+        arguments are in ``walk.env``."""
 
 
 class Program:

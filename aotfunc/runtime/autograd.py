@@ -108,7 +108,7 @@ def distinct_results(outs: Sequence, count: int, tensors: Sequence[Tensor]) -> S
 
 def users(t: Tensor) -> int:
     """Return how many tensors use the memory of this one."""
-    # but for the one that asks
+    # the count has the storage that is asked for it, too
     return storage_users(t.untyped_storage()._cdata) - 1 if t.__class__ is Tensor else 1
 
 
@@ -245,7 +245,7 @@ class CompiledFunction(torch.autograd.Function):
         ctx.versions = [*map(version, needed)]
         ctx.memory = storages(needed)
         ctx.keeps = bool(needed or kept)
-        #: the results whose gradients were taken, so that what they saved is gone
+        #: the results whose gradients were taken; what was saved for these is gone
         ctx.done = frozenset()
         return tuple(results)
 

@@ -22,7 +22,7 @@ from ..transforms.tidy import REWRITES
 from .execute import run_eager
 
 aten = torch.ops.aten
-#: the inputs of a program that are cast, and to which dtypes
+#: pairs of an input of a program that is cast, and the dtype
 Casts = tuple[tuple[int, torch.dtype], ...]
 
 

@@ -180,7 +180,7 @@ class CallCuts:
             for n in self.ends[: whole.n_outputs]
             if isinstance(n, Node) and n.op == "call_function"
         ]
-        #: new values of written inputs, and these
+        #: the number of the written input, for each new value that is a cut
         self.written = {
             n: i
             for i, n, quiet in zip(

@@ -202,7 +202,7 @@ class Compiled:
             if entry.gradients is not None:
                 torch._C._set_grad_enabled(entry.gradients)
         except BaseException as e:
-            # the function's own leaves the rest
+            # an error of the function's own leaves what it did to numbers and texts, as in eager
             (undo_changes if refused(e) else undo_stores)(state)
             raise
         if entry.error is not None:

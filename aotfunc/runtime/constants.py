@@ -55,7 +55,8 @@ def bent_outputs(program: Program, wrt: tuple[int, ...]) -> list[bool]:
     return [o in bent for o in program.outputs]
 
 
-#: these, of one active value; the sum of two may be what is left of a product's derivative
+#: ops that are linear where one argument is active; a sum of two active values may be the
+#: derivative of a product
 SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar, aten.neg.default)
 
 

@@ -114,7 +114,7 @@ class Entry:
         self.rebuild = rebuilder(rec.spec)
         self.check = Check(state)
         self.finish = finish or None
-        #: the call is the program alone
+        #: whether a call does nothing but run the program
         self.bare = (
             not (self.enables or self.inference or self.differentiated or self.idle)
             and self.changes is self.inside is self.views is call.plain is None
@@ -122,7 +122,7 @@ class Entry:
         )
         #: whether the function leaves gradients on or off, where it leaves a mode as it was not
         self.gradients: bool | None = None
-        #: with which the function has ended
+        #: the error that the function has raised
         self.error: Exception | None = None
         self.kept: list[Any] = []
         #: the fast path for a call like the last one

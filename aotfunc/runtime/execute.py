@@ -236,7 +236,7 @@ class ProgramFunction(torch.autograd.Function):
         pairs = zip(
             distinct(program, outs, len(outs), tensors), alive(program, tensors), strict=True
         )
-        # a view of what requires grad would do so
+        # a view of a tensor that requires grad would require grad, too
         return tuple(
             [
                 o if yes or not isinstance(o, Tensor) or not o._is_view() else o.detach()
@@ -247,7 +247,7 @@ class ProgramFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.program, ctx.states, *tensors = inputs
-        # hooks of saved tensors give others back
+        # hooks of saved tensors give other tensors back
         kept = torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         ctx.memory = storages(tensors) if kept else []
         ctx.dtype = torch.get_default_dtype()

@@ -46,7 +46,8 @@ class Leaves:
             raise CaptureError(
                 "a tensor made inside is returned, and has a .grad; return x.detach(), and x.grad"
             )
-        #: computed from a leaf: results of the program, then written inputs, by their positions
+        #: the positions of results of the program, and of written inputs, that were computed from
+        #: a leaf
         self.results: list[int] = []
         self.written: list[int] = []
         if not leaves:

@@ -26,7 +26,8 @@ from .guards.keys import (
     rare,
 )
 
-#: of torch.jit.trace, which would keep what kernels compute, and of torch.func
+#: functions that answer None unless torch.jit.trace (which would keep what kernels compute) or
+#: torch.func is at work
 ABSENT = (torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack)
 
 #: the result for any other call than the last one

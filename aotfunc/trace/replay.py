@@ -156,7 +156,6 @@ class Answering(Tape):
             return t
         if self.finished and self.concrete_inputs is None:
             return None
-        self.answered = True
         if self._values is None:
             self._values = Replay(self)
         return self._values.value(self, ref)

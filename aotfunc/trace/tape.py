@@ -51,7 +51,6 @@ class Tape:
     concrete_inputs: list[Tensor | None] | None = None
     samples: Any = None
     _values: Replay | None = None
-    answered = False  # whether a value was asked for
     followed: Any = None  # see capture/followed.py
     _roots: Roots | None = None
     _places: tuple[MemoryPlace, ...] | None = None

@@ -64,9 +64,9 @@ class Held:
     them."""
 
     def __init__(self, hooks: Sequence[Any], state: State) -> None:
-        #: by the variables of the check
+        #: the objects, by the variables of the check that hold them
         self.objects: dict[str, Any] = {}
-        #: the class of what the function makes and a hook holds, too
+        #: the class of an object that a hook holds and the function makes at each call
         self.made: type | None = None
         known, seen = places(state), set[int]()
         todo: list[Any] = [*hooks]

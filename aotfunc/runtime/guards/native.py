@@ -77,7 +77,7 @@ def has_plain_fields(cls: Any) -> bool:
 
 
 class Other(Exception):
-    """Raised for a line of another form."""
+    """Raised for a line whose form has no native step."""
 
 
 #: the steps of a line to an object: a variable, then keys, attributes and calls

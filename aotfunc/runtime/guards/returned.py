@@ -187,7 +187,7 @@ class Finish:
         held = {v: x for x in state.kept if (v := state.seen[id(x)])}
         names = [x.where for _, x in self.references if x.kind == "state"]
         self.find = finder(state, [*[state.owners[p.owner][1] for p in places], *names])
-        #: the same right after the capture, when the state may be another one already
+        #: what ``find`` would have found at the capture; the state may be another one already
         self.found: list | None = [
             *[state.owners[p.owner][0] for p in places],
             *[held[n] for n in names],

@@ -36,7 +36,7 @@ from .telling import tells
 _GLOBAL_HOOKS = tuple(
     n for n in vars(nn.modules.module) if n.startswith("_global_") and n.endswith("_hooks")
 )
-#: libraries' objects that change at every use, in a way that does not show
+#: objects of libraries that change at every use, in no attribute that Python can compare
 _MOVING = (Iterator, random.Random, np.random.Generator, np.random.RandomState)
 
 #: the parts that a call of an object, or a look into it, depends on; a check reads no others

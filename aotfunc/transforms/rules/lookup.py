@@ -109,7 +109,7 @@ nondiff(aten.nonzero_static, aten.nonzero)
 
 
 @vmap_of(aten.searchsorted.Tensor)
-def _(
+def batch_searchsorted(
     row: Tensor,
     x: Tensor,
     int32: bool,
@@ -120,61 +120,38 @@ def _(
     batched: Any,
     size: Any,
 ) -> Tensor:
-    how = {"out_int32": int32, "right": right, "side": side}
     shape = x.shape if batched[1] else (size, *x.shape)
     if row.dim() - batched[0] > 1:  # a sequence for each row of x
         row, x = expand_lead(row, batched[0], size), expand_lead(x, batched[1], size)
         sorter = None if sorter is None else expand_lead(sorter, batched[2], size)
     elif batched[0] or (sorter is not None and batched[2]):  # a sequence for each example
-        row, x = (
-            expand_lead(row, batched[0], size),
-            expand_lead(x, batched[1], size).reshape(size, -1),
-        )
+        row = expand_lead(row, batched[0], size)
+        x = expand_lead(x, batched[1], size).reshape(size, -1)
         sorter = None if sorter is None else expand_lead(sorter, batched[2], size).contiguous()
-    return torch.searchsorted(row.contiguous(), x.contiguous(), sorter=sorter, **how).reshape(
-        shape
+    found = torch.searchsorted(
+        row.contiguous(), x.contiguous(), out_int32=int32, right=right, side=side, sorter=sorter
     )
+    return found.reshape(shape)
 
 
 @vmap_of(aten.searchsorted.Scalar)
-def _(
-    row: Tensor,
-    x: Any,
-    int32: bool,
-    right: bool,
-    side: Any,
-    sorter: Tensor | None,
-    *,
-    batched: Any,
-    size: Any,
-) -> Tensor:
-    value = torch.full((size, 1), x, device=row.device)
-    row = expand_lead(row, batched[0], size).contiguous()
-    sorter = None if sorter is None else expand_lead(sorter, batched[1], size).contiguous()
-    return torch.searchsorted(
-        row, value, out_int32=int32, right=right, side=side, sorter=sorter
-    ).reshape(size)
+def _(row: Tensor, x: Any, *how: Any, batched: Any, size: Any) -> Tensor:
+    number, batched = torch.full((), x, device=row.device), (batched[0], False, *batched[1:])
+    return batch_searchsorted(row, number, *how, batched=batched, size=size)
 
 
 @vmap_of(aten.bucketize.Tensor)
 def _(
     x: Tensor, boundaries: Tensor, int32: bool, right: bool, *, batched: Any, size: Any
 ) -> Tensor:
-    if not batched[1]:
-        return torch.bucketize(x, boundaries, out_int32=int32, right=right)
-    x = expand_lead(x, batched[0], size)
-    flat_x = x.reshape(size, -1).contiguous()
-    return torch.searchsorted(
-        boundaries.contiguous(), flat_x, out_int32=int32, right=right
-    ).reshape(x.shape)
+    batched = (batched[1], batched[0])
+    return batch_searchsorted(boundaries, x, int32, right, None, None, batched=batched, size=size)
 
 
 @vmap_of(aten.bucketize.Scalar)
-def _(x: Any, boundaries: Tensor, int32: bool, right: bool) -> Tensor:
-    value = torch.full((boundaries.shape[0], 1), x, device=boundaries.device)
-    return torch.searchsorted(
-        boundaries.contiguous(), value, out_int32=int32, right=right
-    ).squeeze(1)
+def _(x: Any, boundaries: Tensor, int32: bool, right: bool, *, size: Any) -> Tensor:
+    number, how = torch.full((), x, device=boundaries.device), (int32, right, None, None)
+    return batch_searchsorted(boundaries, number, *how, batched=(True, False), size=size)
 
 
 vmap_of(aten.nonzero_static)(nonzero_each)
