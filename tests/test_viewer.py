@@ -198,7 +198,7 @@ found.derivatives = columns.map(c =>
   [...c.svg.querySelectorAll(".derivative")].map(e => e.dataset.name));
 found.kin = columns.map(c => c.svg.querySelectorAll(".kin").length);
 found.details = element("details").textContent;
-found.lines = columns[0].memory.querySelectorAll("line").length;
+found.lines = columns[0].memory.querySelector(".at").getAttribute("d").match(/M/g).length;
 element("search").value = "NAME";
 element("search").dispatchEvent(new Event("input"));
 found.hits = [element("found").textContent, document.querySelectorAll(".hit").length];

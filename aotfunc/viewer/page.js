@@ -241,10 +241,8 @@ class Column {
     const y = n => 54 - 42 * n.live / most;
     make(this.memory, "path", { "vector-effect": "non-scaling-stroke",
       d: "M0 54" + nodes.map((n, i) => `L${i} ${y(n)}L${i + 1} ${y(n)}`).join("") + `L${nodes.length} 54Z` });
-    nodes.forEach((n, i) => {
-      if (marks.same.has(n.value)) make(this.memory, "line", {
-        x1: i + 0.5, x2: i + 0.5, y1: 0, y2: 56, "vector-effect": "non-scaling-stroke" });
-    });
+    const at = nodes.map((n, i) => marks.same.has(n.value) ? `M${i + 0.5} 0V56` : "").join("");
+    if (at) make(this.memory, "path", { class: "at", d: at, "vector-effect": "non-scaling-stroke" });
   }
 }
 
