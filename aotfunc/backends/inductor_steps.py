@@ -48,6 +48,7 @@ STEPS: dict[str, Callable[[dict[str, Any]], str]] = {
     ),
     "Scheduler._init": lambda local: f"fusion of {len(local['nodes']):,} ops",
     "Scheduler._codegen": lambda local: f"kernels, {among(local['nodes'], local.get('node'))}",
+    "valid_vec_isa_list": lambda local: "tests of what the processor can do",
     "AsyncCompile._wait_futures": lambda local: (
         f"compiler, {among(local['kernels'], local.get('key'))}"
     ),
