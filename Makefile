@@ -44,7 +44,8 @@ types: $(STAMP) ## mypy over aotfunc/
 	$(PY) -m mypy
 
 docs: $(STAMP) ## build the documentation site into build/site
-	$(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html: look at it in a browser"
 
 bench: $(STAMP) ## run the benchmarks that need no GPU (installs the bench extra: jax)
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[bench]'
