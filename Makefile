@@ -45,7 +45,7 @@ types: $(STAMP) ## mypy over aotfunc/
 
 docs: $(STAMP) ## build the documentation site into build/site
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
-	@echo "build/site/index.html: look at it in a browser"
+	@echo "build/site/index.html: look at it in a browser; to search: $(PY) -m http.server -d build/site"
 
 bench: $(STAMP) ## run the benchmarks that need no GPU (installs the bench extra: jax)
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[bench]'

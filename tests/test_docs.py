@@ -87,7 +87,7 @@ def test_the_site_is_built(tmp_path):
     assert len(copied) > 5 and "".join(copied) == "".join(e.source for e in examples)
     named = re.findall(r"(?:^::: aotfunc\.|`)(\w+)", API.read_text(), re.M)
     assert not {*PUBLIC}.difference(named)
-    examples = examples_of(tmp_path / "api" / "index.html")
+    examples = examples_of(tmp_path / "api.html")
     assert len(examples) > 50
     for code in examples:  # each runs by itself, as far as names say
         nodes = [*ast.walk(ast.parse(code))]
