@@ -107,8 +107,9 @@ def examples_of(page):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_what_is_public_has_a_docstring(name):
-    assert getattr(aotfunc, name).__doc__
+def test_what_is_public_has_an_example(name):
+    f = getattr(aotfunc, name)
+    assert ">>> " in f.__doc__ or f.__module__.startswith("torch.")
 
 
 @pytest.mark.parametrize("name", MODULES)

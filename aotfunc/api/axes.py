@@ -82,7 +82,11 @@ def pmax(x: Any, axis_name: str) -> Any:
 
 
 def pmin(x: Any, axis_name: str) -> Any:
-    """Return the elementwise minimum over all samples, as :func:`pmax` does the maximum."""
+    """Return the elementwise minimum over all samples, as :func:`pmax` does the maximum.
+
+    >>> vmap(lambda x: x - pmin(x, "i"), axis_name="i")(torch.tensor([2.0, 5.0]))
+    tensor([0., 3.])
+    """
     return each(lambda x: gathered(x, axis_name).amin(0), x, axis_name)
 
 

@@ -137,7 +137,12 @@ class Exported(nn.Module):
     that the ``state_dict`` of one fits the other. Raises ArgumentError for arguments that it was
     not exported for. Mappings among the results are dictionaries, other instances namespaces;
     results that share memory with an argument do so here, too, those that share it only with one
-    another do not."""
+    another do not.
+
+    >>> linear = export(nn.Linear(2, 1), torch.ones(3, 2))
+    >>> list(linear.state_dict()), linear(torch.ones(3, 2)).shape
+    (['weight', 'bias'], torch.Size([3, 1]))
+    """
 
     def __init__(
         self, data: dict[str, Any], state: dict[str, Tensor], backend: str | Compiler = "auto"
@@ -282,7 +287,15 @@ def load(file: str | Path, backend: str | Compiler = "auto") -> Exported:
 
     Nothing in the file is run as code, and its tensors are read with ``weights_only``. Raises
     ArgumentError for a file that is none of ours, damaged or of another format, and for an op that
-    is not registered in this process; GraphError for a graph that is not legal."""
+    is not registered in this process; GraphError for a graph that is not legal.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     export(torch.sin, torch.ones(2)).save(f"{folder}/sin.aot")
+    ...     sin = load(f"{folder}/sin.aot")
+    >>> grad(lambda x: sin(x).sum())(torch.zeros(2))
+    tensor([1., 1.])
+    """
     try:
         with zipfile.ZipFile(file) as z:
             data, raw = json.loads(z.read("program.json")), z.read("tensors.pt")

@@ -279,7 +279,13 @@ def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
     of mutated arguments.
 
     Views are always removed with the mutations (``remove`` is accepted for compatibility:
-    "mutations" or "mutations_and_views")."""
+    "mutations" or "mutations_and_views").
+
+    >>> print(make_fx(functionalize(lambda x: x.clone().mul_(2)))(torch.ones(2)).code.strip())
+    def forward(self, x):
+        mul = torch.ops.aten.mul.Tensor(x, 2);  x = None
+        return mul
+    """
     if remove not in ("mutations", "mutations_and_views"):
         raise ArgumentError(
             f"functionalize: remove must be 'mutations' or 'mutations_and_views', not {remove!r}"

@@ -76,6 +76,10 @@ def make_functional(
     buffers.
 
     Raises ArgumentError if the model has buffers (see :func:`make_functional_with_buffers`).
+
+    >>> fmodel, params = make_functional(nn.Linear(2, 1))
+    >>> [g.shape for g in grad(lambda p: fmodel(p, torch.ones(3, 2)).sum())(params)]
+    [torch.Size([1, 2]), torch.Size([1])]
     """
     if any(True for _ in model.buffers()):
         raise ArgumentError(
@@ -92,7 +96,12 @@ def combine_state_for_ensemble(
     along a new dimension 0.
 
     ``vmap(fmodel, in_dims=(0, 0, None))(params, buffers, x)`` runs all models on ``x``. Raises
-    ArgumentError for no models, models of different classes, or mixed training modes."""
+    ArgumentError for no models, models of different classes, or mixed training modes.
+
+    >>> fmodel, *state = combine_state_for_ensemble([nn.Linear(2, 1) for _ in range(4)])
+    >>> vmap(fmodel, in_dims=(0, 0, None))(*state, torch.ones(3, 2)).shape
+    torch.Size([4, 3, 1])
+    """
     if not models:
         raise ArgumentError("combine_state_for_ensemble: there are no models")
     if any(m.training != models[0].training for m in models):
@@ -112,7 +121,11 @@ def combine_state_for_ensemble(
 
 def replace_all_batch_norm_modules_(root: nn.Module) -> nn.Module:
     """Drop the running statistics of every batch norm in ``root``, in place: each then uses the
-    batch it sees. Returns ``root``."""
+    batch it sees. Returns ``root``.
+
+    >>> list(replace_all_batch_norm_modules_(nn.BatchNorm1d(2)).buffers())
+    []
+    """
     for m in root.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm):
             m.running_mean = m.running_var = m.num_batches_tracked = None

@@ -274,7 +274,11 @@ def chunk_vmap(
     randomness: str = "error",
     chunks: int = 2,
 ) -> Callable:
-    """Run :func:`vmap` in ``chunks`` parts, one after another, to use less memory."""
+    """Run :func:`vmap` in ``chunks`` parts, one after another, to use less memory.
+
+    >>> chunk_vmap(torch.dot, chunks=2)(torch.ones(6, 3), torch.ones(6, 3))
+    tensor([3., 3., 3., 3., 3., 3.])
+    """
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs, func)
