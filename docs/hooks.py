@@ -8,11 +8,33 @@ from doctest import DocTestParser
 from pathlib import Path
 
 import griffe
+from mkdocs.structure.files import File
+
+SHOWN = """<p>A small network's <a href="show.html">loss and gradient</a>:</p>
+<iframe src="show.html" title="show" style="width: 100%; height: 640px"></iframe>"""
+
+
+def on_files(files, config):
+    """Add the page that ``show`` writes of a network's training step, for the tour to show."""
+    import torch
+    from torch import nn
+
+    from aotfunc import jit, show
+
+    net = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 4))
+
+    def loss(x):
+        return net(x).square().mean()
+
+    page = show(jit(loss, backend="eager"), torch.ones(5, 8), to=None)
+    files.append(File.generated(config, "show.html", content=page.html))
+    return files
 
 
 def on_page_markdown(markdown, page, **_):
     """Return the text of the page or of the file that its ``from`` names, with links between
-    pages."""
+    pages, and with the page of ``show`` in its place."""
+    markdown = markdown.replace("<!-- show.html -->", SHOWN)
     if source := page.meta.get("from"):
         markdown = Path(source).read_text()
     return re.sub(r"\]\(docs/", "](", shown(markdown))

@@ -82,6 +82,8 @@ def test_the_site_is_built(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
+    assert '"made_by": "backward"' in (tmp_path / "show.html").read_text()
+    assert 'src="show.html"' in (tmp_path / "index.html").read_text()
     copied = examples_of(tmp_path / "index.html")
     examples = doctest.DocTestParser().get_examples(re.sub("(?m)^```.*$", "", TOUR.read_text()))
     assert len(copied) > 5 and "".join(copied) == "".join(e.source for e in examples)
