@@ -4,7 +4,7 @@ checked afterwards."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
@@ -17,7 +17,7 @@ from .roles import Joint, ancestors, describe, read_joint
 
 
 def cut_by(
-    partition: Callable, joint: fx.GraphModule, inputs: Sequence[Any], n_early: int
+    partition: Callable, joint: fx.GraphModule, n_early: int
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Return the two halves that ``partition`` makes of a joint graph with ``n_early`` results.
 
@@ -30,6 +30,7 @@ def cut_by(
     extra = [single(n) for n in early_unread_draws(roles)]
     if extra:
         set_outputs(joint, [*roles.early_outputs, *extra, *roles.late_outputs])
+    inputs = [n.meta["val"] for n in joint.graph.nodes if n.op == "placeholder"]
     forward, backward = partition(joint, inputs, num_fwd_outputs=n_early + len(extra))
     erase_leftovers(
         backward, {n.name for n, late in zip(roles.nodes, roles.late, strict=True) if not late}

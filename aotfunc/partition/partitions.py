@@ -11,7 +11,7 @@ from torch import fx
 
 from ..errors import ArgumentError
 from ..graph import size
-from .budget import Budget, Bytes, as_budget
+from .budget import Budget, as_budget
 from .cost import Cost, Flops, Roofline
 from .policies import Policy
 from .problem import Choice, Problem
@@ -141,8 +141,7 @@ def partition(
     budget = as_budget(memory_budget)
     choice = within.choice(budget)
     fw, bw = verified_split(joint, problem, choice)
-    limit = budget.limit if type(budget) is Bytes else choice.bytes
-    return Partition(fw, bw, Report(fw, within, choice, limit))
+    return Partition(fw, bw, Report(fw, within, choice, budget))
 
 
 @dataclass(frozen=True)
@@ -174,13 +173,12 @@ class Budgeted:
         return fw, bw
 
 
-def under(partition_fn: Callable, fuses: bool) -> Callable:
-    """Return a partition function with the cost for a backend that fuses elementwise ops, or not.
-    A function that is not ours has costs of its own."""
+def under(partition_fn: Callable, cost: Cost) -> Callable:
+    """Return a partition function under a cost; one that is not ours has costs of its own."""
     ours = partition_fn is min_cut_rematerialization_partition
     if not (ours or isinstance(partition_fn, Budgeted)):
         return partition_fn
-    return functools.partial(partition_fn, cost=COSTS["fused" if fuses else "roofline"]())
+    return functools.partial(partition_fn, cost=cost)
 
 
 def verified_split(

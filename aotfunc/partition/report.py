@@ -4,7 +4,7 @@ picture."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -13,9 +13,13 @@ import numpy as np
 import torch
 from torch import fx
 
-from .cost import nbytes, shape_of
-from .ops import made_at
-from .problem import Choice
+from ..errors import PartitionError
+from ..graph import output_node
+from .budget import Budget, Bytes, as_budget
+from .cost import Cost, nbytes, shape_of
+from .ops import base, made_at
+from .problem import Choice, Problem
+from .roles import read_joint
 from .within import Within
 
 GIVEN = ("input", "parameter")
@@ -54,8 +58,10 @@ class Report:
     budget's, or what was saved), the ``gap`` to it, and the ``frontier`` of best choices as
     ``(bytes, time, peak)``."""
 
-    def __init__(self, fw: fx.GraphModule, within: Within, choice: Choice, limit: int) -> None:
-        self.limit = limit
+    def __init__(
+        self, fw: fx.GraphModule, within: Within, choice: Choice, budget: Budget | None
+    ) -> None:
+        self.limit = budget.limit if type(budget) is Bytes else choice.bytes
         self.saved = residuals(fw)
         self.bytes, self.time = choice.bytes, choice.time
         self.forward_time = within.problem.forward_time
@@ -159,6 +165,30 @@ class Report:
             f'<text x="{edge}" y="{top - 12}">computed again, up to {self.share(most_time):.0%} '
             "of the forward</text></svg>"
         )
+
+    _repr_svg_ = svg  # how notebooks show it
+
+
+def report_on(
+    partition_fn: Callable, joint: fx.GraphModule, fw: fx.GraphModule, count: int, cost: Cost
+) -> Report:
+    """Return the report on the cut of a joint graph with ``count`` results that a partition
+    function made, also one that is not ours: ``fw`` hands over values that have the joint graph's
+    names. Raises PartitionError for others."""
+    if "reasons" not in fw.meta:
+        who = getattr(partition_fn, "__name__", repr(partition_fn))
+        handed = [n for n in output_node(fw.graph).args[0][count:] if isinstance(n, fx.Node)]
+        why = {n.name: "input" if n.op == "placeholder" else f"{who} saves it" for n in handed}
+        fw.meta.update(num_fwd_outputs=count, reasons=why)
+    named = {n.name: n for n in joint.graph.nodes}
+    reasons: dict[str, str] = fw.meta["reasons"]
+    if unknown := reasons.keys() - named.keys():
+        raise PartitionError(f"no report: the joint graph has no {', '.join(sorted(unknown))}")
+    problem = Problem(read_joint(joint.graph, count), cost, getattr(partition_fn, "policy", None))
+    saved = {base(named[name]) for name in reasons}
+    choice = problem.choice(np.array([n in saved for n in problem.nodes], dtype=bool))
+    budget = getattr(partition_fn, "memory_budget", None)
+    return Report(fw, Within(problem), choice, None if budget is None else as_budget(budget))
 
 
 def residuals(fw: fx.GraphModule) -> list[Residual]:

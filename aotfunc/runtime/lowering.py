@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
+from ..debug import at, user_line
+from ..errors import ArgumentError
+from ..partition import Report
 from ..partition.cost import flops, nbytes, traffic
 from ..partition.memory import peak, saved
 from .graph_module import graph_module
@@ -91,6 +94,27 @@ class Lowered:
         if self._halves is not None:
             found["saved"] = saved(self._halves.forward.program.graph, self._halves.count)
         return found | {f"{name} peak": peak(gm.graph) for name, gm in self._run()}
+
+    def partition_report(self) -> Report:
+        """Return what the forward saves for the backward, and what the backward computes again:
+        each value with its line, and how far from the best the partition can be
+        (:class:`aotfunc.partition.Report`: text, JSON and a picture). Raises ArgumentError where
+        there is no backward.
+
+        >>> from aotfunc import jit
+        >>> w = torch.ones(64, 64, requires_grad=True)
+        >>> f = jit(lambda w: (w @ w).sin().exp().sum(), memory_budget="20kB")
+        >>> report = f.lower(w).partition_report()
+        >>> [r.name for r in report.saved], [r.op for r in report.recomputed]
+        (['w', 'mm'], ['aten.sin.default', 'aten.exp.default'])
+        """
+        halves = self._halves
+        if halves is None:
+            raise ArgumentError(
+                f"partition_report: {self._compiled.who} has no backward for these arguments: "
+                f"none requires grad, or gradients are off{at(user_line())}"
+            )
+        return self._compiled.pipeline.report(halves.joint(), halves.count)
 
     def _run(self) -> list[tuple[str, fx.GraphModule]]:
         graphs = self.graphs

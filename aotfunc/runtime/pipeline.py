@@ -22,9 +22,10 @@ from ..capture.calls import CompiledCall
 from ..capture.captured import Captured
 from ..errors import AotfuncError, BackendError
 from ..graph import Program, output_node, size
-from ..partition import min_cut_rematerialization_partition
+from ..partition import Cost, Report, min_cut_rematerialization_partition
 from ..partition.foreign import cut_by
-from ..partition.partitions import under
+from ..partition.partitions import as_cost, under
+from ..partition.report import report_on
 from ..progress import doing
 from ..trace.emit import Builder, paused_gc, remap, remap_dict
 from ..trace.shapes.instr import Instr
@@ -137,17 +138,34 @@ class Pipeline:
         """Return the two halves of a joint program ``(primals, cotangents) -> (n_early results,
         gradients)``. Unless they are the ``last`` that is made of it they keep their marks of
         intent, for higher derivatives."""
-        joint, dissolve = self.opened(joint), EVERYTHING if last else CALLS
-        if self.reassociates(joint, self.forward_backend, self.backward_backend):
-            joint = reassociated(lowered(joint, dissolve))
-        fuses = suited(joint.graph, self.forward_backend).fuses
-        cut = under(self.partition, fuses)
+        joint, dissolve = self.prepared(joint, last), EVERYTHING if last else CALLS
+        cut = under(self.partition, self.cost(joint))
         with doing(lambda: f"{self.name}, partition of {size(joint.graph):,} ops"):
-            forward, backward = partitioned(cut, joint, n_early, dissolve)
+            early, late = cut_by(cut, to_cut(joint, dissolve), n_early)
+            forward, backward = imported(early, "forward"), imported(late, "backward")
         return (
             CompiledCall(forward, self.forward, self.split, f"{self.name}_forward"),
             CompiledCall(backward, self.backward, self.split, f"{self.name}_backward"),
         )
+
+    def report(self, joint: Program, n_early: int) -> Report:
+        """Return the report on the cut that :meth:`split` makes of a joint program that is split
+        for the last time. It cuts once more, so that no compiled function holds its joint."""
+        joint = self.prepared(joint, last=True)
+        cost = self.cost(joint)
+        early, _ = cut_by(under(self.partition, cost), to_cut(joint, EVERYTHING), n_early)
+        return report_on(self.partition, to_cut(joint, EVERYTHING), early, n_early, cost)
+
+    def prepared(self, joint: Program, last: bool) -> Program:
+        """Return a joint program as it is cut."""
+        joint, dissolve = self.opened(joint), EVERYTHING if last else CALLS
+        if self.reassociates(joint, self.forward_backend, self.backward_backend):
+            joint = reassociated(lowered(joint, dissolve))
+        return joint
+
+    def cost(self, joint: Program) -> Cost:
+        """Return what computing again costs on its backend."""
+        return as_cost("fused" if suited(joint.graph, self.forward_backend).fuses else "roofline")
 
 
 class Naming(threading.local):
@@ -305,11 +323,8 @@ def examples(program: Program) -> list[Tensor]:
     ]
 
 
-def partitioned(
-    partition: Partition, joint: Program, n_early: int, dissolve: frozenset[str]
-) -> tuple[Program, Program]:
-    """Let a functorch partition function cut the joint program; return its two modules as
-    programs."""
+def to_cut(joint: Program, dissolve: frozenset[str]) -> fx.GraphModule:
+    """Return a joint program as functorch's partition functions take it."""
     gm = graph_module(joint, "joint", dissolve=dissolve)
     for n, p in zip(
         [n for n in gm.graph.nodes if n.op == "placeholder"], joint.placeholders, strict=True
@@ -317,9 +332,7 @@ def partitioned(
         n.meta["role"] = (
             p.meta.get("role") if p.meta.get("role") in ("param", "tangent") else "primal"
         )
-    inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-    early, late = cut_by(partition, gm, inputs, n_early)
-    return imported(early, "forward"), imported(late, "backward")
+    return gm
 
 
 def imported(gm: fx.GraphModule, name: str) -> Program:
