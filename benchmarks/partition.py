@@ -8,7 +8,7 @@ excepted. "Again" is the time of the nodes that run in both graphs, as a share o
 under aotfunc's cost for backends that fuse; "peak" is simulated. "Bytes" is what ours saves at
 PyTorch's recomputation over what PyTorch's saves, "time" what ours computes again at PyTorch's
 saved bytes over what PyTorch's does. ``--large`` measures graphs of many layers instead, ``--run``
-real peaks and backward times."""
+real peaks and backward times. Models of transformers need `pip install aotfunc[models]`."""
 
 from __future__ import annotations
 

@@ -153,17 +153,34 @@ def zoo(layers: int = 12) -> dict[str, Callable[[], fx.GraphModule]]:
         "LSTM, 16 steps": lambda: of_module(Recurrent(128, 16), torch.randn(64, 128)),
         "per-sample gradients": lambda: joint_graph(per_sample, *weights, torch.randn(128, 64)),
     }
-    if importlib.util.find_spec("transformers") is not None:
-        sizes = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 4}
-        sizes |= {"num_attention_heads": 4, "intermediate_size": 512}
-        plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        ids = torch.randint(4, 1000, (4, 64))
-        text = {"input_ids": ids, "labels": ids}
-        images = {"pixel_values": torch.randn(4, 3, 64, 64), "labels": torch.arange(4) % 2}
-        found["BERT, 4 layers"] = lambda: of_transformers(
-            "BertForMaskedLM", text, **sizes, **plain
-        )
-        found["ViT, 4 layers"] = lambda: of_transformers(
-            "ViTForImageClassification", images, **sizes, **plain, image_size=64, patch_size=8
-        )
-    return found
+    if importlib.util.find_spec("transformers") is None:
+        print("without BERT, ViT, GPT-2 and Llama: transformers is not installed")
+        return found
+    return found | models_of_transformers()
+
+
+def models_of_transformers() -> dict[str, Callable[[], fx.GraphModule]]:
+    """BERT, ViT, GPT-2 and Llama, with random weights."""
+    ids = torch.randint(4, 1000, (4, 64))
+    text, words = {"input_ids": ids, "labels": ids}, {"vocab_size": 1000}
+    # a mask of two dimensions would be asked for its values
+    causal = {**text, "attention_mask": torch.ones(64, 64).tril().bool().expand(4, 1, 64, 64)}
+    images = {"pixel_values": torch.randn(4, 3, 64, 64), "labels": torch.arange(4) % 2}
+    heads = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
+    bert = heads | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    gpt = {"n_embd": 128, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    four, two = {"num_hidden_layers": 4}, {"num_hidden_layers": 2, "use_cache": False}
+    return {
+        "BERT, 4 layers": lambda: of_transformers(
+            "BertForMaskedLM", text, **words, **bert, **four
+        ),
+        "ViT, 4 layers": lambda: of_transformers(
+            "ViTForImageClassification", images, **bert, **four, image_size=64, patch_size=8
+        ),
+        "GPT-2, 2 layers": lambda: of_transformers(
+            "GPT2LMHeadModel", causal, **words, **gpt, **two
+        ),
+        "Llama, 2 layers": lambda: of_transformers(
+            "LlamaForCausalLM", causal, **words, **heads, **two, num_key_value_heads=2
+        ),
+    }
