@@ -11,7 +11,6 @@ they are."""
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -83,8 +82,7 @@ class Frontier:
 
     @cached_property
     def cuts(self) -> list[Point]:
-        """Return points all along the hull, from the least bytes to the most; more are added by
-        :meth:`within`."""
+        """Return points all along the hull, from the least bytes to the most."""
         low, high = self.ends
         points, apart = [low, high], NEAR * (high.bytes - low.bytes)
         gaps = [(low.bytes - high.bytes, low.bytes, low, high)]
@@ -108,11 +106,12 @@ class Frontier:
     def within(self, limit: float, axis: str) -> Choice | None:
         """Return the best choice whose ``axis``, "bytes" or "time", is at most ``limit``; None if
         there is none."""
+        a, b = self.ends if axis == "bytes" else self.ends[::-1]
         fits = lambda p: getattr(p.choice, axis) <= limit
-        found = [p.choice for p in self.cuts if fits(p)]
-        a, b = self.bracket(fits)
+        found = [p.choice for p in (a, b) if fits(p)]
+        apart = len(found) == 1
         with doing(lambda: f"budget, {len(found)} choices within it"):
-            while a and b and (c := self.between(*ordered(a, b))) is not None:
+            while apart and (c := self.between(*ordered(a, b))) is not None:
                 if fits(c):
                     found.append(c.choice)
                     a = c
@@ -120,13 +119,6 @@ class Frontier:
                     b = c
         other = "time" if axis == "bytes" else "bytes"
         return min(found, key=lambda c: (getattr(c, other), getattr(c, axis)), default=None)
-
-    def bracket(self, fits: Callable[[Point], bool]) -> tuple[Point | None, Point | None]:
-        """Return the neighbours on the hull of which one fits and the other does not."""
-        for a, b in zip(self.cuts, self.cuts[1:], strict=False):
-            if fits(a) != fits(b):
-                return (a, b) if fits(a) else (b, a)
-        return None, None
 
     def bound(self, limit: float, axis: str = "bytes") -> float:
         """Return a bound that no choice beats: the least time within so many bytes, or the least

@@ -11,6 +11,7 @@ from torch import fx
 
 from ..errors import ArgumentError
 from ..graph import size
+from ..trace.emit import paused_gc
 from .budget import Budget, as_budget
 from .cost import Cost, Flops, Roofline
 from .policies import Policy
@@ -122,7 +123,9 @@ def partition(
     only, "profiled" for measured times, or an object with a ``time(node)``.
 
     The choice is a minimum cut, the cheapest at its price; the report says how far from the best
-    within the budget it can be at most. ``exact`` searches up to ten seconds for the best. Raises
+    within the budget it can be at most. Where that is over 5 % of a hard budget, an integer
+    program searches for a better one, up to two seconds; ``exact`` lets it search up to ten for
+    the best. Raises
     PartitionError if the budget is below the least that is possible, and says what that is.
 
     >>> from aotfunc import jit
@@ -136,11 +139,12 @@ def partition(
     count = joint.meta.get("num_fwd_outputs") if num_fwd_outputs is None else num_fwd_outputs
     if count is None:
         raise ArgumentError("partition: num_fwd_outputs must say how many outputs are results")
-    problem = Problem(read_joint(joint.graph, count), as_cost(cost), policy)
-    within = Within(problem, exact)
     budget = as_budget(memory_budget)
-    choice = within.choice(budget)
-    fw, bw = verified_split(joint, problem, choice)
+    with paused_gc():
+        problem = Problem(read_joint(joint.graph, count), as_cost(cost), policy)
+        within = Within(problem, exact)
+        choice = within.choice(budget)
+        fw, bw = verified_split(joint, problem, choice)
     return Partition(fw, bw, Report(fw, within, choice, budget))
 
 

@@ -131,6 +131,13 @@ class Problem:
             ancestors(self.inputs, [k for k in self.needed if not held[k]], stop=held), dtype=bool
         )
 
+    def read(self, saved: np.ndarray) -> np.ndarray:
+        """Return the values that the backward reads when these are saved."""
+        late = self.late(saved)
+        found = np.zeros(len(late), dtype=bool)
+        found[[*self.needed, *(p for k in np.flatnonzero(late) for p in self.inputs[k])]] = True
+        return found
+
     def twice(self, saved: np.ndarray) -> np.ndarray:
         """Return the values that run in the forward and again in the backward."""
         early = ancestors(self.inputs, np.flatnonzero(saved & ~self.forward).tolist())

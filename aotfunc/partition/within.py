@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from operator import attrgetter
 
 import numpy as np
 
@@ -14,6 +15,10 @@ from .frontier import Frontier
 from .memory import Simulation
 from .problem import Choice, Problem
 from .solve import INF
+
+#: the integer program is asked where a choice among so many values costs this share more than the
+#: bound of the cuts; of more values than these it is not
+GAPS = {5_000: 0.05, 12_000: 0.01}
 
 
 class Within:
@@ -79,26 +84,39 @@ class Within:
                 return self.limited(asked + share * self.problem.forward_time, "time")
         raise AssertionError(budget)
 
-    def bound(self, size: float) -> float:
-        """Return the least time within so many bytes; no choice takes less."""
+    def bound(self, size: float, time: float) -> float:
+        """Return a time that no choice within so many bytes beats, and that is not far below the
+        least, if it can be found, where it is far below this ``time``."""
         found = self.frontier.bound(size)
-        return max(found, self.best(size, "bytes")[1]) if self.exact else found
+        return max(found, self.best(size, "bytes")[1]) if self.far(time, found) else found
+
+    def far(self, cost: float, bound: float) -> bool:
+        """Return whether the integer program is to be asked about a choice of this cost."""
+        return self.exact or cost > (1 + self.gap) * bound
+
+    @property
+    def gap(self) -> float:
+        """Return by how much a choice may cost more than the bound, as a share."""
+        count = len(self.problem.nodes)
+        return next((gap for many, gap in GAPS.items() if count <= many), INF)
 
     def best(self, limit: float, axis: str) -> tuple[Choice | None, float]:
         """Return what the integer program finds, which is asked once."""
         if (limit, axis) not in self.solved:
-            self.solved[limit, axis] = best(self.problem, limit, axis)
+            gap, seconds = (5e-4, 10.0) if self.exact else (0.8 * self.gap, 2.0)
+            self.solved[limit, axis] = best(self.problem, limit, axis, gap, seconds)
         return self.solved[limit, axis]
 
     def limited(self, limit: float, axis: str) -> Choice:
-        found = [self.frontier.within(limit, axis)]
-        if self.exact:
-            found.append(self.best(limit, axis)[0])
-        other = "time" if axis == "bytes" else "bytes"
-        fit = [c for c in found if c is not None and getattr(c, axis) <= limit]
-        if not fit:
+        found = self.frontier.within(limit, axis)
+        if found is None:
             raise too_little("saving", limit, self.frontier.ends[0].choice.bytes)
-        return min(fit, key=lambda c: getattr(c, other))
+        other = attrgetter("time" if axis == "bytes" else "bytes")
+        if self.far(other(found), self.frontier.bound(limit, axis)):
+            better, _ = self.best(limit, axis)
+            if better is not None and getattr(better, axis) <= limit:
+                found = min(found, better, key=other)
+        return found
 
 
 def too_little(what: str, limit: float, least: int) -> PartitionError:
