@@ -103,8 +103,10 @@ def test_no_choice_is_better(seed: int) -> None:
     for c in frontier.points:
         assert not [1 for size, time in every if size < c.bytes - 40 and time < c.time - 1e-9]
         assert (c.bytes, pytest.approx(c.time)) in every
-    for limit in {size for size, _ in every}:
-        least = min(time for size, time in every if size <= limit)
+    levels: dict[float, int] = {}  # each least time, and the fewest bytes that it takes
+    for limit in sorted({size for size, _ in every}):
+        levels.setdefault(min(time for size, time in every if size <= limit), limit)
+    for least, limit in levels.items():
         found, bound = best(problem, limit)
         assert found is not None and found.time == pytest.approx(least) and found.bytes <= limit
         assert bound <= least + 1e-6
