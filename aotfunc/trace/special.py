@@ -19,6 +19,7 @@ from ..debug import _OURS, at, user_line
 from ..errors import CaptureError
 from .autograd import needs_grad
 from .casts import record_cast
+from .collectives import DIFFERENTIATED, within_function
 from .in_place import refresh
 from .kernels import READ_AS_LAID, misread
 from .numbers import forgive
@@ -271,6 +272,7 @@ _LISTS = [
 _ANSWERS: dict[OpOverload, Callable] = {
     **{op: partial(_on_lists, op) for op in _LISTS},
     **{op: partial(_laid, op) for op in READ_AS_LAID},
+    **{op: partial(within_function, op) for op in DIFFERENTIATED},
     aten._local_scalar_dense.default: _scalar,
     aten.equal.default: _equal,
     aten.lift_fresh.default: _lift_fresh,

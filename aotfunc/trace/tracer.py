@@ -21,6 +21,7 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from . import histories
+from .collectives import record_collective
 from .following import LOW, expressions_in, with_values
 from .in_place import OVERWRITES, check_reshaped, write_results
 from .learning import follows_default, learn
@@ -49,7 +50,7 @@ class Trace(Answering, TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
         if func.__class__ is not OpOverload:
-            return of_objects(func, args)
+            return of_objects(self, func, args)
         if self.autograd.made:
             self.autograd.adopt_leaves()
         call = func._op  # hashes in C, which an overload does not
@@ -272,20 +273,14 @@ class Trace(Answering, TorchDispatchMode):
         return self.wrap(instr.outs, instr.facts)
 
 
-def of_objects(func: Any, args: tuple) -> Any:
+def of_objects(trace: Trace, func: Any, args: tuple) -> Any:
     """Return the result of an operator that takes other objects: the end of a profiler's named
-    range, which is over with the capture. Other such operators are refused."""
+    range, which is over with the capture, or a collective. Other such operators are refused."""
     space = getattr(func, "namespace", None)
     if space == "profiler":
         return func(*args)
     if space == "c10d":
-        name = func._schema.name.removeprefix("c10d::").rstrip("_")
-        raise CaptureError(
-            f"torch.distributed's {name} writes into its argument while other processes wait"
-            f"{at(debug.user_line())}, which is not captured: call the function of its kind in "
-            "torch.distributed._functional_collectives, which returns a tensor and has a "
-            "derivative"
-        )
+        return record_collective(trace, func, args)
     raise on_functions(func.__name__)
 
 

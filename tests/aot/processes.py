@@ -3,6 +3,7 @@ tests/aot/processes.py RANK PROCESSES FILE``. They meet in the file."""
 
 import copy
 import sys
+import warnings
 from datetime import timedelta
 
 import torch
@@ -106,17 +107,105 @@ def check_training(rank, count):
     torch.testing.assert_close(trained(sharded, x[mine], y[mine]), plain)
 
 
-def check_refusals():
-    def summed(x):
-        dist.all_reduce(y := x.sin())
-        return y
+def written(empty, call):
+    """A function of what ``call`` writes into the tensor, or tensors, that ``empty`` makes."""
 
-    try:
-        jit(summed)(torch.ones(3))
-    except CaptureError as e:
-        assert "torch.distributed's allreduce" in str(e), e
-    else:
-        raise AssertionError("an in-place collective was captured")
+    def f(x):
+        h = x.sin()
+        out = empty(h)
+        call(out, h if out is h else h.detach())
+        return sum(o.cos().sum() * (i + 1) for i, o in enumerate(out)) + h.sum()
+
+    return f
+
+
+def ordered(x):
+    """Two of a value in turn, one that nothing reads, and one that is waited for."""
+    y = x.sin()
+    dist.all_reduce(y, dist.ReduceOp.MAX)
+    z = y * 2
+    dist.broadcast(x * 3, 0)
+    work = dist.all_reduce(y, async_op=True)
+    work.wait()
+    return (y * z).sum()
+
+
+def logged(x):
+    """A value that is shown, and summed in place out of autograd's sight."""
+    with torch.no_grad():
+        dist.all_reduce(mean := x.mean())
+    dist.all_reduce(shown := (x * x).detach())
+    return (x * mean).sin().sum() + shown.sum()
+
+
+def argument(x):
+    dist.broadcast(x, 1)
+    return x.square().sum()
+
+
+#: functions with collectives in place
+IN_PLACE = {
+    "all_reduce": written(lambda h: h, lambda out, h: dist.all_reduce(out)),
+    "broadcast": written(lambda h: h, lambda out, h: dist.broadcast(out, 1)),
+    "a view": written(lambda h: h, lambda out, h: dist.all_reduce(out[0], dist.ReduceOp.MIN)),
+    "all_gather": written(
+        lambda h: [torch.empty_like(h) for _ in range(2)], lambda out, h: dist.all_gather(out, h)
+    ),
+    "all_gather_into_tensor": written(
+        lambda h: h.new_empty(8, 2), lambda out, h: dist.all_gather_into_tensor(out, h)
+    ),
+    "reduce_scatter_tensor": written(
+        lambda h: h.new_empty(2, 2), lambda out, h: dist.reduce_scatter_tensor(out, h)
+    ),
+    "reduce_scatter": written(
+        lambda h: h.new_empty(2, 2), lambda out, h: dist.reduce_scatter(out, [*h.split(2)])
+    ),
+    "all_to_all_single": written(torch.empty_like, lambda out, h: dist.all_to_all_single(out, h)),
+    "ordered": ordered,
+    "logged": logged,
+    "argument": argument,
+}
+
+
+def check_in_place(rank):
+    """Values and what is written are eager's, and so are gradients: autograd does not see the
+    writes. Those of a batch are those of each sample."""
+
+    def gradients(f, x):
+        """The gradient, and that of its square."""
+        (g,) = torch.autograd.grad(f(x := x.clone().requires_grad_()), x, create_graph=True)
+        return g.detach(), torch.autograd.grad(g.square().sum(), x)[0]
+
+    close, xs = torch.testing.assert_close, torch.arange(16.0).view(2, 4, 2) * 0.3 + rank
+    for name, f in IN_PLACE.items():
+        second = grad(lambda x, f=f: grad(f)(x).square().sum())
+        for backend in "eager", "cpp":
+            x, y = xs[0].clone(), xs[0].clone()
+            close(jit(f, backend)(x), f(y), msg=name)
+            close(x, y, msg=name)
+        expected = [gradients(f, x) for x in xs]
+        close((grad(f)(xs[0].clone()), second(xs[0].clone())), expected[0], msg=name)
+        close(vmap(f)(xs.clone()), torch.stack([f(x.clone()) for x in xs]), msg=name)
+        close(vmap(second)(xs.clone()), torch.stack([g for _, g in expected]), msg=name)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        grad(IN_PLACE["broadcast"])(torch.ones(4, 2))
+        grad(logged)(torch.ones(4, 2))
+    assert [str(w.message).split()[:2] for w in said] == [["torch.distributed's", "broadcast"]]
+
+
+def check_refusals():
+    for name, f, words in (
+        ("barrier", lambda x: dist.barrier() or x, "torch.distributed's barrier"),
+        ("reduce", lambda x: dist.reduce(x, 0), "torch.distributed's reduce"),
+        ("size", lambda x: dist.all_gather_into_tensor(x, x), "6 elements of torch.float32"),
+    ):
+        try:
+            jit(f)(torch.ones(3))
+        except CaptureError as e:
+            assert words in str(e), e
+        else:
+            raise AssertionError(f"{name} was captured")
 
 
 def main(rank, count, file):
@@ -129,6 +218,7 @@ def main(rank, count, file):
     )
     check_collectives(rank, count)
     if count == 2:  # more processes train by the same collectives
+        check_in_place(rank)
         check_refusals()
         check_training(rank, count)
     dist.destroy_process_group()
