@@ -16,6 +16,7 @@ from ..partition.budget import Budget
 from ..partition.partitions import Budgeted
 from ..runtime.compiled import Compiled
 from ..runtime.guards.explain import Explanation
+from ..runtime.guards.parallel import check_parallel
 from ..runtime.lowering import Lowered
 from ..runtime.pipeline import Compiler, Partition, Pipeline
 
@@ -256,4 +257,6 @@ def aot_module(mod: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     >>> net(torch.ones(3, 2)).sum().backward(); net.weight.grad
     tensor([[3., 3.]])
     """
+    for name, part in mod.named_modules():
+        check_parallel(part, name or "the module", gradients=False)
     return CompiledModule(mod, aot_function(mod, *args, **kwargs))

@@ -28,6 +28,12 @@ def check_kind(t: Tensor) -> None:
     if type(t) in _KINDS:
         return
     if dispatches(t) and not is_fake(t):
+        if type(t).__name__ == "DTensor":
+            raise CaptureError(
+                f"DTensors are not captured{at(debug.user_line())}: pass what this process holds, "
+                "x.to_local(), and exchange it in an autograd.Function, or by "
+                "torch.distributed._functional_collectives"
+            )
         raise CaptureError(
             f"tensors of the subclass {type(t).__name__} cannot be captured{at(debug.user_line())}"
         )

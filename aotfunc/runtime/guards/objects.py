@@ -18,6 +18,7 @@ from torch import nn
 from ...trace.holding import slots_of
 from .description import NOTHING, Description, passing
 from .keys import Named, noted
+from .parallel import check_parallel
 from .reads import CLOSED, library_of_module, reads_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -162,6 +163,7 @@ class Objects(Description):
 
     def module(self, m: nn.Module, v: str, label: str) -> None:
         """Describe a module's mode, plain attributes, parameters, buffers, children and hooks."""
+        check_parallel(m, label, torch.is_grad_enabled())
         cls, table = type(m), m.__dict__
         self._modules = True
         self.require(f"type({v})", cls)

@@ -1,0 +1,108 @@
+"""Training by several processes, started by :mod:`.processes`."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+from aotfunc import aot_module, jit
+from aotfunc.errors import CaptureError
+
+
+def trained(net, x, y):
+    """The parameters after steps of AdamW, whole."""
+    optimizer = torch.optim.AdamW(net.parameters(), 0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (net(x) - y).square().mean().backward()
+        optimizer.step()
+    full = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p
+    return [full(p).detach() for p in net.parameters()]
+
+
+def check_training(rank, count):
+    """Steps of a compiled module on parts of a batch are those of a plain one on all of it."""
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 2))
+    x, y = torch.randn(8 * count, 3), torch.randn(8 * count, 2)
+    mine = slice(rank * 8, rank * 8 + 8)
+    parallel = nn.parallel.DistributedDataParallel
+
+    def by_parts(net):
+        for i in 0, 3:
+            net[i] = fully_shard(aot_module(net[i]))
+        return fully_shard(net)
+
+    plain = trained(copy.deepcopy(start), x, y)
+    for way in lambda m: parallel(aot_module(m)), lambda m: fully_shard(aot_module(m)), by_parts:
+        torch.testing.assert_close(trained(way(copy.deepcopy(start)), x[mine], y[mine]), plain)
+    split = Split(copy.deepcopy(start[0]), copy.deepcopy(start[3]), count)
+    whole = nn.Sequential(start[0], nn.Tanh(), start[3])
+    torch.testing.assert_close(trained(split, x, y), trained(whole, x, y))
+
+    first = lambda wrap: nn.Sequential(wrap(nn.Linear(3, 8)), nn.Tanh())
+    mesh = init_device_mesh("cpu", (count,))
+    column = lambda m: parallelize_module(m, mesh, ColwiseParallel())
+    later = first(lambda m: m)
+    compiled = aot_module(later)
+    fully_shard(later[0])
+    for words, call in (
+        ("0 is a module of fully_shard", lambda: aot_module(first(fully_shard))),
+        ("self.0 is a module of fully_shard", lambda: compiled(x)),
+        ("self.0 is a module of DistributedData", lambda: aot_module(first(parallel))(x)),
+        ("f is a module of fully_shard", lambda: jit(fully_shard(nn.Linear(3, 3)))(x)),
+        ("DTensors are not captured", lambda: aot_module(first(column))(x)),
+    ):
+        with pytest.raises(CaptureError, match=words):
+            call()
+
+
+class Enter(torch.autograd.Function):
+    """A value that all have, to be used by each for its part."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        dist.all_reduce(g := g.clone())
+        return g
+
+
+class Leave(torch.autograd.Function):
+    """The sum of what all have."""
+
+    @staticmethod
+    def forward(ctx, x):
+        dist.all_reduce(y := x.clone())
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class Split(nn.Module):
+    """Two layers, of whose hidden features each process has a part."""
+
+    def __init__(self, up, down, count):
+        super().__init__()
+        mesh = init_device_mesh("cpu", (count,))
+        split = lambda p, *where: nn.Parameter(distribute_tensor(p.detach(), mesh, where))
+        self.up, self.bias = split(up.weight, Shard(0)), split(up.bias, Shard(0))
+        self.down, self.last = split(down.weight, Shard(1)), split(down.bias, Replicate())
+
+    @staticmethod
+    @jit
+    def layers(x, up, bias, down, last):
+        return Leave.apply((Enter.apply(x) @ up.T + bias).tanh() @ down.T) + last
+
+    def forward(self, x):
+        return self.layers(x, *[p.to_local() for p in self.parameters()])
