@@ -41,6 +41,7 @@ from ..runtime.specialised import fact_text, leaf_facts
 from ..trace.memory import places_of
 from ..transforms.fresh import fresh
 from .jit import CompiledModule
+from .onnx import to_onnx
 
 #: of the file's format
 VERSION = 1
@@ -238,10 +239,26 @@ class Exported(nn.Module):
         derivatives that the user wrote. Raises what ``torch.export`` raises where it refuses the
         graph."""
         examples = [torch.empty_like(s.proto, device=s.device) for s in self._signatures]
-        given = {k: tree_of(tree, examples) for k, tree in self._data["arguments"].items()}
-        args = tuple(given.values())[: self._data["positional"]]
-        keywords = dict([*given.items()][len(args) :])
+        args, keywords = self._arguments(examples)
         return torch.export.export(OpByOp(self), args, keywords, strict=False)
+
+    def to_onnx(self, **options: Any) -> Any:
+        """Return the ``torch.onnx.ONNXProgram`` of the function, for ``.save("f.onnx")``: its
+        inputs are the tensors among the arguments, its outputs those among the results.
+        ``options`` are those of ``torch.onnx.export``: ``output_names``, ``opset_version``, ….
+
+        Derivatives and batches are ops like others: ``export(grad(f), x).to_onnx()``. onnxruntime
+        runs the model once, on random numbers and on zeros for integers, beside the function.
+        Raises BackendError without onnxscript or onnxruntime, and ArgumentError for ops that
+        torch.onnx cannot convert or converts to others, and for a function that writes to its
+        arguments or buffers or draws random numbers."""
+        return to_onnx(self, options)
+
+    def _arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
+        """Return positional and keyword arguments with these tensors in their places."""
+        given = {k: tree_of(tree, tensors) for k, tree in self._data["arguments"].items()}
+        args = tuple(given.values())[: self._data["positional"]]
+        return args, dict([*given.items()][len(args) :])
 
     def save(self, file: str | Path) -> None:
         """Write the function to a file, with the present values of its tensors."""
