@@ -16,7 +16,7 @@ from ..capture.while_loop import While, as_condition
 from ..runtime.graph_module import graph_module
 from ..trace.emit import Builder
 from ..trace.traced import HOOKS
-from . import control_flow
+from . import control_flow, recurrent  # noqa: F401
 from .associative_scan import associative_scan
 from .flow_bodies import Body, one, run_flow, sharing_constants
 

@@ -57,6 +57,7 @@ def capture(
     are passed as they are."""
     patches.install()
     trace, outer = Trace(why_not, constants, ask=agreed), current()
+    trace.rolls = outer is not None and outer.rolls
     trace.lifts_numbers = (
         numbers and (outer is None or outer.lifts_numbers) and not under_fake_mode()
     )

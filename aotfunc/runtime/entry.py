@@ -281,7 +281,7 @@ def captured_entry(
     def f(*args: Any, **kwargs: Any) -> Any:
         mine = Snapshot(args, kwargs)
         trace: Any = current()
-        trace.live_hooks = []
+        trace.live_hooks, trace.rolls = [], compiled.pipeline.rolls
         with compiled._names.watching(), axes({}):  # those outside are not in the key
             try:
                 result = called(*args, **kwargs)

@@ -112,6 +112,11 @@ class Pipeline:
         ours = (backends.AUTO, backends.CPP, backends.EAGER)
         return not (self.forward_backend in ours and self.backward_backend in ours)
 
+    @property
+    def rolls(self) -> bool:
+        """Return whether loops of small ops run in native code."""
+        return {self.forward_backend, self.backward_backend} <= {backends.AUTO, backends.CPP}
+
     def takes_numbers(self, rec: Captured) -> bool:
         """Return whether Python numbers may be inputs of its programs."""
         if not self.rounds:

@@ -17,13 +17,14 @@ from .collector import paused_gc
 from .constructors import CONSTRUCTORS
 from .numbers import watch
 from .patches import Exchange
+from .recurrent import RECURRENT
 from .traced import current, under_way
 from .tracer import Trace
 
 functorch = torch._C._functorch
 
 #: functions of torch as a recording has them
-functions = Exchange(CONSTRUCTORS | CONTEXTS)
+functions = Exchange(CONSTRUCTORS | CONTEXTS | RECURRENT)
 
 
 def record_into(trace: Trace, body: Callable[[], Any]) -> Any:

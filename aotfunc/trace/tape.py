@@ -42,6 +42,7 @@ class Tape:
     count = 0
     depth = 0  # of the modes, while it is recorded
     lifts_numbers = False  # see scalars
+    rolls = False  # records recurrent layers as loops
     mutates = False
     strided = False  # counts from where a storage begins
     runs_always = False  # does what no recording sees, so it must run at every call

@@ -2,13 +2,14 @@
 layers run."""
 
 import copy
+import re
 from functools import partial
 
 import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from aotfunc import aot_module, check_grads, functional_call, grad, jvp, make_fx, vmap
+from aotfunc import aot_module, check_grads, export, functional_call, grad, jit, jvp, make_fx, vmap
 from aotfunc.graph import size
 from tests.reference import assert_same
 
@@ -167,3 +168,42 @@ def test_the_layer_of_weights_that_lie_otherwise():
     turned = {k: v.mT.contiguous().mT if v.dim() == 2 else v for k, v in values.items()}
     f = lambda p: functional_call(layer, p, (x,))[0].sin().sum()
     assert_same(grad(f)(turned), grad(f)(values))
+
+
+# ----- loops, where the backend has them in native code ------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (nn.RNN, {"nonlinearity": "relu", "bias": False}),
+        (nn.GRU, {"num_layers": 2, "bidirectional": True, "batch_first": True, "dropout": 0.3}),
+        (nn.LSTM, {"num_layers": 2}),
+    ],
+)
+def test_a_layer_as_a_loop(kind, options):
+    """Results, their strides, draws, and derivatives to second order are eager's, and those of a
+    batch each sample's."""
+    layer, x = kind(3, 4, **options).double(), torch.randn(2, 5, 3, dtype=torch.float64)
+    compiled, parameters = aot_module(layer, "cpp"), [*layer.parameters()]
+
+    def all_of_it(f):
+        torch.manual_seed(0)
+        outs = tree_leaves(f(x))
+        gradients = torch.autograd.grad(
+            sum(o.sin().sum() for o in outs), parameters, create_graph=True
+        )
+        squares = sum(g.square().sum() for g in gradients)
+        return outs, gradients, torch.autograd.grad(squares, parameters)
+
+    expected = all_of_it(layer)
+    assert_same(all_of_it(compiled), expected)
+    assert [o.stride() for o in tree_leaves(compiled(x))] == [o.stride() for o in expected[0]]
+    loops = layer.num_layers * (1 + layer.bidirectional)
+    assert len(re.findall(r" = \w*_scan\w*\(", compiled.lower(x).code)) == loops
+    layer.eval()
+    loss = lambda x: outputs(layer, dict(layer.named_parameters()), x).sum()
+    xs = torch.stack([x, x + 1])
+    assert_same(jit(vmap(grad(loss)), "cpp")(xs), torch.stack([grad(loss)(x) for x in xs]))
+    for graph in make_fx(layer)(x), export(compiled, x).graphs["function"]:  # for others to read
+        assert "scan" not in graph.code

@@ -1,0 +1,44 @@
+"""torch's recurrent layers, exchanged while a capture is under way: where loops are native code,
+the step of a layer is recorded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .patches import recorder
+from .traced import HOOKS
+
+
+def rolled(name: str) -> Callable:
+    """Return the function to call for torch's of this name, which records each op of each step."""
+    unrolled = getattr(torch._VF, name)
+
+    def layers(*args: Any) -> Any:
+        trace = recorder()
+        loop = trace is not None and trace.rolls and fits(name, *args)
+        return HOOKS["recurrent"](name, *args) if loop else unrolled(*args)
+
+    return layers
+
+
+def fits(name: str, x: Tensor, start: Any, weights: Any, bias: Any, *rest: Any) -> bool:
+    """Return whether a call is of sequences of one length, of more than one step, on the CPU, of
+    one dtype that no kernel of its own takes (oneDNN has an LSTM) and that nothing rounds, and
+    without projections."""
+    if not isinstance(bias, bool) or torch.is_autocast_enabled("cpu"):  # else they are packed
+        return False
+    starts, batch_first = [*start] if name == "lstm" else [start], rest[-1]
+    return (
+        x.dtype in ((torch.float64,) if name == "lstm" else (torch.float32, torch.float64))
+        and all(t.dtype is x.dtype and t.device.type == "cpu" for t in [x, *starts, *weights])
+        and len(weights) == len(starts[0]) * (4 if bias else 2)
+        and x.numel() > 0
+        and x.shape[batch_first] > 1
+    )
+
+
+RECURRENT = {(torch._VF, name): rolled(name) for name in ("rnn_tanh", "rnn_relu", "gru", "lstm")}
