@@ -54,6 +54,11 @@ class PartitionError(AotfuncError, AssertionError):
     or the least that is possible."""
 
 
+class ValidationError(AotfuncError, AssertionError):
+    """A result is not eager PyTorch's, as ``validate=True`` found; the message names the first op
+    that differs, and the user's line."""
+
+
 class BackendError(AotfuncError, ImportError):
     """A backend is unknown, lacks something that it needs (the message says what to install), or
     failed on a graph: ``graph_module`` is that graph, the message names the half, and the

@@ -33,6 +33,7 @@ from ..transforms.jvp import jvp as jvp_pass
 from ..transforms.linearize import halve, linear_program
 from ..transforms.vjp import vjp as vjp_pass
 from .call import Call, chosen_tree, positions, primals_and_tangents, tensors_of
+from .checks import Gradients, Maps
 from .dynamo import read_as, read_by_dynamo
 from .readings import (
     gradient,
@@ -43,10 +44,12 @@ from .readings import (
     run_gradient_and_value,
     vjp_in_graph,
 )
+from .validate import validated
 
 # ----- reverse mode ------------------------------------------------------------------------------
 
 
+@validated(Gradients)
 @read_by_dynamo(gradient_and_value, run_gradient_and_value)
 def grad_and_value(
     func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False
@@ -57,7 +60,8 @@ def grad_and_value(
     The gradient has the tree of the argument (a tuple of trees for a tuple ``argnums``), each leaf
     the shape and dtype of its primal. Arguments that do not matter get zeros. Raises ArgumentError
     if a differentiated leaf is not a floating or complex tensor, or the output not a real tensor
-    with zero dimensions.
+    with zero dimensions. ``validate=True``, as for all transforms, compares the first call with
+    eager autograd and with differences, and raises ValidationError (see ``docs/errors.md``).
 
     >>> grad_and_value(lambda x: (x * x).sum())(torch.tensor([1.0, 2.0]))
     (tensor([2., 4.]), tensor(5.))
@@ -73,6 +77,7 @@ def grad_and_value(
     return wrapper
 
 
+@validated(Gradients)
 @read_by_dynamo(gradient, run_gradient)
 def grad(func: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
     """Return the gradient of a scalar function with respect to the arguments ``argnums``;
@@ -131,6 +136,7 @@ def _halves(joint: Program, call: Call, n_late: int) -> tuple[Program, Program, 
     return joint.derived(("halves",), make)
 
 
+@validated(Maps)
 @read_as(vjp_in_graph)
 def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     """Return ``(output, vjp_fn)``, or ``(output, vjp_fn, aux)``: ``vjp_fn(cotangents)`` maps
@@ -205,6 +211,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
 # ----- forward mode ------------------------------------------------------------------------------
 
 
+@validated(Maps)
 @read_as(pushed)
 def jvp(
     func: Callable, primals: Any, tangents: Any, *, strict: bool = False, has_aux: bool = False
@@ -237,6 +244,7 @@ def jvp(
     return output, unflatten(pushed, call.spec), *aux
 
 
+@validated(Maps)
 @read_as(linearize_in_graph)
 def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     """Return ``(output, jvp_fn)``: the function's value and its linear map at ``primals``;

@@ -13,10 +13,13 @@ from ..runtime.constants import attached
 from ..runtime.execute import execute
 from ..transforms.jacobian import jacobian_columns, jacobian_rows
 from .call import Call, chosen_tree, positions
+from .checks import Gradients
 from .dynamo import read_by_dynamo
 from .readings import jacobian, run_jacobian
+from .validate import validated
 
 
+@validated(Gradients)
 @read_by_dynamo(jacobian, run_jacobian)
 def jacrev(
     func: Callable,
@@ -45,6 +48,7 @@ def jacrev(
     return wrapper
 
 
+@validated(Gradients)
 @read_by_dynamo(jacobian, run_jacobian)
 def jacfwd(
     func: Callable,
@@ -85,6 +89,7 @@ def hessian(
     *,
     has_aux: bool = False,
     chunk_size: int | None = None,
+    validate: bool = False,
 ) -> Callable:
     """Return the Hessian, forward over reverse: ``jacfwd(jacrev(func))``; for a scalar function of
     shape ``I`` a tensor of shape ``I + I``.
@@ -93,8 +98,8 @@ def hessian(
     tensor([[6., 0.],
             [0., 6.]])
     """
-    inner = jacrev(func, argnums, has_aux=has_aux, chunk_size=chunk_size)
-    return jacfwd(inner, argnums, has_aux, chunk_size=chunk_size)
+    inner = jacrev(func, argnums, has_aux=has_aux, chunk_size=chunk_size, validate=validate)
+    return jacfwd(inner, argnums, has_aux, chunk_size=chunk_size, validate=validate)
 
 
 def _jacobian(

@@ -19,6 +19,8 @@ from ..runtime.guards.explain import Explanation
 from ..runtime.guards.parallel import check_parallel
 from ..runtime.lowering import Lowered
 from ..runtime.pipeline import Compiler, Partition, Pipeline
+from .checks import Compilations
+from .validate import validated
 
 MemoryBudget: TypeAlias = float | int | str | Budget | None
 
@@ -44,6 +46,8 @@ def jit(
     exact: bool = False,
     memory_budget: MemoryBudget = None,
     policy: Policy | None = None,
+    *,
+    validate: bool = False,
 ) -> Callable[..., Compiled]: ...
 
 
@@ -56,9 +60,12 @@ def jit(
     exact: bool = False,
     memory_budget: MemoryBudget = None,
     policy: Policy | None = None,
+    *,
+    validate: bool = False,
 ) -> Compiled: ...
 
 
+@validated(Compilations)
 def jit(
     f: Callable | None = None,
     backend: str | Compiler = "auto",
@@ -89,7 +96,8 @@ def jit(
 
     ``memory_budget`` and ``policy`` say how much is saved for the backward, as for
     :func:`aotfunc.partition`; by default what is cheap beside the memory that it takes is computed
-    again.
+    again. With ``validate=True`` the first call, and its gradients, are compared with eager
+    PyTorch's; ValidationError names the first op that differs.
 
     >>> jit(lambda x: torch.sin(x) * 2)(torch.zeros(2))
     tensor([0., 0.])
@@ -127,6 +135,7 @@ def aot_function(
 ) -> Compiled: ...
 
 
+@validated(Compilations)
 def aot_function(
     fn: Callable | None = None,
     fw_compiler: str | Compiler = "auto",

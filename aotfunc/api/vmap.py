@@ -28,10 +28,13 @@ from ..transforms.fresh import fresh
 from ..transforms.vmap import Axis
 from ..transforms.vmap import vmap as vmap_pass
 from .call import Dims, batch_size, broadcast_prefix, input_dims, sample_sig, tensors_of
+from .checks import Batches
 from .dynamo import read_by_dynamo
 from .readings import batched, run_batched
+from .validate import validated
 
 
+@validated(Batches)
 @read_by_dynamo(batched, run_batched)
 def vmap(
     func: Callable,
@@ -266,6 +269,7 @@ def debug_unwrap(tensor: Tensor, *, recurse: bool = True) -> Tensor:
     return values[0] if count > 1 or tensor.tracer.samples is not None else values[0][0]
 
 
+@validated(Batches)
 @read_by_dynamo(batched, run_batched)
 def chunk_vmap(
     func: Callable,

@@ -1,0 +1,129 @@
+"""Run a function in eager PyTorch, as it is or in float64, and undo what it writes and draws."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..capture.tree import flatten
+from ..trace.modes import device_generators
+from ..trace.shapes.sig import floating
+
+WIDE = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    torch.complex64: torch.complex128,
+}
+
+
+class Rehearsal(TorchDispatchMode):
+    """Run ops as eager PyTorch does, in float64 if ``wide``, and keep what they write to and draw
+    from."""
+
+    def __init__(self, wide: bool) -> None:
+        super().__init__()
+        self.wide = wide
+        self.kept: dict[int, tuple[Callable, Any]] = {}
+        self.eps = 0.0  # of the dtype with the fewest digits
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        given = (args, kwargs or {})
+        writes = op._schema.is_mutable or "batch_norm" in op._schema.name
+        for x in tree_leaves(given):
+            if isinstance(x, torch.Generator) and id(x) not in self.kept:
+                self.kept[id(x)] = x.set_state, x.get_state()
+            elif isinstance(x, Tensor):
+                if floating(x):
+                    self.eps = max(self.eps, torch.finfo(x.dtype).eps)
+                if not writes:
+                    continue
+                memory = x.untyped_storage()
+                if memory._cdata not in self.kept:
+                    self.kept[memory._cdata] = memory.copy_, memory.clone()
+        if not self.wide:
+            return op(*args, **given[1])
+        args, kwargs = tree_map(widened, given)
+        return tree_map(widened, op(*args, **kwargs))
+
+
+def widened(x: Any) -> Any:
+    """Return a tensor, or a dtype, of more digits."""
+    if isinstance(x, torch.dtype):
+        return WIDE.get(x, x)
+    return x.to(WIDE[x.dtype]) if isinstance(x, Tensor) and x.dtype in WIDE else x
+
+
+@contextlib.contextmanager
+def rehearsed(wide: bool = False, spared: Sequence[Any] = ()) -> Iterator[Rehearsal]:
+    """Undo, at the end of the block, what the function in it draws and writes, to all tensors but
+    those in the memory of ``spared``."""
+    mode = Rehearsal(wide)
+    memories = {x.untyped_storage()._cdata for x in spared if isinstance(x, Tensor)}
+    mode.kept |= {id(g): (g.set_state, g.get_state()) for g in device_generators()}
+    try:
+        with mode:
+            yield mode
+    finally:
+        for key, (restore, before) in mode.kept.items():
+            if key not in memories:
+                restore(before)
+
+
+class Run:
+    """An eager run of ``f`` on copies of ``leaves``: ``outs`` and ``aux``, the leaves of what it
+    returned, ``given``, the copies as it left them, and ``pulled``, the cotangents of those of the
+    leaves ``wrt``, then of tensors that ``f`` closes over."""
+
+    def __init__(self, check: Any, leaves: Sequence[Any], wide: bool = False) -> None:
+        widen = widened if wide else lambda x: x
+        copies = {id(x): widen(x.detach().clone()) for x in leaves if isinstance(x, Tensor)}
+        roots = [copies[id(leaves[k])].requires_grad_() for k in check.wrt]
+        # a leaf that requires grad may not be written to
+        given = {k: x.clone() if x.requires_grad else x for k, x in copies.items()}
+        self.given = [given.get(id(x), x) for x in leaves]
+        grad_mode = torch.set_grad_enabled(check.derives or torch.is_grad_enabled())
+        with grad_mode, rehearsed(wide, self.given) as mode:
+            args, kwargs = check.arguments.rebuilt(self.given)
+            result = check.reference(*args, **kwargs)
+            output, aux = result if check.has_aux else (result, ())
+            outs = flatten(output)[0]
+            if check.closed is None:
+                check.closed = check.more(outs, roots)
+            found = pulled(outs, [*roots, *check.closed], check.cotangents(outs))
+            # what is made inside may have been written to there
+            kept = lambda xs: [x.detach().clone() if isinstance(x, Tensor) else x for x in xs]
+            self.outs, self.aux, self.pulled = kept(outs), kept(tree_leaves(aux)), kept(found)
+            self.eps = mode.eps
+
+
+def pulled(outs: Sequence[Any], wrt: Sequence[Tensor], w: Sequence[Tensor]) -> list[Tensor]:
+    """Return the cotangents of ``wrt`` for those of the floating results."""
+    pairs = zip(filter(floating, outs), w, strict=True)
+    given = [(x, c.to(x.dtype)) for x, c in pairs if x.requires_grad]
+    if not given or not wrt:
+        return [torch.zeros_like(x) for x in wrt]
+    results, cotangents = zip(*given, strict=True)
+    found = torch.autograd.grad(results, wrt, cotangents, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(wrt, found, strict=True)]
+
+
+def leaves_behind(outs: Sequence[Any], known: Sequence[Tensor]) -> list[Tensor]:
+    """Return the leaves of autograd's graph that results depend on, but for the known ones."""
+    found, seen, queue = [], set(), [x.grad_fn for x in outs if isinstance(x, Tensor)]
+    while queue:
+        step = queue.pop()
+        if step is None or step in seen:
+            continue
+        seen.add(step)
+        queue += [s for s, _ in step.next_functions]
+        x = getattr(step, "variable", None)
+        if x is not None and not any(x is k for k in known):
+            found.append(x)
+    return found

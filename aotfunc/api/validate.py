@@ -1,0 +1,356 @@
+"""Is this result right? ``validate=True`` compares the first call with eager PyTorch.
+
+Values are compared with what the function itself gives (under ``vmap``, for each sample),
+derivatives with autograd's, after a product with random cotangents where there are many, and with
+central differences in float64. Where a result differs, each op of the function goes through the
+same transform alone, and the first that differs is named. :mod:`.checks` has what is asked of
+each transform."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from ..capture.tree import Arguments
+from ..debug import at
+from ..errors import AotfuncError, ArgumentError, ValidationError
+from ..graph import Program
+from ..trace.emit import remap, remap_dict
+from ..trace.entering import entry
+from ..trace.shapes.sig import floating
+from ..trace.traced import current
+from ..transforms.lower import CALLS, lowered, marked
+from .call import Call, positions
+from .rehearse import Run, rehearsed, widened
+
+#: the step of differences, in float64
+STEP = 1e-5
+
+
+def validated(kind: type[Check]) -> Callable:
+    """Make a decorator that gives a transform the option ``validate``: its first call is then
+    compared as ``kind`` says."""
+
+    def decorate(transform: Callable) -> Callable:
+        own = inspect.signature(transform)
+
+        @functools.wraps(transform)
+        def make(*args: Any, validate: bool = False, **options: Any) -> Any:
+            if not validate:
+                return transform(*args, **options)
+            bound = own.bind(*args, **options)
+            bound.apply_defaults()
+            f = next(iter(bound.arguments.values()))
+            if f is None:  # a decorator with options
+                return functools.partial(make, validate=True, **options)
+            return kind(transform, f, bound.arguments).first(*bound.args, **bound.kwargs)
+
+        listed = [*own.parameters.values()]
+        option = inspect.Parameter("validate", inspect.Parameter.KEYWORD_ONLY, default=False)
+        listed.insert(len(listed) - (listed[-1].kind is inspect.Parameter.VAR_KEYWORD), option)
+        make.__signature__ = own.replace(parameters=listed)  # type: ignore[attr-defined]
+        return make
+
+    return decorate
+
+
+# ----- comparing ---------------------------------------------------------------------------------
+
+
+class Check:
+    """A transform of ``f``, and how its first result is compared."""
+
+    #: whether it differentiates, whatever grad mode is on around it
+    derives = True
+    has_aux = False
+    #: whether to look for the op
+    locates = True
+
+    def __init__(self, transform: Callable, f: Callable, options: dict[str, Any]) -> None:
+        self.transform, self.f, self.options = transform, f, options
+        self.name, self.has_aux = transform.__name__, options.get("has_aux", False)
+        self.seed = 0
+        self.w: list[Tensor] | None = None
+        self.closed: list[Tensor] | None = None
+
+    def first(self, f: Callable, *args: Any, **options: Any) -> Callable:
+        """Return the transformed function, whose first call is compared."""
+        made, done, self.how = self.transform(f, *args, **options), False, (args, options)
+
+        @entry
+        @functools.wraps(made, updated=())
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            result = made(*args, **kwargs) if done else self.compared(made, args, kwargs)
+            done = True
+            return result
+
+        for method in ("lower", "explain"):
+            if hasattr(made, method):
+                setattr(call, method, getattr(made, method))
+        return call
+
+    def compared(self, made: Callable, args: tuple, kwargs: dict) -> Any:
+        if current() is not None:
+            raise ArgumentError(
+                f"{self.name}(validate=True) is called inside another transform, where there are "
+                "no values to compare; give validate to the outermost one"
+            )
+        self.arguments = arguments = Arguments(args, kwargs, self.f)
+        before = [x.detach().clone() if isinstance(x, Tensor) else x for x in arguments.leaves]
+        failed = None
+        try:
+            self.expect()
+        except AotfuncError:
+            raise
+        except Exception as e:
+            failed = e
+        result = made(*args, **kwargs)
+        if failed is not None:
+            raise ArgumentError(
+                f"{self.name}(validate=True): there is nothing to compare with, as eager PyTorch "
+                f"raises {type(failed).__name__}: {failed}"
+            ) from failed
+        try:
+            with torch.no_grad():
+                self.check(result)
+                self.equal("what it leaves in an argument", arguments.leaves, self.run.given)
+        except ValidationError as e:
+            if not self.locates:
+                raise
+            self.arguments = arguments.with_leaves(before)
+            raise ValidationError(f"{e}; {self.first_op()}") from None
+        return result
+
+    def reference(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what eager PyTorch gives."""
+        return self.f(*args, **kwargs)
+
+    def more(self, outs: Sequence[Any], roots: Sequence[Tensor]) -> list[Tensor]:
+        """Return the closed-over tensors whose gradients are compared."""
+        return []
+
+    # ----- what is expected ----------------------------------------------------------------------
+
+    def expect(self) -> None:
+        """Run the function, as it is and in float64, and take its differences."""
+        leaves = self.arguments.leaves
+        self.wrt = self.differentiated()
+        self.run = Run(self, leaves)
+        self.d = self.directions([leaves[k] for k in self.wrt])
+        self.slopes: list[tuple[Tensor, Tensor]] | None = None
+        floats = [x for x in (*leaves, *self.run.outs) if floating(x)]
+        self.eps = max([torch.finfo(x.dtype).eps for x in floats], default=0.0)
+        try:
+            self.wide = Run(self, leaves, wide=True)
+            pairs = zip(self.wrt, self.d, strict=True)
+            # of symmetric matrices some functions read one half
+            if all(symmetric(d) or not symmetric(leaves[k]) for k, d in pairs):
+                self.slopes = self.differences()
+        except Exception:  # not every function runs in float64, which says how much is rounded
+            self.wide, self.eps = self.run, max(self.eps, self.run.eps)
+
+    def differentiated(self) -> list[int]:
+        """Return which leaves of the arguments are differentiated."""
+        every = tuple(range(len(self.arguments.spans)))
+        return positions(self.name, self.arguments, self.options.get("argnums", every))
+
+    def cotangents(self, outs: Sequence[Any]) -> list[Tensor]:
+        """Return cotangents of the floating results, the same for each run; one for a number, as
+        rules of the user's need not be linear."""
+        if self.w is None:
+            one = lambda x: torch.ones_like(widened(x.detach()))
+            self.w = [self.random(x) if x.dim() else one(x) for x in filter(floating, outs)]
+        return self.w
+
+    def directions(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        found = []
+        for x in map(Tensor.detach, xs):
+            d = self.random(x) * ((float(x.abs().max()) if x.numel() else 0.0) or 1.0)
+            found.append((d + d.mH) / 2 if symmetric(x) else d)
+        return found
+
+    def random(self, x: Tensor) -> Tensor:
+        self.seed += 1
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randn(x.shape, dtype=widened(x.dtype), generator=generator).to(x.device)
+
+    def differences(self) -> list[tuple[Tensor, Tensor]]:
+        """Return central differences of the floating results along ``d``, in float64, and how far
+        they may be off: as far as differences to both sides, and of another step, do."""
+
+        def at(step: float) -> list[Tensor]:
+            leaves = list(self.arguments.leaves)
+            for k, d in zip(self.wrt, self.d, strict=True):
+                leaves[k] = widened(leaves[k].detach()) + step * d
+            outs = Run(self, leaves, wide=True).outs
+            return [x.detach() for x in outs if floating(x)]
+
+        found = []
+        for a, b, c, d, e in zip(*[at(k * STEP) for k in (-2, -1, 0, 1, 2)], strict=True):
+            slope, bend = (d - b) / (2 * STEP), (d - 2 * c + b) / STEP
+            found.append((slope, bend.abs() + (slope - (e - a) / (4 * STEP)).abs()))
+        return found
+
+    # ----- whether it is so ----------------------------------------------------------------------
+
+    def check(self, result: Any) -> None:
+        """Raise ValidationError if the result is not as expected."""
+        raise NotImplementedError
+
+    def equal(
+        self,
+        what: str,
+        got: Sequence[Any],
+        want: Sequence[Any],
+        wide: Sequence[Any] | None = None,
+        size: float = 0.0,
+    ) -> None:
+        """Check that tensors are equal but for rounding: what float64 changes, ten times, and some
+        of the largest number. ``size``: that of numbers which these are sums of."""
+        for i, (g, x, y) in enumerate(zip(got, want, want if wide is None else wide, strict=True)):
+            if not isinstance(g, Tensor) or not isinstance(x, Tensor):
+                continue
+            which = f"{what} {i}" if len(got) > 1 else what
+            if g.shape != x.shape or g.dtype != x.dtype:
+                raise self.differs(
+                    f"{which}, {g.dtype}{list(g.shape)}, has in eager PyTorch the type "
+                    f"{x.dtype}{list(x.shape)}"
+                )
+            if not x.numel():
+                continue
+            if not floating(x):
+                if not torch.equal(g, x):
+                    raise self.differs(f"{which} differs from eager PyTorch's")
+                continue
+            g, x, y = widened(g.detach()), widened(x.detach()), widened(y.detach())
+            largest = max(float(x.abs().nan_to_num(0.0, 0.0, 0.0).max()), size)
+            noise = 10 * (x - y).abs().nan_to_num(0.0, 0.0, 0.0).max() + self.floor(largest)
+            apart = torch.where((g == x) | (g.isnan() & x.isnan()), 0.0, (g - x).abs()).max()
+            if not apart <= noise:
+                raise self.differs(
+                    f"{which} differs from eager PyTorch's by {apart:.2g}; numbers up to "
+                    f"{largest:.2g} are rounded by {noise:.2g}"
+                )
+
+    def floor(self, largest: Any) -> Any:
+        """Return how much rounding may do to numbers of this size."""
+        return self.eps**0.5 * largest + (1e-7 if self.eps < 1e-10 else 1e-5)
+
+    def derivative(
+        self,
+        got: list[Tensor],
+        want: list[Tensor],
+        wide: list[Tensor],
+        along: Callable,
+        size: float = 0.0,
+    ) -> None:
+        """Check a derivative against autograd's. Differences, with ``along(derivative)``, decide
+        where the two are not the same, and whether both are wrong; not where the function says
+        itself what its derivative is."""
+        wrong = None
+        try:
+            self.equal("the derivative", got, want, wide, size)
+        except ValidationError as e:
+            wrong = e
+        noise = 10 * abs(along(want)[0] - along(wide)[0])
+        fits = self.fits(noise, *along(got))
+        if wrong is not None and (not fits or self.fits(noise, *along(want)) or self.has_rules()):
+            raise wrong
+        if wrong is None and not fits and not self.has_rules():
+            raise self.differs("the derivative, though it is autograd's, is not differences'")
+
+    def fits(self, noise: float, value: float, size: float) -> bool:
+        """Return whether a product with the derivative agrees with differences, as far as these
+        can say. ``noise``: how far rounding has moved it; ``size``: that of its terms."""
+        if self.slopes is None:
+            return True
+        pairs = [(w, *s) for w, s in zip(self.cotangents(()), self.slopes, strict=True)]
+        slope = sum(dot(w, s)[0] for w, s, _ in pairs)
+        doubt = sum(dot(w.abs(), doubt)[0] for w, _, doubt in pairs)
+        size = max(size, abs(slope))
+        return not abs(value - slope) > doubt + noise + 1e-6 * size + self.floor(size)
+
+    def along(self, pulled: Sequence[Tensor]) -> tuple[float, float]:
+        """Return the product of cotangents with ``d``, and the size of its terms."""
+        parts = [dot(g, d) for g, d in zip(pulled, self.d, strict=False)]
+        return sum(p[0] for p in parts), sum(p[1] for p in parts)
+
+    def has_rules(self) -> bool:
+        """Return whether the function has derivatives of its own: ``detach``, custom rules."""
+        return marked(lowered(self.captured(self.arguments.leaves)[0], CALLS))
+
+    def differs(self, what: str) -> ValidationError:
+        return ValidationError(f"{self.name}(validate=True): {what}")
+
+    # ----- which op it is ------------------------------------------------------------------------
+
+    def captured(self, leaves: Sequence[Any]) -> tuple[Program, list[Tensor]]:
+        """Return the function as a program, and its inputs."""
+        arguments = self.arguments.with_leaves([*leaves])
+        call = Call(self.name, self.f, arguments, self.wrt, self.has_aux)
+        return lowered(call.program, CALLS), call.inputs
+
+    def first_op(self) -> str:
+        """Say which op is the first that differs when it is transformed alone."""
+        program, values = self.values()
+        for n in program.graph.nodes:
+            if not isinstance(n.target, OpOverload):
+                continue
+            try:
+                self.alone(n, values)
+            except ValidationError:
+                return f"the first op that differs by itself is {n.target}{at(n.meta.get('line'))}"
+            except Exception:  # alone it may not take the transform
+                continue
+        return "no op of the function differs by itself"
+
+    def values(self) -> tuple[Program, dict[Node, Any]]:
+        """Return the function as a program, and the values of its nodes."""
+        program, inputs = self.captured(self.arguments.leaves)
+        return program, values(program, inputs)
+
+    def alone(self, n: Node, values: dict[Node, Any]) -> None:
+        """Compare the op of a node as the function was."""
+        raise NotImplementedError
+
+    def again(self, f: Callable, *args: Any, **options: Any) -> Any:
+        """Return ``f``, transformed, whose first call is compared but not searched."""
+        own = inspect.signature(self.transform).bind(f, *args, **options)
+        own.apply_defaults()
+        check = type(self)(self.transform, f, own.arguments)
+        check.locates = False
+        return check.first(f, *args, **options)
+
+
+def called(n: Node, *xs: Any) -> Any:
+    """Call the op of a node on values for the nodes that it reads."""
+    env = dict(zip(n.all_input_nodes, xs, strict=True))
+    op: Any = n.target
+    return op(*remap(n.args, env), **remap_dict(n.kwargs, env))
+
+
+def values(program: Program, inputs: Sequence[Tensor]) -> dict[Node, Any]:
+    env: dict[Node, Any] = dict(zip(program.placeholders, inputs, strict=True))
+    with rehearsed(), torch.no_grad():
+        for n in program.graph.nodes:
+            if n.op == "call_function":
+                env[n] = called(n, *[env[i] for i in n.all_input_nodes])
+    return env
+
+
+def symmetric(x: Tensor) -> bool:
+    return x.dim() > 1 and x.shape[-1] == x.shape[-2] and torch.allclose(x, x.mH)
+
+
+def dot(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Return the real product of two tensors, and the size of its terms."""
+    terms = widened(a.detach()).conj() * widened(b.detach())
+    return float(terms.sum().real), float(terms.abs().sum())

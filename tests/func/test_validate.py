@@ -1,0 +1,168 @@
+"""``validate=True``: what is right passes, leaving no trace; what is wrong names the op and the
+line."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import aotfunc
+from aotfunc import aot_function, custom_vjp, grad, jit, jvp, linearize, vjp, vmap
+from aotfunc.errors import ArgumentError, ValidationError
+from aotfunc.extend import pointwise, vmap_of
+from aotfunc.transforms.rules.table import writable_entry
+from tests.sweeps import every
+
+X = torch.linspace(-1, 1, 5)
+NET = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+
+
+@custom_vjp
+def half(x):
+    return x.sin()
+
+
+half.defvjp(lambda x: (x.sin(), x), lambda x, g: (g / 2,))
+
+# each transform as a function of f and x, to what is compared without validate
+TRANSFORMS = {
+    **{
+        name: lambda f, x, name=name, **how: getattr(aotfunc, name)(f, **how)(x)
+        for name in ("grad", "grad_and_value", "jacrev", "jacfwd", "hessian")
+    },
+    "vjp": lambda f, x, **how: vjp(f, x, **how)[1](torch.tensor(1.0)),
+    "jvp": lambda f, x, **how: jvp(f, (x,), (x + 1,), **how),
+    "linearize": lambda f, x, **how: linearize(f, x, **how)[1](x + 1),
+    "vmap": lambda f, x, **how: vmap(f, randomness="same", **how)(torch.stack([x, x + 1])),
+    "jit": lambda f, x, **how: of_compiled(jit(f, backend="eager", **how), x),
+    "aot_function": lambda f, x, **how: of_compiled(aot_function(f, "eager", **how), x),
+}
+
+
+def of_compiled(f, x):
+    x = x.clone().requires_grad_()
+    result = f(x)
+    return result.detach(), torch.autograd.grad(result, x)[0]
+
+
+FUNCTIONS = {
+    "formula": lambda x: (x.sin() * x.exp()).sum(),
+    "a net": lambda x: NET(x).sum(),
+    "a kink": lambda x: x.relu().sum() + x.abs().max(),
+    "a jump": lambda x: (x.round() + x.floor()).sum(),
+    "constants": lambda x: (x.detach() * x).sum(),
+    "a rule of its own": lambda x: half(x).sum(),
+    "a draw": lambda x: (x * torch.rand(5)).sum(),
+    "a write": lambda x: torch.zeros(5).add_(x).mul_(x).sum(),
+    "few digits": lambda x: x.bfloat16().softmax(0).square().sum().float(),
+    "cancelling": lambda x: ((x + 1e4).log() - (x + 1e4).log().mean()).sum(),
+    "statistics, which autograd takes for constants": lambda x: torch.native_layer_norm(
+        x, [5], None, None, 1e-5
+    )[2].sum(),
+}
+
+
+@pytest.mark.parametrize("transform, name", every(4, product(TRANSFORMS, FUNCTIONS)))
+def test_what_is_right_passes(transform, name):
+    results = []
+    for how in ({}, {"validate": True}):
+        torch.manual_seed(0)
+        results.append(TRANSFORMS[transform](FUNCTIONS[name], X, **how))
+    for a, b in zip(*map(torch.utils._pytree.tree_leaves, results), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def wrong_rules():
+    """Let ``sinh`` have a wrong derivative, and ``flip`` a wrong batching rule."""
+    entries = [writable_entry(op.default) for op in (torch.ops.aten.sinh, torch.ops.aten.flip)]
+    kept = [dict(vars(e)) for e in entries]
+    pointwise(torch.ops.aten.sinh, lambda g, out, x: 2 * g * x)
+    vmap_of(torch.ops.aten.flip)(lambda x, dims: torch.flip(x, dims))
+    yield
+    for e, before in zip(entries, kept, strict=True):
+        vars(e).clear()
+        vars(e).update(before)
+    aotfunc.clear_caches()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_what_is_wrong_names_the_op(wrong_rules, transform):
+    def f(x):
+        y = x.sin() * 2
+        return (y.flip(0) if transform == "vmap" else y.sinh()).sum(0).sin() * x.exp().sum()
+
+    op = "flip" if transform == "vmap" else "sinh"
+    x = torch.stack([X, X + 1]) if transform == "vmap" else X
+    said = rf"validate=True\).* differs from .*first op .* is aten.{op}.default \(at .* in f: "
+    with pytest.raises(ValidationError, match=said):
+        TRANSFORMS[transform](f, x, validate=True)
+
+
+def test_a_backend_that_is_wrong():
+    def compiler(gm, inputs):
+        for n in gm.graph.nodes:
+            if n.target is torch.ops.aten.cos.default:
+                n.target = torch.ops.aten.sin.default
+        gm.recompile()
+        return gm
+
+    f = jit(lambda x: x.exp().cos() + 1, backend=compiler, validate=True)
+    with pytest.raises(ValidationError, match=r"jit.*first op .* is aten\.cos\.default \(at "):
+        f(X)
+    right = jit(lambda x: x.exp() + 1, backend=compiler, validate=True)
+    assert torch.equal(right(X), X.exp() + 1) and right.explain() is not None
+
+
+def test_differences_are_asked_where_autograd_agrees():
+    """PyTorch takes the probabilities of ``ctc_loss`` for normalised."""
+    f = lambda p: F.ctc_loss(p, torch.tensor([[1, 2]]), torch.tensor([4]), torch.tensor([2]))
+    p = torch.randn(4, 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValidationError, match="though it is autograd's, is not differences'"):
+        grad(f, validate=True)(p)
+    grad(lambda p: f(p.log_softmax(-1)), validate=True)(p)
+
+
+def test_no_trace_is_left():
+    """Running statistics, random numbers, written arguments: as after one call. Later calls are
+    not compared."""
+    norm, draws, count = torch.nn.BatchNorm1d(5), torch.Generator(), []
+
+    def f(x):
+        count.append(None)
+        x.mul_(2)
+        return (norm(x) * torch.rand(5) * torch.rand(5, generator=draws)).sum()
+
+    f = jit(f, backend="eager", validate=True)
+    x = torch.randn(6, 5)
+    torch.manual_seed(0), draws.manual_seed(1)
+    found, y = [], x.clone()
+    for _ in range(2):
+        found.append(f(y))
+    after = len(count)
+    f(y)
+    assert len(count) == after and norm.num_batches_tracked == 3
+    torch.manual_seed(0), draws.manual_seed(1)
+    plain = torch.nn.BatchNorm1d(5)
+    for k, result in enumerate(found, 1):
+        want = plain(x * 2**k) * torch.rand(5) * torch.rand(5, generator=draws)
+        torch.testing.assert_close(result, want.sum())
+    torch.testing.assert_close(y, 8 * x)
+
+
+def test_what_cannot_be_compared():
+    with pytest.raises(ArgumentError, match="give validate to the outermost"):
+        vmap(grad(torch.sin, validate=True))(X)
+    with pytest.raises(ArgumentError, match="cannot be compared with a loop"):
+        vmap(torch.sin, randomness="different", validate=True)(X)
+    inner = grad(lambda x: x**3, validate=True)
+    assert grad(inner, validate=True)(torch.tensor(2.0)) == 12  # run outside of it at first
+
+    def fails(x):
+        if not isinstance(x.sum(), aotfunc.trace.traced.Traced):
+            raise OSError("no")
+        return x.sum()
+
+    with pytest.raises(ArgumentError, match="eager PyTorch raises OSError: no"):
+        grad(fails, validate=True)(X)
