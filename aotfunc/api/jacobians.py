@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..capture.tree import Arguments, unflatten
 from ..errors import ArgumentError
 from ..runtime.anomaly import without_nan
 from ..runtime.constants import attached
 from ..runtime.execute import execute
+from ..trace.shapes.sig import floating
 from ..transforms.jacobian import jacobian_columns, jacobian_rows
 from .call import Call, chosen_tree, positions
 from .checks import Gradients
@@ -27,6 +28,7 @@ def jacrev(
     *,
     has_aux: bool = False,
     chunk_size: int | None = None,
+    holomorphic: bool = False,
     _preallocate_and_copy: bool = False,
 ) -> Callable:
     """Return the Jacobian by reverse mode: for each output of shape ``O`` and argument of shape
@@ -34,16 +36,24 @@ def jacrev(
 
     The result has the output's tree, with the tree of the arguments (a tuple for a tuple
     ``argnums``) in place of each leaf. ``chunk_size``: rows at a time (``_preallocate_and_copy``,
-    which torch.func has for them, decides nothing). Complex inputs and outputs are refused.
+    which torch.func has for them, decides nothing).
+
+    With ``holomorphic`` arguments and outputs are complex, and the entries are the derivatives of
+    a function that has one in the complex plane (``z * z``, not ``z.abs()``), as in JAX. Without
+    it complex ones are refused, as a Jacobian of such numbers would need two entries for each:
+    ``vjp`` and ``jvp`` take them. ArgumentError for others.
 
     >>> jacrev(torch.sin)(torch.zeros(2))
     tensor([[1., 0.],
             [0., 1.]])
+    >>> jacrev(lambda z: z * z, holomorphic=True)(torch.tensor(1 + 2j))
+    tensor(2.+4.j)
     """
 
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return _jacobian("jacrev", jacobian_rows, func, argnums, has_aux, chunk_size, args, kwargs)
+        how = Options("jacrev", jacobian_rows, argnums, has_aux, chunk_size, holomorphic)
+        return _jacobian(how, func, args, kwargs)
 
     return wrapper
 
@@ -57,9 +67,10 @@ def jacfwd(
     *,
     randomness: str = "error",
     chunk_size: int | None = None,
+    holomorphic: bool = False,
 ) -> Callable:
-    """Return the Jacobian by forward mode; results as in :func:`jacrev`. ``chunk_size``: columns
-    at a time.
+    """Return the Jacobian by forward mode; results, and complex ones, as in :func:`jacrev`.
+    ``chunk_size``: columns at a time.
 
     >>> jacfwd(torch.sin)(torch.zeros(2))
     tensor([[1., 0.],
@@ -68,17 +79,10 @@ def jacfwd(
 
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return _jacobian(
-            "jacfwd",
-            jacobian_columns,
-            func,
-            argnums,
-            has_aux,
-            chunk_size,
-            args,
-            kwargs,
-            randomness,
+        how = Options(
+            "jacfwd", jacobian_columns, argnums, has_aux, chunk_size, holomorphic, randomness
         )
+        return _jacobian(how, func, args, kwargs)
 
     return wrapper
 
@@ -89,57 +93,64 @@ def hessian(
     *,
     has_aux: bool = False,
     chunk_size: int | None = None,
+    holomorphic: bool = False,
     validate: bool = False,
 ) -> Callable:
     """Return the Hessian, forward over reverse: ``jacfwd(jacrev(func))``; for a scalar function of
-    shape ``I`` a tensor of shape ``I + I``.
+    shape ``I`` a tensor of shape ``I + I``. ``holomorphic`` as in :func:`jacrev`.
 
     >>> hessian(lambda x: (x ** 3).sum())(torch.ones(2))
     tensor([[6., 0.],
             [0., 6.]])
     """
-    inner = jacrev(func, argnums, has_aux=has_aux, chunk_size=chunk_size, validate=validate)
-    return jacfwd(inner, argnums, has_aux, chunk_size=chunk_size, validate=validate)
+    how = {"chunk_size": chunk_size, "holomorphic": holomorphic, "validate": validate}
+    return jacfwd(jacrev(func, argnums, has_aux=has_aux, **how), argnums, has_aux, **how)
 
 
-def _jacobian(
-    name: str,
-    assemble: Callable,
-    func: Callable,
-    argnums: Any,
-    has_aux: bool,
-    chunk_size: int | None,
-    args: tuple,
-    kwargs: dict,
-    randomness: str = "error",
-) -> Any:
+class Options(NamedTuple):
+    name: str
+    assemble: Callable
+    argnums: Any
+    has_aux: bool
+    chunk_size: int | None
+    holomorphic: bool
+    randomness: str = "error"
+
+    def check(self, what: str, x: Any) -> None:
+        """Check that an argument or output is real, or complex for a holomorphic function."""
+        if x.is_complex() and not self.holomorphic:
+            raise ArgumentError(
+                f"{self.name}: {what} is complex; say holomorphic=True if the function is "
+                "complex differentiable, and use vjp or jvp for any other"
+            )
+        if self.holomorphic and not x.is_complex():
+            raise ArgumentError(
+                f"{self.name}(holomorphic=True): {what} has dtype {x.dtype}; the derivative of a "
+                "holomorphic function is one by complex arguments, of complex outputs"
+            )
+
+
+def _jacobian(how: Options, func: Callable, args: tuple, kwargs: dict) -> Any:
+    name, assemble, argnums, has_aux, chunk_size, *_ = how
     arguments = Arguments(args, kwargs, func)
     chosen = positions(name, arguments, argnums)
     if chunk_size is not None and chunk_size < 1:
         raise ArgumentError(f"{name}: chunk_size must be positive, not {chunk_size}")
     for k in chosen:
-        if arguments.leaves[k].is_complex():
-            raise ArgumentError(
-                f"{name}: {arguments.said(k)} is complex; Jacobians are defined for real "
-                "arguments only (use vjp or jvp)"
-            )
+        how.check(arguments.said(k), arguments.leaves[k])
     call = Call(name, func, arguments, chosen, has_aux)
     call.check_tensors()
     base, wrt, n_out = call.program, call.wrt, call.n_out
     for k, x in enumerate(call.rec.leaves[:n_out]):
-        if x.is_complex():
-            raise ArgumentError(
-                f"{name}: the output{call.path(k)} is complex; Jacobians are defined for real "
-                "outputs only (use vjp or jvp)"
-            )
-        if not x.is_floating_point():
+        how.check(f"the output{call.path(k)}", x)
+        if not floating(x):
             raise ArgumentError(
                 f"{name}: the output{call.path(k)} has dtype {x.dtype}; outputs must be floating"
             )
     if not n_out:
         raise ArgumentError(f"{name}: the function returned no tensors")
-    how = (n_out, chunk_size, randomness)
-    program = call.derived(how, lambda: assemble(base, wrt, *how))
+    sizes = (n_out, chunk_size, how.randomness)
+    program = call.derived(sizes, lambda: assemble(base, wrt, *sizes))
     outs = execute(program, call.inputs)
     if assemble is jacobian_rows:
         count = n_out * len(wrt)

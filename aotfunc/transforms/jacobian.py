@@ -73,6 +73,8 @@ def jacobian_rows(
             val = base.vals[i]
             found = rows_of_late(b, late, residuals, val, chunk, randomness)
             for x, rows in zip(wrt, found, strict=True):
+                if rows.meta["val"].dtype.is_complex:  # a cotangent is the conjugate's multiple
+                    rows = b.call(aten.conj_physical.default, rows)
                 shape = [*val.shape, *base.placeholders[x].meta["val"].shape]
                 blocks.append(b.reshape(rows, shape))
         own = range(len(blocks), len(blocks) + base.n_outputs)

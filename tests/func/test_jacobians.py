@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from aotfunc import hessian, jacfwd, jacrev, jvp, linearize, vmap
-from aotfunc.errors import AotfuncError
+from aotfunc import hessian, jacfwd, jacrev, jit, jvp, linearize, vmap
+from aotfunc.errors import AotfuncError, ArgumentError, ValidationError
 from tests.inputs import f32, f64
 from tests.reference import assert_same, hess, jacobian, loop
 
@@ -112,11 +112,51 @@ def test_float32_stays(jac):
     assert jac(torch.sin)(f32(3)).dtype == torch.float32
 
 
+C = torch.randn(2, 3, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+HOLOMORPHIC = {
+    "formula": lambda z: (C @ z).sin() * z[0],
+    "scalar": lambda z: z.exp().prod() + (z**3).sum(),
+    "constant": lambda z: C[:, 0],
+    "matrix": lambda z: torch.linalg.inv(z[:, None] * z + torch.diag(z + 3)),
+    "by parts": lambda z: torch.complex(z.real, z.imag) * z,
+}
+
+
+def along_the_real_axis(f, z):
+    """The complex derivative, by autograd of the real and the imaginary part."""
+    parts = lambda x: torch.view_as_real(f(torch.complex(x, z.imag)))
+    j = torch.autograd.functional.jacobian(parts, z.real, create_graph=True)
+    return torch.view_as_complex(j.movedim(-2, -1).contiguous())
+
+
 @both
-def test_complex_is_refused(jac):
-    z = torch.randn(3, dtype=torch.complex128)
-    with pytest.raises(AotfuncError, match="complex"):
+@pytest.mark.parametrize("name", HOLOMORPHIC)
+def test_holomorphic(name, jac):
+    f, z, w = HOLOMORPHIC[name], C[0] + 1, C[1]
+    j = jac(f, holomorphic=True)
+    expected = along_the_real_axis(f, z)
+    assert_same(j(z), expected)
+    assert_same(jac(f, holomorphic=True, chunk_size=2)(z), expected)
+    assert_same(jit(j, backend="eager")(z), expected)
+    both = torch.stack([z, w])
+    assert_same(vmap(j)(both), torch.stack([expected, along_the_real_axis(f, w)]))
+    second = along_the_real_axis(lambda z: along_the_real_axis(f, z), z)
+    assert_same(hessian(f, holomorphic=True)(z), second)
+    assert_same(jac(j, holomorphic=True)(z), second)
+    assert_same(jvp(j, (z,), (w,))[1], second @ w)
+
+
+@both
+def test_what_is_not_holomorphic(jac):
+    z = C[0]
+    with pytest.raises(ArgumentError, match=r"argument 0.* is complex; say holomorphic=True"):
         jac(torch.sin)(z)
+    with pytest.raises(ArgumentError, match=r"holomorphic=True\): argument 0 has dtype torch.fl"):
+        jac(torch.sin, holomorphic=True)(z.real)
+    with pytest.raises(ArgumentError, match=r"the output\[0\] has dtype torch.float64"):
+        jac(lambda z: (z.abs(), z), holomorphic=True)(z)
+    with pytest.raises(ValidationError):
+        jac(lambda z: z.conj() * z, holomorphic=True, validate=True)(z)
 
 
 @both
