@@ -29,6 +29,9 @@ with _paused_gc():
     from .api.export import Exported as Exported
     from .api.export import export as export
     from .api.export import load as load
+    from .api.fixed_size import masked_select as masked_select
+    from .api.fixed_size import nonzero as nonzero
+    from .api.fixed_size import unique as unique
     from .api.func import functionalize as functionalize
     from .api.func import grad as grad
     from .api.func import grad_and_value as grad_and_value

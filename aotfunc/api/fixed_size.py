@@ -1,0 +1,94 @@
+"""Ops whose results would have as many elements as the values say, with a size that is given
+instead: ``nonzero``, ``masked_select``, ``unique``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+
+
+def nonzero(x: Tensor, *, size: int, fill_value: int = 0, as_tuple: bool = False) -> Any:
+    """Return the indices of the first ``size`` elements of ``x`` that are not zero, of shape
+    ``[size, x.dim()]``; rows beyond the last one are ``fill_value``. ``as_tuple``: a column for
+    each dimension, as an index takes them.
+
+    This and the other functions of fixed size are captured, compiled and batched, where
+    ``torch.nonzero`` has no shape to capture; the options are those of ``jax.numpy``. Raises
+    ArgumentError for a size that is no number of elements.
+
+    >>> nonzero(torch.tensor([0.0, 3.0, 0.0, 5.0]), size=3, fill_value=-1)
+    tensor([[ 1],
+            [ 3],
+            [-1]])
+    """
+    check("nonzero", size)
+    found = torch.nonzero_static(x, size=size, fill_value=fill_value)
+    return found.unbind(1) if as_tuple else found
+
+
+def masked_select(x: Tensor, mask: Tensor, *, size: int, fill_value: float | Tensor = 0) -> Tensor:
+    """Return the first ``size`` elements of ``x`` where ``mask``, which is broadcast with it, is
+    true, a vector; elements beyond the last one are ``fill_value``, a number or a tensor of one
+    element. The derivative is that of ``x[mask]``, and by ``fill_value``.
+
+    >>> x, mask = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, True])
+    >>> masked_select(x, mask, size=3)
+    tensor([1., 3., 0.])
+    >>> grad(lambda x: masked_select(x, mask, size=3).square().sum())(x)
+    tensor([2., 0., 6.])
+    """
+    check("masked_select", size)
+    if mask.dtype is not torch.bool:
+        raise ArgumentError(f"masked_select: mask has dtype {mask.dtype}; it must be bool")
+    x, mask = torch.broadcast_tensors(x, mask)
+    return chosen(x.flatten(), mask.flatten(), size, fill_value)
+
+
+def unique(
+    x: Tensor,
+    *,
+    size: int,
+    fill_value: float | Tensor | None = None,
+    return_inverse: bool = False,
+    return_counts: bool = False,
+) -> Any:
+    """Return the ``size`` least of the values that are elements of ``x``, in order, a vector;
+    elements beyond the last one are ``fill_value``, by default the least value.
+
+    With ``return_inverse`` also where each element of ``x`` stands in it (``size`` or more for
+    values that it leaves out), with ``return_counts`` how many elements have each value, as
+    ``torch.unique``. A cotangent goes to the first of equal elements. ArgumentError for an empty
+    ``x`` without ``fill_value``.
+
+    >>> unique(torch.tensor([3, 1, 3, 2]), size=4, fill_value=0, return_counts=True)
+    (tensor([1, 2, 3, 0]), tensor([1, 1, 2, 0]))
+    """
+    check("unique", size)
+    if fill_value is None and not x.numel():
+        raise ArgumentError("unique: x is empty, and has no least value; give a fill_value")
+    values, order = x.flatten().sort(stable=True)
+    first = torch.cat([torch.ones_like(values[:1], dtype=torch.bool), values[1:] != values[:-1]])
+    found = [chosen(values, first, size, values[0] if fill_value is None else fill_value)]
+    place = first.cumsum(0) - 1
+    if return_inverse:
+        found.append(torch.zeros_like(place).scatter(0, order, place).view(x.shape))
+    if return_counts:
+        ones, counts = torch.ones_like(place), place.new_zeros(size + 1)
+        found.append(counts.scatter_add(0, place.clamp(max=size), ones)[:size])
+    return tuple(found) if len(found) > 1 else found[0]
+
+
+def chosen(x: Tensor, mask: Tensor, size: int, fill_value: Any) -> Tensor:
+    """Return the elements of a vector where ``mask`` is true. What fills stands behind them."""
+    filler = torch.as_tensor(fill_value, dtype=x.dtype, device=x.device).reshape(1)
+    places = torch.nonzero_static(mask, size=size, fill_value=len(x)).flatten()
+    return torch.cat([x, filler]).index_select(0, places)
+
+
+def check(name: str, size: Any) -> None:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise ArgumentError(f"{name}: size must be a number of elements, not {size!r}")
