@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from ..capture.tree import Arguments
 from ..errors import ArgumentError, CaptureError
 from ..trace.entering import entry
 from ..trace.traced import current
+from ..transforms.lower import CALLS, lowered, marked
 from .call import Call, positions
 from .func import grad, linearize, vjp
 from .vmap import vmap
@@ -41,7 +42,8 @@ def sparse_jacobian(
     @entry
     @functools.wraps(f)
     def jacobian(*args: Any, **kwargs: Any) -> Tensor:
-        return of_call("sparse_jacobian", f, argnums, chunk_size, args, kwargs)
+        found = Entries("sparse_jacobian", f, argnums, args, kwargs)
+        return found.sparse(found.plan("columns or rows", cheaper), chunk_size)
 
     return jacobian
 
@@ -52,6 +54,11 @@ def sparse_hessian(
     """Return ``hessian(*args)``, the Hessian of a scalar ``f`` by the tensor ``args[argnums]`` of
     shape ``I``, as a sparse COO tensor of shape ``I + I``; otherwise as :func:`sparse_jacobian`.
 
+    As the matrix is symmetric, an entry may be read from either of two products: columns are
+    coloured so that one of them holds it alone (a star colouring). An arrow takes two products,
+    where each of its columns would take one. Not so where ``f`` states derivatives itself
+    (``detach``, custom rules), which need not be symmetric.
+
     >>> sparse_hessian(lambda x: (x[1:] * x[:-1]).sum())(torch.ones(3)).to_dense()
     tensor([[0., 1., 0.],
             [1., 0., 1.],
@@ -61,81 +68,109 @@ def sparse_hessian(
     @entry
     @functools.wraps(f)
     def hessian(*args: Any, **kwargs: Any) -> Tensor:
-        slope = grad(f, argnums)
-        return of_call("sparse_hessian", slope, argnums, chunk_size, args, kwargs)
+        found = Entries("sparse_hessian", grad(f, argnums), argnums, args, kwargs)
+
+        def by_symmetry(pattern: Any) -> Plan:
+            own = Call("sparse_hessian", f, found.arguments, found.chosen, False)
+            rules = marked(lowered(own.program, CALLS))
+            return cheaper(pattern) if rules else star(pattern)
+
+        return found.sparse(found.plan("symmetric", by_symmetry), chunk_size)
 
     return hessian
 
 
-def of_call(
-    name: str, f: Callable, argnums: int, chunk_size: int | None, args: tuple, kwargs: dict
-) -> Tensor:
-    if current() is not None:
-        raise CaptureError(
-            f"{name}: no transform takes its result, which is sparse: call it outside"
-        )
-    from ..transforms.sparsity import Dependence, coloured  # which imports scipy
+class Plan(NamedTuple):
+    """The entries of a Jacobian that are computed, by columns (or rows) of one colour together,
+    and for each the product that it is read from, and the place there."""
 
-    arguments = Arguments(args, kwargs, f)
-    chosen = positions(name, arguments, argnums)
-    if len(chosen) != 1 or arguments.leaves[chosen[0]].is_complex():
-        raise ArgumentError(f"{name}: argument {argnums} must be one real tensor")
-    call = Call(name, f, arguments, chosen, False)
-    call.check_tensors()
-    output, x = call.rec.leaves[0], arguments.leaves[chosen[0]]
-    if call.n_out != 1 or not output.is_floating_point():
-        raise ArgumentError(f"{name}: the function must return one real floating tensor")
+    row: np.ndarray
+    col: np.ndarray
+    colours: np.ndarray
+    by_rows: bool
+    product: np.ndarray
+    place: np.ndarray
 
-    def of_x(x: Tensor) -> Tensor:
-        leaves = list(arguments.leaves)
-        leaves[chosen[0]] = x
-        given, named = arguments.rebuilt(leaves)
-        (result,) = torch.utils._pytree.tree_leaves(f(*given, **named))
+
+def cheaper(pattern: Any) -> Plan:
+    from ..transforms.colouring import coloured
+
+    row, col = pattern.row, pattern.col
+    columns, rows = coloured(pattern), coloured(pattern.T)
+    if rows.max(initial=-1) < columns.max(initial=-1):
+        return Plan(row, col, rows, True, rows[row], col)
+    return Plan(row, col, columns, False, columns[col], row)
+
+
+def star(pattern: Any) -> Plan:
+    from ..transforms.colouring import read_by_symmetry, star_coloured
+
+    pattern = (pattern + pattern.T).tocoo()
+    row, col, colours = pattern.row, pattern.col, star_coloured(pattern)
+    return Plan(row, col, colours, False, *read_by_symmetry(row, col, colours))
+
+
+class Entries:
+    """The entries of a Jacobian at one call of ``f``."""
+
+    def __init__(self, name: str, f: Callable, argnums: int, args: tuple, kwargs: dict) -> None:
+        if current() is not None:
+            raise CaptureError(
+                f"{name}: no transform takes its result, which is sparse: call it outside"
+            )
+        self.f, self.arguments = f, Arguments(args, kwargs, f)
+        self.chosen = positions(name, self.arguments, argnums)
+        if len(self.chosen) != 1 or self.arguments.leaves[self.chosen[0]].is_complex():
+            raise ArgumentError(f"{name}: argument {argnums} must be one real tensor")
+        self.call = call = Call(name, f, self.arguments, self.chosen, False)
+        call.check_tensors()
+        output, self.x = call.rec.leaves[0], self.arguments.leaves[self.chosen[0]]
+        if call.n_out != 1 or not output.is_floating_point():
+            raise ArgumentError(f"{name}: the function must return one real floating tensor")
+        self.shape = tuple(output.shape)
+
+    def of_x(self, x: Tensor) -> Tensor:
+        leaves = list(self.arguments.leaves)
+        leaves[self.chosen[0]] = x
+        given, named = self.arguments.rebuilt(leaves)
+        (result,) = torch.utils._pytree.tree_leaves(self.f(*given, **named))
         return result
 
-    def read() -> tuple[Any, np.ndarray, bool]:
-        found = Dependence(call.program, call.wrt[0], call.inputs)
-        pattern = found.of(found.outputs[0]).tocoo()
-        columns, rows = coloured(pattern), coloured(pattern.T)
-        by_rows = rows.max(initial=-1) < columns.max(initial=-1)
-        kept = pattern, rows if by_rows else columns, by_rows
-        if not found.by_value:
-            call.program.once(("pattern", call.wrt), lambda: kept)
-        return kept
+    def plan(self, name: str, make: Callable[[Any], Plan]) -> Plan:
+        """Return the plan for the pattern of the function, which is kept under ``name`` if it
+        holds for other values, too."""
+        from ..transforms.sparsity import Dependence  # which imports scipy
 
-    pattern, colours, by_rows = call.program.cache.get(("pattern", call.wrt)) or read()
-    values = jacobian_entries(of_x, x, output.shape, pattern, colours, by_rows, chunk_size)
-    places = torch.as_tensor(np.stack([pattern.row, pattern.col]).astype(np.int64))
-    split = [
-        torch.stack(torch.unravel_index(i.to(x.device), s)) if s else i.new_zeros(0, len(i))
-        for i, s in zip(places, (tuple(output.shape), tuple(x.shape)), strict=True)
-    ]
-    shape = (*output.shape, *x.shape)
-    return torch.sparse_coo_tensor(torch.cat(split), values, shape, check_invariants=False)
+        program, wrt = self.call.program, self.call.wrt
+        key = ("pattern", name, wrt)
+        if key in program.cache:
+            return program.cache[key]
+        found = Dependence(program, wrt[0], self.call.inputs)
+        plan = make(found.of(found.outputs[0]).tocoo())
+        return plan if found.by_value else program.once(key, lambda: plan)
 
+    def values(self, plan: Plan, chunk_size: int | None) -> Tensor:
+        """Return the entries, by products with sums of unit vectors, one for each colour."""
+        x, count = self.x, int(plan.colours.max(initial=-1)) + 1
+        if not count:
+            return x.new_zeros(0)
+        whole = lambda i: torch.as_tensor(i.astype(np.int64), device=x.device)
+        seeds = torch.nn.functional.one_hot(whole(plan.colours), count).T.to(x.dtype)
+        if plan.by_rows:
+            pull = vjp(self.of_x, x)[1]
+            along = lambda seed: pull(seed.view(self.shape))[0]
+        else:
+            push = linearize(self.of_x, x)[1]
+            along = lambda seed: push(seed.view(x.shape))
+        products = vmap(along, chunk_size=chunk_size)(seeds).reshape(count, -1)
+        return products[whole(plan.product), whole(plan.place)]
 
-def jacobian_entries(
-    f: Callable,
-    x: Tensor,
-    shape: torch.Size,
-    pattern: Any,
-    colours: np.ndarray,
-    by_rows: bool,
-    chunk_size: int | None,
-) -> Tensor:
-    """Return the entries of the Jacobian in the pattern (a scipy.sparse.coo_array), by products
-    with sums of unit vectors, one for each colour."""
-    count = int(colours.max(initial=-1)) + 1
-    whole = lambda i: torch.as_tensor(i.astype(np.int64), device=x.device)
-    row, col, colour = map(whole, (pattern.row, pattern.col, colours))
-    if not count:
-        return x.new_zeros(0)
-    seeds = torch.nn.functional.one_hot(colour, count).T.to(x.dtype)
-    if by_rows:
-        pull = vjp(f, x)[1]
-        along = lambda seed: pull(seed.view(shape))[0]
-    else:
-        push = linearize(f, x)[1]
-        along = lambda seed: push(seed.view(x.shape))
-    products = vmap(along, chunk_size=chunk_size)(seeds).reshape(count, -1)
-    return products[colour[row], col] if by_rows else products[colour[col], row]
+    def sparse(self, plan: Plan, chunk_size: int | None) -> Tensor:
+        values, x = self.values(plan, chunk_size), self.x
+        places = torch.as_tensor(np.stack([plan.row, plan.col]).astype(np.int64), device=x.device)
+        split = [
+            torch.stack(torch.unravel_index(i, s)) if s else i.new_zeros(0, len(i))
+            for i, s in zip(places, (self.shape, tuple(x.shape)), strict=True)
+        ]
+        shape = (*self.shape, *x.shape)
+        return torch.sparse_coo_tensor(torch.cat(split), values, shape, check_invariants=False)

@@ -8,6 +8,7 @@ other op every element depends on all that its arguments do."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -62,16 +63,20 @@ class Dependence:
         op, args = call.target, full_args(call.target, call.args, call.kwargs)
         moving = [a for a in leaves(args) if isinstance(a, Node) and a in self.active]
         rules = entry_for(op)
-        if rules.elementwise:
+        if rules.elementwise or torch.Tag.pointwise in op.tags:
             return joined([named_rows(a, n) @ self.of(a) for a in moving])
         if (factors := FACTORS.get(op)) is not None:
             found = factors(self, *args)
             return self.everything(call, n) if found is None else found
-        if rules.along:
-            dims = args[1] if isinstance(args[1], list | tuple) else [args[1]]
-            total: Any = selection_pattern(lambda t: t.sum(dims or None), moving[0])
-            found = total @ self.of(moving[0])
-            return found if total.shape[0] == n.meta["val"].numel else total.T @ found
+        if rules.along or op in ALONG:
+            groups, dims = slices(moving[0].meta["val"].shape, args[ALONG.get(op, 1)])
+            given, here = tuple(groups.shape), tuple(n.meta["val"].shape)
+            kept = tuple(1 if i in dims else k for i, k in enumerate(given))
+            numbers = torch.arange(math.prod(kept))
+            rows = numbers.view(kept).expand(here) if len(here) == len(given) else numbers
+            return in_groups(joined([self.of(a) for a in moving]), groups, rows)
+        if op in NORMALISED and not (item and "backward" in op._schema.name):
+            return self.normalised(n, *NORMALISED[op](*args))
         places = [i for i in tensor_args(op) if any(a in self.active for a in leaves(args[i]))]
         if not rules.linear_in(places):
             return self.everything(call, n)
@@ -79,6 +84,23 @@ class Dependence:
         if any(p is None for p in parts):
             return self.everything(call, n)
         return joined(parts)
+
+    def normalised(
+        self, n: Node, full: Any, stats: Any, scales: Any, groups: Tensor, channels: Tensor
+    ) -> Pattern:
+        """Return the pattern of a normalisation, see ``NORMALISED``, or of its statistics."""
+
+        def rows(some: Sequence[Any], places: Tensor) -> list[Pattern]:
+            own = [a for a in some if isinstance(a, Node) and a in self.active]
+            return [picks(places, a.meta["val"].numel) @ self.of(a) for a in own]
+
+        mixed = [*rows(full, torch.arange(len(groups))), *rows(stats, groups)]
+        scaled, whole = rows(scales, channels), n.meta["val"].numel == len(groups)
+        if len(full) > 1:  # the cotangent is scaled before
+            mixed, scaled = mixed + scaled, []
+        places = groups if whole else torch.arange(n.meta["val"].numel)
+        parts = [in_groups(joined(mixed), groups, places)] if mixed else []
+        return joined([*parts, *(scaled if whole else ())])
 
     def everything(self, call: Node, n: Node) -> Pattern:
         """Return the pattern in which every element depends on all that any element of an argument
@@ -190,6 +212,98 @@ def sources_of(run: Any, shape: Sequence[int]) -> Tensor | None:
     return number
 
 
+# ----- along dimensions, normalisations ----------------------------------------------------------
+
+
+def in_groups(rows: Pattern, groups: Tensor, results: Tensor) -> Pattern:
+    """Return the pattern of results that depend on all elements of a group, the one with the
+    result's number; ``groups``: the number of each element's."""
+    count = int(groups.max()) + 1 if groups.numel() else 0
+    return picks(results, count) @ (picks(groups, count).T.tocsr() @ rows)
+
+
+def slices(shape: Sequence[int], dims: Any) -> tuple[Tensor, list[int]]:
+    """Return the number of the slice along ``dims`` (None: all) that an element of a tensor lies
+    in, and these dims."""
+    given = dims if isinstance(dims, list | tuple) else [] if dims is None else [dims]
+    every = [d % len(shape) for d in given] if shape else []
+    every = every or list(range(len(shape)))
+    kept = [1 if i in every else n for i, n in enumerate(shape)]
+    return torch.arange(math.prod(kept)).view(kept).expand(tuple(shape)), every
+
+
+#: ops whose results at a place depend on all of their arguments along dims; where these stand
+ALONG: dict[Any, int] = {
+    aten.linalg_vector_norm.default: 2,
+    aten.norm.ScalarOpt_dim: 2,
+    aten.norm.ScalarOpt_dim_dtype: 2,
+    aten.kthvalue.default: 2,
+    aten.topk.default: 2,
+    aten.sort.stable: 2,
+    aten._softmax_backward_data.default: 2,
+    aten._log_softmax_backward_data.default: 2,
+    **dict.fromkeys(
+        (
+            *(aten.var.correction, aten.std.correction),
+            *(aten.var_mean.correction, aten.std_mean.correction),
+            *(aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim, aten.mode.default),
+            *(aten.sort.default, aten.cummax.default, aten.cummin.default),
+        ),
+        1,
+    ),
+}
+
+
+def by_layers(x: Node, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the group and the channel of each element of ``x``."""
+    places, size = torch.arange(x.meta["val"].numel), math.prod(shape)
+    return places // size, places % size
+
+
+def by_channels(x: Node, training: bool) -> tuple[Tensor, Tensor]:
+    shape = x.meta["val"].shape
+    places = torch.arange(x.meta["val"].numel)
+    channels = places // math.prod(shape[2:]) % shape[1]
+    return channels if training else places, channels
+
+
+def by_groups(n: int, c: int, size: int, groups: int) -> tuple[Tensor, Tensor]:
+    places = torch.arange(n * c * size)
+    return places // (c // groups * size), places // size % c
+
+
+#: for each: the arguments that have an element for each of the input's, for each group, for each
+#: channel; the groups and the channels
+NORMALISED: dict[Any, Any] = {
+    aten.native_layer_norm.default: lambda x, shape, w, b, *_: (
+        ((x,), (), (w, b), *by_layers(x, shape))
+    ),
+    aten.native_layer_norm_backward.default: lambda g, x, shape, mean, rstd, w, b, *_: (
+        ((g, x), (mean, rstd), (w, b), *by_layers(x, shape))
+    ),
+    aten.native_group_norm.default: lambda x, w, b, n, c, size, groups, *_: (
+        ((x,), (), (w, b), *by_groups(n, c, size, groups))
+    ),
+    aten.native_group_norm_backward.default: lambda g, x, mean, rstd, w, n, c, size, groups, *_: (
+        ((g, x), (mean, rstd), (w,), *by_groups(n, c, size, groups))
+    ),
+    aten._native_batch_norm_legit.no_stats: lambda x, w, b, training, *_: (
+        ((x,), (), (w, b), *by_channels(x, training))
+    ),
+    aten._native_batch_norm_legit_functional.default: lambda x, w, b, mean, var, training, *_: (
+        ((x,), (), (w, b, mean, var), *by_channels(x, training))
+    ),
+    aten._native_batch_norm_legit_no_training.default: lambda x, w, b, mean, var, *_: (
+        ((x,), (), (w, b, mean, var), *by_channels(x, False))
+    ),
+    aten.native_batch_norm_backward.default: (
+        lambda g, x, w, mean, var, saved, inverse, training, *_: (
+            ((g, x), (), (w, mean, var, saved, inverse), *by_channels(x, training))
+        )
+    ),
+}
+
+
 # ----- products of matrices, convolutions --------------------------------------------------------
 
 
@@ -242,21 +356,3 @@ FACTORS: dict[Any, Any] = {
     aten.addmm.default: matrix_product_and_sum,
     aten.convolution.default: convolution_taps,
 }
-
-
-# ----- colours -----------------------------------------------------------------------------------
-
-
-def coloured(pattern: Pattern) -> np.ndarray:
-    """Return a colour for each column, so that no row has two columns of one colour: largest
-    first, as in Curtis, Powell and Reid, "On the Estimation of Sparse Jacobian Matrices"
-    (1974)."""
-    columns, rows = pattern.tocsc(), pattern.tocsr()
-    colours = [-1] * pattern.shape[1]
-    rows_of, first = columns.indices.tolist(), columns.indptr.tolist()
-    columns_of, start = rows.indices.tolist(), rows.indptr.tolist()
-    for j in np.argsort(-np.diff(columns.indptr), kind="stable").tolist():
-        near = rows_of[first[j] : first[j + 1]]
-        taken = {colours[k] for i in near for k in columns_of[start[i] : start[i + 1]]}
-        colours[j] = next(c for c in range(len(taken) + 1) if c not in taken)
-    return np.array(colours)

@@ -1,11 +1,15 @@
 """Sparse Jacobians and Hessians against dense ones, and the patterns that they find."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import sparse
 
-from aotfunc import grad, hessian, jacrev, jit, sparse_hessian, sparse_jacobian, vmap
+from aotfunc import custom_vjp, grad, hessian, jacrev, jit, sparse_hessian, sparse_jacobian, vmap
+from aotfunc.api.sparse import Entries, star
 from aotfunc.errors import ArgumentError, CaptureError
+from tests.sweeps import seeds
 
 D = torch.float64
 GENERATOR = torch.Generator().manual_seed(0)
@@ -40,6 +44,19 @@ JACOBIANS = {
     "branches": (lambda x: torch.where(x > 0, x, x**2), 0),
     "padded": (lambda x: F.pad(x, (1, 2)), 0),
     "dense": (lambda x: x / x.norm(), 0),
+    "norms of rows": (lambda x: x.view(3, 4).norm(dim=1), 0),
+    "rows of norm one": (lambda x: F.normalize(x.view(3, 4), dim=0), 0),
+    "deviations": (lambda x: torch.cat(torch.std_mean(x.view(3, 4), 1, keepdim=True)), 0),
+    "sorted rows": (lambda x: x.view(3, 4).sort(1)[0], 36),
+    "largest of rows": (lambda x: x.view(3, 4).topk(2, 1)[0], 18),
+    "layer norm": (lambda x: F.layer_norm(x.view(3, 4), [4], FEW[0, :4], FEW[1, :4]), None),
+    "layer norm, by its weight": (lambda x: F.layer_norm(X.view(3, 4), [4], x[:4], x[4:8]), 0),
+    "group norm": (lambda x: F.group_norm(x.view(1, 6, 2), 3, x[:6]), None),
+    "batch norm": (lambda x: F.batch_norm(x.view(4, 3), None, None, training=True), 0),
+    "batch norm of a trained net": (
+        lambda x: F.batch_norm(x.view(4, 3), FEW[0, :3], FEW[1, :3] + 1, x[:3]),
+        0,
+    ),
     "matrices": (lambda x: x.view(3, 4) @ x.view(4, 3), 0),
     "batches": (lambda x: torch.bmm(x.view(2, 2, 3), x.view(2, 3, 2)), 0),
     "a square": (lambda x: torch.dot(x, x).view(1), 0),
@@ -75,6 +92,17 @@ HESSIANS = {
     "a ring": (lambda x: ((x.roll(1) - x) ** 4).sum(), 36),
     "a chain": (lambda x: sum(((x[i] - x[i + 1]) ** 2 + 1) ** -3 for i in range(11)), 34),
     "dense": (lambda x: x.norm(), 144),
+    "an arrow": (lambda x: (x[0] * x[1:]).sin().sum(), 34),
+    "a star of stars": (lambda x: (x[:3].repeat_interleave(3) * x[3:] ** 2).sum() * 2, 27),
+    "a grid": (lambda x: sum((x.view(3, 4).diff(dim=d) ** 4).sum() for d in (0, 1)), 46),
+    "norms of rows": (lambda x: x.view(3, 4).norm(dim=1).sin().sum(), 48),
+    "layer norm": (lambda x: F.layer_norm(x.view(3, 4), [4]).pow(3).sum(), 48),
+    "group norm": (lambda x: F.group_norm(x.view(1, 6, 2), 3).pow(3).sum(), 48),
+    "batch norm": (
+        lambda x: F.batch_norm(x.view(4, 3), None, None, training=True).exp().sum(),
+        48,
+    ),
+    "log softmax": (lambda x: x.view(3, 4).log_softmax(1).square().sum(), 48),
 }
 
 
@@ -84,6 +112,41 @@ def test_hessians(name):
     found = sparse_hessian(f)(X)
     torch.testing.assert_close(found.to_dense(), hessian(f)(X))
     assert found._nnz() == entries
+
+
+@pytest.mark.parametrize(
+    "name, products", [("an arrow", 2), ("a star of stars", 2), ("a chain", 3), ("a grid", 5)]
+)
+def test_a_symmetric_matrix_needs_fewer_products(name, products):
+    f, _ = HESSIANS[name]
+    entries = Entries("sparse_hessian", grad(f), 0, (X,), {})
+    assert entries.plan("test", star).colours.max() + 1 <= products
+
+
+@pytest.mark.parametrize("seed", seeds(3))
+def test_star_colourings(seed):
+    """Every entry of random symmetric matrices is read where it stands alone."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(2, 40))
+    matrix = rng.random((size, size)) * (rng.random((size, size)) < rng.random() * 0.3)
+    matrix = matrix + matrix.T
+    plan = star(sparse.coo_array(matrix != 0))
+    seeds_ = np.eye(plan.colours.max() + 1)[plan.colours]
+    read = (matrix @ seeds_)[plan.place, plan.product]
+    assert np.array_equal(read, matrix[plan.row, plan.col])
+
+
+def test_derivatives_that_are_not_symmetric():
+    """A rule of the user's may have any Jacobian: no entry is read from its mirror image."""
+
+    @custom_vjp
+    def product(x):
+        return (x[1:] * x[:-1]).sum()
+
+    product.defvjp(
+        lambda x: (product(x), x), lambda x, g: (g * torch.cat([x[1:] ** 2, x[:1] * x[-1:]]),)
+    )
+    torch.testing.assert_close(sparse_hessian(product)(X).to_dense(), hessian(product)(X))
 
 
 def test_few_products_for_many_entries():

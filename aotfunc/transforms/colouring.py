@@ -1,0 +1,67 @@
+"""Which columns of a sparse matrix may share one product with it, and where its entries are read.
+
+Gebremedhin, Manne and Pothen, "What Color Is Your Jacobian? Graph Coloring for Computing
+Derivatives" (2005), describe both colourings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Pattern = Any  # a scipy.sparse array of bools
+
+
+def coloured(pattern: Pattern) -> np.ndarray:
+    """Return a colour for each column, so that no row has two columns of one colour: largest
+    first, as in Curtis, Powell and Reid, "On the Estimation of Sparse Jacobian Matrices"
+    (1974)."""
+    columns, rows = pattern.tocsc(), pattern.tocsr()
+    colours = [-1] * pattern.shape[1]
+    rows_of, first = columns.indices.tolist(), columns.indptr.tolist()
+    columns_of, start = rows.indices.tolist(), rows.indptr.tolist()
+    for j in np.argsort(-np.diff(columns.indptr), kind="stable").tolist():
+        near = rows_of[first[j] : first[j + 1]]
+        taken = {colours[k] for i in near for k in columns_of[start[i] : start[i + 1]]}
+        colours[j] = next(c for c in range(len(taken) + 1) if c not in taken)
+    return np.array(colours)
+
+
+def star_coloured(pattern: Pattern) -> np.ndarray:
+    """Return a colour for each column of a symmetric matrix, so that of two neighbours one is the
+    only neighbour of its colour that the other has: an entry of a symmetric matrix may be read
+    from either column. Every path of four columns then has three colours.
+
+    A column is given the first colour that neither its neighbours have, nor, by those which have
+    no colour yet, their neighbours, nor the third column of a path with two colours."""
+    rows = pattern.tocsr()
+    near = np.split(rows.indices, rows.indptr[1:-1])
+    nodes = [[k for k in ks.tolist() if k != j] for j, ks in enumerate(near)]
+    colours = [-1] * len(nodes)
+    for v in np.argsort([-len(ks) for ks in nodes], kind="stable").tolist():
+        taken = set()
+        for w in nodes[v]:
+            mine = colours[w]
+            taken.add(mine)
+            for x in nodes[w]:
+                other = colours[x]
+                if other in taken or other < 0:
+                    continue
+                if mine < 0 or any(colours[y] == mine for y in nodes[x] if y != w):
+                    taken.add(other)
+        colours[v] = next(c for c in range(len(taken) + 1) if c not in taken)
+    return np.array(colours, dtype=np.int64)
+
+
+def read_by_symmetry(
+    row: np.ndarray, col: np.ndarray, colours: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return, for each entry of a star coloured matrix, the colour of the product that it is read
+    from, and the row there: its own, or its column's where that is alone."""
+    if not len(row):
+        return row, col
+    _, which, count = np.unique(
+        row * (colours.max() + 1) + colours[col], return_inverse=True, return_counts=True
+    )
+    alone = count[which] == 1
+    return colours[np.where(alone, col, row)], np.where(alone, row, col)
