@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ..capture.tree import Arguments, unflatten
 from ..errors import ArgumentError
 from ..runtime.anomaly import without_nan
@@ -16,7 +18,9 @@ from ..transforms.jacobian import jacobian_columns, jacobian_rows
 from .call import Call, chosen_tree, positions
 from .checks import Gradients
 from .dynamo import read_by_dynamo
+from .jet import diag_hessian
 from .readings import jacobian, run_jacobian
+from .sparse import hessian_blocks, sparse_hessian
 from .validate import validated
 
 
@@ -94,17 +98,59 @@ def hessian(
     has_aux: bool = False,
     chunk_size: int | None = None,
     holomorphic: bool = False,
+    structure: str | None = None,
     validate: bool = False,
 ) -> Callable:
     """Return the Hessian, forward over reverse: ``jacfwd(jacrev(func))``; for a scalar function of
     shape ``I`` a tensor of shape ``I + I``. ``holomorphic`` as in :func:`jacrev`.
 
+    ``structure``: which entries are computed, of one tensor argument: "diagonal", of shape ``I``
+    (by Taylor mode, as :func:`diag_hessian`); "blocks", the square blocks of the slices along its
+    first dimension, ``[B, *I]``, of shape ``[B, *I, *I]``; "sparse", those that the graph has, as
+    a sparse tensor (:func:`sparse_hessian`). Whatever the Hessian is, these are its entries. The
+    last two raise CaptureError inside of other transforms, as they look at values.
+
     >>> hessian(lambda x: (x ** 3).sum())(torch.ones(2))
     tensor([[6., 0.],
             [0., 6.]])
     """
+    if structure is not None:
+        if structure not in STRUCTURES:
+            raise ArgumentError(f"hessian: structure must be one of {', '.join(STRUCTURES)}")
+        if has_aux or holomorphic or validate or not isinstance(argnums, int):
+            raise ArgumentError(
+                f"hessian(structure={structure!r}) is by one real argument, and excludes has_aux, "
+                "holomorphic and validate"
+            )
+        return STRUCTURES[structure](func, argnums, chunk_size=chunk_size)
     how = {"chunk_size": chunk_size, "holomorphic": holomorphic, "validate": validate}
     return jacfwd(jacrev(func, argnums, has_aux=has_aux, **how), argnums, has_aux, **how)
+
+
+def diagonal(func: Callable, argnums: int, *, chunk_size: int | None) -> Callable:
+    @functools.wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        arguments = Arguments(args, kwargs, func)
+        (k, *others) = positions("hessian", arguments, argnums)
+        x = arguments.leaves[k]
+        if others or x.is_complex():
+            raise ArgumentError(f"hessian: argument {argnums} must be one real tensor")
+
+        def of_x(x: Tensor) -> Any:
+            leaves = [*arguments.leaves[:k], x, *arguments.leaves[k + 1 :]]
+            given, named = arguments.rebuilt(leaves)
+            return func(*given, **named)
+
+        return diag_hessian(of_x, chunk_size=chunk_size)(x)
+
+    return wrapper
+
+
+STRUCTURES: dict[str, Callable] = {
+    "diagonal": diagonal,
+    "blocks": hessian_blocks,
+    "sparse": sparse_hessian,
+}
 
 
 class Options(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -80,6 +81,42 @@ def sparse_hessian(
     return hessian
 
 
+def hessian_blocks(
+    f: Callable, argnums: int = 0, *, chunk_size: int | None = None
+) -> Callable[..., Tensor]:
+    """Return ``blocks(*args)``, the Hessian of a scalar ``f`` by the elements of each slice along
+    the first dimension of ``args[argnums]``, of shape ``[B, *I]``: of shape ``[B, *I, *I]``. No
+    other entry is computed; where there are none, one product for each element of ``I``."""
+
+    from ..transforms.colouring import coloured
+
+    @entry
+    @functools.wraps(f)
+    def blocks(*args: Any, **kwargs: Any) -> Tensor:
+        found = Entries("hessian", grad(f, argnums), argnums, args, kwargs)
+        if not found.x.dim():
+            raise ArgumentError('hessian(structure="blocks"): the argument has no dimension')
+        count, *inner = found.x.shape
+        size = math.prod(inner)
+        step = max(size, 1)
+
+        def in_blocks(pattern: Any) -> Plan:
+            own = pattern.row // step == pattern.col // step
+            row, col = pattern.row[own], pattern.col[own]
+            wanted = type(pattern)((pattern.data[own], (row, col)), pattern.shape)
+            colours = coloured(pattern, wanted)
+            return Plan(row, col, colours, False, colours[col], row)
+
+        plan = found.plan("blocks", in_blocks)
+        row, col = (torch.as_tensor(i, device=found.x.device).long() for i in (plan.row, plan.col))
+        result = found.x.new_zeros(count, size, size)
+        places = (row // step, row % step, col % step)
+        result = result.index_put(places, found.values(plan, chunk_size))
+        return result.view(count, *inner, *inner)
+
+    return blocks
+
+
 class Plan(NamedTuple):
     """The entries of a Jacobian that are computed, by columns (or rows) of one colour together,
     and for each the product that it is read from, and the place there."""
@@ -137,17 +174,18 @@ class Entries:
         return result
 
     def plan(self, name: str, make: Callable[[Any], Plan]) -> Plan:
-        """Return the plan for the pattern of the function, which is kept under ``name`` if it
-        holds for other values, too."""
+        """Return the plan for the pattern of the function, kept under ``name`` for as long as the
+        values that the pattern depends on (indices, zeros of matrices) are the same."""
         from ..transforms.sparsity import Dependence  # which imports scipy
 
-        program, wrt = self.call.program, self.call.wrt
-        key = ("pattern", name, wrt)
-        if key in program.cache:
-            return program.cache[key]
-        found = Dependence(program, wrt[0], self.call.inputs)
-        plan = make(found.of(found.outputs[0]).tocoo())
-        return plan if found.by_value else program.once(key, lambda: plan)
+        program, key = self.call.program, ("pattern", name, self.call.wrt)
+        plan, read = program.cache.get(key, (None, ()))
+        if plan is None or not all(torch.equal(self.call.inputs[i], x) for i, x in read):
+            found = Dependence(program, self.call.wrt[0], self.call.inputs)
+            plan = make(found.of(found.outputs[0]).tocoo())
+            read = [(i, self.call.inputs[i].detach().clone()) for i in found.read]
+            program.cache[key] = plan, read
+        return plan
 
     def values(self, plan: Plan, chunk_size: int | None) -> Tensor:
         """Return the entries, by products with sums of unit vectors, one for each colour."""

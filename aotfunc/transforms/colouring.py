@@ -5,6 +5,7 @@ Derivatives" (2005), describe both colourings."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -12,19 +13,28 @@ import numpy as np
 Pattern = Any  # a scipy.sparse array of bools
 
 
-def coloured(pattern: Pattern) -> np.ndarray:
+def coloured(pattern: Pattern, wanted: Pattern | None = None) -> np.ndarray:
     """Return a colour for each column, so that no row has two columns of one colour: largest
-    first, as in Curtis, Powell and Reid, "On the Estimation of Sparse Jacobian Matrices"
-    (1974)."""
-    columns, rows = pattern.tocsc(), pattern.tocsr()
+    first, as in Curtis, Powell and Reid, "On the Estimation of Sparse Jacobian Matrices" (1974).
+    Where only the ``wanted`` entries are read, others of a row may share colours."""
+    wanted = pattern if wanted is None else wanted
+    columns = pattern.tocsc()
+    pairs = [(neighbours(columns), neighbours(wanted.tocsr()))]
+    if wanted is not pattern:
+        pairs.append((neighbours(wanted.tocsc()), neighbours(pattern.tocsr())))
     colours = [-1] * pattern.shape[1]
-    rows_of, first = columns.indices.tolist(), columns.indptr.tolist()
-    columns_of, start = rows.indices.tolist(), rows.indptr.tolist()
     for j in np.argsort(-np.diff(columns.indptr), kind="stable").tolist():
-        near = rows_of[first[j] : first[j + 1]]
-        taken = {colours[k] for i in near for k in columns_of[start[i] : start[i + 1]]}
+        taken = {
+            colours[k] for rows_of, columns_of in pairs for i in rows_of[j] for k in columns_of[i]
+        }
         colours[j] = next(c for c in range(len(taken) + 1) if c not in taken)
     return np.array(colours)
+
+
+def neighbours(compressed: Pattern) -> list[list[int]]:
+    """Return the places of the entries of each row (column) of a csr (csc) array."""
+    indices, start = compressed.indices.tolist(), compressed.indptr.tolist()
+    return [indices[a:b] for a, b in itertools.pairwise(start)]
 
 
 def star_coloured(pattern: Pattern) -> np.ndarray:
@@ -34,9 +44,7 @@ def star_coloured(pattern: Pattern) -> np.ndarray:
 
     A column is given the first colour that neither its neighbours have, nor, by those which have
     no colour yet, their neighbours, nor the third column of a path with two colours."""
-    rows = pattern.tocsr()
-    near = np.split(rows.indices, rows.indptr[1:-1])
-    nodes = [[k for k in ks.tolist() if k != j] for j, ks in enumerate(near)]
+    nodes = [[k for k in ks if k != j] for j, ks in enumerate(neighbours(pattern.tocsr()))]
     colours = [-1] * len(nodes)
     for v in np.argsort([-len(ks) for ks in nodes], kind="stable").tolist():
         taken = set()

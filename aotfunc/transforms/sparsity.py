@@ -37,12 +37,13 @@ class Dependence:
 
     def __init__(self, program: Program, wrt: int, tensors: Sequence[Tensor]) -> None:
         program = lowered(program, frozenset({"calls", "customs"}))
-        self.values: dict[Node, Any] = dict(zip(program.placeholders, tensors, strict=True))
-        self.input, self.outputs = program.placeholders[wrt], program.outputs
+        self.placeholders, self.outputs = program.placeholders, program.outputs
+        self.values: dict[Node, Any] = dict(zip(self.placeholders, tensors, strict=True))
+        self.input = self.placeholders[wrt]
         self.active = active_nodes(program.graph.nodes, [self.input])
         self.patterns: dict[Any, Pattern] = {}
-        #: whether the pattern holds for these values alone: of indices, and of factors with zeros
-        self.by_value = False
+        #: the arguments whose values the pattern depends on: indices, and factors with zeros
+        self.read: set[int] = set()
 
     def of(self, n: Any) -> Pattern:
         """Return the pattern of a value: a row for each of its elements."""
@@ -137,7 +138,7 @@ class Dependence:
         if not isinstance(n, Node):
             return n
         if n.op == "placeholder":
-            self.by_value = True
+            self.read.add(self.placeholders.index(n))
         if n not in self.values:
             op: Any = n.target
             args = mapped(self.value, list(n.args))

@@ -149,6 +149,50 @@ def test_derivatives_that_are_not_symmetric():
     torch.testing.assert_close(sparse_hessian(product)(X).to_dense(), hessian(product)(X))
 
 
+BLOCKS = torch.randn(4, 3, dtype=D, generator=GENERATOR)
+STRUCTURED = {
+    "apart": lambda x: (x.prod(1) * x.sin().sum(1)).sum(),
+    "coupled": lambda x: (x.sin() * x.roll(1, 0)).prod(1).sum(),
+    "all together": lambda x: x.norm() ** 3,
+    "numbers": lambda x: x.sum(1).roll(1).cos().sum() + (x[0] * x[1]).sum() ** 2,
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_parts_of_hessians(name):
+    f = STRUCTURED[name]
+    whole, x = hessian(f)(BLOCKS), BLOCKS
+    close = torch.testing.assert_close
+    each = torch.arange(4)
+    close(hessian(f, structure="blocks")(x), whole[each, :, each])
+    close(hessian(f, structure="blocks", chunk_size=2)(x), whole[each, :, each])
+    close(hessian(f, structure="sparse")(x).to_dense(), whole)
+    diagonal = whole.view(12, 12).diagonal().view(4, 3)
+    close(hessian(f, structure="diagonal")(x), diagonal)
+    close(hessian(lambda s, x: s * f(x), 1, structure="diagonal")(2.0, x), 2 * diagonal)
+    close(jit(hessian(f, structure="diagonal"), backend="eager")(x), diagonal)
+    close(vmap(hessian(f, structure="diagonal"))(x[None]), diagonal[None])
+    column = lambda x: f(x.view(4, 3))
+    close(hessian(column, structure="blocks")(x.flatten()), diagonal.flatten())
+    y = x.clone().requires_grad_()
+    (third,) = torch.autograd.grad(hessian(f, structure="blocks")(y).sum(), y)
+    close(third, grad(lambda x: hessian(f)(x)[each, :, each].sum())(x))
+
+
+def test_structures_that_there_are_not():
+    f = lambda x: x.square().sum()
+    with pytest.raises(ArgumentError, match="structure must be one of diagonal, blocks, sparse"):
+        hessian(f, structure="band")
+    with pytest.raises(ArgumentError, match="excludes has_aux, holomorphic and validate"):
+        hessian(f, structure="blocks", has_aux=True)
+    with pytest.raises(ArgumentError, match="no dimension"):
+        hessian(f, structure="blocks")(X[0])
+    with pytest.raises(ArgumentError, match="must be one real tensor"):
+        hessian(lambda x: f(x[0]), structure="diagonal")((X, X))
+    with pytest.raises(CaptureError, match="call it outside"):
+        jit(hessian(f, structure="blocks"))(X)
+
+
 def test_few_products_for_many_entries():
     """A band of three needs three products with the Jacobian at any size."""
     calls = []
@@ -170,9 +214,17 @@ def test_patterns_follow_values():
     f = lambda x: torch.cat([x[index], matrix @ x])
     x = torch.arange(3, dtype=D)
     for _ in range(2):
-        torch.testing.assert_close(sparse_jacobian(f)(x).to_dense(), jacrev(f)(x))
+        for g in (f, jit(f, backend="eager")):
+            torch.testing.assert_close(sparse_jacobian(g)(x).to_dense(), jacrev(f)(x))
         index += 1
         matrix[0, 2] = 5
+
+
+def test_patterns_follow_the_argument():
+    f = lambda x: x.cummax(0)[0].sum()
+    for x in (X, -X, X.flip(0)):
+        torch.testing.assert_close(sparse_hessian(f)(x).to_dense(), hessian(f)(x))
+        torch.testing.assert_close(sparse_jacobian(grad(f))(x).to_dense(), hessian(f)(x))
 
 
 def test_rows_where_there_are_fewer():
