@@ -54,7 +54,8 @@ class CustomFunction(CustomRules):
     def def_vmap(self, rule: Callable) -> Callable:
         """State the batching: ``rule(size, in_batched, *args) -> (output, out_batched)``.
         ``in_batched`` and ``out_batched`` are trees of truth values like the arguments and the
-        output; what is batched has its batch in dimension 0."""
+        output; what is batched has its batch in dimension 0. Tensors that the rule closes over,
+        by variables, are the same for all samples."""
         self.batched = rule
         return rule
 

@@ -5,6 +5,8 @@ Such a node passes the function's results through, with the derivatives that the
 
 from __future__ import annotations
 
+import inspect
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,18 +79,44 @@ class BatchedBy(Step):
         return values[: len(self.outs)]
 
 
-def with_batching(args: tuple, call: Callable[[], tuple[Any, list]]) -> list:
-    """Return the leaves that ``owner, leaves = call()`` returns, recorded, with ``owner.vmap`` as
-    the rule by which the call on ``args`` is batched."""
+def with_batching(args: tuple, rule: Callable, call: Callable[[], tuple[Any, list]]) -> list:
+    """Return the leaves that ``owner, leaves = call()`` returns, recorded, with ``owner.vmap``,
+    which calls the user's ``rule``, as the rule by which the call on ``args`` is batched. Tensors
+    that ``rule`` closes over are operands, too."""
     trace = current()
     assert trace is not None
-    operands = Operands(args)
-    trace.record(BEGIN, operands.tensors)
+    closed = closed_over(rule)
+    operands = [*Operands(args).tensors, *closed]
+    trace.record(BEGIN, operands)
     owner, leaves = call()
     places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
     vals = tuple(trace.ref_of(leaves[i])[1] for i in places)
-    step = BatchedBy(CustomBatching(owner.__name__, len(places), OwnRule(owner, args)), vals)
-    results = trace.record(step, [*(leaves[i] for i in places), *operands.tensors])
+    own = OwnRule(owner, args, closed)
+    step = BatchedBy(CustomBatching(owner.__name__, len(places), own), vals)
+    results = trace.record(step, [*(leaves[i] for i in places), *operands])
     for i, new in zip(places, results, strict=True):
         leaves[i] = new
     return leaves
+
+
+def closed_over(f: Callable) -> list[Tensor]:
+    """Return the tensors that a function, and functions of its module that it calls, read by
+    closures, globals and defaults."""
+    tensors: dict[int, Tensor] = {}
+    functions = {id(f): f}
+    queue: list[Any] = [f]
+    while queue:
+        g = getattr(g := queue.pop(), "__func__", g)
+        if not isinstance(g, types.FunctionType):
+            continue
+        try:
+            cells = inspect.getclosurevars(g)
+        except ValueError:  # a variable without a value yet
+            continue
+        for x in (*cells.nonlocals.values(), *cells.globals.values(), *(g.__defaults__ or ())):
+            if isinstance(x, Tensor):
+                tensors[id(x)] = x
+            elif getattr(x, "__module__", "") == f.__module__ and id(x) not in functions:
+                functions[id(x)] = x
+                queue.append(x)
+    return list(tensors.values())

@@ -119,7 +119,7 @@ class CustomRules:
             leaves, spec = flatten_tree(output)
             return Batched(self, output), leaves
 
-        return with_batching(args, call), spec
+        return with_batching(args, self.batched, call), spec
 
 
 class Batched:

@@ -6,6 +6,7 @@ a graph from outside."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -186,22 +187,29 @@ def part_of_sample(trace: Trace, x: Tensor, dim: int, sample: Tensor) -> Tensor:
 
 class OwnRule:
     """``cls.vmap`` as the batching rule of a node, for the tensors among the operands of its
-    call."""
+    call, and behind them those that the rule closes over."""
 
-    def __init__(self, cls: Any, args: Sequence[Any]) -> None:
+    def __init__(self, cls: Any, args: Sequence[Any], closed: Sequence[Tensor] = ()) -> None:
         self.cls, self.operands, self.surroundings = (
             cls,
             Operands(args).without_tensors(),
             Surroundings.now(),
         )
+        self.closed = list(map(weakref.ref, closed))
 
     def __call__(self, walk: Any, inputs: Sequence[Node], line: Line | None) -> tuple[Any, Any]:
-        dims = self.operands.dims([0 if walk.has(x) else None for x in inputs])
+        count = len(self.operands.places)
+        dims = self.operands.dims([0 if walk.has(x) else None for x in inputs[:count]])
+        # what the samples do not share is no tensor that the rule may read
+        shared = [not walk.has(x) for x in inputs[count:]]
         info = Info(*walk.axis[:2])
 
         def body(*tensors: Tensor) -> Any:
             # a Function may write to its argument: the recorded call does so, too
-            copies = [t.clone() for t in tensors]
+            copies = [t.clone() for t in tensors[:count]]
+            for t, closed, yes in zip(tensors[count:], self.closed, shared, strict=True):
+                if yes and (real := closed()) is not None:
+                    current().stand_for(t, real)  # type: ignore[union-attr, arg-type]
             with self.surroundings.again():
                 leaves, _, out_dims = call(self.cls, info, dims, self.operands.rebuilt(copies))
             outs = [(o, d) for o, d in zip(leaves, out_dims, strict=True) if isinstance(o, Tensor)]

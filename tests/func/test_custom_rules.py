@@ -3,11 +3,13 @@
 A rule that says the true derivative must give what the plain function gives, under every pair of
 transforms and in compiled functions; one that says another shows that it is asked."""
 
+import types
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.testing import assert_close
 
 import aotfunc
 from aotfunc import (
@@ -124,7 +126,7 @@ def inputs():
 def test_true_rules_give_what_the_function_gives(make, outer):
     for inner in TRANSFORMS.values():
         through = lambda f, inner=inner: TRANSFORMS[outer](inner(f))
-        torch.testing.assert_close(through(make())(*inputs()), through(plain)(*inputs()))
+        assert_close(through(make())(*inputs()), through(plain)(*inputs()))
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda m: m.__name__)
@@ -133,10 +135,10 @@ def test_third_order(make):
         along = lambda g: lambda x, w: jvp(g, (x, w), (w, x))[1]
         return along(along(along(f)))
 
-    torch.testing.assert_close(third(make())(*inputs()), third(plain)(*inputs()))
+    assert_close(third(make())(*inputs()), third(plain)(*inputs()))
     scalar = lambda f: lambda x: f(x, 2 * x).sum()
     nested = lambda f: grad(lambda x: (hessian(scalar(f))(x) ** 2).sum())
-    torch.testing.assert_close(nested(make())(inputs()[0]), nested(plain)(inputs()[0]))
+    assert_close(nested(make())(inputs()[0]), nested(plain)(inputs()[0]))
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda m: m.__name__)
@@ -153,7 +155,7 @@ def test_under_autograd(make, through):
         x, w = (t.requires_grad_() for t in inputs())
         first = torch.autograd.grad((f(x, w) ** 2).sum(), (x, w), create_graph=True)
         found.append([*first, *torch.autograd.grad(sum((g**2).sum() for g in first), (x, w))])
-    torch.testing.assert_close(*found)
+    assert_close(*found)
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda m: m.__name__)
@@ -164,7 +166,7 @@ def test_dual_tensors(make):
         with forward_ad.dual_level():
             return forward_ad.unpack_dual(f(forward_ad.make_dual(x, w), w)).tangent.clone()
 
-    torch.testing.assert_close(tangent(make()), tangent(plain))
+    assert_close(tangent(make()), tangent(plain))
 
 
 def test_rules_are_asked():
@@ -417,7 +419,52 @@ def test_a_batching_rule_reads_tensors_from_outside():
     assert vmap(f, 0)(batch).tolist() == [[102, 3]] * 4
     assert vmap(f, 1)(batch.mT).tolist() == [[102, 3]] * 4
     with pytest.raises(CaptureError, match="the batching rule of function is recorded here"):
+        jit(vmap(f))(batch)  # where it makes a tensor from numbers
+    f.def_vmap(lambda size, in_batched, x: (x * w + 100, True))
+    for _ in range(2):  # recorded: as operands of the call
+        want = vmap(f)(batch)
+        assert_close(jit(vmap(f), backend="eager")(batch), want)
+        assert_close(make_fx(vmap(f))(batch)(batch), want)
+        assert_close(vmap(vmap(f))(batch[None]), want[None])
+        w += 1
+    box = types.SimpleNamespace(w=w)
+    f.def_vmap(lambda size, in_batched, x: (x * box.w, True))
+    with pytest.raises(CaptureError, match="the batching rule of function is recorded here"):
         jit(vmap(f))(batch)
+
+
+def test_a_recorded_batching_rule_follows_what_it_closes_over():
+    w, batch = torch.tensor([2.0, 3.0]), torch.ones(4, 2)
+    f = custom_vmap(lambda x: x * w)
+    scaled = lambda x: x * w * 10
+    f.def_vmap(lambda size, in_batched, x: (scaled(x), True))
+    compiled = jit(lambda x: vmap(f)(x).sum(0), backend="eager")
+    for _ in range(2):
+        assert_close(compiled(batch), 40 * w)
+        w = w + 1  # another tensor
+    w.requires_grad_()
+    for run in (compiled, lambda x: vmap(f)(x).sum(0)):
+        (slope,) = torch.autograd.grad(run(batch).square().sum(), w)
+        assert_close(slope, 3200 * w.detach())
+    w = torch.tensor([2.0, 3.0])
+    assert_close(jacrev(lambda x: vmap(f)(x).sum(0))(batch), jacfwd(compiled)(batch))
+    product = lambda x: vmap(f)(x).log().prod()
+    assert_close(hessian(product)(batch), hessian(lambda x: scaled(x).log().prod())(batch))
+
+
+def test_a_batching_rule_closes_over_what_a_transform_computes():
+    def outer(x, rows):
+        k = x.exp()
+        f = custom_vmap(lambda y: y * k)
+        f.def_vmap(lambda size, in_batched, y: (y * k, True))
+        return vmap(f)(rows).sin().sum()
+
+    plain = lambda x, rows: (rows * x.exp()).sin().sum()
+    x, rows = torch.tensor([0.1, 0.2]), torch.ones(3, 2)
+    for transform in (grad, hessian, lambda f: jit(grad(f), backend="eager")):
+        assert_close(transform(outer)(x, rows), transform(plain)(x, rows))
+    batched = lambda f: vmap(grad(f), (0, None))(torch.stack([x, x + 1]), rows)
+    assert_close(batched(outer), batched(plain))
 
 
 @pytest.mark.parametrize(
