@@ -53,7 +53,7 @@ class Gradients(Derivatives):
         derivative, rest = result if both else (result, ())
         blocks, count = flatten(derivative)[0], len(self.wrt)
         want = [*(self.run.outs if self.name == "grad_and_value" else ()), *self.run.aux]
-        self.equal("the value", tree_leaves(rest), want)
+        self.equal("the value", flatten(rest)[0], want)
         got = []
         for i, x in enumerate(self.run.pulled[:count]):
             rows = [widened(block) for block in blocks[i::count]]
@@ -89,7 +89,7 @@ class Maps(Derivatives):
         output, linear, *aux = result
         outs, spec = flatten(output)
         near, wide, count = self.run, self.wide, len(self.wrt)
-        self.equal("the output", [*outs, *tree_leaves(aux)], [*near.outs, *near.aux])
+        self.equal("the output", [*outs, *flatten(aux)[0]], [*near.outs, *near.aux])
         w = iter(self.cotangents(()))
         if self.name == "vjp":
             given = [next(w).to(x.dtype) if floating(x) else torch.zeros_like(x) for x in outs]
@@ -147,7 +147,7 @@ class Batches(Check):
             given, named = self.arguments.rebuilt(self.sample(i, leaves))
             with rehearsed(spared=leaves):
                 result = self.f(*given, **named)
-                found.append([x.clone() for x in tree_leaves(result) if isinstance(x, Tensor)])
+                found.append([x.clone() for x in flatten(result)[0] if isinstance(x, Tensor)])
         outs, spec = flatten(result)
         places = self.options["out_dims"]
         flat = (
@@ -162,7 +162,7 @@ class Batches(Check):
         ]
 
     def check(self, result: Any) -> None:
-        outs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        outs = [x for x in flatten(result)[0] if isinstance(x, Tensor)]
         self.equal("the result", outs, self.run.outs, self.wide.outs)
 
     def values(self) -> tuple[Program, dict[Node, Any]]:

@@ -99,7 +99,7 @@ class Run:
             found = pulled(outs, [*roots, *check.closed], check.cotangents(outs))
             # what is made inside may have been written to there
             kept = lambda xs: [x.detach().clone() if isinstance(x, Tensor) else x for x in xs]
-            self.outs, self.aux, self.pulled = kept(outs), kept(tree_leaves(aux)), kept(found)
+            self.outs, self.aux, self.pulled = kept(outs), kept(flatten(aux)[0]), kept(found)
             self.eps = mode.eps
 
 

@@ -15,6 +15,7 @@ from ..capture.tree import Arguments
 from ..errors import ArgumentError, CaptureError
 from ..trace.entering import entry
 from ..trace.traced import current
+from ..transforms.colouring import coloured, read_by_symmetry, star_coloured
 from ..transforms.lower import CALLS, lowered, marked
 from .call import Call, positions
 from .func import grad, linearize, vjp
@@ -88,8 +89,6 @@ def hessian_blocks(
     the first dimension of ``args[argnums]``, of shape ``[B, *I]``: of shape ``[B, *I, *I]``. No
     other entry is computed; where there are none, one product for each element of ``I``."""
 
-    from ..transforms.colouring import coloured
-
     @entry
     @functools.wraps(f)
     def blocks(*args: Any, **kwargs: Any) -> Tensor:
@@ -130,8 +129,6 @@ class Plan(NamedTuple):
 
 
 def cheaper(pattern: Any) -> Plan:
-    from ..transforms.colouring import coloured
-
     row, col = pattern.row, pattern.col
     columns, rows = coloured(pattern), coloured(pattern.T)
     if rows.max(initial=-1) < columns.max(initial=-1):
@@ -140,8 +137,6 @@ def cheaper(pattern: Any) -> Plan:
 
 
 def star(pattern: Any) -> Plan:
-    from ..transforms.colouring import read_by_symmetry, star_coloured
-
     pattern = (pattern + pattern.T).tocoo()
     row, col, colours = pattern.row, pattern.col, star_coloured(pattern)
     return Plan(row, col, colours, False, *read_by_symmetry(row, col, colours))

@@ -68,8 +68,7 @@ def read_by_symmetry(
     from, and the row there: its own, or its column's where that is alone."""
     if not len(row):
         return row, col
-    _, which, count = np.unique(
-        row * (colours.max() + 1) + colours[col], return_inverse=True, return_counts=True
-    )
+    product = row.astype(np.int64) * (colours.max() + 1) + colours[col]
+    _, which, count = np.unique(product, return_inverse=True, return_counts=True)
     alone = count[which] == 1
     return colours[np.where(alone, col, row)], np.where(alone, row, col)

@@ -76,8 +76,9 @@ class Dependence:
             numbers = torch.arange(math.prod(kept))
             rows = numbers.view(kept).expand(here) if len(here) == len(given) else numbers
             return in_groups(joined([self.of(a) for a in moving]), groups, rows)
-        if op in NORMALISED and not (item and "backward" in op._schema.name):
-            return self.normalised(n, *NORMALISED[op](*args))
+        if op in NORMALISED and (item or 0) < (1 if "backward" in op._schema.name else 3):
+            found = self.normalised(n, *NORMALISED[op](*args))
+            return self.everything(call, n) if found is None else found
         places = [i for i in tensor_args(op) if any(a in self.active for a in leaves(args[i]))]
         if not rules.linear_in(places):
             return self.everything(call, n)
@@ -88,18 +89,22 @@ class Dependence:
 
     def normalised(
         self, n: Node, full: Any, stats: Any, scales: Any, groups: Tensor, channels: Tensor
-    ) -> Pattern:
-        """Return the pattern of a normalisation, see ``NORMALISED``, or of its statistics."""
+    ) -> Pattern | None:
+        """Return the pattern of a normalisation, see ``NORMALISED``, or of its statistics, one for
+        each group; None for others."""
 
         def rows(some: Sequence[Any], places: Tensor) -> list[Pattern]:
             own = [a for a in some if isinstance(a, Node) and a in self.active]
             return [picks(places, a.meta["val"].numel) @ self.of(a) for a in own]
 
+        size = n.meta["val"].numel
         mixed = [*rows(full, torch.arange(len(groups))), *rows(stats, groups)]
-        scaled, whole = rows(scales, channels), n.meta["val"].numel == len(groups)
+        scaled, whole = rows(scales, channels), size == len(groups)
+        if not (whole or (mixed and size == int(groups.max()) + 1)):
+            return None
         if len(full) > 1:  # the cotangent is scaled before
             mixed, scaled = mixed + scaled, []
-        places = groups if whole else torch.arange(n.meta["val"].numel)
+        places = groups if whole else torch.arange(size)
         parts = [in_groups(joined(mixed), groups, places)] if mixed else []
         return joined([*parts, *(scaled if whole else ())])
 

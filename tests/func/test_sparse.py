@@ -52,6 +52,18 @@ JACOBIANS = {
     "layer norm": (lambda x: F.layer_norm(x.view(3, 4), [4], FEW[0, :4], FEW[1, :4]), None),
     "layer norm, by its weight": (lambda x: F.layer_norm(X.view(3, 4), [4], x[:4], x[4:8]), 0),
     "group norm": (lambda x: F.group_norm(x.view(1, 6, 2), 3, x[:6]), None),
+    "statistics": (
+        lambda x: torch.cat(torch.native_layer_norm(x.view(3, 4), [4], x[:4], None, 1)[1:]),
+        None,
+    ),
+    "statistics of groups": (
+        lambda x: torch.native_group_norm(x.view(1, 6, 2), None, None, 1, 6, 2, 3, 1)[2],
+        0,
+    ),
+    "statistics of one": (
+        lambda x: torch.native_layer_norm(X.view(3, 4), [4], x[:4], None, 1)[1] * x[:3],
+        None,
+    ),
     "batch norm": (lambda x: F.batch_norm(x.view(4, 3), None, None, training=True), 0),
     "batch norm of a trained net": (
         lambda x: F.batch_norm(x.view(4, 3), FEW[0, :3], FEW[1, :3] + 1, x[:3]),
