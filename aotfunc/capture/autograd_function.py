@@ -125,8 +125,9 @@ def call_function(
     backward: Any,
     jvp: Any = None,
     batching: Any = None,
+    kind: type[CustomDerivative] = CustomDerivative,
 ) -> Any:
-    """Record one Function call between a Begin and an End."""
+    """Record one Function call between a Begin and an End, with a derivative of this ``kind``."""
     trace = current()
     assert trace is not None
     inputs = [a for a in args if isinstance(a, Tensor)]
@@ -149,7 +150,7 @@ def call_function(
         fields = (name, len(inputs), vals, backwards, forward_part, saved, batching, narrow)
         parts = [forward_part, *(p for _, p in (*backwards, *(narrow[1] if narrow else ())))]
         unique = batching is not None or any(isinstance(p, Exception) for p in parts)
-        make = CustomDerivative if unique else functools.partial(interned, CustomDerivative)
+        make = kind if unique else functools.partial(interned, kind)
         return interned(End, make(*fields, unguarded))
 
     refs = [trace.ref_of(t)[0] for t in kept]

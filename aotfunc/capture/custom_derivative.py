@@ -18,7 +18,7 @@ from ..errors import AotfuncError, CaptureError, OpError
 from ..graph import Program
 from ..trace.emit import Builder, remap
 from ..trace.marks import fail, number_of
-from ..transforms.vjp import reverse
+from ..transforms.vjp import behind_hooks, reverse
 from ..transforms.vmap import inserted, vmap
 from ..transforms.walk import filled_node, unknown
 
@@ -62,6 +62,9 @@ class CustomDerivative:
     operands. ``narrow`` is ``(mask, backward)``, recorded for where only inputs of the mask need a
     gradient. ``unguarded`` are the residuals that autograd would let be written to until the
     backward reads them."""
+
+    #: autograd knows the first input by the result: an op that saves it saves this
+    hooked = False
 
     def __init__(
         self,
@@ -121,7 +124,7 @@ class CustomDerivative:
         inputs, _, _ = self.parts(n)
         _, _, residuals = self.parts(again)
         residuals = [
-            r if k is None else b.item(again, k)
+            r if k is None else behind_hooks(b, b.item(n, k), b.item(again, k))
             for r, k in zip(residuals, self.saved, strict=True)
         ]
         if not self.backward and (forward := self.forward_rule()) is not None:
@@ -241,7 +244,7 @@ class CustomDerivative:
         each = lambda backward: tuple((have, batched(part)) for have, part in backward)
         narrow = (self.narrow[0], each(self.narrow[1])) if self.narrow is not None else None
         backward, forward = each(self.backward.items()), batched(self.forward)
-        return CustomDerivative(
+        return type(self)(
             self.__name__, self.n_inputs, vals, backward, forward, self.saved, None, narrow
         )
 

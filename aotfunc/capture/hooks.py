@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 from torch.utils import module_tracker
 from torch.utils.hooks import RemovableHandle
 
@@ -17,9 +18,11 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError, OpError
 from ..trace import outside
+from ..trace.emit import Builder
 from ..trace.records import instr_op, written_slots
 from ..trace.traced import Traced
 from .autograd_function import End, call_function
+from .custom_derivative import CustomDerivative
 from .deferred import Deferred, calls_late
 from .function_rules import Context
 from .live_hooks import Handle, Identity, Link, TensorHooks
@@ -34,6 +37,15 @@ def register_multi_grad_hook(*_: Any, **__: Any) -> RemovableHandle:
         "hooks of several tensors inside a captured function are not "
         f"supported{at(debug.user_line())}"
     )
+
+
+class Hooked(CustomDerivative):
+    """``(value, value, residuals) -> value`` with hooks, which do not act on tangents."""
+
+    hooked = True
+
+    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
+        return [tangents.get(x) for x in self.parts(n)[0]]
 
 
 def reads(instr: Any, refs: Sequence[int], ref: int) -> bool:
@@ -96,7 +108,7 @@ def register_hook(t: Traced, hook: Callable) -> Any:
     context.materialize_grads = False
     with torch.enable_grad():
         t.ref = call_function(
-            "hook", [source], lambda ctx: source.view_as(source), context, backward
+            "hook", [source], lambda ctx: source.view_as(source), context, backward, kind=Hooked
         ).ref
     waiting, link = trace.deferred[-1], Link()
     recorded, waiting.hooks, mine.ref = waiting.make, mine, t.ref

@@ -142,8 +142,8 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
     given, before = halves.unwritten(tensors), generator_states(halves.call.program)
     torch._C._set_grad_enabled(False)  # a tenth of the time of torch.no_grad()
     try:
-        outs = own_results(halves.forward, count, given)
-        results, residuals = list(unviewed(outs[:count])), outs[count:]
+        outs = own_results(halves.forward, halves.early, given)
+        results, residuals = list(unviewed(outs[: halves.early])), outs[halves.early :]
     finally:
         torch._C._set_grad_enabled(True)
     needed = [given[i] for i in halves.needed]
@@ -153,19 +153,21 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
     every = dict(enumerate(residuals))
     for part in nodes:
         mine, inputs = part
+        met = halves.met_by(mine)
+        shown = [results[count + i] for i in met or ()]
         kept = every if len(nodes) == 1 else {i: every[i] for i in halves.residuals_of(mine)}
         new = apply(
-            facts(halves, part, kept, before, read_late),
-            [results[i] for i in mine],
-            [r for r in kept.values() if isinstance(r, Tensor)],
+            facts(halves, part, kept, before, read_late, met),
+            [*[results[i] for i in mine], *shown],
+            [*[r for r in kept.values() if isinstance(r, Tensor)], *shown],
             needed,
             *halves.reached(given, inputs),
         )
-        for i, o in zip(mine, new, strict=True):
+        for i, o in zip(mine, new, strict=False):
             # autograd calls the hooks of all results of a node, with None for those that no
             # gradient reaches
-            results[i] = lifted(o) if len(mine) > 1 and i < halves.call.program.n_outputs else o
-    return results, read_late
+            results[i] = lifted(o) if len(new) > 1 and i < halves.call.program.n_outputs else o
+    return results[:count], read_late
 
 
 def facts(
@@ -174,11 +176,13 @@ def facts(
     residuals: dict[int, Any],
     states: list,
     read_late: Versions | None,
+    met: tuple[int, ...] | None = (),
 ) -> dict[str, Any]:
     """Return what a node knows beside tensors, by name."""
     return {
         "halves": halves,
         "part": part,
+        "met": met,
         "residuals": {i: None if isinstance(r, Tensor) else r for i, r in residuals.items()},
         "states": states,
         "read_late": read_late,
@@ -196,6 +200,7 @@ def same_node(
     program, count = halves.call.program, halves.count
     run, (outs, inputs) = halves.forward.compiled(tensors), halves.whole
     varies = halves.differing or halves.unreached or halves.reads_state or program.mutated
+    varies = varies or halves.met
     if varies or halves.layouts is None or len(outs) != count or generator_states(program):
         return None
     if halves.parts(tensors) != [halves.whole]:
@@ -262,8 +267,11 @@ class CompiledFunction(torch.autograd.Function):
         # reading them raises an error the second time, unless the graph was retained, even if
         # there are none
         outs, inputs = ctx.part
-        if not ctx.done and as_laid_out(cts, ctx.layouts, ctx.dtype):
-            values = [*(ctx.saved_tensors if ctx.keeps else ()), *cts]
+        cts, further = cts[: len(outs)], cts[len(outs) :]
+        met = tuple([i for i, c in zip(ctx.met or (), further, strict=True) if c is not None])
+        if not (ctx.done or met) and as_laid_out(cts, ctx.layouts, ctx.dtype):
+            saved = ctx.saved_tensors if ctx.keeps else ()
+            values = [*saved[: len(saved) - len(further)], *cts]
             let_go(ctx, frozenset(outs))
             return None, None, None, None, *halves.backward.compiled(values)(values)
         there = frozenset([i for i, c in zip(outs, cts, strict=True) if c is not None])
@@ -272,13 +280,18 @@ class CompiledFunction(torch.autograd.Function):
         saved = ctx.saved_tensors if ctx.keeps and not again else ()
         have = tuple([i in there for i, yes in enumerate(halves.live) if yes])
         with without_modes(ctx.dtype):
-            plan, given = lay_cotangents(cts, [halves.vals[i] for i in outs])
+            vals = [halves.vals[i] for i in outs]
+            vals += [halves.met[i].meta["val"] for i in ctx.met or ()]
+            plan, given = lay_cotangents([*cts, *further], vals)
             sigs = tuple([sig for sig in plan if sig is not None])
-            if again or torch.is_grad_enabled() or (halves.materializes and not all(have)):
-                values = [*unchanged(ctx, halves.gradient(have, sigs)), *given]
+            second = torch.is_grad_enabled()
+            if again or second or met or (halves.materializes and not all(have)):
+                known = check_met(ctx) if second and not again else ()
+                gradient = halves.gradient(have, sigs, met, known)
+                values = [*unchanged(ctx, gradient), *saved[len(saved) - len(known) :], *given]
                 with redrawn(ctx.states), at_moment(ctx.moment):
                     let_go(ctx, there)
-                    grads = call_batched(call_compiled, halves.gradient(have, sigs), values)
+                    grads = call_batched(call_compiled, gradient, values)
             else:
                 half, reads = halves.backward_for(have, sigs)
                 feed = iter(saved)
@@ -334,6 +347,18 @@ class Lift(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
         return g
+
+
+def check_met(ctx: Any) -> tuple[int, ...]:
+    """Return the further results of this node; refuse a second derivative where another node has
+    cotangents for the same Function."""
+    if ctx.met is None:
+        raise AotfuncError(
+            f"several results of {ctx.halves.call.__name__} have gradients of their own, and a "
+            "Function or hook in common whose backward is not linear; it cannot be differentiated "
+            "twice (create_graph=True): return one result"
+        )
+    return ctx.met
 
 
 def unchanged(ctx: Any, gradient: CompiledCall) -> list[Tensor]:

@@ -17,23 +17,21 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..backends.eager import compile_graph
 from ..capture.calls import CompiledCall, CompiledStep, hidden_writes
 from ..capture.captured import Captured
 from ..capture.live_hooks import TensorHooks, live_hooks
 from ..graph import Program, needed_for
-from ..trace.emit import Builder, paused_gc, remap
+from ..trace.emit import Builder, remap
 from ..trace.marks import dead_end
 from ..trace.node_views import chain_of, view_source
 from ..trace.records import results_of, written_slots
 from ..trace.shapes.instr import Instr
 from ..trace.tracer import Trace
 from ..transforms.activity import active_nodes, sources
-from ..transforms.fresh import fresh
 from ..transforms.tidy import rebuilt
-from ..transforms.walk import builder
 from .aliasing import memory_program
 from .autograd import call_compiled, op_by_op
+from .chain_steps import by_autograd, op_of, saves_a_result, stage_of, write
 from .execute import before_writes, write_back
 
 
@@ -217,10 +215,13 @@ class CallCuts:
             for n in self.nodes
             if n in self.active and (hooks := live_hooks(n)) is not None
         }
+        #: ops that autograd itself is to record: it saves a result, which has hooks
+        self.saving: set[Node] = set()
         for n, hooks in self.hooked.items():
             self.cuts.update(n.users)
             if isinstance(hooks, TensorHooks):  # those of all that reads the value
                 self.cuts.update(self.shown(n))
+                self.saving.update(filter(saves_a_result, map(op_of, self.shown(n))))
         self.stage = self.numbered()
 
     def shown(self, n: Node) -> list[Node]:
@@ -257,15 +258,15 @@ class CallCuts:
         """Return the stage that computes each node: a new one begins where something reads a
         result that is to be cut at."""
         stage: dict[Node, int] = {}
-        number, pending = 0, set[Node]()
+        number, pending, alone = 0, set[Node](), False
         for n in self.nodes:
             if n.target is operator.getitem:  # an op with several outputs crosses as its items
                 stage[n] = stage[n.args[0]]  # type: ignore[index]
             else:
-                if not pending.isdisjoint(n._input_nodes):
+                if alone or n in self.saving or not pending.isdisjoint(n._input_nodes):
                     number += 1
                     pending.clear()
-                stage[n] = number
+                stage[n], alone = number, n in self.saving
             if n in self.cuts:
                 pending.add(n)
         return stage
@@ -309,11 +310,14 @@ class CallCuts:
                     for i in dict.fromkeys(i for n in body for i in n._input_nodes)
                     if self.stage.get(i, -1) < k
                 ]
-                program = stage_of(body, reads, outs, said)
-                stage = CompiledCall(
-                    program, self.call.compile, self.call.split, self.call.__name__
-                )
-                step(partial(call_compiled, stage), [place[i] for i in reads], outs)
+                if body[0] in self.saving:
+                    step(by_autograd(reads, body, outs, said), [place[i] for i in reads], outs)
+                else:
+                    program = stage_of(body, reads, outs, said)
+                    stage = CompiledCall(
+                        program, self.call.compile, self.call.split, self.call.__name__
+                    )
+                    step(partial(call_compiled, stage), [place[i] for i in reads], outs)
             for n in mine:
                 if (hooks := self.hooked.get(n)) is not None:
                     shown, link = self.shown(n), n.target.link  # type: ignore[union-attr]
@@ -328,53 +332,7 @@ class CallCuts:
                     said[n] = self.placeholders[self.written[n]].meta["val"]
                 if n in self.views:
                     source, *calls = self.views[n]
-                    step(view_maker(source, calls, said), [place[source]], [n])
+                    step(by_autograd([source], calls, [n], said), [place[source]], [n])
         views = {k: place[n] for k, n in enumerate(self.returned) if n in self.views}
         done = [self.written[n] for n in written]
         return Chain(self.call.program, steps, [place[n] for n in self.ends], views, done)
-
-
-def write(values: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Give a written input its new value; later values are computed from the input."""
-    t, new = values
-    t.copy_(new)
-    return [t]
-
-
-def stage_of(
-    nodes: Sequence[Node], reads: Sequence[Node], outs: Sequence[Node], said: dict[Node, Any]
-) -> Program:
-    """Return these nodes as a program of what they read; the signatures that are ``said`` of
-    values, and of its results."""
-    with paused_gc():
-        b = builder()
-        env: dict[Node, Any] = {
-            n: b.placeholder(n.name, said.get(n, n.meta["val"]), role=n.meta.get("role"))
-            for n in reads
-        }
-        b.copy(nodes, env, call_moved)
-        program = fresh(
-            Program(b.finish([env[n] for n in outs]), len(reads), len(outs), (), "stage"), ()
-        )
-        said.update(zip(outs, program.vals, strict=True))
-        return program
-
-
-def view_maker(
-    source: Node, calls: Sequence[Node], said: dict[Node, Any]
-) -> Callable[[Sequence[Tensor]], Sequence]:
-    """Return the function that makes a view by PyTorch's own ops."""
-    with paused_gc():
-        b = Builder(None, merge=False)
-        env: dict[Node, Any] = {
-            source: b.placeholder(source.name, said.get(source, source.meta["val"]))
-        }
-        b.copy(calls, env, call_moved)
-        said[calls[-1]] = env[calls[-1]].meta["val"]
-        fn = compile_graph(b.finish([env[calls[-1]]]))
-    return lambda values: fn(*values)
-
-
-def call_moved(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
-    """Copy a call, some of whose arguments may be laid out otherwise."""
-    return b.call_like(n, env, moved=True)

@@ -24,6 +24,7 @@ from ..transforms.walk import builder
 from .execute import before_writes
 from .late_reads import late_reads
 from .late_state import reads_state
+from .meetings import as_known, meetings, opened, parted, with_results
 
 aten = torch.ops.aten
 #: nodes of autograd for one call, each with a backward graph of its own
@@ -37,11 +38,13 @@ class Halves:
     def __init__(self, call: CompiledCall, wrt: tuple[int, ...]) -> None:
         self.call, self.wrt = call, wrt
         program = call.program
-        self.program = program.flat()
+        self.program = opened(program.flat())
         self.count = self.program.n_outputs
         #: whether each result has a derivative: the others do not require grad, as in eager
-        self.live = live(program, wrt)
+        self.live = live(self.program, wrt)
         self.any_live = any(self.live)
+        #: further results, at which cotangents of second derivatives meet
+        self.met = meetings(self.program, wrt, self.live)
         self.needed: tuple[int, ...] = ()
         self.unreached: tuple[int, ...] = ()
         self.masks = masks(self.program, wrt, self.live)
@@ -59,16 +62,16 @@ class Halves:
         self._backwards: dict[tuple, Any] = {}
         if not self.any_live:
             return
-        joint = self.joint()
-        grads = joint.outputs[self.count : self.count + len(wrt)]
+        joint, self.early = self.joint(), self.count + len(self.met)
+        grads = joint.outputs[self.early : self.early + len(wrt)]
         zeros = set().union(*self.flat)
         self.unreached = tuple(
             i for i, g in zip(wrt, grads, strict=True) if g is None and i not in zeros
         )
         self.needed = tuple(
-            inputs_read(joint, joint.outputs[self.count :], len(program.placeholders))
+            inputs_read(joint, joint.outputs[self.early :], len(program.placeholders))
         )
-        self.forward, self.backward = call.split(joint, self.count, last=True)
+        self.forward, self.backward = call.split(joint, self.early, last=True)
         self.saved: Sequence[int] = range(
             len(self.backward.program.placeholders) - sum(map(bool, self.live))
         )
@@ -81,14 +84,16 @@ class Halves:
         arguments of the backward half as they are; None if its results are not the gradients."""
         vals = [self.vals[i] for i in self.whole[0]]
         grads = self.backward.program.outputs
-        residuals = self.forward.program.outputs[self.count :]
+        residuals = self.forward.program.outputs[self.early :]
         if not all([isinstance(x, Node) for x in (*residuals, *grads)]):
             return None
         return [v.stride for v in vals] if all([v.plain for v in vals]) else None
 
     def joint(self) -> Program:
         """Return the program of the results and the gradients, before it is cut."""
-        return vjp(self.program, self.wrt, self.live, recompute=False)
+        whole = with_results(self.program, self.met) if self.met else self.program
+        live = [*self.live, *[False] * len(self.met)]
+        return vjp(whole, self.wrt, live, recompute=False)
 
     def programs(self) -> dict[str, Program]:
         """Return the joint program and its halves by name; none where no result has a
@@ -155,7 +160,7 @@ class Halves:
         def find() -> bool:
             common = set(self.residuals_of(sorted(done)))
             common.intersection_update(self.residuals_of(sorted(outs)))
-            saved = self.forward.program.outputs[self.count :]
+            saved = self.forward.program.outputs[self.early :]
             return all(isinstance(r := saved[i], Node) and r.op == "placeholder" for i in common)
 
         if done & outs:
@@ -170,17 +175,48 @@ class Halves:
         sig = self.program.placeholders[i].meta["val"]
         return torch.zeros(sig.shape, dtype=sig.dtype, device=sig.device)
 
-    def gradient(self, have: tuple[bool, ...], sigs: tuple[Sig, ...]) -> CompiledCall:
-        """Return ``(needed inputs, cotangents) -> gradients`` as one compiled call."""
+    def met_by(self, outs: Sequence[int]) -> tuple[int, ...] | None:
+        """Return which of ``met`` the results ``outs`` are computed from; None if others are
+        computed from these, too, in a node of their own."""
+
+        def find() -> tuple[int, ...] | None:
+            calls = [n for n in self.program.graph.nodes if n.op == "call_function"]
+            mine, others = set[Any](), set[Any]()
+            for k, (o, yes) in enumerate(zip(self.program.outputs, self.live, strict=True)):
+                if yes:
+                    (mine if k in outs else others).update(needed_for(calls, [o]))
+            found = [i for i, n in enumerate(self.met) if n in mine]
+            return None if any(self.met[i] in others for i in found) else tuple(found)
+
+        if not self.met:
+            return ()
+        return self.program.once(("met by", self.wrt, tuple(outs)), find)
+
+    def gradient(
+        self,
+        have: tuple[bool, ...],
+        sigs: tuple[Sig, ...],
+        met: tuple[int, ...] = (),
+        known: tuple[int, ...] = (),
+    ) -> CompiledCall:
+        """Return ``(needed inputs, known, cotangents) -> gradients`` as one compiled call. Of the
+        further results ``met`` have cotangents, the last ones, and ``known`` are inputs."""
 
         def make() -> Program:
             lives, given = iter(have), iter(sigs)
             cts = [yes and next(lives) for yes in self.live]
+            whole = self.program
+            if met or known:
+                whole = with_results(whole, self.met)
+                cts += [i in met for i in range(len(self.met))]
+            if known:
+                whole = as_known(whole, [whole.outputs[self.count + i] for i in known])
             plan = [next(given) if yes else None for yes in cts]
-            joint = vjp(self.program, self.wrt, cts, keep=(), plan=plan)
+            joint = vjp(whole, self.wrt, cts, keep=(), plan=plan)
+            joint = parted(joint) if known else joint
             return only_inputs(joint, self.needed, len(self.program.placeholders))
 
-        return self.call.derived(("gradient", self.wrt, have, sigs), make, "gradient")
+        return self.call.derived(("gradient", self.wrt, have, sigs, met, known), make, "gradient")
 
 
 # ----- what a program's results have in common ---------------------------------------------------

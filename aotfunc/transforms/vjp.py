@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -159,7 +160,8 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
     needs = tuple(any(isinstance(x, Node) and x in active for x in leaves(args[i])) for i in where)
     g = by_output(g, n.meta["val"])
     values = args if again is n else full_args(op, again.args, again.kwargs)
-    grads = apply(b, ("vjp", op), vjp_make(n), needs, g, node_outputs(b, again), *values)
+    out = mapped(partial(behind_hooks, b), node_outputs(b, n), node_outputs(b, again))
+    grads = apply(b, ("vjp", op), vjp_make(n), needs, g, out, *values)
     flat_args: list = []
     flat_grads: list = []
     for i, ga in zip(where, grads, strict=False):
@@ -171,6 +173,16 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
             flat_args.append(a)
             flat_grads.append(ga)
     return flat_args, flat_grads
+
+
+def behind_hooks(b: Builder, n: Any, again: Any) -> Any:
+    """Return the result ``n`` of an op, with the value of ``again``, as its derivative reads it:
+    behind its hooks, as autograd saves it."""
+    for u in reversed(getattr(n, "users", ())):
+        if getattr(u.target, "hooked", False) and u.args[0] is n:
+            behind = b.item(u, 0)
+            return behind_hooks(b, behind, behind)
+    return again
 
 
 def by_output(g: Any, val: Any) -> Any:

@@ -151,10 +151,30 @@ def in_a_gradient_inside(x, log):
     return k.sum()
 
 
+def saved_results(x, log):
+    h = x.exp()
+    h.register_hook(kept(log, 3))
+    k = h.softmax(0)
+    k.register_hook(kept(log, 2))
+    n = torch.nn.functional.dropout((k * h).tanh(), 0.5)
+    n.register_hook(kept(log))
+    return (n * k + h.norm().sqrt()).sin().sum()
+
+
+def saved_with_others(x, log):
+    q, r = torch.linalg.qr(x.outer(x) + torch.diag(x))
+    q.register_hook(kept(log, 3))
+    r.register_hook(kept(log, 2))
+    h = (q @ r).sigmoid_()
+    h.register_hook(kept(log, 2))
+    return (h * r).sum().sin()
+
+
 PROGRAMS = (
     *(two_values, used_before, removed, returned, several_outputs, drawn, written),
     *(without_a_gradient, recorded_too, in_a_gradient_inside, not_used_again, used_between),
     *(written_argument, written_before, hooked_then_written, two_kinds_on_one_value),
+    *(saved_results, saved_with_others),
 )
 
 

@@ -1,0 +1,96 @@
+"""What the steps of a chain call: compiled stages, PyTorch's own ops, and writes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from ..backends.eager import compile_graph
+from ..graph import Program
+from ..trace.emit import Builder, paused_gc, remap
+from ..trace.modes import without_modes
+from ..trace.nested import leaves
+from ..transforms.fresh import fresh
+from ..transforms.walk import builder
+
+
+def write(values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Give a written input its new value; later values are computed from the input."""
+    t, new = values
+    t.copy_(new)
+    return [t]
+
+
+def stage_of(
+    nodes: Sequence[Node], reads: Sequence[Node], outs: Sequence[Node], said: dict[Node, Any]
+) -> Program:
+    """Return these nodes as a program of what they read; the signatures that are ``said`` of
+    values, and of its results."""
+    with paused_gc():
+        b = builder()
+        env: dict[Node, Any] = {
+            n: b.placeholder(n.name, said.get(n, n.meta["val"]), role=n.meta.get("role"))
+            for n in reads
+        }
+        b.copy(nodes, env, call_moved)
+        program = fresh(
+            Program(b.finish([env[n] for n in outs]), len(reads), len(outs), (), "stage"), ()
+        )
+        said.update(zip(outs, program.vals, strict=True))
+        return program
+
+
+def by_autograd(
+    reads: Sequence[Node], calls: Sequence[Node], outs: Sequence[Node], said: dict[Node, Any]
+) -> Callable[[Sequence[Tensor]], Sequence]:
+    """Return the function that calls PyTorch's own ops, for autograd to record."""
+    with paused_gc():
+        b = Builder(None, merge=False)
+        env: dict[Node, Any] = {
+            n: b.placeholder(n.name, said.get(n, n.meta["val"])) for n in reads
+        }
+        b.copy(calls, env, call_moved)
+        said.update({n: env[n].meta["val"] for n in outs})
+        fn = compile_graph(b.finish([env[n] for n in outs]))
+
+    def call(values: Sequence[Tensor]) -> Sequence:
+        with without_modes():
+            return fn(*values)
+
+    return call
+
+
+def op_of(n: Node) -> Node:
+    return op_of(n.args[0]) if n.target is operator.getitem else n  # type: ignore[arg-type]
+
+
+def saves_a_result(n: Node) -> bool:
+    """Return whether the derivative of PyTorch's op reads a result of it."""
+    if not isinstance(n.target, OpOverload):
+        return False
+
+    def example(x: Node) -> Tensor:
+        val = x.meta["val"]
+        t = torch.empty_strided(val.shape, val.stride, dtype=val.dtype, device="meta")
+        return t.requires_grad_(val.differentiable)
+
+    with torch.enable_grad(), without_modes():
+        args, kwargs = remap((n.args, n.kwargs), {x: example(x) for x in n._input_nodes})
+        try:
+            found = leaves(n.target(*args, **kwargs))
+        except NotImplementedError:  # there is no kernel without data
+            return False
+    made = {t.grad_fn for t in found if isinstance(t, Tensor)} - {None}
+    kept = [getattr(fn, name) for fn in made for name in dir(fn) if name.startswith("_saved_")]
+    return any(isinstance(t, Tensor) and t.grad_fn in made for t in kept)
+
+
+def call_moved(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
+    """Copy a call, some of whose arguments may be laid out otherwise."""
+    return b.call_like(n, env, moved=True)

@@ -1,0 +1,130 @@
+"""Backwards of the user's that are not linear get the sum of all cotangents under a second
+derivative, as in eager, though these come from a compiled call and from its gradient."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from aotfunc import aot_function, jit
+from aotfunc.errors import AotfuncError
+from tests.reference import assert_same
+
+WAYS = {
+    "aot": lambda f: aot_function(f, "eager"),
+    "cpp": lambda f: aot_function(f, "cpp"),
+    "jit in jit": lambda f: (lambda j: jit(lambda *xs: j(*xs)))(jit(f)),
+}
+
+
+def function(backward, forward=lambda ctx, x: x.view_as(x)):
+    name, methods = "Bent", {"forward": forward, "backward": backward}
+    each = {k: staticmethod(v) for k, v in methods.items()}
+    return type(name, (torch.autograd.Function,), each).apply
+
+
+def saving(ctx, x):
+    ctx.save_for_backward(x)
+    return x * 2
+
+
+clipped = function(lambda ctx, g: g.clamp(-0.5, 0.5))
+soft = function(lambda ctx, g: g.tanh(), saving)
+scaled = function(lambda ctx, g: (g / (1 + g.abs().sum())) * ctx.saved_tensors[0], saving)
+shifted = function(lambda ctx, g: g + 1)
+linear = function(lambda ctx, g: torch.where(ctx.saved_tensors[0] > 0.5, -g * 3, 0.0), saving)
+two = function(lambda ctx, g, h: g * h if h is not None else g, lambda ctx, x: (x.sin(), x.cos()))
+
+
+def hooked(x):
+    h = x.sin()
+    h.register_hook(lambda g: g.clamp(-h.detach().abs(), h.detach().abs()))
+    return h.exp()
+
+
+def hooked_and_saved(x):
+    h = x.exp()
+    h.register_hook(lambda g: g * g * h.detach())
+    return h.sin()
+
+
+def beside_a_hook(x):
+    h = x.exp()
+    h.register_hook(lambda g: g * g * h.detach())
+    k = h * x
+    k.register_hook(lambda g: g * g)
+    return k.sin()
+
+
+def module_hook(x):
+    m = nn.Tanh()
+    m.register_full_backward_hook(lambda m, gi, go: ((gi[0] * x.detach()).clamp(-0.3, 0.3),))
+    return m(x * 2).exp()
+
+
+def a_result_too(x):
+    h = soft(x.sin())
+    return h, h.exp() * x
+
+
+PROGRAMS = {
+    "clipped": lambda x: clipped(x.sin()).exp(),
+    "soft": lambda x: soft(x.sin()).exp() * x,
+    "reads what it saved": lambda x: scaled(x.sin()).exp(),
+    "affine": lambda x: shifted(x.sin()).exp(),
+    "linear": lambda x: linear(x.sin()).exp(),
+    "the result": lambda x: soft(x.sin()),
+    "of the argument": lambda x: clipped(x).exp(),
+    "one after another": lambda x: soft(clipped(x.sin()).exp()).cos(),
+    "two results of it": lambda x: (lambda a, b: (a * b).exp())(*two(x)),
+    "two results": lambda x: (lambda h: (h.exp(), h.cos() * x))(soft(x.sin())),
+    "a result too": a_result_too,
+    "in a checkpoint": lambda x: checkpoint(
+        lambda x: soft(x.sin()).exp(), x * 2, use_reentrant=False
+    ),
+    "a gradient inside": lambda x: torch.autograd.grad(
+        soft(x.sin()).exp().sum(), x, create_graph=True
+    )[0].sin(),
+    "a hook": hooked,
+    "a hook of a saved result": hooked_and_saved,
+    "a hook beside one that autograd calls": beside_a_hook,
+    "a hook of a module": module_hook,
+}
+
+
+def derivatives(f, third=False):
+    x = torch.linspace(0.3, 1.1, 3, dtype=torch.float64).requires_grad_()
+    outs = f(x * 1)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    (g,) = torch.autograd.grad(sum(y.sin().sum() for y in outs), x, create_graph=True)
+    (h,) = torch.autograd.grad(g.square().sum(), x, create_graph=third)
+    first = torch.autograd.grad(f(x * 2)[0].sum(), x)
+    return outs, g, h, first, third and torch.autograd.grad(h.sum(), x)
+
+
+@pytest.mark.filterwarnings("ignore:.*ull backward hook is firing")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_backward_that_is_not_linear(name):
+    assert_same(derivatives(jit(PROGRAMS[name])), derivatives(PROGRAMS[name]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["soft", "a result too"])
+def test_compiled_otherwise_and_the_third_derivative(name, way):
+    assert_same(derivatives(WAYS[way](PROGRAMS[name]), True), derivatives(PROGRAMS[name], True))
+
+
+def test_of_two_nodes_it_is_refused():
+    def f(x, y):
+        h = soft(x.sin())
+        return h.exp(), h.cos() * y
+
+    def second(f):
+        x, y = (torch.full((3,), k, requires_grad=True) for k in (0.5, 0.7))
+        a, b = f(x * 1, y * 1)
+        g = torch.autograd.grad((a * b).sum(), x)
+        (h,) = torch.autograd.grad((f(x * 1, y * 1)[0]).sum(), x, create_graph=True)
+        return g, torch.autograd.grad(h.sum(), x)
+
+    with pytest.raises(AotfuncError, match=r"create_graph=True.: return one result"):
+        second(jit(f))
