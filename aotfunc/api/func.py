@@ -31,6 +31,7 @@ from ..transforms.activity import has_derivative
 from ..transforms.fresh import ANYTHING, fresh
 from ..transforms.jvp import jvp as jvp_pass
 from ..transforms.linearize import halve, linear_program
+from ..transforms.vjp import unhooked
 from ..transforms.vjp import vjp as vjp_pass
 from .call import Call, chosen_tree, positions, primals_and_tangents, tensors_of
 from .checks import Gradients, Maps
@@ -110,7 +111,7 @@ def _gradient(
         joint = vjp_pass(
             base, call.wrt, have, ones=True, fill=True, keep=range(first, base.n_outputs)
         )
-        return fresh(joint, [(i - first, r) for i, r in call.aliases if i >= first])
+        return fresh(unhooked(joint), [(i - first, r) for i, r in call.aliases if i >= first])
 
     program = call.derived((value, call.aliases), make)
     outs = execute(program, call.inputs)
@@ -157,7 +158,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     call.check_tensors()
     base, n_out, spec = call.program, call.n_out, call.spec
     have = tuple(i < n_out and has_derivative(v) for i, v in enumerate(base.vals))
-    joint = call.derived((have,), lambda: vjp_pass(base, call.wrt, have, fill=True))
+    joint = call.derived((have,), lambda: unhooked(vjp_pass(base, call.wrt, have, fill=True)))
     forward, backward, direct = _halves(joint, call, sum(have))
     outs = execute(forward, call.inputs)
     residuals = [*outs[base.n_outputs :], *(call.inputs[i] for i in direct)]

@@ -19,7 +19,7 @@ from .fresh import ANYTHING, fresh
 from .linearize import halve, linear_program
 from .lower import lowered
 from .tidy import rebuilt
-from .vjp import vjp
+from .vjp import unhooked, vjp
 from .vmap import Axis, vmap
 from .walk import builder, filled_node
 
@@ -68,7 +68,8 @@ def jacobian_rows(
         outs = b.inlined(base, inputs)
         for i in range(n_out):
             have = tuple(k == i for k in range(base.n_outputs))
-            early, late, direct = halve(vjp(base, wrt, have, fill=True, keep=()), 0, 1)
+            joint = unhooked(vjp(base, wrt, have, fill=True, keep=()))
+            early, late, direct = halve(joint, 0, 1)
             residuals = b.inlined(early, inputs)[: early.n_outputs] + [inputs[k] for k in direct]
             val = base.vals[i]
             found = rows_of_late(b, late, residuals, val, chunk, randomness)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import aotfunc
 from aotfunc import aot_function, aot_module, grad, grad_and_value, jit, vjp, vmap
 from aotfunc.errors import CaptureError
 from tests.reference import assert_same
@@ -190,6 +191,38 @@ def hooked_twice(x):
 def test_hooks_of_tensors(f, way):
     x = torch.randn(3, dtype=torch.float64)
     assert_same(outcome(WAYS[way](f), nn.Module(), x), outcome(f, nn.Module(), x))
+
+
+def not_linear(x):
+    h = x.tanh()
+    h.register_hook(lambda g: g * g)
+    k = h.exp()
+    k.register_hook(lambda g: g * h)
+    return (k * k).sum()
+
+
+NESTED = {
+    "grad of grad": lambda t, f: t.grad(lambda x: t.grad(f)(x).sum()),
+    "jacrev of jacrev": lambda t, f: t.jacrev(t.jacrev(f)),
+    "hessian": lambda t, f: t.hessian(f),
+    "jvp of grad": lambda t, f: lambda x: t.jvp(t.grad(f), (x,), (x.cos(),)),
+    "vjp of vjp": lambda t, f: (
+        lambda x: t.vjp(lambda x: t.vjp(f, x)[1](torch.ones_like(x[0]))[0], x)[1](x.sin())
+    ),
+    "backward of grad": lambda t, f: (
+        lambda x: torch.autograd.grad(t.grad(f)(y := x.clone().requires_grad_()).sum(), y)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+@pytest.mark.parametrize("f", [hooked_inside, hooked_twice, not_linear])
+def test_hooks_inside_of_a_transform_are_those_of_the_innermost(f, name):
+    x = torch.linspace(0.3, 1.2, 3, dtype=torch.float64)
+    want = NESTED[name](torch.func, f)(x)
+    assert_same(NESTED[name](aotfunc, f)(x), want)
+    if name != "backward of grad":
+        assert_same(jit(NESTED[name](aotfunc, f))(x), want)
 
 
 def test_hooks_outside_of_parameters_and_arguments():
