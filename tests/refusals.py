@@ -242,6 +242,11 @@ PROGRAMS: dict[str, Callable] = {
     "a write, before the backward, to a result that a hook reads": result_written,
     "`x.data = y` between a call and its backward": memory_replaced,
     "`scale = 3.0`, which a checkpoint reads, between a call and its backward": variable_changed,
+    "`x.register_hook(…)` in a checkpoint of `x`": on(leaf)(
+        lambda x: checkpoint(
+            lambda v: (v.register_hook(print), v.exp())[1], x, use_reentrant=False
+        )
+    ),
     "`saved_tensors_hooks` inside": on(leaf)(
         lambda x: (
             torch.autograd.graph.saved_tensors_hooks(print, print).__enter__() and x

@@ -19,8 +19,9 @@ from ..debug import at
 from ..errors import CaptureError, OpError
 from ..trace import outside
 from ..trace.emit import Builder
-from ..trace.records import instr_op, written_slots
+from ..trace.records import Region, instr_op, results_of, written_slots
 from ..trace.traced import Traced
+from ..trace.tracer import Trace
 from .autograd_function import End, call_function
 from .custom_derivative import CustomDerivative
 from .deferred import Deferred, calls_late
@@ -65,6 +66,12 @@ def register_hook(t: Traced, hook: Callable) -> Any:
         raise OpError(
             "cannot register a hook on a tensor that doesn't require "
             f"gradient{at(debug.user_line())}"
+        )
+    if trace.live_hooks is not None and made_before(trace, t.ref):
+        raise CaptureError(
+            f"a checkpoint registers a hook on a tensor that it is given{at(debug.user_line())}, "
+            "and would do so again in the backward; register it outside of the checkpoint, or on "
+            "x.view_as(x)"
         )
     own = trace.root(t.ref)
     if (
@@ -129,6 +136,18 @@ def register_hook(t: Traced, hook: Callable) -> Any:
     if own < len(trace.inputs):
         trace.hooked.add(t.ref)
     return handle
+
+
+def made_before(trace: Trace, ref: int) -> bool:
+    """Return whether a value is older than the checkpoint that is being recorded."""
+    if trace.region is None:
+        return False
+    number, end = lambda r: r.number if isinstance(r, Region) else r or 0, len(trace.inputs)
+    for instr, _, _, region, _ in trace.records:
+        end += results_of(instr)
+        if ref < end:
+            return ref < len(trace.inputs) or number(region) < number(trace.region)
+    return True
 
 
 def register_outside(t: Traced, hook: Callable) -> Handle:

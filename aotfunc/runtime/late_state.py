@@ -84,7 +84,8 @@ class Moment:
                 raise AotfuncError(
                     f"{label} is another than it was at the call of {name}, whose backward reads "
                     "it, in a hook, a Function or a checkpoint; eager reads what is there by now: "
-                    "change it after the backward"
+                    "change it after the backward, and register a hook that changes it outside of "
+                    "a checkpoint"
                 )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules import module as every
+from torch.utils.checkpoint import checkpoint
 
 from aotfunc import aot_function, aot_module, grad, jit, vmap
 from aotfunc.errors import CaptureError
@@ -409,6 +410,46 @@ def test_what_a_hook_may_not_hold():
         with pytest.raises(CaptureError, match=why):
             jit(f)(x)
         assert not x._backward_hooks
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_hooks_in_a_checkpoint(way, order):
+    def run(wrap):
+        log, found = [], []
+
+        def body(x):
+            h = x.exp()
+            h.register_hook(lambda g: (log.append(g.clone()), g * 2)[1])
+            return h * x
+
+        f = wrap(lambda x: checkpoint(body, x * 2, use_reentrant=False))
+        for k in (1, 2):
+            x = leaf()
+            (g,) = torch.autograd.grad(f(x * k).sin().sum(), x, create_graph=order == 2)
+            found += [g, *(torch.autograd.grad(g.sum(), x) if order == 2 else ())]
+        return found, log
+
+    assert_same(run(WAYS[way]), run(lambda f: f))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("given", ["the argument", "a value", "a value of the outer one"])
+def test_a_checkpoint_may_not_register_hooks_on_what_it_is_given(given, reentrant):
+    """Eager registers them again in the backward, where they act a second time."""
+
+    def body(x):
+        x.register_hook(lambda g: g * 3)
+        return x.sin()
+
+    again = lambda f: lambda x: checkpoint(f, x, use_reentrant=reentrant)
+    f = {
+        "the argument": again(body),
+        "a value": lambda x: again(body)(x * 2),
+        "a value of the outer one": again(lambda x: again(body)(x * 2)),
+    }[given]
+    with pytest.raises(CaptureError, match="would do so again in the backward"):
+        jit(f)(leaf())
 
 
 def test_nothing_is_kept_alive():
