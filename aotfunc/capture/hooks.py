@@ -96,6 +96,8 @@ def register_hook(t: Traced, hook: Callable) -> Any:
     why += "register the hook on a clone()"
 
     before = next((s for s in trace.stand_ins if s.hooks and s.new == t.ref), None)
+    if before is not None and written_since(trace, t.ref, before.start):
+        before = None  # the hooks are those of the value before
     handle = Handle(hook, at(debug.user_line()))
     handles = (handle,) if before is None else (*before.hooks, handle)
     mine = TensorHooks(handles)
@@ -136,6 +138,16 @@ def register_hook(t: Traced, hook: Callable) -> Any:
     if own < len(trace.inputs):
         trace.hooked.add(t.ref)
     return handle
+
+
+def written_since(trace: Trace, ref: int, start: int) -> bool:
+    """Return whether a record from ``start`` on writes to the memory of a value, in view of
+    autograd."""
+    return any(
+        grad and trace.root(refs[s]) == trace.root(ref) and refs[s] in trace.autograd.active()
+        for instr, refs, grad, *_ in trace.records[start:]
+        for s in written_slots(instr)
+    )
 
 
 def made_before(trace: Trace, ref: int) -> bool:

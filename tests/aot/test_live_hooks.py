@@ -127,6 +127,19 @@ def hooked_then_written(x, log):
     return (h * x).sum()
 
 
+def written_between_hooks(x, log):
+    x.register_hook(kept(log, 3))
+    x.mul_(2)
+    x.register_hook(kept(log, 5))
+    h = x * 2
+    h.register_hook(kept(log, 3))
+    h.mul_(x)
+    h.register_hook(lambda g: g * x)
+    h[0].mul_(2)
+    h.register_hook(kept(log, 7))
+    return (h * x).sum()
+
+
 def two_kinds_on_one_value(x, log):
     h = x.sin()
     h.register_hook(lambda g: g * 2)
@@ -175,7 +188,7 @@ PROGRAMS = (
     *(two_values, used_before, removed, returned, several_outputs, drawn, written),
     *(without_a_gradient, recorded_too, in_a_gradient_inside, not_used_again, used_between),
     *(written_argument, written_before, hooked_then_written, two_kinds_on_one_value),
-    *(saved_results, saved_with_others),
+    *(saved_results, saved_with_others, written_between_hooks),
 )
 
 
@@ -405,7 +418,15 @@ def test_what_a_hook_may_not_hold():
         x.register_hook(lambda g: g * y)
         return y
 
-    for f, why in ((made, "holds a list"), (computed, "reads what is computed inside")):
+    def written(x):
+        h = x * 2
+        h.register_hook(print)
+        h.detach().mul_(2)
+        h.register_hook(print)  # in eager those of one node of autograd
+        return h * x
+
+    cases = (made, "holds a list"), (computed, "reads what is computed inside")
+    for f, why in (*cases, (written, "shares memory, and one is written")):
         x = leaf()
         with pytest.raises(CaptureError, match=why):
             jit(f)(x)
