@@ -46,7 +46,7 @@ class Lowered:
         graphs = {name: graph_module(p, name) for name, p in programs.items()}
         if "joint" in graphs:
             assert self._halves is not None
-            graphs["joint"].meta["num_fwd_outputs"] = self._halves.count
+            graphs["joint"].meta["num_fwd_outputs"] = self._halves.early
         return graphs
 
     @property

@@ -66,7 +66,7 @@ def opened(program: Program) -> Program:
 
 def meetings(program: Program, wrt: Sequence[int], live: Sequence[bool]) -> list[Node]:
     """Return the results of Functions on the way from the inputs ``wrt`` to live results, whose
-    backward is not linear, and which something reads inside."""
+    backward is not linear, and which something inside reads, that backward among it."""
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
     found = {n for n in calls if bent(n.target)}
     if not found:
@@ -83,7 +83,7 @@ def meetings(program: Program, wrt: Sequence[int], live: Sequence[bool]) -> list
         and u in active
         and u in needed
         and has_derivative(u.meta["val"])
-        and any(r.op == "call_function" for r in u.users)
+        and (u.args[1] in u.args[0].target.saved or any(r.op != "output" for r in u.users))  # type: ignore
     ]
 
 

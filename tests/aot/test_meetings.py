@@ -32,6 +32,10 @@ clipped = function(lambda ctx, g: g.clamp(-0.5, 0.5))
 soft = function(lambda ctx, g: g.tanh(), saving)
 scaled = function(lambda ctx, g: (g / (1 + g.abs().sum())) * ctx.saved_tensors[0], saving)
 shifted = function(lambda ctx, g: g + 1)
+own = function(
+    lambda ctx, g: g.tanh() * ctx.saved_tensors[0],
+    lambda ctx, x: (y := x.exp(), ctx.save_for_backward(y))[0],
+)
 linear = function(lambda ctx, g: torch.where(ctx.saved_tensors[0] > 0.5, -g * 3, 0.0), saving)
 two = function(lambda ctx, g, h: g * h if h is not None else g, lambda ctx, x: (x.sin(), x.cos()))
 
@@ -74,6 +78,7 @@ PROGRAMS = {
     "affine": lambda x: shifted(x.sin()).exp(),
     "linear": lambda x: linear(x.sin()).exp(),
     "the result": lambda x: soft(x.sin()),
+    "the result, saved": lambda x: own(x.sin()),
     "of the argument": lambda x: clipped(x).exp(),
     "one after another": lambda x: soft(clipped(x.sin()).exp()).cos(),
     "two results of it": lambda x: (lambda a, b: (a * b).exp())(*two(x)),
