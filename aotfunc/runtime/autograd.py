@@ -267,11 +267,14 @@ class CompiledFunction(torch.autograd.Function):
         # reading them raises an error the second time, unless the graph was retained, even if
         # there are none
         outs, inputs = ctx.part
-        cts, further = cts[: len(outs)], cts[len(outs) :]
-        met = tuple([i for i, c in zip(ctx.met or (), further, strict=True) if c is not None])
+        further: Sequence[Tensor | None] = ()
+        met: tuple[int, ...] = ()
+        if ctx.met:
+            cts, further = cts[: len(outs)], cts[len(outs) :]
+            met = tuple([i for i, c in zip(ctx.met, further, strict=True) if c is not None])
         if not (ctx.done or met) and as_laid_out(cts, ctx.layouts, ctx.dtype):
-            saved = ctx.saved_tensors if ctx.keeps else ()
-            values = [*saved[: len(saved) - len(further)], *cts]
+            values = [*(ctx.saved_tensors if ctx.keeps else ())]
+            values[len(values) - len(further) :] = cts
             let_go(ctx, frozenset(outs))
             return None, None, None, None, *halves.backward.compiled(values)(values)
         there = frozenset([i for i, c in zip(outs, cts, strict=True) if c is not None])
