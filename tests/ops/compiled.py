@@ -81,9 +81,11 @@ to compare with, or `jit` refuses the op with any backend.
 - *Softmax and group norm in bfloat16 and float16*, remainders and floor division, whose kernels
   would be slower than PyTorch's, and cumulative ops along contiguous memory if they are alone and
   large, which would be as fast.
-- *Complex numbers*, `logcumsumexp`, `bicubic` and `bilinear` resizing, padding by reflection,
-  windows of `max_pool2d` that are padded or dilated, sorting, linear algebra, convolutions,
-  Fourier transforms, special functions that are not in `aotfunc/backends/loops/pointwise.py`.
+- *Images* where PyTorch's kernels are as fast: gradients of padding, and of resizing to fewer
+  elements; `linear` resizing, `bilinear` in float64, both in other layouts than the plain one;
+  padded windows of images of fewer than 65536 elements, and dilated ones.
+- *Complex numbers*, `logcumsumexp`, sorting, linear algebra, convolutions, Fourier transforms,
+  special functions that are not in `aotfunc/backends/loops/pointwise.py`.
 
 ## What has no reference
 

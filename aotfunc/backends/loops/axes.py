@@ -27,7 +27,7 @@ class Axes:
         self.accesses: list[Access] = []
         self.ramps: list[Ramp] = []
         self.walked: list[Place] = []  # where each access lies
-        self.values: dict[Any, Expr] = {}
+        self.values: dict[Any, Any] = {}
 
     def axes(self, sizes: Sequence[int]) -> list[int]:
         """Make new axes for dimensions of these sizes."""

@@ -29,6 +29,7 @@ from .matmul import product_launch
 from .members import seen_through
 from .order import calls
 from .recompute import recompute
+from .resized import SUMMED
 from .reuse import fitting, reuse
 from .schedule import schedule_kernel
 from .steps import in_steps
@@ -98,7 +99,7 @@ def own(results: Sequence[Any]) -> int:
 
 def worth(nodes: Sequence[Node]) -> bool:
     """Return whether these nodes are better as a kernel than called one by one."""
-    if len(nodes) > 1:
+    if len(nodes) > 1 or nodes[0].target in SUMMED:
         return True
     val = nodes[0].meta["val"]
     if isinstance(val, Tensor):

@@ -43,6 +43,7 @@ from .members import seen_through
 from .places import FIRST, Index, Place, Split, index_along
 from .pointwise import FACTORS, ROUND_FIRST, RULES
 from .reductions import REDUCTIONS
+from .resized import RESIZED, SUMMED
 from .scans import SCANS, turned
 from .scatter import ADDED
 from .steps import FEW, MANY
@@ -157,10 +158,10 @@ class Lowering(Axes):
             return self.scan(n, place, mask)
         if n.target is block_sums or n.target in ADDED:
             raise Unfit("what another kernel adds up")
-        if n.target in TAKEN:
-            return cast(
-                TAKEN[n.target](self, At(place, mask), *n.args, **n.kwargs), n.meta["val"].dtype
-            )
+        if taken := TAKEN.get(n.target) or RESIZED.get(n.target):
+            if n.target in SUMMED:
+                self.slow.add(n)
+            return cast(taken(self, At(place, mask), *n.args, **n.kwargs), n.meta["val"].dtype)
         return self.pointwise(n, place, mask)
 
     def behind(self, n: Node, source: Node, place: Place) -> Place:

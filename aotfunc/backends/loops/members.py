@@ -13,6 +13,7 @@ from .dtypes import DTYPES
 from .indexed import TAKEN, iota
 from .pointwise import RULES
 from .reductions import REDUCTIONS
+from .resized import RESIZED
 from .scans import SCANS
 from .scatter import adds
 from .views import SEVERAL, source_of
@@ -29,6 +30,7 @@ def in_kernels(n: Any) -> bool:
             or n.target in REDUCTIONS
             or n.target in SCANS
             or n.target in TAKEN
+            or n.target in RESIZED
             or n.target is block_sums
             or adds(n)
         )

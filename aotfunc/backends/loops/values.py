@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from .arguments import VECTORS, given, lanes_of
-from .ir import Access, Apply, Cast, Const, Expr, Kernel, Load, Position, Ramp, Store
+from .ir import Access, Apply, Cast, Const, Expr, Kernel, Load, Position, Ramp, Store, walk
 
 NUMBERS = {
     torch.float32: "float",
@@ -215,7 +215,9 @@ class KernelText:
             text = f"aot_masked<{kind}>({at}, n, {step}, {mask}{moved})"
         else:
             if shift:
-                text = f"aot_looked_up<{kind}>({at}, n, {step}, {shift})"
+                found = any(isinstance(a, Load) for a in walk(e.args))
+                name = "aot_looked_up" if found else "aot_nearby"
+                text = f"{name}<{kind}>({at}, n, {step}, {shift})"
             elif step == "1":
                 text = f"aot_get<{kind}>({at}, n)"
             else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ir import ROUNDED, wide
-from . import elements, extremes, losses, moved, norms, pooling, reduced, softmax
+from . import elements, extremes, losses, moved, norms, pooling, reduced, resized, softmax
 
 aten = torch.ops.aten
 
@@ -127,6 +127,12 @@ OPENED: dict[Any, Callable] = {
         ),
         of_floats(moved.upsample_nearest_backward),
     ),
+    aten.upsample_bilinear2d.default: resized.resize(False),
+    aten.upsample_trilinear3d.default: resized.resize(False),
+    aten.upsample_bicubic2d.default: resized.resize(True),
+    aten.upsample_bilinear2d_backward.default: resized.resize_backward(False),
+    aten.upsample_trilinear3d_backward.default: resized.resize_backward(False),
+    aten.upsample_bicubic2d_backward.default: resized.resize_backward(True),
     aten.cat.default: moved.cat,
     aten.linalg_cross.default: of_floats(moved.cross),
     aten.cummax.default: extremes.cummax,

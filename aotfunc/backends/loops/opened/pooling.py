@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: number of elements whose padding is worth a kernel of its own
+MANY = 1 << 16
+
 
 def max_pool(
     x: Tensor,
@@ -19,13 +22,22 @@ def max_pool(
 ) -> Any:
     """Return the greatest of each window of few elements, NaN before all others, and its
     position."""
-    (kh, kw), (sh, sw) = pair(size), pair(stride or size)
-    if pair(padding) != (0, 0) or pair(dilation) != (1, 1) or ceil_mode or kh * kw > 9:
+    (kh, kw), (sh, sw), (ph, pw) = pair(size), pair(stride or size), pair(padding)
+    if pair(dilation) != (1, 1) or ceil_mode or kh * kw > 9:
         return NotImplemented
     if x.dtype not in (torch.float32, torch.float64) or not (x.is_contiguous() and x.numel()):
         return NotImplemented
     h, w = x.shape[-2:]
     places = torch.arange(h * w, dtype=torch.int32).view(h, w)
+    if ph or pw:  # elements at the edges again, which are in these windows
+        if x.dtype is not torch.float32 or x.numel() < MANY:
+            return NotImplemented
+        rows, columns = (
+            torch.arange(-p, n + p, dtype=torch.int32).clamp(0, n - 1)
+            for n, p in ((h, ph), (w, pw))
+        )
+        places = rows[:, None] * w + columns
+        x = torch.ops.aten.replication_pad2d(x, (pw, pw, ph, ph))
     windows = slices(x, (kh, kw), (sh, sw))
     value = x[windows[0]].contiguous()
     place = places[windows[0]].expand(value.shape)
@@ -61,12 +73,16 @@ def avg_pool(
 ) -> Any:
     """Return the sum of each window of few elements, divided by their number. PyTorch's own is as
     fast for large ones that are several steps apart."""
-    (kh, kw), (sh, sw) = pair(size), pair(stride or size)
+    (kh, kw), (sh, sw), (ph, pw) = pair(size), pair(stride or size), pair(padding)
     most = 9 if sw == 1 else 4
-    if pair(padding) != (0, 0) or ceil_mode or kh * kw > most or not in_rows(x):
+    if ceil_mode or kh * kw > most or not in_rows(x):
         return NotImplemented
+    if ph or pw:
+        if sw != 1 or not (count_include_pad or divisor) or x.numel() < MANY:
+            return NotImplemented
+        x = torch.constant_pad_nd(x, (pw, pw, ph, ph))
     first, *windows = slices(x, (kh, kw), (sh, sw))
-    total = x[first]
+    total = x[first] + 0.0  # of negative zeros it is 0
     for window in windows:
         total = total + x[window]
     return (total / (divisor or kh * kw)).contiguous()

@@ -1,0 +1,212 @@
+"""Ops that read a tensor between or beyond its elements: resized, or padded by its own.
+
+Where an element is read is computed in the kernel, and is inside by its formula: indices and
+weights are those of PyTorch's kernels. One op resizes one dimension, so that an image becomes
+another one in two kernels, each of which reads few elements for one."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .blocks import meta_like
+from .dtypes import cast
+from .functions import absolute, maximum, minimum, where
+from .indexed import At, looked_up
+from .ir import Expr, Given, Operand, Unfit, function_of, number
+from .places import Index
+from .views import static_shape, with_index
+
+if TYPE_CHECKING:
+    from .lower import Lowering
+
+aten = torch.ops.aten
+
+# --- the ops ---
+
+_library = torch.library.Library("aotfunc", "FRAGMENT")
+_how = "int dim, int size, float scale, bool corners, bool cubic"
+_library.define(f"resized(Tensor x, {_how}) -> Tensor")
+_library.define(f"resized_backward(Tensor g, {_how}) -> Tensor")
+
+
+def resize(x: Tensor, dim: int, size: int, scale: float, corners: bool, cubic: bool) -> Tensor:
+    """Return ``x`` with another number of elements along a dimension, each of which is ``scale``
+    elements of ``x``: interpolated, linear or ``cubic``, between ``corners`` or centres."""
+    op = aten.upsample_bicubic2d if cubic else aten.upsample_bilinear2d
+    return by_rows(x, dim, lambda x: op(x, [1, size], corners, None, 1 / scale if scale else None))
+
+
+def resize_backward(
+    g: Tensor, dim: int, size: int, scale: float, corners: bool, cubic: bool
+) -> Tensor:
+    op = aten.upsample_bicubic2d_backward if cubic else aten.upsample_bilinear2d_backward
+    factor, n = 1 / scale if scale else None, g.shape[dim]
+    return by_rows(g, dim, lambda g: op(g, [1, n], [*g.shape[:3], size], corners, None, factor))
+
+
+def by_rows(x: Tensor, dim: int, f: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the function of an image of one row for all rows along a dimension."""
+    rows = x.movedim(dim, -1)
+    y = f(rows.reshape(1, -1, 1, rows.shape[-1]))
+    return y.view(*rows.shape[:-1], -1).movedim(-1, dim).contiguous()
+
+
+def blank(x: Tensor, dim: int, size: int, *how: Any) -> Tensor:
+    return meta_like(x, (*x.shape[:dim], size, *x.shape[dim + 1 :]))
+
+
+for _name, _impl in (("resized", resize), ("resized_backward", resize_backward)):
+    _library.impl(_name, _impl, "CPU")
+    _library.impl(_name, blank, "Meta")
+resized = torch.ops.aotfunc.resized.default
+resized_backward = torch.ops.aotfunc.resized_backward.default
+
+# --- their rules ---
+
+
+def clamped(i: Expr, size: int) -> Expr:
+    return minimum(maximum(i, 0), Given(size - 1))
+
+
+def source(i: Expr, dtype: torch.dtype, scale: float, corners: bool) -> Expr:
+    """Return the place that an element is read at."""
+    x = cast(i, dtype)
+    return x * Given(scale) if corners else (x + 0.5) * Given(scale) - 0.5
+
+
+def taps(
+    i: Expr, dtype: torch.dtype, n: int, size: int, scale: float, corners: bool, cubic: bool
+) -> list[tuple[Expr, Operand]]:
+    """List the elements of ``n`` that one of ``size`` is a sum of, and their weights."""
+    if n == size and not cubic:
+        return [(i, 1.0), (i, 0.0)]  # of infinity this is NaN
+    x = source(i, dtype, scale, corners)
+    x = x if cubic else maximum(x, 0)
+    first = minimum(cast(function_of("floor", x), i.dtype), Given(n - 1))
+    far = minimum(maximum(x - cast(first, dtype), 0), 1)
+    if not cubic:
+        return [(first, 1 - far), (clamped(first + 1, n), far)]
+    weights = [apart(far + 1), near(far), near(1 - far), apart(2 - far)]
+    return [(clamped(first + k, n), w) for k, w in enumerate(weights, -1)]
+
+
+def near(x: Expr) -> Expr:
+    """Return Keys' kernel up to a distance of 1, with -0.75."""
+    return (1.25 * x - 2.25) * x * x + 1
+
+
+def apart(x: Expr) -> Expr:
+    """Return it from there to 2."""
+    return ((-0.75 * x + 3.75) * x - 6) * x + 3
+
+
+def in_one_dim(work: Lowering, at: At, x: Node, dim: int, size: int, *how: Any) -> Expr:
+    index, dtype, n = at.place[dim], x.meta["val"].dtype, static_shape(x)[dim]
+    key = (taps, index, dtype, n, size, how)
+    if key not in work.values:
+        read = taps(work.position(index), dtype, n, size, *how)
+        work.values[key] = [(looked_up(i), w) for i, w in read]
+    return functools.reduce(
+        operator.add,
+        [work.value(x, with_index(at.place, dim, i), at.mask) * w for i, w in work.values[key]],
+    )
+
+
+def in_one_dim_back(work: Lowering, at: At, g: Node, dim: int, n: int, *how: Any) -> Expr:
+    """Sum the elements that one is a part of, times its weight in each."""
+    scale, corners, cubic = how
+    size, dtype = static_shape(g)[dim], g.meta["val"].dtype
+    here = work.position(at.place[dim])
+    count = most_made(size, scale, cubic)
+    first: Expr = number(0, here.dtype)
+    if count < size:
+        centre = 0 if corners else 0.5
+        before = cast(here, dtype) + (centre - (2 if cubic else 1))
+        start = function_of("floor", before * Given(1 / scale) - centre)
+        first = clamped(cast(start, here.dtype), size - count + 1)
+    parts = []
+    for k in range(count):
+        i = first + k
+        value = work.value(g, with_index(at.place, dim, looked_up(i)), at.mask)
+        parts += [
+            where(function_of("eq", j, here), value * w, 0)
+            for j, w in taps(i, dtype, n, size, *how)
+        ]
+    return functools.reduce(operator.add, parts)
+
+
+def most_made(size: int, scale: float, cubic: bool) -> int:
+    """Return of how many elements of ``size`` one may be a part, with one more for rounding."""
+    return min(size, math.ceil((4 if cubic else 2) / scale) + 2 if scale else size)
+
+
+def nearest(exact: bool) -> Callable[..., Expr]:
+    """Return the rule of an op whose elements are the nearest ones, or those before."""
+
+    def rule(work: Lowering, at: At, x: Node, size: Sequence[int], *given: float | None) -> Expr:
+        place, shape = list(at.place), static_shape(x)
+        scales = [*given, *[None] * len(size)]
+        for d, (n, m, s) in enumerate(zip(shape[2:], size, scales, strict=False), 2):
+            if x.meta["val"].dtype is not torch.float32 or (s and m in (n, 2 * n) and s * n != m):
+                raise Unfit("indices that PyTorch computes in several ways")
+            place[d] = found(work, place[d], nearest_index, n, 1 / s if s else n / m, exact)
+        return work.value(x, tuple(place), at.mask)
+
+    return rule
+
+
+def nearest_index(i: Expr, n: int, scale: float, exact: bool) -> Expr:
+    x = cast(i, torch.float32)
+    at = function_of("floor", (x + 0.5 if exact else x) * Given(scale))
+    return minimum(cast(at, i.dtype), Given(n - 1))
+
+
+def reflected(i: Expr, size: int) -> Expr:
+    last = Given(size - 1)
+    return last - absolute(last - absolute(i))
+
+
+def padded(inside: Callable[[Expr, int], Expr]) -> Callable[..., Expr]:
+    """Return the rule of a padding whose elements are read ``inside``."""
+
+    def rule(work: Lowering, at: At, x: Node, pad: Sequence[int]) -> Expr:
+        place, shape = list(at.place), static_shape(x)
+        for i in range(len(pad) // 2):
+            d = len(place) - 1 - i
+            if pad[2 * i] or pad[2 * i + 1]:
+                place[d] = found(work, place[d].shifted(-pad[2 * i]), inside, shape[d])
+        return work.value(x, tuple(place), at.mask)
+
+    return rule
+
+
+def found(work: Lowering, index: Index, of: Callable[..., Expr], *how: Any) -> Index:
+    """Return the index that is this function of another one."""
+    key = (index, of, how)
+    if key not in work.values:
+        work.values[key] = of(work.position(index), *how)
+    return looked_up(work.values[key])
+
+
+#: ops that read several elements for one
+SUMMED = (resized, resized_backward)
+
+RESIZED: dict[Any, Callable[..., Expr]] = {
+    resized: in_one_dim,
+    resized_backward: in_one_dim_back,
+    **{
+        getattr(aten, f"{name}{n}d").default: nearest(exact)
+        for name, exact in (("upsample_nearest", False), ("_upsample_nearest_exact", True))
+        for n in (1, 2, 3)
+    },
+    **{getattr(aten, f"reflection_pad{n}d").default: padded(reflected) for n in (1, 2, 3)},
+    **{getattr(aten, f"replication_pad{n}d").default: padded(clamped) for n in (1, 2, 3)},
+}
