@@ -31,6 +31,7 @@ SCANS: dict[str, Any] = {
     "prod": torch.cumprod,
     "max": lambda x, dim: torch.cummax(x, dim).values,
     "min": lambda x, dim: torch.cummin(x, dim).values,
+    "logsumexp": torch.logcumsumexp,
 }
 
 

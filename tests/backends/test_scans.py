@@ -18,14 +18,22 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int
 OPS = {
     "cumsum": lambda x, dim: x.cumsum(dim),
     "cumprod": lambda x, dim: x.cumprod(dim),
+    "logcumsumexp": lambda x, dim: x.logcumsumexp(dim),
     "cummax": lambda x, dim: x.cummax(dim),
     "cummin": lambda x, dim: x.cummin(dim),
     "from the end": lambda x, dim: x.flip(dim).cumsum(dim).flip(dim) * 2,
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", OPS)
+EACH = [
+    (op, dtype)
+    for op in OPS
+    for dtype in DTYPES
+    if dtype.is_floating_point or op != "logcumsumexp"
+]
+
+
+@pytest.mark.parametrize(("op", "dtype"), EACH, ids=str)
 def test_each_axis(op, dtype):
     """In each dtype and several layouts, of few and many elements, and of one."""
     f = OPS[op]
@@ -108,6 +116,15 @@ def test_special_values():
         agree(partial(along_each, f), x, x.double(), same, kernels=None)
 
 
+def test_logarithms_far_apart():
+    """Neighbours of which one does not count, and rows that begin or end with nothing."""
+    x = floats(8, 50)
+    x[1], x[2], x[3] = x[1] * 1000, torch.arange(50) * 30.0, torch.arange(50) * -30.0
+    x[4, ::7], x[5, :20], x[6] = -math.inf, -math.inf, -math.inf
+    for y in (x, x.double(), -x):
+        agree(partial(along_each, OPS["logcumsumexp"]), y, kernels=None)
+
+
 @pytest.mark.parametrize("op", ["cumsum", "cumprod", "cummax"])
 def test_gradients(op):
     """Of the first and second order."""
@@ -125,7 +142,7 @@ def test_gradients(op):
             assert_close(jit(partial(f, dim=dim), backend="cpp")(x), f(x, dim))
 
 
-@pytest.mark.parametrize("case", [*FUSED, "cumsum", "cumprod"])
+@pytest.mark.parametrize("case", [*FUSED, "cumsum", "cumprod", "logcumsumexp"])
 def test_kernels_against_the_interpreter(case):
     f = FUSED.get(case) or partial(OPS[case], dim=1)
     for x in (floats(5, 37), floats(37, 5), floats(9, 33).t()):

@@ -84,8 +84,8 @@ to compare with, or `jit` refuses the op with any backend.
 - *Images* where PyTorch's kernels are as fast: gradients of padding, and of resizing to fewer
   elements; `linear` resizing, `bilinear` in float64, both in other layouts than the plain one;
   padded windows of images of fewer than 65536 elements, and dilated ones.
-- *Complex numbers*, `logcumsumexp`, sorting, linear algebra, convolutions, Fourier transforms,
-  special functions that are not in `aotfunc/backends/loops/pointwise.py`.
+- *Complex numbers*, sorting, linear algebra, convolutions, Fourier transforms, special functions
+  that are not in `aotfunc/backends/loops/pointwise.py`.
 
 ## What has no reference
 

@@ -12,7 +12,10 @@ from .ir import Const, Expr, Kernel, Reduce, Scan
 from .values import NUMBERS, KernelText
 
 #: the start of each reduction, of floating point or not, and the function of its step
-START = {"sum": 0, "prod": 1, "max": -math.inf, "min": math.inf, "any": False, "all": True}
+START = {
+    **{"sum": 0, "prod": 1, "max": -math.inf, "min": math.inf, "any": False, "all": True},
+    "logsumexp": -math.inf,
+}
 STEP = {
     "prod": "mul",
     "max": "maximum",
@@ -22,7 +25,13 @@ STEP = {
 }
 
 #: the function that each scan applies
-NEXT = {"sum": "aot_plus", "prod": "aot_times", "max": "aot_greatest", "min": "aot_smallest"}
+NEXT = {
+    "sum": "aot_plus",
+    "prod": "aot_times",
+    "max": "aot_greatest",
+    "min": "aot_smallest",
+    "logsumexp": "aot_log_of_sum",
+}
 
 
 class Accumulators(KernelText):
@@ -81,7 +90,7 @@ class Accumulators(KernelText):
     def carry(self, e: Scan) -> str:
         """Return the type of what a scan has accumulated."""
         wide = self.vectors and not self.across
-        if e.fn in ("sum", "prod") and e.dtype is torch.float32:
+        if e.fn in ("sum", "prod", "logsumexp") and e.dtype is torch.float32:
             return "sums" if wide else "double"
         return VECTORS[self.lanes][e.dtype] if wide else NUMBERS[e.dtype]
 
@@ -104,8 +113,10 @@ class Accumulators(KernelText):
     def expression(self, e: Expr) -> str:
         if not isinstance(e, Scan) or e in self.spilled:
             return super().expression(e)
-        name = "aot_scan_lanes" if self.across else "aot_scan"
-        return f"{name}<{NEXT[e.fn]}>({self.scans[e]}, {self.word(e.value, self.vectors)})"
+        name = f"{'aot_scan_lanes' if self.across else 'aot_scan'}<{NEXT[e.fn]}>"
+        if self.across and e.fn == "logsumexp":
+            name = "aot_scan_logs"
+        return f"{name}({self.scans[e]}, {self.word(e.value, self.vectors)})"
 
 
 def neutral(e: Reduce | Scan) -> bool | int | float:

@@ -42,7 +42,9 @@ SMALL = 32768
 LARGE = 1 << 25
 
 #: functions that kernels compute faster than PyTorch does
-QUICK = frozenset(("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "erfc", "pow"))
+QUICK = frozenset(
+    ("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "erfc", "pow", "logsumexp")
+)
 
 
 def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
@@ -110,7 +112,7 @@ def worth(nodes: Sequence[Node]) -> bool:
         return True
     columns = kernel.vector < kernel.outer
     return any(
-        (isinstance(e, Apply) and e.fn in QUICK) or (isinstance(e, Scan) and columns)
+        (isinstance(e, Apply | Scan) and e.fn in QUICK) or (isinstance(e, Scan) and columns)
         for e in walk(kernel.values)
     )
 

@@ -131,8 +131,8 @@ class Reduce(Accumulated):
 
 
 class Scan(Accumulated):
-    """``fn`` (sum, prod, max or min) of the value at this point of the kernel's one reduced axis
-    and at those before."""
+    """``fn`` (sum, prod, max, min, logsumexp) of the value at this point of the kernel's one
+    reduced axis and at those before."""
 
 
 def function_of(fn: str, *args: Operand) -> Expr:

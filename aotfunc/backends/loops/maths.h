@@ -242,3 +242,32 @@ AOT doubles aot_fmod(doubles x, doubles y) {
   return aot_each(x, y, [](double a, double b) { return __builtin_fmod(a, b); });
 }
 AOT_NUMBER2(aot_fmod)
+
+// The logarithm of the sum of two powers, as a scan accumulates it.
+struct aot_log_of_sum {
+  template <class T> AOT T of(T x, T y) {
+    T least = x > y ? y : x, most = x > y ? x : y;
+    T apart = x == y ? T{} : least - most;  // of infinities, too
+    return most + aot_log1p(aot_exp(apart));
+  }
+};
+
+// The same along lanes. Where no lane is far below the greatest, all are powers of their distance
+// to it, and one logarithm is enough for all.
+AOT doubles aot_scan_logs(double &a, doubles x) {
+  double most = a;
+  bool near = true;
+  for (int i = 0; i < DOUBLES; i++) most = x[i] > most ? x[i] : most;
+  for (int i = 0; i < DOUBLES; i++) near &= x[i] > most - 100;
+  if (!near) return aot_scan_lanes<aot_log_of_sum>(a, x);
+  double total = aot_exp(a - most);
+  x = aot_exp(x - most);
+  for (int i = 0; i < DOUBLES; i++) x[i] = total += x[i];
+  x = most + aot_log(x);
+  a = x[DOUBLES - 1];
+  return x;
+}
+AOT floats aot_scan_logs(double &a, floats x) {
+  doubles low = aot_scan_logs(a, aot_low(x));
+  return aot_summed(sums{low, aot_scan_logs(a, aot_high(x))});
+}

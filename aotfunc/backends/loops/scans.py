@@ -23,6 +23,7 @@ running_min = torch.ops.aotfunc.running_min.default
 SCANS: dict[Any, str] = {
     aten.cumsum.default: "sum",
     aten.cumprod.default: "prod",
+    aten.logcumsumexp.default: "logsumexp",
     running_max: "max",
     running_min: "min",
 }
