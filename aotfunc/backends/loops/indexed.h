@@ -51,7 +51,7 @@ template <class I> AOT bool aot_any(I x) {
 #endif
 }
 
-// Reads elements that two registers hold, if these do and there are as many, as lanes of them.
+// Reads elements that lie within two registers from p on as lanes of these, others one by one.
 #if AOT_BYTES == 64
 template <class V> AOT floats aot_in_two(const float *p, int64_t n, ints at) {
   uints from = (uints)at;
@@ -74,7 +74,7 @@ template <class V, class T, class I> AOT V aot_in_two(const T *p, int64_t n, I a
   return aot_looked_up<V>(p, n, 0, at);
 }
 
-// The same of places that were computed, which often lie beside each other.
+// Reads elements at places that were computed, which often lie beside each other.
 template <class V, class T, class I>
 AOT V aot_nearby(const T *p, int64_t n, int64_t stride, I shift) {
   typedef decltype(I{}[0] + 0) number;
