@@ -78,9 +78,9 @@ to compare with, or `jit` refuses the op with any backend.
   drew.
 - *Sums where indices say* are kernels, on one thread, in the order of the indices: results
   do not depend on the number of threads. The gradient of `embedding` is PyTorch's own kernel.
-- *Softmax and group norm in bfloat16 and float16*, remainders and floor division, whose kernels
-  would be slower than PyTorch's, and cumulative ops along contiguous memory if they are alone and
-  large, which would be as fast.
+- *Softmax and gradients of group norm in bfloat16 and float16*, group norm in bfloat16, remainders
+  and floor division, whose kernels would be slower than PyTorch's, and cumulative ops along
+  contiguous memory if they are alone and large, which would be as fast.
 - *Images* where PyTorch's kernels are as fast: gradients of padding, and of resizing to fewer
   elements; `linear` resizing, `bilinear` in float64, both in other layouts than the plain one;
   padded windows of images of fewer than 65536 elements, and dilated ones.

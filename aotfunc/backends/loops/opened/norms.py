@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..ir import ROUNDED
@@ -207,7 +208,7 @@ def group_norm(
     groups: int,
     eps: float,
 ) -> Any:
-    if not x.is_contiguous():
+    if not x.is_contiguous() or x.dtype is torch.bfloat16:
         return NotImplemented
     in_groups = x.view(n, groups, -1)
     y, mean, rstd = layer_norm(in_groups, in_groups.shape[2:], None, None, eps)
