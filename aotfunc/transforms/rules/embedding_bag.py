@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batching import all_batched
-from .lookup import count_up
+from .lookup import check_rows, count_up, rows_of_all
 from .schema import aten
 from .table import jvp_of, refuse_sparse, total, vjp_of, vmap_of
 
@@ -27,7 +27,7 @@ def lined_up(index: Tensor, step: Any) -> Tensor:
 def table_rows(index: Tensor, table: Any, padding_idx: int) -> Tensor:
     """Return row numbers ``[B, n]`` of tables of that many rows as row numbers ``[B * n]`` of one
     table of them all."""
-    moved = lined_up(index, table)
+    moved = rows_of_all(index, table, index.shape[0] * table).flatten()
     return (
         moved
         if padding_idx < 0
@@ -93,7 +93,7 @@ def _(
     count = torch.nn.functional.pad(count, (0, shape[2][0] - bags))
     return (
         out.unflatten(0, (size, bags)),
-        bag_of.to(indices.dtype),
+        bag_of[:, : shape[1][0]].to(indices.dtype),  # none where the kernel needs none
         count.to(indices.dtype),
         largest,
     )
@@ -180,7 +180,10 @@ def _(
 def _(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
     table = weight.shape[1]
     out = aten.embedding_renorm(
-        weight.flatten(0, 1), lined_up(indices.flatten(1), table), max_norm, norm_type
+        weight.flatten(0, 1),
+        table_rows(indices.flatten(1), table, -1),
+        max_norm,
+        norm_type,
     )
     return out.unflatten(0, (weight.shape[0], table))
 
@@ -225,6 +228,7 @@ def _(
     of_weight = of_weights = None
     rows = (g / count.clamp_min(1).unsqueeze(-1) if mode == 1 else g).index_select(0, bag)
     if needs[0] and by_freq:  # which frequency divides which row is the kernel's own affair
+        check_rows(indices, weight.shape[0])
         how = (weight.shape[0], by_freq, mode, weights, padding_idx)
         of_weight = aten._embedding_bag_dense_backward(g, indices, bag, count, count, *how)
     elif needs[0]:

@@ -17,6 +17,18 @@ from .table import linear, nondiff, refuse_sparse, vmap_of
 # ----- embedding ---------------------------------------------------------------------------------
 
 
+def rows_of_all(index: Tensor, table: Any, none: Any) -> Tensor:
+    """Return row numbers ``[B, …]`` of tables of that many rows as those of one table of them all;
+    ``none`` for what is no row, which would be one of another sample's."""
+    moved = index + count_up(index.shape[0], index, index.dim() - 1) * table
+    return torch.where(index.clamp(0, table - 1) == index, moved, none)
+
+
+def check_rows(index: Tensor, table: Any) -> None:
+    """Refuse what is no row of the table, before a kernel that counts how often each appears."""
+    aten._assert_async.msg((index.clamp(0, table - 1) == index).all(), "index out of range")
+
+
 @vmap_of(aten.embedding)
 def _(
     weight: Tensor,
@@ -33,8 +45,8 @@ def _(
         return aten.embedding(weight, indices, padding_idx)
     weight = expand_lead(weight, weight_batched, size)
     if indices_batched and padding_idx < 0:  # one table of all the examples' rows
-        start = count_up(size, indices, indices.dim() - 1) * weight.shape[1]
-        return aten.embedding(weight.flatten(0, 1), indices + start, padding_idx, by_freq)
+        rows = rows_of_all(indices, weight.shape[1], size * weight.shape[1])
+        return aten.embedding(weight.flatten(0, 1), rows, padding_idx, by_freq)
     # one table of all the examples' columns, since the padding row of each must keep its number
     out = aten.embedding(weight.movedim(0, 1).flatten(1), indices, padding_idx, by_freq)
     out = out.unflatten(-1, (size, weight.shape[2]))
@@ -47,6 +59,8 @@ def embedding_back(
     g: Tensor, weight: Tensor, indices: Tensor, pad: Any, by_freq: bool, sparse: bool
 ) -> Tensor:
     refuse_sparse(sparse)
+    if by_freq:
+        check_rows(indices, weight.shape[0])
     return aten.embedding_dense_backward(g, indices, weight.shape[0], pad, by_freq)
 
 
@@ -86,10 +100,9 @@ def batch_embedding_dense_backward(
     g = expand_lead(g, batched[0], size)
     if padding_idx >= 0:
         g = g.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
-    start = count_up(size, indices, indices.dim() - 1) * rows
-    return aten.embedding_dense_backward(g, indices + start, rows * size, -1, by_freq).unflatten(
-        0, (size, rows)
-    )
+    indices = rows_of_all(indices, rows, -1)
+    out = aten.embedding_dense_backward(g, indices, rows * size, -1, by_freq)
+    return out.unflatten(0, (size, rows))
 
 
 linear(

@@ -314,11 +314,12 @@ def nll(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
     def _(x, target, weight, reduction, ignore, *, batched, size):
         x, target = with_batch(x, batched[0], size), with_batch(target, batched[1], size)
         flat = (x.flatten(0, 1), target.flatten(0, 1)) if x.dim() > 2 else (x, target)
-        loss = op(*flat, None if batched[2] else weight, NONE, ignore)[0].reshape(target.shape)
+        loss, none = op(*flat, None if batched[2] else weight, NONE, ignore)
+        loss = loss.reshape(target.shape)
         each = picked_weights(x, target, weight, ignore, batched[2])
         loss = loss * each if batched[2] else loss
         if reduction == NONE and x.dim() > 2:
-            return loss, loss.new_zeros(size)
+            return loss, none.expand(size)
         loss, total_weight = reduce(loss, SUM, kept=1), reduce(each, SUM, kept=1)
         return loss / total_weight if reduction == MEAN else loss, total_weight
 
@@ -341,7 +342,10 @@ def nll(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
             if x.dim() > 2
             else [g, x, target]
         )
-        return backward(*flat, weight, NONE, ignore, x.new_zeros(())).reshape(x.shape)
+        # the kernel writes wherever a target says: only that of the forward, which has no total
+        # here, looks whether it is a class
+        none = op(*flat[1:], weight, NONE, ignore)[1]
+        return backward(*flat, weight, NONE, ignore, none).reshape(x.shape)
 
 
 nll(aten.nll_loss_forward, aten.nll_loss_backward)

@@ -162,6 +162,8 @@ nondiff(aten.repeat_interleave.Tensor)
 
 @vmap_of(aten.repeat_interleave.Tensor)
 def _(repeats: Tensor, output_size: Any, *, shape: Any) -> Tensor:
+    fits = (repeats >= 0).all().logical_and((repeats.sum(1) == shape[0]).all())
+    aten._assert_async.msg(fits, f"repeat_interleave: the repeats must add up to {shape[0]}")
     places = (
         torch.arange(shape[0], device=repeats.device)
         .expand(repeats.shape[0], shape[0])
