@@ -42,7 +42,7 @@ def layout(x):
 
 def assert_bits(got, expected):
     assert got.dtype == expected.dtype and layout(got) == layout(expected)
-    as_int = {4: torch.int32, 8: torch.int64}[got.element_size()]
+    as_int = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
     same = (got.contiguous().view(as_int) == expected.contiguous().view(as_int)) | (
         got.isnan() & expected.isnan()
     )
@@ -243,17 +243,17 @@ def test_strides_are_those_planned(name):
 # -------------------------------------------------------------------------------------------------
 
 
-def base(rng):
+def base(rng, dtype=torch.float32):
     """A tensor of 12 or 24 elements, sometimes not contiguous, sometimes with a storage offset."""
     shape = rng.choice([(12,), (3, 4), (2, 3, 4), (4, 1, 3), (1, 12), (2, 1, 2, 3)])
-    x = torch.randn(shape)
+    x = torch.randn(shape, dtype=dtype)
     layout = rng.randrange(4)
     if layout == 1:
         x = x.permute(rng.sample(range(x.dim()), x.dim()))
     if layout == 2:
-        x = torch.randn(2, *shape)[1]
+        x = torch.randn(2, *shape, dtype=dtype)[1]
     if layout == 3:
-        x = torch.randn(*shape[:-1], shape[-1] * 2)[..., ::2]
+        x = torch.randn(*shape[:-1], shape[-1] * 2, dtype=dtype)[..., ::2]
     return x
 
 
@@ -299,7 +299,8 @@ def step(x, rng):
 def test_chains_of_moves(seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    x = base(rng)
+    # of values of few digits equal calls are not merged
+    x = base(rng, torch.bfloat16 if seed % 2 else torch.float32)
     y, moves = x, []
     for _ in range(rng.randrange(2, 8)):
         move = step(y, rng)

@@ -137,11 +137,11 @@ def as_turn(b: Builder, val: Sig, origin: Any, two: bool) -> Any:
     inside = sorted(range(len(val.shape)), key=lambda d: (-val.stride[d], val.shape[d] == 1))
     shape = tuple(val.shape[d] for d in inside)
     stride = contiguous_stride(shape)
-    if stride != tuple(val.stride[d] for d in inside) or not (
-        two or shape == origin.meta["val"].shape
-    ):
+    same = shape == origin.meta["val"].shape
+    if stride != tuple(val.stride[d] for d in inside) or not (two or same):
         return None
-    base = b.node(VIEW, (origin, list(shape)), {}, make_sig(shape, stride, val.dtype, val.device))
+    whole = make_sig(shape, stride, val.dtype, val.device)
+    base = origin if same else b.node(VIEW, (origin, list(shape)), {}, whole)
     dims = [0] * len(inside)
     for at, d in enumerate(inside):
         dims[d] = at
