@@ -3,6 +3,7 @@ autograd can differentiate either."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from operator import getitem
@@ -21,7 +22,7 @@ from ..trace.modes import without_modes
 from ..trace.node_views import storage_root
 from ..trace.shapes.sig import Sig, contiguous_stride, reach
 from ..trace.traced import current
-from ..transforms.activity import has_derivative, live
+from ..transforms.activity import flat_inputs, has_derivative, live
 from ..transforms.lower import marked
 from ..transforms.rules.table import entry_for
 from ..transforms.vjp import cotangent_sig, vjp
@@ -283,7 +284,8 @@ class ProgramFunction(torch.autograd.Function):
         joint = whole.once(("vjp", wrt, plan), lambda: vjp(whole, wrt, have, keep=(), plan=plan))
         with without_modes(ctx.dtype), redrawn(ctx.states):
             grads = call_batched(execute, joint, [*tensors, *given])
+        zeros = set().union(*itertools.compress(flat_inputs(whole, wrt), have))
         result: list = [None] * (len(tensors) + 2)
         for i, g in zip(wrt, grads, strict=True):
-            result[i + 2] = g
+            result[i + 2] = torch.zeros_like(tensors[i]) if g is None and i in zeros else g
         return tuple(result)
