@@ -87,7 +87,7 @@ def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
         results = on_real_batch(cls, args)
         if results is not NotImplemented:
             return results
-        batching = OwnRule(cls, args)
+        batching = OwnRule.of(cls, args)
     ctx = Context()
     ctx.needs_input_grad = tuple(map(floating, args))
 
@@ -149,7 +149,7 @@ def call_function(
         unguarded = tuple(k for k, r in enumerate(own, len(refs)) if r not in guarded)
         fields = (name, len(inputs), vals, backwards, forward_part, saved, batching, narrow)
         parts = [forward_part, *(p for _, p in (*backwards, *(narrow[1] if narrow else ())))]
-        unique = batching is not None or any(isinstance(p, Exception) for p in parts)
+        unique = any(isinstance(p, Exception) for p in parts)
         make = kind if unique else functools.partial(interned, kind)
         return interned(End, make(*fields, unguarded))
 

@@ -19,7 +19,7 @@ from ..trace.emit import Builder
 from ..trace.functionalize import Functionalizer
 from ..trace.traced import current
 from .autograd_function import BEGIN
-from .calls import Step
+from .calls import Step, interned
 from .function_vmap import OwnRule
 from .tree import Operands
 
@@ -91,8 +91,9 @@ def with_batching(args: tuple, rule: Callable, call: Callable[[], tuple[Any, lis
     owner, leaves = call()
     places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
     vals = tuple(trace.ref_of(leaves[i])[1] for i in places)
-    own = OwnRule(owner, args, closed)
-    step = BatchedBy(CustomBatching(owner.__name__, len(places), own), vals)
+    own = OwnRule.of(owner, args, closed)
+    target = interned(CustomBatching, owner.__name__, len(places), own)
+    step = interned(BatchedBy, target, vals)
     results = trace.record(step, [*(leaves[i] for i in places), *operands])
     for i, new in zip(places, results, strict=True):
         leaves[i] = new

@@ -130,9 +130,16 @@ class Batched:
 
     def __init__(self, rules: CustomRules, sample: Any = NotImplemented) -> None:
         self.rules, self.__name__ = rules, rules.__name__
-        if sample is not NotImplemented:
-            leaves, self.spec = flatten_tree(sample)
-            self.like = [(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in leaves]
+        leaves, self.spec = flatten_tree(sample)
+        self.like = tuple([(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in leaves])
+        self.checks = sample is not NotImplemented
+        self.key = (rules, self.spec, self.like, self.checks)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Batched) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     def vmap(self, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
         """Call the rule with the batch of each argument in front, whatever its ``in_dims``."""
@@ -153,7 +160,7 @@ class Batched:
                 f"{rules.__name__}: the batching rule's out_batched must be True or False for "
                 f"each part of its output {structure(output)}, not {batched!r}"
             )
-        if hasattr(self, "spec"):
+        if self.checks:
             self.check(info.batch_size, output, leaves, out_spec, flags)
         return output, unflatten_tree([0 if yes else None for yes in flags], out_spec)
 

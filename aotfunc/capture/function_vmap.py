@@ -6,6 +6,7 @@ a graph from outside."""
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +18,13 @@ from torch.autograd import forward_ad
 from torch.fx import Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_, tree_unflatten
 
+from ..cache import Cache
 from ..debug import Line, at, user_line
 from ..errors import ArgumentError, CaptureError, RuleError
 from ..trace.kinds import has_values
 from ..trace.memory import version
 from ..trace.modes import Surroundings
+from ..trace.recording import record_into
 from ..trace.shapes.sig import make_sig
 from ..trace.traced import Traced, current, no_recording, quiet, under_way
 from ..trace.tracer import Trace
@@ -97,12 +100,11 @@ def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
     feed = iter(batch)
     given = [next(feed) if t.__class__ is Traced else (t, None) for t in operands.tensors]
     dims = operands.dims([d for _, d in given])
-    seen = [*trace.origins, *trace.lifted]
-    versions = list(map(version, seen))
+    versions = written_so_often(trace)
     with set_aside(trace):
         info = Info(*trace.samples.axis[:2])
         leaves, spec, out_dims = call(cls, info, dims, operands.rebuilt([x for x, _ in given]))
-    if list(map(version, seen)) != versions:
+    if written_so_often(trace) != versions:
         raise CaptureError(
             f"{cls.__name__}.vmap writes to a tensor that the function under vmap has been given, "
             f"or has read{at(user_line())}: clone() it there first"
@@ -131,30 +133,66 @@ def may_be_real(trace: Trace) -> bool:
     """Return whether the recording is of an outermost ``vmap`` that runs at once, on tensors with
     values. A draw in it would be drawn again, and a write to a tensor from outside would not be
     seen by the rule: then it may not."""
-    return (
-        trace.samples is not None
-        and trace.may_ask_constants
-        and under_way.traces == [trace]
-        and forward_ad._current_level < 0
-        and all(
-            t.__class__ is not Traced and is_unwrapped(t) for t in (*trace.origins, *trace.lifted)
+    if (
+        trace.samples is None
+        or not trace.may_ask_constants
+        or under_way.traces != [trace]
+        or forward_ad._current_level >= 0
+        or (trace.mutates and any(root < 0 for root in trace.roots().written))
+    ):
+        return False
+    if trace.looked_at is None:
+        trace.looked_at = LookedAt()
+    return trace.looked_at.may_be_real(trace)
+
+
+class LookedAt:
+    """What has been looked at of a recording: the tensors from outside and their ``memory``, and
+    the steps; each of them once."""
+
+    def __init__(self) -> None:
+        self.tensors = self.steps = 0
+        self.memory: set[int] = set()
+        self.real = True
+
+    def may_be_real(self, trace: Trace) -> bool:
+        """Return whether the tensors have values, and no step draws."""
+        tensors, steps = outside(trace)[self.tensors :], trace.records[self.steps :]
+        self.tensors, self.steps = self.tensors + len(tensors), self.steps + len(steps)
+        self.real = (
+            self.real
+            and all(t.__class__ is not Traced and is_unwrapped(t) for t in tensors)
+            and not any(instr.facts.random for instr, *_ in steps)
         )
-        and not any(instr.facts.random for instr, *_ in trace.records)
-        and not (trace.mutates and any(root < 0 for root in trace.roots().written))
-    )
+        if self.real:
+            self.memory.update([t.untyped_storage()._cdata for t in tensors])
+        return self.real
 
 
 def is_unwrapped(t: Tensor) -> bool:
     return has_values(t) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
+def outside(trace: Trace) -> list[Tensor]:
+    return [*trace.origins, *trace.lifted]
+
+
+def written_so_often(trace: Trace) -> list[int]:
+    """Return the versions of the tensors from outside."""
+    try:
+        return [*map(_version, outside(trace))]
+    except RuntimeError:  # some are made in inference mode
+        return [*map(version, outside(trace))]
+
+
+_version = operator.attrgetter("_version")
+
+
 def unshared(trace: Trace, x: Tensor) -> Tensor:
     """Return ``x`` in memory of its own: a write to it must not be seen before the recording
     runs."""
-    memory = x.untyped_storage()._cdata
-    shared = any(memory == t.untyped_storage()._cdata for t in (*trace.origins, *trace.lifted))
     with quiet():
-        return x.clone() if shared else x
+        return x.clone() if x.untyped_storage()._cdata in trace.looked_at.memory else x
 
 
 @contextmanager
@@ -185,42 +223,93 @@ def part_of_sample(trace: Trace, x: Tensor, dim: int, sample: Tensor) -> Tensor:
 # ----- as a batching rule ------------------------------------------------------------------------
 
 
+#: rules by their operands, kept for as long as they record what they did before
+_rules = Cache(4096)
+
+
 class OwnRule:
     """``cls.vmap`` as the batching rule of a node, for the tensors among the operands of its
     call, and behind them those that the rule closes over."""
 
-    def __init__(self, cls: Any, args: Sequence[Any], closed: Sequence[Tensor] = ()) -> None:
-        self.cls, self.operands, self.surroundings = (
-            cls,
-            Operands(args).without_tensors(),
-            Surroundings.now(),
-        )
+    def __init__(
+        self,
+        cls: Any,
+        operands: Operands,
+        surroundings: Surroundings,
+        closed: Sequence[Tensor] = (),
+    ) -> None:
+        self.cls, self.operands, self.surroundings = cls, operands, surroundings
         self.closed = list(map(weakref.ref, closed))
+        #: what it recorded, by how it was called; None if that differed, or cannot be compared
+        self.recorded: dict[tuple, tuple | None] = {}
+        self.running = False
+        self.asked: Any = lambda: None  # refers to the outermost recording in which it was
 
-    def __call__(self, walk: Any, inputs: Sequence[Node], line: Line | None) -> tuple[Any, Any]:
+    @classmethod
+    def of(cls, owner: Any, args: Sequence[Any], closed: Sequence[Tensor] = ()) -> OwnRule:
+        """Return the rule of an earlier call if it still records the same, so that programs that
+        hold it are equal, too. A rule that closes over tensors is a new one at each call."""
+        how = (owner, Operands(args).without_tensors(), Surroundings.now())
+        if closed:
+            return cls(*how, closed)
+        try:
+            known = _rules.get(how)
+        except TypeError:  # an argument without a hash
+            return cls(*how)
+        recording = under_way.traces[0]
+        if known is None or not (known.running or known.asked() is recording or known.holds()):
+            _rules.put(how, known := cls(*how))
+        known.asked = weakref.ref(recording)
+        return known
+
+    def holds(self) -> bool:
+        """Return whether the rule records what it did before."""
+        if len(self.recorded) > 8:
+            return False
+        for (info, flags, sigs), before in list(self.recorded.items()):
+            inner = Trace("a rule may not look at values", constants=False)
+            inner.of_a_rule = True
+            values = [inner.input_like(sig) for sig in sigs]
+            try:
+                record_into(inner, lambda: self.body(info, flags, sigs, values))  # noqa: B023
+            except Exception:
+                return False
+            if before is None or self.recorded[info, flags, sigs] != before:
+                return False
+        return True
+
+    def body(self, info: Info, flags: tuple, sigs: tuple, tensors: Sequence[Tensor]) -> list:
+        """Return the batched results, the batch in front."""
         count = len(self.operands.places)
-        dims = self.operands.dims([0 if walk.has(x) else None for x in inputs[:count]])
-        # what the samples do not share is no tensor that the rule may read
-        shared = [not walk.has(x) for x in inputs[count:]]
-        info = Info(*walk.axis[:2])
-
-        def body(*tensors: Tensor) -> Any:
-            # a Function may write to its argument: the recorded call does so, too
-            copies = [t.clone() for t in tensors[:count]]
-            for t, closed, yes in zip(tensors[count:], self.closed, shared, strict=True):
-                if yes and (real := closed()) is not None:
-                    current().stand_for(t, real)  # type: ignore[union-attr, arg-type]
+        # a Function may write to its argument: the recorded call does so, too
+        copies = [t.clone() for t in tensors[:count]]
+        dims = self.operands.dims(flags[:count])
+        for t, flag, closed in zip(tensors[count:], flags[count:], self.closed, strict=True):
+            # what the samples do not share is no tensor that the rule may read
+            if flag is None and (real := closed()) is not None:
+                current().stand_for(t, real)  # type: ignore[union-attr, arg-type]
+        before, self.running = self.running, True  # what the rule calls need not compare it
+        try:
             with self.surroundings.again():
                 leaves, _, out_dims = call(self.cls, info, dims, self.operands.rebuilt(copies))
-            outs = [(o, d) for o, d in zip(leaves, out_dims, strict=True) if isinstance(o, Tensor)]
-            check_closed_over([o for o, _ in outs])
-            return [
-                o.movedim(d, 0) if d is not None else o.expand(walk.size, *o.shape)
-                for o, d in outs
-            ]
+        finally:
+            self.running = before
+        outs = [(o, d) for o, d in zip(leaves, out_dims, strict=True) if isinstance(o, Tensor)]
+        check_closed_over([o for o, _ in outs])
+        results = [
+            o.movedim(d, 0) if d is not None else o.expand(info.batch_size, *o.shape)
+            for o, d in outs
+        ]
+        how, now = (info, flags, sigs), as_recorded(results)
+        self.recorded[how] = now if self.recorded.get(how, now) == now else None
+        return results
 
+    def __call__(self, walk: Any, inputs: Sequence[Node], line: Line | None) -> tuple[Any, Any]:
+        flags = tuple([0 if walk.has(x) else None for x in inputs])
+        info, nodes = Info(*walk.axis[:2]), [walk.env[x] for x in inputs]
+        sigs = tuple([n.meta["val"] for n in nodes])
         try:
-            outs = traced(body)(walk.b, *[walk.env[x] for x in inputs])
+            outs = traced(lambda *tensors: self.body(info, flags, sigs, tensors))(walk.b, *nodes)
         except (RuleError, CaptureError) as error:
             if isinstance(error, Told) or self.cls.generate_vmap_rule:
                 raise
@@ -235,6 +324,16 @@ class OwnRule:
                 "not require grad"
             ) from error
         return outs, [True] * len(outs)
+
+
+def as_recorded(results: Sequence[Tensor]) -> tuple | None:
+    """Return what the recording under way has recorded of these results; None if it holds tensors,
+    which are not compared."""
+    trace = current()
+    assert trace is not None
+    trace.settle()
+    refs = tuple([trace.ref_of(x)[0] for x in results])
+    return None if trace.lifted else (trace.key(), refs)
 
 
 class Told(CaptureError):

@@ -53,6 +53,7 @@ class Tape:
     samples: Any = None
     _values: Replay | None = None
     followed: Any = None  # see capture/followed.py
+    looked_at: Any = None  # see capture/function_vmap.py
     _roots: Roots | None = None
     _places: tuple[MemoryPlace, ...] | None = None
     finished = False
@@ -236,6 +237,7 @@ class Tape:
             self._values = None
         if self.followed is not None and self.followed.done > records:
             self.followed = None
+        self.looked_at = None
 
     def key(self) -> tuple:
         """Return a key that is equal for recordings of the same ops, signatures and wiring."""

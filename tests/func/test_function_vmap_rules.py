@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.autograd import Function
 
-from aotfunc import grad, jit, make_fx, vmap
+from aotfunc import custom_vmap, grad, graph, jit, make_fx, vmap
+from aotfunc.capture import captured
 from aotfunc.errors import AotfuncError, ArgumentError, CaptureError, LoopWarning, RuleError
 from tests.reference import assert_same
 
@@ -408,6 +409,59 @@ def test_a_rule_that_can_be_recorded(around):
     got = AROUND[around](vmap(F.apply))(X)
     want = {"grad": 2 * X.cos(), "vmap": (X.sin() * 2)[None]}.get(around, X.sin() * 2)
     assert_same(got, want)
+
+
+class Scaled(Function):
+    """x times a number that the class keeps; the rule adds it a hundred times to each batch."""
+
+    by = 2.0
+
+    @staticmethod
+    def forward(x):
+        return x * Scaled.by
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * Scaled.by
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return Scaled.apply(x) + 100 * Scaled.by, in_dims[0]
+
+
+@custom_vmap
+def scaled(x):
+    return x * Scaled.by
+
+
+scaled.def_vmap(lambda size, batched, x: (x * Scaled.by + 100 * Scaled.by, batched[0]))
+
+RECORDED = {
+    "grad": lambda f: grad(lambda x: f(x).square().sum())(X[0]),
+    "vmap of grad": lambda f: vmap(grad(lambda x: f(x).square().sum()))(X),
+    "vmap of vmap": lambda f: vmap(vmap(f))(X),
+    "vmap of grad of a vmap": lambda f: vmap(grad(lambda x: vmap(f)(x).square().sum()))(X),
+}
+
+
+@pytest.mark.parametrize("f", [Scaled.apply, scaled], ids=["Function", "custom_vmap"])
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_rule_that_records_the_same_is_one_program(name, f, monkeypatch):
+    call, results = RECORDED[name], {}
+    for by in (2.0, 3.0, 2.0):
+        monkeypatch.setattr(Scaled, "by", by)
+        results.setdefault(by, []).append(call(f))
+        known = len(captured._programs), len(graph._derived)
+        results[by].append(call(f))
+        assert (len(captured._programs), len(graph._derived)) == known
+    for found in results.values():
+        for x in found[1:]:
+            assert_same(x, found[0])
+    assert not torch.equal(results[2.0][0], results[3.0][0])
 
 
 # ----- a graph from outside, inside --------------------------------------------------------------

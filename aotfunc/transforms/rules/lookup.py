@@ -74,10 +74,8 @@ linear(
 def embedding_dense_back(
     g: Tensor, y: Tensor, indices: Tensor, rows: Any, padding_idx: Any, by_freq: bool
 ) -> Tensor:
+    """Return what PyTorch's formula does, which leaves frequencies out of second derivatives."""
     out = aten.index.Tensor(g, [indices])
-    if by_freq:
-        count = g.new_zeros(rows).index_put((indices,), g.new_ones(()), True)
-        out = out / aten.index.Tensor(count, [indices]).unsqueeze(-1)
     return out if padding_idx < 0 else out.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
 
 
