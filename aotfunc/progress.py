@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -66,6 +67,21 @@ def along(what: str, items: Sequence[T]) -> Iterator[T]:
     with doing(lambda: f"{what}, {done:,} of {len(items):,}"):
         for done, item in enumerate(items):  # noqa: B007
             yield item
+
+
+def timed(what: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Make a decorator: the step that a call is says how many seconds it has taken."""
+
+    def decorate(f: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(f)
+        def call(*args: Any, **kwargs: Any) -> T:
+            begun = WATCH.clock()
+            with doing(lambda: f"{what}, {WATCH.clock() - begun:.0f} s"):
+                return f(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 class Watch:

@@ -133,15 +133,12 @@ def test_a_partition_says_how_far_it_is(watch, monkeypatch):
             assert report.gap < 1
 
     functions = [(scipy.optimize, "milp"), (Network, "cut"), (Within, "peaks")]
-    found = [*dict.fromkeys(steps_of(reports, watch, monkeypatch, *functions))]
-    assert found == [
-        *[f"frontier, {i} points of at most 48" for i in (2, 3, 4, 5)],
-        "budget, 3 choices within it",
-        "integer program of 72 variables, 0 of at most 10 s",
-        "bound, from 8 to 1,032 bytes",
-        "bound, from 8 to 520 bytes",
-        *[f"peaks of the frontier, {i} of 5" for i in range(5)],
-    ]
+    found = steps_of(reports, watch, monkeypatch, *functions)
+    assert {re.sub(r"\d+", "#", step) for step in found} == {
+        "cut #",
+        "integer program, # s",
+        "peaks of the frontier, # of #",
+    }
 
 
 def test_an_error_ends_its_steps(watch):

@@ -15,17 +15,17 @@ is at hand with its inputs: neither has variables.
 
 from __future__ import annotations
 
-import time as clock  # `time` is an axis
 from collections.abc import Iterable
 
 import numpy as np
 
-from ..progress import doing
+from ..progress import timed
 from .problem import Choice, Problem
 from .roles import ancestors
 from .solve import INF
 
 
+@timed("integer program")
 def best(
     problem: Problem, limit: float, axis: str = "bytes", gap: float = 5e-4, seconds: float = 10.0
 ) -> tuple[Choice | None, float]:
@@ -71,20 +71,17 @@ def best(
     for name, (column, cost) in columns.items():
         weights[name][column] = cost / units[name]
     other = "time" if axis == "bytes" else "bytes"
-    begun = clock.monotonic()
-    spent = lambda: f"{clock.monotonic() - begun:.0f} of at most {seconds:.0f} s"
-    with doing(lambda: f"integer program of {total:,} variables, {spent()}"):
-        found = milp(
-            weights[other],
-            integrality=np.ones(total),
-            bounds=Bounds(np.zeros(total), upper),
-            constraints=[
-                LinearConstraint(matrix, [least for _, _, least in rows]),
-                LinearConstraint(weights[axis][None, :], ub=limit / units[axis]),
-            ],
-            # HiGHS's presolve was seen to return bounds above what a choice takes
-            options={"time_limit": seconds, "mip_rel_gap": gap, "presolve": False},
-        )
+    found = milp(
+        weights[other],
+        integrality=np.ones(total),
+        bounds=Bounds(np.zeros(total), upper),
+        constraints=[
+            LinearConstraint(matrix, [least for _, _, least in rows]),
+            LinearConstraint(weights[axis][None, :], ub=limit / units[axis]),
+        ],
+        # HiGHS's presolve was seen to return bounds above what a choice takes
+        options={"time_limit": seconds, "mip_rel_gap": gap, "presolve": False},
+    )
     bound = max(0.0, (found.mip_dual_bound or 0.0) * units[other])
     if found.x is None:
         return None, bound

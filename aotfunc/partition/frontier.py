@@ -41,6 +41,7 @@ class Frontier:
         self.problem = problem
         count = len(problem.nodes)
         self.tilt = 1 + TILT * np.arange(count) / max(count, 1)
+        self.made = 0  # cuts so far
 
     @cached_property
     def ends(self) -> tuple[Point, Point]:
@@ -66,7 +67,10 @@ class Frontier:
         """Return the cheapest choice at a price, and a bound that no choice beats."""
         problem = self.problem
         bound = min([p.bytes + price * p.time for p in known])
-        found = problem.network.cut(problem.save, problem.redo(price) * tilt, bound * (1 + 1e-9))
+        self.made += 1
+        with doing(lambda: f"cut {self.made}"):
+            redo = problem.redo(price) * tilt
+            found = problem.network.cut(problem.save, redo, bound * (1 + 1e-9))
         return self.point(found.saved, tilt), found.bound
 
     def between(self, low: Point, high: Point) -> Point | None:
@@ -86,15 +90,14 @@ class Frontier:
         low, high = self.ends
         points, apart = [low, high], NEAR * (high.bytes - low.bytes)
         gaps = [(low.bytes - high.bytes, low.bytes, low, high)]
-        with doing(lambda: f"frontier, {len(points)} points of at most {MANY}"):
-            for _ in range(MANY):
-                if not gaps or -gaps[0][0] <= apart:
-                    break
-                _, _, a, b = heapq.heappop(gaps)
-                if (c := self.between(a, b)) is not None:
-                    points.append(c)
-                    for p, q in ((a, c), (c, b)):
-                        heapq.heappush(gaps, (p.bytes - q.bytes, p.bytes, p, q))
+        for _ in range(MANY):
+            if not gaps or -gaps[0][0] <= apart:
+                break
+            _, _, a, b = heapq.heappop(gaps)
+            if (c := self.between(a, b)) is not None:
+                points.append(c)
+                for p, q in ((a, c), (c, b)):
+                    heapq.heappush(gaps, (p.bytes - q.bytes, p.bytes, p, q))
         return sorted(points, key=lambda p: p.bytes)
 
     @cached_property
@@ -109,9 +112,8 @@ class Frontier:
         a, b = self.ends if axis == "bytes" else self.ends[::-1]
         fits = lambda p: getattr(p.choice, axis) <= limit
         found = [p.choice for p in (a, b) if fits(p)]
-        apart = len(found) == 1
-        with doing(lambda: f"budget, {len(found)} choices within it"):
-            while apart and (c := self.between(*ordered(a, b))) is not None:
+        if len(found) == 1:
+            while (c := self.between(*ordered(a, b))) is not None:
                 if fits(c):
                     found.append(c.choice)
                     a = c
@@ -132,20 +134,19 @@ class Frontier:
         # inputs and sizes cost next to nothing in the cut, and nothing here
         free = float(problem.save[problem.save < INF].sum() - problem.bytes.sum())
         best = 0.0
-        with doing(lambda: f"bound, from {low.bytes:,.0f} to {high.bytes:,.0f} bytes"):
-            while low.time > high.time and low.bytes < high.bytes:
-                price = (high.bytes - low.bytes) / (low.time - high.time)
-                found, value = self.cut(price, flat, low, high)
-                value -= free
-                line = (value - limit) / price if axis == "bytes" else value - price * limit
-                best = max(best, line)
-                inner = low.bytes < found.bytes < high.bytes
-                if not inner or value + free >= (low.bytes + price * low.time) * (1 - 1e-6):
-                    break
-                if (found.bytes <= limit) if axis == "bytes" else (found.time > limit):
-                    low = found
-                else:
-                    high = found
+        while low.time > high.time and low.bytes < high.bytes:
+            price = (high.bytes - low.bytes) / (low.time - high.time)
+            found, value = self.cut(price, flat, low, high)
+            value -= free
+            line = (value - limit) / price if axis == "bytes" else value - price * limit
+            best = max(best, line)
+            inner = low.bytes < found.bytes < high.bytes
+            if not inner or value + free >= (low.bytes + price * low.time) * (1 - 1e-6):
+                break
+            if (found.bytes <= limit) if axis == "bytes" else (found.time > limit):
+                low = found
+            else:
+                high = found
         return best
 
 
