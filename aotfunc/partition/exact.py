@@ -37,8 +37,10 @@ def best(
 
     given = (problem.save < INF) & (problem.bytes == 0)
     inputs, needed = contracted(problem, given)
-    values = np.flatnonzero(ancestors(inputs, needed))
-    count, at = len(values), {int(v): k for k, v in enumerate(values)}
+    values = np.flatnonzero(ancestors(inputs, needed)).tolist()
+    if not values:
+        return problem.choice(given & problem.read(given)), 0.0
+    count, at = len(values), {v: k for k, v in enumerate(values)}
     forward = problem.forward[values]
     saved, late = np.arange(count), count + np.arange(count)
     early = 2 * count + np.cumsum(~forward) - 1  # of those that only the backward needs

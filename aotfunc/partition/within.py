@@ -108,15 +108,16 @@ class Within:
         return self.solved[limit, axis]
 
     def limited(self, limit: float, axis: str) -> Choice:
-        found = self.frontier.within(limit, axis)
-        if found is None:
+        first = self.frontier.within(limit, axis)
+        found, other = [first], attrgetter("time" if axis == "bytes" else "bytes")
+        if self.exact or (
+            first is not None and self.far(other(first), self.frontier.bound(limit, axis))
+        ):
+            found.append(self.best(limit, axis)[0])
+        fit = [c for c in found if c is not None and getattr(c, axis) <= limit]
+        if not fit:
             raise too_little("saving", limit, self.frontier.ends[0].choice.bytes)
-        other = attrgetter("time" if axis == "bytes" else "bytes")
-        if self.far(other(found), self.frontier.bound(limit, axis)):
-            better, _ = self.best(limit, axis)
-            if better is not None and getattr(better, axis) <= limit:
-                found = min(found, better, key=other)
-        return found
+        return min(fit, key=other)
 
 
 def too_little(what: str, limit: float, least: int) -> PartitionError:

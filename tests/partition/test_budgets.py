@@ -178,6 +178,15 @@ def test_hard_budgets_are_near_the_bound(name: str) -> None:
         assert exact.bytes <= limit and exact.gap <= 1e-3
 
 
+def test_nothing_to_choose() -> None:
+    joint = JointOf(lambda a, b: a * b, *(torch.randn(4).requires_grad_() for _ in range(2)))
+    for budget in (64, 0):
+        report = partition(
+            joint.module, memory_budget=Bytes(budget), num_fwd_outputs=1, exact=True
+        ).report
+        assert (report.bytes, report.time, report.gap) == (0, 0.0, 0.0)
+
+
 def test_more_is_saved_than_must_be_only_where_the_budget_asks() -> None:
     """Draws and what may run only once are saved under every budget."""
     joint = JointOf(
