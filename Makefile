@@ -50,7 +50,7 @@ docs: $(STAMP) ## build the documentation site into build/site
 bench: $(STAMP) ## run the benchmarks that need no GPU (installs the bench extra: jax)
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[bench]'
 	@set -e; for b in capture graphs eager overhead first_use partition inductor_cache maths \
-	  clipping cpu; do echo "== $$b"; $(PY) -m benchmarks.$$b; done
+	  clipping cpu sparse; do echo "== $$b"; $(PY) -m benchmarks.$$b; done
 
 check: lint types test ## all that must pass before a change is handed in
 

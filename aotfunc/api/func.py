@@ -61,8 +61,8 @@ def grad_and_value(
     The gradient has the tree of the argument (a tuple of trees for a tuple ``argnums``), each leaf
     the shape and dtype of its primal. Arguments that do not matter get zeros. Raises ArgumentError
     if a differentiated leaf is not a floating or complex tensor, or the output not a real tensor
-    with zero dimensions. ``validate=True``, as for all transforms, compares the first call with
-    eager autograd and with differences, and raises ValidationError (see ``docs/errors.md``).
+    with zero dimensions. ``validate=True`` compares the first call with eager autograd and with
+    differences, and raises ValidationError, as for the other transforms (``docs/errors.md``).
 
     >>> grad_and_value(lambda x: (x * x).sum())(torch.tensor([1.0, 2.0]))
     (tensor([2., 4.]), tensor(5.))

@@ -190,11 +190,12 @@ class Check:
             leaves = list(self.arguments.leaves)
             for k, d in zip(self.wrt, self.d, strict=True):
                 leaves[k] = widened(leaves[k].detach()) + step * d
-            outs = Run(self, leaves, wide=True).outs
-            return [x.detach() for x in outs if floating(x)]
+            return list(filter(floating, Run(self, leaves, wide=True).outs))
 
         found = []
-        for a, b, c, d, e in zip(*[at(k * STEP) for k in (-2, -1, 0, 1, 2)], strict=True):
+        here = list(filter(floating, self.wide.outs))
+        sides = [at(k * STEP) for k in (-2, -1, 1, 2)]
+        for c, a, b, d, e in zip(here, *sides, strict=True):
             slope, bend = (d - b) / (2 * STEP), (d - 2 * c + b) / STEP
             found.append((slope, bend.abs() + (slope - (e - a) / (4 * STEP)).abs()))
         return found
