@@ -69,16 +69,12 @@ class Check:
 
     #: whether it differentiates, whatever grad mode is on around it
     derives = True
-    has_aux = False
     #: whether to look for the op
     locates = True
 
     def __init__(self, transform: Callable, f: Callable, options: dict[str, Any]) -> None:
         self.transform, self.f, self.options = transform, f, options
         self.name, self.has_aux = transform.__name__, options.get("has_aux", False)
-        self.seed = 0
-        self.w: list[Tensor] | None = None
-        self.closed: list[Tensor] | None = None
 
     def first(self, f: Callable, *args: Any, **options: Any) -> Callable:
         """Return the transformed function, whose first call is compared."""
@@ -98,11 +94,15 @@ class Check:
         return call
 
     def compared(self, made: Callable, args: tuple, kwargs: dict) -> Any:
+        """Return ``made(*args, **kwargs)``, compared. Errors of the call itself come first."""
         if current() is not None:
             raise ArgumentError(
                 f"{self.name}(validate=True) is called inside another transform, where there are "
                 "no values to compare; give validate to the outermost one"
             )
+        self.seed = 0
+        self.w: list[Tensor] | None = None
+        self.closed: list[Tensor] | None = None
         self.arguments = arguments = Arguments(args, kwargs, self.f)
         before = [x.detach().clone() if isinstance(x, Tensor) else x for x in arguments.leaves]
         failed = None

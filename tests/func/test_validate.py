@@ -156,6 +156,10 @@ def test_what_cannot_be_compared():
         vmap(grad(torch.sin, validate=True))(X)
     with pytest.raises(ArgumentError, match="cannot be compared with a loop"):
         vmap(torch.sin, randomness="different", validate=True)(X)
+    f = jit(lambda x: x[:3] * torch.ones(3), backend="eager", validate=True)
+    with pytest.raises(RuntimeError):
+        f(X[:2])
+    assert torch.equal(f(X), X[:3])  # compared anew
     inner = grad(lambda x: x**3, validate=True)
     assert grad(inner, validate=True)(torch.tensor(2.0)) == 12  # run outside of it at first
 
