@@ -83,8 +83,14 @@ def meetings(program: Program, wrt: Sequence[int], live: Sequence[bool]) -> list
         and u in active
         and u in needed
         and has_derivative(u.meta["val"])
-        and (u.args[1] in u.args[0].target.saved or any(r.op != "output" for r in u.users))  # type: ignore
+        and is_read(u)
     ]
+
+
+def is_read(u: Node) -> bool:
+    """Return whether a node, or the backward of the Function whose result it is, reads this."""
+    n, i = u.args
+    return i in n.target.saved or any(r.op != "output" for r in u.users)  # type: ignore
 
 
 def with_results(program: Program, nodes: Sequence[Node]) -> Program:
