@@ -55,7 +55,7 @@ def test_interpolated(mode, corners, dtype):
     for x in (image, image[:, :, :1].contiguous(), CHANNELS_LAST(image)):
         f = lambda x: resized(x, mode, align_corners=corners)
         agree(f, x, kernels=None, rtol=1e-4, atol=1e-4)
-        f = lambda x: resized(x, mode, TO[4:7:2], align_corners=corners)
+        f = lambda x: resized(x, mode, TO[1:7:5], align_corners=corners)
         weights = [torch.randn_like(y) for y in f(x)]
         agree(gradient(f), x, weights, kernels=None, rtol=1e-4, atol=1e-4)
 
@@ -83,6 +83,8 @@ def test_special_values(mode):
     x = torch.full((1, 2, 9, 30), 1.0)
     x.view(-1)[::37] = SPECIAL.repeat(2)[: len(x.view(-1)[::37])]
     agree(lambda x: resized(x, mode), x, kernels=None)
+    f = lambda x: resized(x, mode, TO[6:7])
+    agree(gradient(f), x, [y.clone() for y in f(x)], kernels=None)
 
 
 def test_images_of_several_sizes_become_one():
@@ -101,7 +103,7 @@ def test_a_scale_that_contradicts_the_size():
 
 def test_volumes():
     x = floats(2, 3, 4, 5, 6)
-    for how in ({"size": (7, 3, 9)}, {"scale_factor": 2}, {"size": 7, "align_corners": True}):
+    for how in ({"scale_factor": 2}, {"size": (7, 3, 9), "align_corners": True}):
         f = lambda x, how=how: [F.interpolate(x, mode="trilinear", **how)]
         agree(f, x, kernels=None, rtol=1e-4, atol=1e-4)
         agree(gradient(f), x, [torch.randn_like(f(x)[0])], kernels=None, rtol=1e-4, atol=1e-4)
@@ -128,6 +130,7 @@ def test_padded(mode, dtype):
     for x in (floats(2, 3, 37), floats(2, 3, 4, 37), floats(2, 1, 4, 4, 5)):
         x = x.to(dtype)
         agree(f, x, kernels=None)
+    if dtype is torch.float32:
         agree(gradient(f), x, [torch.randn_like(y) for y in f(x)], kernels=None)
     agree(f, CHANNELS_LAST(IMAGE.to(dtype)), kernels=None)
 
