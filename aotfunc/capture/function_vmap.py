@@ -6,6 +6,7 @@ a graph from outside."""
 
 from __future__ import annotations
 
+import functools
 import operator
 import weakref
 from collections.abc import Iterator, Sequence
@@ -100,11 +101,11 @@ def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
     feed = iter(batch)
     given = [next(feed) if t.__class__ is Traced else (t, None) for t in operands.tensors]
     dims = operands.dims([d for _, d in given])
-    versions = written_so_often(trace)
+    versions = written_so_often(seen := outside(trace))
     with set_aside(trace):
         info = Info(*trace.samples.axis[:2])
         leaves, spec, out_dims = call(cls, info, dims, operands.rebuilt([x for x, _ in given]))
-    if written_so_often(trace) != versions:
+    if written_so_often(seen) != versions:
         raise CaptureError(
             f"{cls.__name__}.vmap writes to a tensor that the function under vmap has been given, "
             f"or has read{at(user_line())}: clone() it there first"
@@ -177,12 +178,12 @@ def outside(trace: Trace) -> list[Tensor]:
     return [*trace.origins, *trace.lifted]
 
 
-def written_so_often(trace: Trace) -> list[int]:
-    """Return the versions of the tensors from outside."""
+def written_so_often(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the versions of the tensors."""
     try:
-        return [*map(_version, outside(trace))]
+        return [*map(_version, tensors)]
     except RuntimeError:  # some are made in inference mode
-        return [*map(version, outside(trace))]
+        return [*map(version, tensors)]
 
 
 _version = operator.attrgetter("_version")
@@ -271,7 +272,7 @@ class OwnRule:
             inner.of_a_rule = True
             values = [inner.input_like(sig) for sig in sigs]
             try:
-                record_into(inner, lambda: self.body(info, flags, sigs, values))  # noqa: B023
+                record_into(inner, functools.partial(self.body, info, flags, sigs, values))
             except Exception:
                 return False
             if before is None or self.recorded[info, flags, sigs] != before:

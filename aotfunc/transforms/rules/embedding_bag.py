@@ -26,7 +26,7 @@ def lined_up(index: Tensor, step: Any) -> Tensor:
 
 def table_rows(index: Tensor, table: Any, padding_idx: int) -> Tensor:
     """Return row numbers ``[B, n]`` of tables of that many rows as row numbers ``[B * n]`` of one
-    table of them all."""
+    table of them all, beyond its end for what is no row."""
     moved = rows_of_all(index, table, index.shape[0] * table).flatten()
     return (
         moved
@@ -179,12 +179,8 @@ def _(
 @vmap_of(aten.embedding_renorm)
 def _(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
     table = weight.shape[1]
-    out = aten.embedding_renorm(
-        weight.flatten(0, 1),
-        table_rows(indices.flatten(1), table, -1),
-        max_norm,
-        norm_type,
-    )
+    rows = table_rows(indices.flatten(1), table, -1)
+    out = aten.embedding_renorm(weight.flatten(0, 1), rows, max_norm, norm_type)
     return out.unflatten(0, (weight.shape[0], table))
 
 

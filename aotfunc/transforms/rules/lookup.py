@@ -18,8 +18,8 @@ from .table import linear, nondiff, refuse_sparse, vmap_of
 
 
 def rows_of_all(index: Tensor, table: Any, none: Any) -> Tensor:
-    """Return row numbers ``[B, …]`` of tables of that many rows as those of one table of them all;
-    ``none`` for what is no row, which would be one of another sample's."""
+    """Return row numbers ``[B, …]`` of tables of that many rows as those of one table of them all.
+    What is no row, and would be one of another sample's, is ``none``."""
     moved = index + count_up(index.shape[0], index, index.dim() - 1) * table
     return torch.where(index.clamp(0, table - 1) == index, moved, none)
 

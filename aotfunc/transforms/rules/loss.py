@@ -342,8 +342,7 @@ def nll(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
             if x.dim() > 2
             else [g, x, target]
         )
-        # the kernel writes wherever a target says: only that of the forward, which has no total
-        # here, looks whether it is a class
+        # This kernel writes wherever a target says; that of the forward refuses what is no class.
         none = op(*flat[1:], weight, NONE, ignore)[1]
         return backward(*flat, weight, NONE, ignore, none).reshape(x.shape)
 
