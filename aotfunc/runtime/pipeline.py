@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from .. import backends, debug
 from ..backends import Backend
-from ..backends.auto import automatic, suited
+from ..backends.auto import automatic, possible, suited
 from ..backends.eager import compile_graph
 from ..capture.bodies import dense, results_as
 from ..capture.calls import CompiledCall
@@ -115,7 +115,8 @@ class Pipeline:
     @property
     def rolls(self) -> bool:
         """Return whether loops of small ops run in native code."""
-        return {self.forward_backend, self.backward_backend} <= {backends.AUTO, backends.CPP}
+        native = {self.forward_backend, self.backward_backend} <= {backends.AUTO, backends.CPP}
+        return native and possible()
 
     def takes_numbers(self, rec: Captured) -> bool:
         """Return whether Python numbers may be inputs of its programs."""
