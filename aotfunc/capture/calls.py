@@ -198,12 +198,22 @@ def hidden_writes(program: Program) -> list[bool]:
     autograd."""
 
     def untouched(index: int, n: Node) -> bool:
-        while n.target is hidden_write:
-            n = n.args[0]  # type: ignore[assignment]
-        return n is placeholders[index]
+        return seen(n) is placeholders[index]
 
     placeholders, finals = program.placeholders, program.outputs[program.n_outputs :]
     return program.once("hidden", lambda: [*map(untouched, program.mutated, finals)])
+
+
+def seen(n: Node) -> Node:
+    """Return the value that autograd takes ``n`` for: without hidden writes, and without the way
+    into memory that arguments share and out of it again."""
+    while n.target is hidden_write:
+        n = n.args[0]  # type: ignore[assignment]
+    if n.target is aten.as_strided.default:
+        whole = seen(n.args[0])  # type: ignore[arg-type]
+        if whole.target is aten.as_strided_scatter.default and whole.args[2:] == n.args[1:]:
+            return seen(whole.args[1])  # type: ignore[arg-type]
+    return n
 
 
 def shown_input(program: Program, k: int) -> tuple[int, list[tuple[tuple, int | None]]] | None:

@@ -342,6 +342,34 @@ def test_a_parameter_is_written_through_its_detached_alias():
     assert_same(layer.weight.detach(), 4 * before)
 
 
+nested = jit(lambda p: (p.detach()[0].fill_(2.0), p.view(-1))[1])
+
+
+def doubled_unseen(p):
+    with torch.no_grad():
+        p.mul_(2)
+    return p.view(-1)
+
+
+@pytest.mark.parametrize("update", [nested, doubled_unseen])
+@pytest.mark.parametrize("alias", [lambda p: p.detach(), lambda p: p.data.view(-1)])
+@pytest.mark.parametrize("compiled", [jit, lambda f: jit(jit(f))])
+def test_a_parameter_is_written_beside_its_detached_alias(compiled, alias, update):
+    """Autograd sees no write to the parameter, though it is one to the memory of both."""
+
+    def f(x, p):
+        return (update(p) * x.reshape(-1)).sum()
+
+    found = []
+    for run in f, compiled(f):
+        torch.manual_seed(0)
+        p = f64(3, 3).requires_grad_()
+        x = alias(p)
+        (g,) = torch.autograd.grad(run(x, p), p)
+        found.append((g, p.detach(), x, x.requires_grad))
+    assert_same(*found)
+
+
 @pytest.mark.parametrize(
     "value", [lambda x: x.detach(), lambda x: x.detach() * 2, lambda x: x.data]
 )
