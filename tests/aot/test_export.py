@@ -428,7 +428,7 @@ def test_the_halves_are_those_of_the_file(saved, monkeypatch):
     cut = saved(aotfunc.jit(f, backend="eager", memory_budget=0.0), x)
     assert len(whole.graphs["backward"].graph.nodes) < len(cut.graphs["backward"].graph.nodes)
     for found in (whole, cut):
-        monkeypatch.setattr(aotfunc.runtime.pipeline, "partitioned", None)  # not called
+        monkeypatch.setattr(aotfunc.runtime.pipeline, "cut_by", None)  # not called
         assert_same(gradients(found, x), gradients(f, x))
 
 
