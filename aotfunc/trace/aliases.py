@@ -1,5 +1,6 @@
-"""Find which values of a recording share memory, and through which views. The record tells, not
-the graph, which has been rewritten since."""
+"""Find which values of a recording share memory, and through which views. The records tell this;
+the graph does not, as it is rewritten while it is built.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +19,13 @@ aten = torch.ops.aten
 
 
 class Shown:
-    """The memory that a value shows. ``of`` is None for memory of its own (``ref`` was made with
-    it); else it is the value seen through a ``call`` ``(op, args, kwargs, results)``, of which it
-    is result ``index`` if there are several. The op may change its argument's shape in place.
-    ``cut``: made under no_grad. ``apart``: detached and then written in view of autograd, so that
-    it has a derivative of its own. The same holds for a value that a Function was given and
-    returns, which is ``passed``."""
+    """The memory that a value shows.
+
+    ``of`` is None for memory of its own, which was made with ``ref``. Else the value is result
+    ``index`` of a view of ``of`` by ``call``, ``(op, args, kwargs, results)``; the op may change
+    its argument's shape in place. ``cut``: made under no_grad. ``apart``: detached and then
+    written where autograd sees it, so that it has a derivative of its own. ``passed``: given to a
+    Function that returns it, with a derivative of its own too."""
 
     __slots__ = ("apart", "call", "cut", "index", "of", "passed", "ref")
 

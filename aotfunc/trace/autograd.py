@@ -23,8 +23,8 @@ is_leaf = torch._C.TensorBase.is_leaf.__get__  # type: ignore[attr-defined]
 
 
 class Autograd:
-    """The leaves of a recording, and the values that require grad through them; the lists are the
-    recording's own."""
+    """The leaves of a recording and the values that require grad through them. The lists are
+    shared with the recording."""
 
     def __init__(
         self,
@@ -37,15 +37,17 @@ class Autograd:
         #: refs that the user, or the transform, marked as requiring grad
         self.leaves: dict[int, bool] = {}
         self.leaf_tensors: list[Traced] = []
-        #: marked leaves of nothing so far: torch.ones(..., requires_grad=True) says so later
+        #: factories' results, which become leaves if torch.ones(..., requires_grad=True) marks
+        #: them after the call
         self.made: list[weakref.ref[Traced]] = []
         #: the leaves that have a history: inputs, results of nested functions
         self.computed: set[int] = set()
-        self.protected: set[int] = set()  # inputs that autograd does not let be written to
-        #: inputs that start or stop to require grad, and where they were used before
+        self.protected: set[int] = set()  # leaves: autograd refuses writes
+        #: inputs that f marks with requires_grad_: the new flag, and the user's line if they were
+        #: used before
         self.flags: dict[int, tuple[bool, Any]] = {}
         self.retained: list[Traced] = []
-        self.kept: set[int] = set()  # the values that these are in the end
+        self.kept: set[int] = set()  # refs of `retained` at the end
         #: values made in an inference mode that the function switched on
         self.inference: set[int] = set()
         #: records in which a tensor that requires grad gets a value that does not
@@ -63,7 +65,7 @@ class Autograd:
             used = any(t.ref in refs for _, refs, *_ in self.records)
             self.flags[t.ref] = (value, debug.user_line(2) if used else None)
             (self.protected.add if value else self.protected.discard)(t.ref)
-        # values computed from it, views included, are not cut off any more
+        # values computed from it later, views included, have a derivative again
         if value and self.made_quietly(t.ref):
             with torch.enable_grad():
                 t.ref = t.detach().ref
@@ -83,17 +85,17 @@ class Autograd:
         self.computed.add(t.ref)
 
     def made_quietly(self, ref: int) -> bool:
-        """Return whether a value was made with gradients off."""
+        """Return whether the value ``ref`` was made with gradients off."""
         return ref >= len(self.inputs) and not self.records[self.reach().maker(ref)][2]
 
     def is_leaf(self, t: Traced) -> bool:
         if not t.requires_grad or (t.ref in self.leaves and t.ref not in self.computed):
             return True
-        # a view has no history then; other values that require grad were written since
+        # a view made under no_grad has no history; a write has given one to any other value
         return t.ref in self.reach().bases and self.made_quietly(t.ref)
 
     def adopt_leaves(self) -> None:
-        """Note which tensors made of nothing were to require grad."""
+        """Mark the factories' results that were told to require grad as leaves."""
         for t in [t for r in self.made if (t := r()) is not None and t.ref not in self.leaves]:
             if requires_grad(t) and is_leaf(t):
                 self.leaves[t.ref] = True
@@ -103,9 +105,9 @@ class Autograd:
         self.made.clear()
 
     def requires_grad(self, t: Traced, ref: int | None = None) -> bool:
-        """Return whether autograd would record from here: a path of differentiable steps leads
-        back to a leaf that requires grad. ``ref``: the number that a value of an outer recording
-        has in this one."""
+        """Return whether autograd would record an op on ``t``: a path of differentiable steps
+        leads back to a leaf that requires grad. ``ref``: the number that a value of an outer
+        recording has in this one."""
         ref = t.ref if ref is None else ref
         self.adopt_leaves()
         if (known := self.leaves.get(ref)) is not None:
@@ -150,9 +152,9 @@ class Autograd:
         ]
 
     def overwrite(self, refs: Sequence[int], kin: set[int]) -> None:
-        """Note that the last record gave the first of ``refs`` the value of the others. If it, or
-        one of its ``kin``, required grad, it still does, with gradient zero, as nothing of it is
-        left. (A copy to a whole argument that comes last is made outside, too.)"""
+        """Note that the last record replaced the value ``refs[0]`` by the others. If it, or one of
+        its ``kin``, required grad, it still does, with gradient zero. (A copy to a whole argument
+        is made outside, too, if no write follows.)"""
         active, base = self.active(), self.reach().bases.get(refs[0], refs[0])
         record = len(self.records) - 1
         copies = instr_op(self.records[-1][0]) in (aten.copy_.default, aten.fill_.Tensor)
@@ -179,7 +181,7 @@ class Autograd:
                 self._reached.settled = self.settled
 
     def finish(self) -> None:
-        """Let go of the tensors."""
+        """Decide which copies to arguments are no last writes, and release the tensors."""
         self.adopt_leaves()
         for k, base in self.copied:
             bases = self.reach().bases
@@ -192,14 +194,14 @@ class Autograd:
 
 
 def needs_grad(t: Tensor) -> bool:
-    """Return whether a tensor from outside requires grad, or a value of an outer recording does so
-    there."""
+    """Return whether a tensor from outside requires grad; an outer recording answers for its
+    values."""
     return t.tracer.autograd.requires_grad(t) if t.__class__ is Traced else t.requires_grad
 
 
 class Reach:
-    """The values of a recording that a differentiable path leads to, from ``active`` ones and from
-    tensors of ``lifted`` that require grad when they are used."""
+    """The values of a recording that depend differentiably on ``active`` ones, or on tensors of
+    ``lifted`` that require grad when they are used."""
 
     def __init__(self, active: set[int], count: int, lifted: Sequence[Tensor] = ()) -> None:
         self.active, self.lifted = active, lifted
@@ -207,15 +209,15 @@ class Reach:
         #: for each record done so far, the number of values after it
         self.ends: list[int] = []
         self.count = count
-        self.bases: dict[int, int] = {}  # of each view the value that it shows
-        self.views: dict[int, list[int]] = {}  # and the views of each value
+        self.bases: dict[int, int] = {}  # view -> the value that it shows
+        self.views: dict[int, list[int]] = {}  # value -> its views
 
     def maker(self, ref: int) -> int:
         """Return the record that made a value."""
         return bisect_right(self.ends, ref)
 
     def of(self, ref: int, records: list[Record], leaves: dict[int, bool]) -> set[int]:
-        """Return the values that a path leads to from ``ref`` alone."""
+        """Return the values that depend differentiably on ``ref`` alone."""
         start = self.maker(ref) + 1 if ref >= self.count else 0
         active = {ref}
         for k in range(start, len(records)):
@@ -223,7 +225,7 @@ class Reach:
         return active
 
     def extend(self, records: list[Record], leaves: dict[int, bool]) -> None:
-        """Extend the reach to the present end of the recording; ``leaves`` may tell that a value
+        """Extend the reach to the present end of the recording. ``leaves`` may say that a value
         requires no grad."""
         for k in range(len(self.ends), len(records)):
             instr, refs, grad, *_ = records[k]
@@ -240,7 +242,7 @@ class Reach:
                 self.bases.update(dict.fromkeys(range(first, self.ends[k]), base))
                 self.views.setdefault(base, []).extend(range(first, self.ends[k]))
             for i in [-1 - r for r in refs if r < 0]:
-                if i < len(self.lifted):  # not a number
+                if i < len(self.lifted):  # numbers come behind the lifted tensors
                     self.use(i)
             if grad or not simple:
                 self.step(self.active, records[k], k, leaves)
@@ -262,8 +264,8 @@ class Reach:
         leaves: dict[int, bool],
         unseen_views: bool = True,
     ) -> None:
-        """Add to ``active`` the values that record ``k`` makes of active ones. ``unseen_views``:
-        also views made under no_grad, which require grad if the value that they show does."""
+        """Add to ``active`` what record ``k`` makes of active values. ``unseen_views``: add views
+        made under no_grad, too, which require grad if the value that they show does."""
         instr, refs, grad, *_ = record
         seen = grad or (unseen_views and instr.facts.view_of is not None and refs)
         if active.isdisjoint(refs) or instr.facts.untracked or not seen:
@@ -284,6 +286,6 @@ class Reach:
             if yes and sig.differentiable and leaves.get(m) is not False
         )
         for slot, yes in zip(slots, written, strict=True):
-            if yes:  # all that shows the written memory
+            if yes:  # the write reaches all views of the memory
                 base = self.bases.get(refs[slot], refs[slot])
                 active.update((base, *self.views.get(base, ())))

@@ -1,5 +1,6 @@
-"""Batch norm's cumulative average (``momentum=None``), whose factor is a number read from a
-counter."""
+"""Batch norm with ``momentum=None``: its cumulative average, whose factor is read from a counter
+tensor.
+"""
 
 from __future__ import annotations
 

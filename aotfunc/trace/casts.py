@@ -1,8 +1,9 @@
-"""Autocast's cache, as a recording keeps it (PyTorch's own would hand out traced values later).
+"""Keep autocast's cache for a recording: PyTorch's own would hand out traced values after it.
 
 A leaf that requires grad, as a weight does, is cast once for all its uses, also in nested compiled
 functions; the gradients of these are added in the narrow dtype. Any other tensor is cast anew for
-each use."""
+each use.
+"""
 
 from __future__ import annotations
 

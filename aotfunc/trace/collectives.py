@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from .tracer import Trace
 
 space = torch.ops._c10d_functional
-#: functional ones that are called by ops of ``_c10d_functional_autograd``
+#: functional collectives that ops of ``_c10d_functional_autograd`` call
 DIFFERENTIATED = [
     getattr(space, name).default
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
     if torch.distributed.is_available()
 ]
-Writes = Iterable[tuple[Tensor, Tensor]]  # what is written to, and the value
+Writes = Iterable[tuple[Tensor, Tensor]]  # (written tensor, its value)
 
 
 def done(x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def all_to_all(
     return [(out, done(space.all_to_all_single(x, *sizes, group.group_name)))]
 
 
-#: what the ops write
+#: op -> its writes
 TABLE: dict[str, Callable[..., Writes]] = {
     "allreduce_": all_reduce,
     "broadcast_": broadcast,
@@ -84,9 +84,10 @@ TABLE: dict[str, Callable[..., Writes]] = {
 
 
 def record_collective(trace: Trace, func: Any, args: tuple) -> Any:
-    """Record a collective in place, and return what its op does: the argument, and work that is
-    done, since a graph waits where it calls. Raises CaptureError for one that is not in the
-    table."""
+    """Record a collective in place. Return its argument and finished work, as a graph waits inside
+    the call.
+
+    Raises CaptureError for a collective that is not in the table."""
     import torch.distributed._functional_collectives  # registers meta kernels
 
     name = func._schema.name.removeprefix("c10d::")
@@ -127,8 +128,8 @@ def described(a: Any) -> Any:
 
 
 def within_function(op: Any, trace: Trace, *args: Any) -> Any:
-    """Record with its derivative a functional collective that an op of
-    ``_c10d_functional_autograd`` calls with gradients off, as those of PyTorch 2.11 do."""
+    """Record a functional collective with its derivative: on PyTorch 2.11 an op of
+    ``_c10d_functional_autograd`` calls it with gradients off."""
     callers = [sys._getframe(k).f_locals.get("self") for k in range(2, 8)]
     if torch.is_grad_enabled() or not any(
         str(c).startswith("_c10d_functional_autograd.") for c in callers

@@ -1,4 +1,4 @@
-"""Python's garbage collector, paused while any thread makes a graph."""
+"""Pause Python's garbage collector while any thread makes a graph."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import gc
 import os
 import threading
 
-#: the threads that make graphs; the collector belongs to the process, so the last one switches it
-#: on again
+#: the threads that make graphs; the collector is the process's, so the last thread switches it on
+#: again
 _pauses: dict[object, int] = {}
 _lock = threading.Lock()
 _was_on = False

@@ -1,5 +1,5 @@
-"""``torch.tensor([[c, -s], [s, c]])`` of traced numbers: PyTorch would read them from memory, here
-they are stacked. And ``one_hot`` of traced classes, which PyTorch would not check.
+"""Stack traced numbers in ``torch.tensor([[c, -s], [s, c]])``, which PyTorch would read from
+memory, and check traced classes of ``one_hot``, which PyTorch would not.
 
 As in eager no derivative goes through. The functions are exchanged while a recording is under way.
 """
@@ -20,7 +20,7 @@ from .traced import Traced, current, under_way
 
 
 def to_stack(data: Any) -> bool:
-    """Return whether nested lists hold a number that would have to be read now."""
+    """Return whether nested lists hold a traced number, which has no value yet to read."""
     if not isinstance(data, list | tuple) or current() is None or under_way.quiet:
         return False
     return any(

@@ -1,9 +1,9 @@
-"""Make graph nodes fast: one small emitter merges equal nodes and applies local rewritings as
-nodes are made.
+"""Make graph nodes fast: merge equal nodes and apply local rewritings as nodes are made.
 
 ``fx.Graph.create_node`` walks its arguments as a tree and names through regular expressions, 15 to
-30 µs a node. The emitter does the same bookkeeping directly; it knows private fields of
-``fx.Graph`` and is the only file that does."""
+30 µs a node. The builder does the same bookkeeping directly; it knows private fields of
+``fx.Graph`` and is the only file that does.
+"""
 
 from __future__ import annotations
 
@@ -54,10 +54,11 @@ _BUILTIN = frozenset(
 class Builder:
     """A graph under construction.
 
-    ``rewrites`` maps a target to local rewriting rules; with ``merge`` (the default) equal pure
-    nodes are made once. Casts are not, for their gradients are added in the dtype that they cast
-    from, nor what has few digits, of which copies and products with one stay, too: where gradients
-    are added shows; unless the graph is ``final``: it is not going to be differentiated."""
+    ``rewrites`` maps a target to local rewriting rules. With ``merge`` (the default) equal pure
+    nodes are made once. Unless the graph is ``final`` (it is not going to be differentiated),
+    nodes stay apart where merging would change how gradients are added: casts, whose gradients are
+    added in the dtype that they cast from, and values of few digits, whose copies and products
+    with one stay, too."""
 
     def __init__(
         self,
@@ -154,8 +155,9 @@ class Builder:
         return self.node(target, args, kwargs, infer_val(target, args, kwargs))
 
     def again(self, target: OpOverload, args: tuple, kwargs: dict, val: Any) -> tuple[tuple, Any]:
-        """Return ``(args, signature)`` of a call whose arguments lie otherwise than when it was
-        recorded. Those that the kernel would misread are copied, and what cannot be viewed so."""
+        """Return ``(args, signature)`` of a call whose arguments have other strides or offsets
+        than when it was recorded. Copies are made of arguments that the kernel would misread, or
+        that have no such view."""
         copy = lambda a, form: self.call(_aten.clone.default, a, memory_format=form)
         if copies := misread(
             target, [a.meta["val"] if a.__class__ is Node else None for a in args]
@@ -164,7 +166,7 @@ class Builder:
         try:
             return args, infer_val(target, args, kwargs)
         except Exception:
-            if Facts(target).dynamic:  # the shape depends on values, and is as it was
+            if Facts(target).dynamic:  # the shape depends on values: keep the recorded one
                 return args, val
             if target not in VIEWS:
                 raise
@@ -172,15 +174,15 @@ class Builder:
         return args, infer_val(target, args, kwargs)
 
     def reshape(self, x: Node, shape: Sequence[int]) -> Any:
-        """Return a view of ``x`` in this shape, or of a copy if it has none."""
+        """Return a view of ``x`` in this shape, or a view of a copy if the strides allow none."""
         view = _aten.view.default
         args, val = self.again(view, (x, list(shape)), {}, None)
         return self.node(view, args, {}, val)
 
     def call_like(self, n: Node, env: Mapping[Node, Any], moved: bool = False) -> Any:
-        """Return the copy of a call, which reads its arguments from ``env``. Where some of these
-        have ``moved`` (they lie, or are laid out, otherwise than the call was recorded for), the
-        signature is inferred anew."""
+        """Return the copy of a call, with arguments from ``env``. Infer its signature anew if some
+        of these have ``moved``: they have other strides or offsets than the call was recorded
+        with."""
         args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
         if moved and n.target is operator.getitem:
             val = args[0].meta["val"][args[1]]
@@ -190,7 +192,7 @@ class Builder:
         return self.node(n.target, args, kwargs, val)
 
     def item(self, node: Any, i: int) -> Any:
-        """Return the i-th output of a node with several."""
+        """Return output ``i`` of a node that has several."""
         if node.__class__ is not Node:
             return node[i]
         return self.node(operator.getitem, (node, i), {}, node.meta["val"][i])
@@ -214,7 +216,7 @@ class Builder:
 
     def splice(self, graph: fx.Graph | Sequence[Node], inputs: Sequence[Any], outputs: Any) -> Any:
         """Copy the nodes of ``graph``, its placeholders bound to ``inputs``; return ``outputs``
-        mapped. Some inputs may lie, or be laid out, otherwise than their placeholders."""
+        mapped. Some inputs may have other strides or offsets than their placeholders."""
         env: dict[Node, Any] = {}
         moved = False
         feed = iter(inputs)
@@ -237,8 +239,8 @@ class Builder:
         return list(self.splice(program.graph, inputs, program.outputs))
 
     def finish(self, outputs: Sequence[Any]) -> fx.Graph:
-        """End the graph with this flat tuple of outputs and drop what is not read (draws and
-        effects stay)."""
+        """End the graph with this flat tuple of outputs and drop dead nodes (draws and effects
+        stay)."""
         return self.finish_tree(tuple(outputs))
 
     def finish_tree(self, tree: Any) -> fx.Graph:
@@ -249,8 +251,7 @@ class Builder:
 
 
 def displaced(planned: Any, x: Any) -> bool:
-    """Return whether a value begins elsewhere in its storage, or is laid out otherwise, than was
-    planned."""
+    """Return whether the value ``x`` has another offset or other strides than ``planned``."""
     sig = x.meta["val"] if x.__class__ is Node else None
     if sig is planned or sig.__class__ is not Sig or planned.__class__ is not Sig:
         return False

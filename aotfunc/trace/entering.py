@@ -1,8 +1,8 @@
-"""The ways into aotfunc and back to the user's function: tracebacks without our frames, and
-function modes (``torch.set_default_device`` is one) that see the user's calls and none of ours.
+"""Enter aotfunc and return to the user's function: shorten tracebacks to the user's frames, and
+hide our calls from function modes (``torch.set_default_device`` is one).
 
-A ``TorchFunctionMode`` is asked at each ``x.shape``: what is looked at here would be most of what
-it sees."""
+A ``TorchFunctionMode`` is asked at each ``x.shape``; most of what it would see is our own.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OFF = torch._C._TorchFunctionState.ALL_DISABLED
 
 class _Aside(threading.local):
     def __init__(self) -> None:
-        self.state: Any = None  # what function modes were before they were set aside
+        self.state: Any = None  # the function modes that were set aside
 
 
 _aside = _Aside()
@@ -68,8 +68,7 @@ def without_function_modes(f: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def as_outside(f: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Return ``f(*args, **kwargs)``, the user's, with the function modes that there were
-    outside."""
+    """Return the user's ``f(*args, **kwargs)`` with the function modes that were on outside."""
     mine = _aside.state
     if mine is None:
         return f(*args, **kwargs)
@@ -83,7 +82,7 @@ def as_outside(f: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def short_traceback(traceback: TracebackType | None) -> TracebackType | None:
-    """Return the traceback without our frames, nor torch's that these call."""
+    """Return the traceback without our frames and without torch's that these call."""
     shown, hidden = [], False
     while traceback is not None and not FULL:
         name = traceback.tb_frame.f_code.co_filename

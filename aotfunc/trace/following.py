@@ -1,11 +1,12 @@
-"""Python numbers that a recording follows from the arguments into its ops, so that its program can
-be used for others of them.
+"""Follow Python numbers from the arguments of a capture into its ops, so that one program serves
+other numbers.
 
-In the place of each stands a :class:`Number`, which computes as Python does and remembers how, an
+Each is replaced by a :class:`Number`, which computes as Python does and remembers how, as an
 :class:`Expression`. An op that takes it gets the expression's value as an input of the program.
-What else is done with it (a comparison, a text, a shape, ``math.sqrt``) asks for its value, and
-the expression notes that it was ``asked``. PyTorch takes a ``SymFloat`` wherever it takes a
-number, and hands it to the recording or asks it."""
+Any other use (a comparison, a text, a shape, ``math.sqrt``) asks for its value, and the expression
+notes that it was ``asked``. PyTorch takes a ``SymFloat`` wherever it takes a number, and passes it
+to the recording or asks it.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ class Expression:
     def __init__(self, home: Following, place: int, value: float) -> None:
         self.home, self.place, self.value = home, place, value
         self.asked = False  # whether the recording depends on its value
-        self.literal = False  # whether it is a literal of the program, this once
+        self.literal = False  # whether this program holds it as a literal
         self.tensor: Tensor | None = None
 
     def ask(self) -> Any:
@@ -45,7 +46,7 @@ class Expression:
         return self.value
 
     def input(self) -> Tensor:
-        """Return the input that stands for it in recordings."""
+        """Return the tensor that is this value's input of recordings, made on first use."""
         if self.tensor is None:
             (self.tensor,) = as_inputs([self.value])
             self.home.inputs.append(self)
@@ -97,12 +98,12 @@ class Following:
         return self.expression((type(x), repr(x)), x, (x,))
 
     def ask(self) -> None:
-        """Let the recording depend on all of them."""
+        """Make the recording depend on all followed numbers."""
         for e in self.leaves.values():
             e.ask()
 
     def asked(self) -> set[int]:
-        """Return the places of numbers that the function does more with than compute."""
+        """Return the places of the numbers whose values the function asked for."""
         return self.behind([e for e in self.known.values() if e.asked])
 
     def free(self) -> set[int]:
@@ -111,7 +112,8 @@ class Following:
         return {*self.leaves} - fixed
 
     def behind(self, found: Sequence[Expression]) -> set[int]:
-        """Return the places of the numbers that these expressions are made of."""
+        """Return the places of the followed numbers that ``found`` expressions are computed
+        from."""
         reached = {e.place for e in found}
         for place, (op, parts) in reversed([*enumerate(self.steps)]):
             if op is not None and place in reached:
@@ -119,7 +121,7 @@ class Following:
         return {i for i, e in self.leaves.items() if e.place in reached}
 
     def escaped(self) -> bool:
-        """Return whether a number lives on: it was returned, or put somewhere."""
+        """Return whether a number outlives the capture: ``f`` returned it or stored it."""
         if any(ref() is not None for ref in self.made):
             gc.collect()
         kept = [x for ref in self.made if (x := ref()) is not None]
@@ -129,7 +131,7 @@ class Following:
 
 
 class Node:
-    """The attributes that PyTorch asks a SymFloat or a SymInt for."""
+    """The attributes that PyTorch reads of a SymFloat's or SymInt's node."""
 
     def __init__(self, expression: Expression) -> None:
         self.expression = expression
@@ -167,7 +169,7 @@ class Number:
     def __hash__(self) -> int:
         raise TypeError("it would be kept by its value")
 
-    __array_ufunc__ = None  # an array lets the number compute
+    __array_ufunc__ = None  # NumPy then leaves operators to the number
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         return np.asarray(self.expression.ask(), dtype)
@@ -201,10 +203,10 @@ def computing(name: str, reflected: bool) -> Callable:
 
     def method(self: Number, other: Any, *more: Any) -> Any:
         if isinstance(other, Tensor):
-            return NotImplemented  # it takes a SymFloat
+            return NotImplemented  # the tensor's operator takes a SymFloat
         left, right = (other, self) if reflected else (self, other)
         number = type(other) in KINDS or type(other) in KINDS.values()
-        # sum() adds more precisely than + does
+        # sum() adds more precisely than `+`, so its additions are not followed
         if number and not more and (name != "add" or by_operator(sys._getframe(1))):
             return operator_result(self.expression.home, op, (left, right))
         return (pow if name == "pow" else op)(
@@ -215,7 +217,7 @@ def computing(name: str, reflected: bool) -> Callable:
 
 
 def by_operator(frame: Any) -> bool:
-    """Return whether a frame is at a ``+``, and not in a call of what adds."""
+    """Return whether the frame executes a ``+``, not a call of a function that adds."""
     return frame.f_code.co_code[frame.f_lasti] == _BINARY_OP
 
 
@@ -252,8 +254,8 @@ def kinds(bases: dict[type, tuple]) -> dict[type, type[Number]]:
     return {cls: type("Number", (Number, *of), methods_of(cls)) for cls, of in bases.items()}
 
 
-#: the stand-ins for numbers of a class during a capture, and their values if something keeps them:
-#: PyTorch makes a tensor without a value of a SymFloat only
+#: the stand-ins for numbers of each class during a capture; after it, the plain ones for numbers
+#: that were stored, since PyTorch makes a tensor without a value of a SymFloat
 KINDS = kinds({float: (SymFloat,), int: (SymInt,)})
 _KEPT = kinds({float: (), int: ()})
 
@@ -299,7 +301,7 @@ def with_values(x: Any) -> Any:
 
 
 class Recipe:
-    """The inputs of a program, computed from numbers that were followed."""
+    """The inputs of a program as expressions of followed numbers."""
 
     def __init__(self, following: Following, among: Sequence[Tensor]) -> None:
         self.steps = following.steps

@@ -1,7 +1,8 @@
-"""Make a functional graph of a recording: nothing in it mutates and nothing aliases.
+"""Make a functional graph of a recording: no node of it mutates or aliases.
 
-A recording that never writes is copied as it is; otherwise :mod:`.values` says which node a tensor
-is by now. Intent is made explicit by :mod:`.marks`, so that it survives every later rewriting."""
+A recording without writes is copied as it is; else :mod:`.values` says which node is a tensor's
+current value. :mod:`.marks` make autograd's intent explicit, so that it survives rewriting.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +28,7 @@ from .writes import WRITES, functional_twin
 
 aten = torch.ops.aten
 
-#: in place, comparisons have the derivative zero in both arguments; autograd sees nothing of
-#: logical ops
+#: in place, comparisons have derivative zero in both arguments; autograd does not see logical ops
 COMPARISONS = frozenset(
     getattr(packet, name)
     for packet in (aten.eq_, aten.ne_, aten.lt_, aten.le_, aten.gt_, aten.ge_)
@@ -38,7 +38,7 @@ TRUTH = COMPARISONS | {getattr(aten, f"logical_{n}_").default for n in ("and", "
 
 
 class Functionalizer(ValueNodes):
-    """Builds the functional graph of one recording."""
+    """A builder of the functional graph of one recording."""
 
     def run(self) -> None:
         records = along("ops written as a graph", self.trace.records)
@@ -60,7 +60,7 @@ class Functionalizer(ValueNodes):
         self.b.meta = {}
 
     def _nodes(self, instr: Instr, refs: Sequence[int], grad: bool) -> list[Any]:
-        """Return the values of an op's tensors, and of its number if that is no literal."""
+        """Return the nodes of an op's tensors, and of its number unless it is a literal."""
         nodes: list[Any] = [self.read(r, grad) for r in refs]
         if instr.number is torch.float32 and scalar_of(nodes) is None:
             i = instr.sigs.index(NUMBER)
@@ -95,8 +95,8 @@ class Functionalizer(ValueNodes):
                     self._results(self.b.item(out, i), o, grad, how)
 
     def _view(self, instr: Instr, refs: tuple, grad: bool) -> None:
-        """Return a view of the storage of its argument, the first tensor; another argument tells
-        where it starts."""
+        """Bind results to views of the first tensor's storage; another tensor says where they
+        start."""
         base = self.env[refs[0]]
         outs = instr.outs
         if not self.intent and instr.op is aten.detach.default:
@@ -117,7 +117,7 @@ class Functionalizer(ValueNodes):
             ref = self.number
             self.number += 1
             self.env[ref] = self.seen(base, instr.op, args, instr.kwargs, i, sig)
-            # the marking op is a cut itself
+            # detach is itself a cut
             cut = refs[0] in self.cut and instr.op is not aten.detach.default
             if cut or (not grad and sig.differentiable):
                 self.cut[ref] = self.how_cut(instr, refs)
@@ -158,7 +158,7 @@ class Functionalizer(ValueNodes):
         else:
             twin = functional_twin(op, line)
             news = self._twin_results(twin, instr, nodes)
-        # values read from the copy are not read from its source
+        # clone, so that a read of the copy is not a read of its source
         if op is aten.copy_.default and not self.direct:
             news[0] = self.b.call(aten.clone.default, news[0])
         if self.intent and grad and op in TRUTH and nodes[0].meta["val"].differentiable:
@@ -175,7 +175,8 @@ class Functionalizer(ValueNodes):
             self._results(self.fitted(new, o) if o.__class__ is Sig else new, o, grad)
 
     def truth(self, op: OpOverload, nodes: list[Node], new: Node) -> Node:
-        """Return the truth values that an op leaves in a tensor of numbers."""
+        """Return the value of a tensor of numbers after the truth values of ``op`` were written to
+        it."""
         old, *others = nodes
         if op in COMPARISONS:
             old = self.b.call(aten.mul.Tensor, old, 0)
@@ -188,8 +189,8 @@ class Functionalizer(ValueNodes):
         )
 
     def still_requiring_grad(self, old: Node, new: Node, ref: int) -> Node:
-        """Return the new value of a tensor that requires grad, and does so still: the derivative
-        of the old one is zero; that of a view is the base's, in which these places became zero."""
+        """Return the new value of an overwritten tensor that still requires grad: the derivative
+        of the old value is zero. For a view it is the base's, zero at the view's elements."""
         new = self.fitted(new, old.meta["val"])
         if ref in self.trace.autograd.reach().bases:
             sig: Sig = old.meta["val"]
@@ -232,7 +233,7 @@ def input_nodes(trace: Trace, builder: Builder, names: Sequence[str] = ()) -> li
 
 
 def scalar_of(values: Sequence[Any]) -> float | None:
-    """Return the number among an op's values; None if it is a node, too."""
+    """Return the Python number among an op's values; None if a node has taken its place."""
     return next((v for v in values if v.__class__ is float or v.__class__ is int), None)
 
 

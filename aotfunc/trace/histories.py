@@ -1,6 +1,7 @@
-"""The autograd histories of outside tensors that a recording writes to: those of eager mode while
-it records, so that the tensors answer for themselves, and none afterwards, as the program has not
-run yet."""
+"""Give outside tensors that a recording writes to the autograd history of eager mode while it
+records, so that they answer for themselves; take it away at the end, since the program has not run
+yet.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +32,14 @@ class GiveHistory(Function):
 
 
 def keep_off(trace: Trace, facts: Any, args: Sequence[Tensor], written: Sequence[Any]) -> None:
-    """Keep autograd's own record of a write off outside tensors; C++ makes one if parameters take
-    part. It is taken back when the recording ends; a write to a tensor with an older one is
-    refused."""
+    """Keep autograd's own record of a write off outside tensors; C++ makes one if parameters
+    take part. Take it back when the recording ends, and refuse a write to a tensor with an older
+    one."""
     tracked = [t for t in args if requires_grad(t)]
     if not tracked:
         follow_writes(trace, written)
         return
-    trace.autograd.reach()  # what was read before the write
+    trace.autograd.reach()  # mark what was read before the write
     for t in written:
         owner = t._base if t._is_view() else t
         if owner.__class__ is Traced or has_history(owner):
@@ -46,7 +47,7 @@ def keep_off(trace: Trace, facts: Any, args: Sequence[Tensor], written: Sequence
         if not (owner.requires_grad or is_part(t, owner)):
             trace.rewritten.append(owner)
         elif not facts.accumulates or len(tracked) > 1 or tracked[0] is not t:
-            # else its derivative is 1
+            # (x += a, with x the one differentiated operand, has derivative 1)
             raise CaptureError(
                 "a tensor from outside that requires grad is written to, and autograd is to see it"
                 f"{at(user_line(4))}: pass it as an argument, or write to it under no_grad"
@@ -67,24 +68,24 @@ def follow_writes(trace: Trace, written: Sequence[Any]) -> None:
         if trace.seen_as(owner) in trace.autograd.active():
             trace.rewritten.append(owner)
             with quiet():
-                # this function is not redirected
+                # torch's own apply, as Function's is redirected to the recording
                 super(Function, GiveHistory).apply(owner, torch.empty(0, requires_grad=True))
-                # a view finds out only when it is asked
+                # asking a view for its grad_fn updates it
                 _ = torch._C.TensorBase.grad_fn.__get__(t)
 
 
 def has_history(t: Tensor) -> bool:
-    """Return whether it has a history for the time of a recording."""
+    """Return whether ``t`` was given a history for the time of a recording."""
     return any(t is r for trace in under_way.traces for r in trace.rewritten)
 
 
 def is_part(t: Tensor, owner: Tensor) -> bool:
-    """Return whether ``t`` is a view made outside: its history could not be taken back."""
+    """Return whether ``t`` is a view made outside, whose history could not be taken back."""
     return owner is not t and t.__class__ is not Traced
 
 
 def take_back(trace: Tape) -> None:
-    """Take back the versions: PyTorch has counted writes that were only recorded."""
+    """Reset histories and version counters: PyTorch has counted writes that were only recorded."""
     written = [(t, version) for t, version in trace.versions if t._version != version]
     trace.versions.clear()
     if not (written or trace.rewritten):
@@ -92,6 +93,6 @@ def take_back(trace: Tape) -> None:
     with quiet():
         for t in trace.rewritten:
             torch._C.TensorBase.detach_(t)
-        # tensors that share memory count together, and the first one had it right
+        # tensors that share memory share a counter: the first of them has the value from before
         for t, version in reversed(written):
             torch._C._autograd._unsafe_set_version_counter((t,), (version,))

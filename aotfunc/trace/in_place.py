@@ -1,5 +1,6 @@
-"""The effects of an op that writes to traced tensors: its results, their new metadata, and
-refusals."""
+"""Apply the effects of an op that writes to traced tensors: return its results, give them new
+metadata, and refuse what cannot be recorded.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ SHAPE_OF_GRADIENT = (
     " changes the shape of a tensor whose gradient would keep the old one; make a view of it"
 )
 
-#: writes that leave nothing of the old derivative
+#: ops that replace a tensor's value, and its derivative
 OVERWRITES = frozenset(
     getattr(packet, name)
     for packet in (

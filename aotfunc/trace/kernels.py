@@ -1,9 +1,9 @@
-"""Kernels that read their arguments' memory in one layout only: arguments in other layouts are
-copied first.
+"""Copy the arguments of kernels that read memory in one layout only.
 
 PyTorch's own functions see to that before they call the kernels, and a capture records what they
-do. A transform or a rule calls the kernels with values that may lie otherwise; some then refuse,
-and some return other numbers."""
+do. A transform or a rule calls kernels with values of other layouts; some then refuse, and some
+return other numbers.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def by_rows(sig: Sig) -> bool:
 
 
 def images(sig: Sig) -> torch.memory_format:
-    """Return the format of images of channels: channels_last if they lie so, else contiguous."""
+    """Return the memory format of a batch of images: channels_last if ``sig`` has it, else
+    contiguous."""
     for form, order in CHANNELS_LAST.items():
         if len(order) == sig.ndim and not is_contiguous(sig) and in_order(sig, order):
             return form
@@ -79,7 +80,7 @@ READ_AS_LAID: dict[Any, Callable[[Sequence[Any]], dict[int, torch.memory_format]
 
 
 def misread(op: Any, sigs: Sequence[Any]) -> dict[int, torch.memory_format]:
-    """Return which arguments, by position, this kernel would read wrongly, and the format to copy
-    each into; ``sigs`` has a signature where there is a tensor."""
+    """Return the arguments, by position, that this kernel would misread, and the memory format to
+    copy each into; ``sigs`` has a signature for each tensor argument."""
     wanted = READ_AS_LAID.get(op)
     return {} if wanted is None else wanted(sigs)

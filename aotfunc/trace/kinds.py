@@ -1,4 +1,4 @@
-"""The tensors that a recording can stand for, and those that have values to look at."""
+"""Tell which tensors a recording can stand for, and which have values to look at."""
 
 from __future__ import annotations
 

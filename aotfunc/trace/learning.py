@@ -1,4 +1,4 @@
-"""Make the instruction of a call that a recording has not met before."""
+"""Make the instruction for a call that recordings have not met before."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def learn(
             "mask where it matters"
         )
     if func._schema.name == "_c10d_functional::_wrap_tensor_autograd":
-        # a tensor that waits when it is first read: a graph waits where it is made
+        # eager waits when the tensor is first read; a graph waits where it is made
         func = torch.ops._c10d_functional.wait_tensor.default
     slots = itertools.count()
 
@@ -62,13 +62,13 @@ def learn(
     except CaptureError as e:
         raise CaptureError(f"{e}{at(user_line())}") from None
     except (RuntimeError, IndexError, TypeError, ValueError) as e:
-        if facts.dynamic and outs is None:  # as was learnt by asking
+        if facts.dynamic and outs is None:  # by_value asked for a value, and knows the shape now
             return learn(trace, key, func, args, kwargs, sigs)
         said = f"{func}({', '.join(map(str, sigs))}): {e}{at(user_line())}"
         raise OpError.like(e, said) from None
 
 
-#: calls whose result has no shape that meta kernels could tell
+#: calls whose result's shape no meta kernel tells
 _by_values_alone = Cache(4096)
 
 

@@ -1,10 +1,11 @@
-"""Ops that write autograd's knowledge down in a graph: identities in value, each with a derivative
-of its own.
+"""Ops that write autograd's knowledge into a graph: identities in value, each with a derivative of
+its own.
 
 A value made under ``torch.no_grad()`` and read outside passes through ``aten.detach``. A view made
-there passes through ``dead_end``: it requires grad if what it shows does, and has no derivative. A
+there passes through ``dead_end``: it requires grad if its base does, and has no derivative. A
 write that autograd does not see is ``hidden_write(old, new)``: the new value with the old
-derivative."""
+derivative.
+"""
 
 import torch
 

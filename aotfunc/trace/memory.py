@@ -1,9 +1,10 @@
-"""The memory of tensors: which of them overlap, and where each begins. A write to one is seen
-through the others.
+"""Tell which tensors overlap in memory, and where each begins: a write to one is seen through the
+others.
 
-Memory is what a storage holds; for the values of a recording it is what their root stands for. So
-the parts of one buffer are told apart where they are samples of a batch, too, though the signature
-of each begins at 0."""
+The memory of a tensor is its storage; that of a recording's value is its root. So parts of one
+buffer are told apart even if they are samples of a batch, although the signature of each begins at
+0.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ class MemoryPlace(NamedTuple):
 def places_of(
     tensors: Sequence[Tensor], dims: Sequence[int | None] | None = None
 ) -> tuple[MemoryPlace, ...]:
-    """Return a place for each tensor. ``dims``: the dimensions along which they are batches."""
+    """Return the place of each tensor. ``dims``: the dimensions along which they are batches."""
     known = [memory_of(t) for t in tensors]
     groups = list(range(len(tensors)))
     beside: dict[Any, list[int]] = {}
@@ -70,7 +71,7 @@ def places_of(
 
 
 def whereabouts(tensors: Sequence[Tensor]) -> tuple:
-    """Return all facts about where tensors lie that a program may depend on."""
+    """Return all that a program may depend on of where tensors lie."""
     return places_of(tensors), tuple([torch._C.TensorBase.storage_offset(t) for t in tensors])
 
 
@@ -116,8 +117,7 @@ def version(t: Tensor) -> int:
 
 
 def overlap(a: Tensor, a_start: int, b: Tensor, b_start: int) -> bool:
-    """Return whether two tensors of one memory share an element. Where that is hard to tell:
-    yes."""
+    """Return whether two tensors of one memory share an element; True if that is hard to tell."""
     if a_start >= b_start + extent(b) or b_start >= a_start + extent(a):
         return False
     try:
@@ -128,13 +128,13 @@ def overlap(a: Tensor, a_start: int, b: Tensor, b_start: int) -> bool:
 
 
 def extent(t: Tensor) -> int:
-    """Return the bytes from the first element of ``t`` to behind its last."""
+    """Return the bytes from the first element of ``t`` to the end of its last."""
     return reach(t.shape, t.stride()) * t.element_size()
 
 
 def offset_inside(base: Sig, at: MemoryPlace, sig: Sig, place: MemoryPlace) -> int | None:
-    """Return the element of ``base`` at which a tensor of signature ``sig`` begins that lies
-    wholly inside of it; None if it does not."""
+    """Return the element of ``base`` at which a tensor of signature ``sig`` begins; None unless it
+    lies wholly inside."""
     size = base.dtype.itemsize
     start, odd = divmod(place.start - at.start, size)
     dense = base.stride == contiguous_stride(base.shape) and (
@@ -149,8 +149,8 @@ def offset_inside(base: Sig, at: MemoryPlace, sig: Sig, place: MemoryPlace) -> i
 
 
 def overlaps_itself(sig: Sig) -> bool:
-    """Return whether steps along one dimension, or along two, lead to the same memory. (Three or
-    more are not looked at.)"""
+    """Return whether steps along one dimension, or along two, lead to the same memory.
+    Combinations of three are not tested."""
     if 0 in sig.shape:
         return False
     steps = [(s, n) for s, n in zip(sig.stride, sig.shape, strict=True) if n > 1]

@@ -66,7 +66,7 @@ def outside_inference_mode(f: Callable) -> Callable:
 
 
 class Surroundings(NamedTuple):
-    """The autocast state of a moment, for a part of the user's code that runs later."""
+    """The autocast state at one time, to run a part of the user's code under it later."""
 
     autocast: tuple[tuple[str, torch.dtype], ...]
     cached: bool
@@ -97,7 +97,7 @@ def function_modes_key() -> torch.device | str | None:
         mode = torch._C._get_function_stack_at(i)
         if not isinstance(mode, DeviceContext):
             return OTHERS
-        device = mode.device  # of several the innermost is asked first
+        device = mode.device  # PyTorch asks the innermost of several first
     return device
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def mapped(f: Callable, tree: Any, *others: Any) -> Any:
-    """Return ``f`` of each leaf and of the corresponding parts of the other trees, as nested
+    """Return ``f`` of each leaf of ``tree`` and the same parts of the other trees, as nested
     lists."""
     if isinstance(tree, list | tuple):
         return [mapped(f, *xs) for xs in zip(tree, *others, strict=True)]
@@ -15,7 +15,7 @@ def mapped(f: Callable, tree: Any, *others: Any) -> Any:
 
 
 def map_nested(f: Callable, tree: Any) -> Any:
-    """Return ``f`` of each leaf, in lists and tuples as before."""
+    """Return ``f`` of each leaf, in the same lists and tuples."""
     if not isinstance(tree, list | tuple):
         return f(tree)
     found = [map_nested(f, x) for x in tree]

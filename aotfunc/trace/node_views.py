@@ -35,7 +35,7 @@ def chain_of(n: Node) -> list[Node]:
 
 
 def storage_root(n: Any) -> Any:
-    """Return the node whose memory ``n`` shows; a number is its own."""
+    """Return the node whose memory ``n`` shows; a number returns itself."""
     while isinstance(n, Node) and (above := view_source(n)) is not None:
         n = above
     return n

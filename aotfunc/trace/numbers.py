@@ -1,9 +1,10 @@
-"""Reads of a tensor's memory without an op that a recording would see: refused in functions that
-are compiled once.
+"""Refuse reads of a tensor's memory that no op shows to a recording, in functions that are
+compiled once.
 
 ``float(c)`` and ``range(c)`` are ops, but inside of ``torch.tensor([c, 2])`` dispatch is off;
 printing, pickling and sharing memory never were ops. While a number would be frozen, the methods
-that ask for one are exchanged: these refuse, those of :mod:`.places` do without."""
+that read one are exchanged: these refuse, those of :mod:`.places` need no number.
+"""
 
 from __future__ import annotations
 
@@ -51,15 +52,15 @@ def refusal(what: str, way: str = WAY) -> CaptureError:
 
 
 def forgive(error: CaptureError) -> None:
-    """Forget the refusal: the number was not needed."""
+    """Forget the refusal, as the number turned out not to be needed."""
     for trace in under_way.traces:
         if trace.refused is error:
             trace.refused = None
 
 
 def refusing(read: Callable, what: str) -> Callable:
-    """Return the method, refusing a tensor whose value would be frozen by the recording under way
-    in this thread."""
+    """Return ``read`` with a refusal for tensors whose value the recording under way in this
+    thread would freeze."""
 
     @functools.wraps(read)
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +72,7 @@ def refusing(read: Callable, what: str) -> Callable:
 
 
 def frozen(t: Tensor) -> bool:
-    """Return whether what is read of ``t`` would stay as it is now."""
+    """Return whether a program under way would keep the present value of ``t``."""
     trace = current()
     return (
         trace is not None
@@ -89,8 +90,8 @@ def read_grad(self: Tensor) -> Tensor | None:
 
 
 def read_grad_fn(self: Tensor) -> Any:
-    """Return a node of autograd's: what is done to it, as registering a hook, no recording sees,
-    so the function is to run at every call."""
+    """Return the autograd node, and have the function run at every call: no recording sees what is
+    done to the node, such as registering a hook."""
     node = _grad_fn.__get__(self)
     if node is not None and frozen(self):
         for trace in under_way.traces:
@@ -99,7 +100,7 @@ def read_grad_fn(self: Tensor) -> Any:
 
 
 def splitting(split: Callable) -> Callable:
-    """Return ``tensor_split``, which reads indices from the memory of a tensor."""
+    """Return ``tensor_split`` with its tensor of indices read as a list."""
 
     def listed(x: Any) -> Any:
         return x.tolist() if isinstance(x, Tensor) and x.dim() == 1 else x

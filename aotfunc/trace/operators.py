@@ -1,8 +1,9 @@
-"""Operators and functions of traced values that make one new tensor and do nothing else, recorded
-without PyTorch's dispatcher, which takes a third of the time of recording them.
+"""Record operators and functions that make one new tensor and do nothing else without PyTorch's
+dispatcher, which takes a third of the time of recording them.
 
-Where anything lies on that way (a mode, autocast, torch.func, forward AD, what C++ autograd
-records), or the op is new to the recordings, the op takes it."""
+The dispatcher gets the op after all if something may intercept it (a mode, autocast, torch.func,
+forward AD, autograd in C++), or if it is new to the recordings.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ UNARY = {
 
 
 def is_open(trace: Trace) -> bool:
-    """Return whether nothing lies between an op and this recording."""
+    """Return whether nothing between PyTorch and this recording may intercept an op."""
     traces = under_way.traces
     return (
         bool(traces)
@@ -60,7 +61,7 @@ def unary(name: str, op: OpOverload) -> Callable:
     call, of_torch = op._op, getattr(Tensor, name)
 
     def method(self: Traced) -> Any:
-        trace, ask = self.tracer, getattr(Tensor, name)  # which the user may have exchanged
+        trace, ask = self.tracer, getattr(Tensor, name)  # the user may have exchanged it
         if ask is of_torch and is_open(trace) and not _recorded_by_autograd(self):
             found = trace.direct((call, self.sig, env_key()), (self.ref,))
             if found is not None:
@@ -77,7 +78,7 @@ def binary(name: str, op: OpOverload) -> Callable:
     def method(self: Traced, other: Any) -> Any:
         trace, ask, kind, found = self.tracer, getattr(Tensor, name), type(other), None
         if reflected and isinstance(other, Tensor):
-            return NotImplemented  # what stands on the left goes first
+            return NotImplemented  # Python asked the left operand first
         if ask is not of_torch or not is_open(trace) or _recorded_by_autograd(self):
             return ask(self, other)
         if kind is Traced:

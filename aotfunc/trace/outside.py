@@ -1,5 +1,7 @@
-"""Changes that ``f`` makes without an op, to the memory, the gradient or the flags of a tensor: a
-recording would not see them, and a traced value left in an outside tensor has no data."""
+"""Refuse or record changes that ``f`` makes without an op, to the memory, the gradient or the
+flags of a tensor: a recording would not see them, and a traced value left in an outside tensor has
+no data.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ def refuse_grad(self: Tensor, value: Any) -> None:
 
 
 def with_data(value: Any) -> Any:
-    """Return a leaked value, of a recording that is over, as a tensor that has data."""
+    """Return a value that leaked from a finished recording as a tensor that has data."""
     return value.tracer.value(value) if value.__class__ is Traced else value
 
 
@@ -78,9 +80,9 @@ def register_post_accumulate_grad_hook(self: Tensor, hook: Callable) -> Any:
 
 
 def check_flag(t: Tensor, what: str) -> None:
-    """Refuse to set a flag: a function compiled once would set it once."""
+    """Refuse to set a flag, which a function compiled once would set once."""
     trace = current()
-    made_now = torch._C._functorch.is_functorch_wrapped_tensor(t)  # by a transform of torch.func's
+    made_now = torch._C._functorch.is_functorch_wrapped_tensor(t)  # by torch.func
     if trace is not None and not trace.may_ask_constants and not made_now:
         raise CaptureError(
             f"{what} of a tensor from outside, of shape {list(t.shape)}, would happen during the "
@@ -133,7 +135,7 @@ def check_hooks(trace: Trace | None, t: Tensor, line: str) -> None:
         ref = trace.ref_of(t)[0]
         if ref < len(trace.inputs):
             trace.differentiated[ref] = line
-        if ref < 0:  # then it is outside of the recording around this one, too, or a value of that
+        if ref < 0:  # it is outside of the enclosing recording, too, or a value of that
             return check_hooks(next(reversed(around(trace)), None), t, line)
         hooks = any(s.hooks and s.new == ref for s in trace.stand_ins)
     if hooks:

@@ -1,8 +1,9 @@
-"""How functions of torch are exchanged, from the first capture on or while one is under way, and
-put back.
+"""Exchange functions of torch, from the first capture on or while one is under way, and put them
+back.
 
-What takes their place asks whether a recording is under way in the calling thread, and does what
-torch does otherwise."""
+Each replacement asks whether a recording is under way in the calling thread, and else does what
+torch does.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ DYNAMO = "torch._dynamo.trace_rules"
 
 
 def recorder() -> Trace | None:
-    """Return the recording under way, unless it leaves autograd alone."""
+    """Return the recording under way, unless it ignores autograd."""
     trace = current()
     return trace if trace is not None and trace.keeps_intent else None
 
@@ -51,7 +52,7 @@ class Code:
         f.__globals__["_aotfunc_recording"] = recorder
         f.__globals__[f"_aotfunc_{name}"] = self.ours
         f.__globals__[f"_torch_{name}"] = original
-        code = original.__code__  # a reader of the source, as TorchScript, finds torch's
+        code = original.__code__  # TorchScript, which reads sources, finds torch's
         f.__code__ = self.template.__code__.replace(
             co_filename=code.co_filename, co_firstlineno=code.co_firstlineno
         )
@@ -84,9 +85,9 @@ class Exchange:
 
     def __init__(self, new: dict[tuple[Any, str], Any]) -> None:
         self.lock, self.count = threading.Lock(), 0
-        self.dynamo: Any = None  # as it was imported before
+        self.dynamo: Any = None  # Dynamo was imported before
         self.new, self.done = new, False
-        self.old: dict[tuple[Any, str], Any] = {}  # None where it is inherited
+        self.old: dict[tuple[Any, str], Any] = {}  # None: the class inherits it
 
     def __enter__(self) -> None:
         with self.lock:
@@ -96,7 +97,7 @@ class Exchange:
             self.dynamo = sys.modules.get(DYNAMO)
             for (x, name), method in self.new.items():
                 before = x.__dict__.get(name)
-                if before is not method:  # Ctrl-C may have come in the middle of this
+                if before is not method:  # Ctrl-C may have interrupted this
                     self.old[x, name] = before
                     setattr(x, name, method)
             self.done = True

@@ -1,9 +1,10 @@
-"""Parts of a tensor at places that only a 0-dim integer tensor knows: ``x[i]``, ``x[i] = v``,
-``narrow``, ``select``.
+"""Read and write parts of a tensor at places that only a 0-dim integer tensor knows: ``x[i]``,
+``x[i] = v``, ``narrow``, ``select``.
 
-PyTorch would ask for the number. Where it is not to be had (or would be frozen: a tensor from
-outside, in what is compiled once) the part is recorded as a view all the same:
-:data:`~aotfunc.trace.views.narrow_at`."""
+PyTorch would ask for the number. If it is not known, or would be frozen (a tensor from outside, in
+a function compiled once), the part is recorded as a view all the same:
+:data:`~aotfunc.trace.views.narrow_at`.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +31,14 @@ _getitem, _setitem, _narrow, _select = (
 
 
 def is_integer(x: Tensor) -> bool:
-    """Return whether PyTorch would take this for a number in an index: bytes are masks."""
+    """Return whether PyTorch takes ``x`` for a number in an index (uint8 and bool are masks)."""
     return not (
         x.dim() or x.is_floating_point() or x.is_complex() or x.dtype in (torch.bool, torch.uint8)
     )
 
 
 def is_place(x: Tensor) -> bool:
-    """Return whether this is an integer that is not asked for its number."""
+    """Return whether ``x`` is an integer whose number is not asked for."""
     if not is_integer(x):
         return False
     if x.__class__ is Traced:
@@ -47,7 +48,7 @@ def is_place(x: Tensor) -> bool:
 
 
 def places_in(index: Any) -> list[int]:
-    """Find the places in an index of numbers and slices."""
+    """Return the positions of such integers in an index of numbers and slices."""
     parts = index if isinstance(index, tuple) else (index,)
     tensors = [i for i, p in enumerate(parts) if isinstance(p, Tensor)]
     if not tensors:  # most have none
@@ -73,7 +74,7 @@ def narrow_traced(x: Tensor, dim: int, start: Tensor, length: int) -> Tensor:
 
 
 def as_copied(x: Sig, dim: int, start: Sig, length: int) -> Sig:
-    """Return the copy that a graph has instead of the view, laid out as the view."""
+    """Return the copy that a graph makes in place of the view, with the view's strides."""
     where = make_sig((length,), (1,), torch.int64, x.device)
     return infer(aten.index_select.default, (Slot(0), dim, Slot(1)), {}, (x, where))
 
@@ -82,7 +83,7 @@ TOLD[narrow_at] = as_copied
 
 
 def rest(x: Tensor, index: Any, places: list[int]) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the view of ``x`` by the other parts of an index, and an index into it for the
+    """Return the view of ``x`` by the other parts of an index, and an index into it at the
     places."""
     parts = list(index) if isinstance(index, tuple) else [index]
     numbers = [parts[p] for p in places]
@@ -119,7 +120,7 @@ def setitem(self: Tensor, index: Any, value: Any) -> None:
 
 
 def assigned(x: Tensor, value: Any, rank: int) -> Tensor:
-    """Return a value as it is assigned to a part of ``x`` of this rank."""
+    """Return ``value`` as it is assigned to a part of ``x`` of this rank."""
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=x.dtype, device=x.device)
     while value.dim() > rank and value.shape[0] == 1:
@@ -147,8 +148,8 @@ for name, method in {"__getitem__": getitem, "__setitem__": setitem, **METHODS}.
 
 
 def subscript(frame: FrameType) -> tuple[int, int] | None:
-    """Return which ``x[...]`` a frame executes. If it asks for a number by itself, ``x`` is a
-    tensor: other containers call ``__index__``, a function of ours."""
+    """Return the ``x[...]`` that a frame executes. If the frame itself asks for a number, ``x`` is
+    a tensor: other containers call ``__index__``, a function of ours."""
     code, at = frame.f_code.co_code, frame.f_lasti
     name = dis.opname[code[at]]
     yes = name in ("BINARY_SUBSCR", "STORE_SUBSCR") or (

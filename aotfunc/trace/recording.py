@@ -1,4 +1,4 @@
-"""Record a function body into a trace, with the state of the thread and of PyTorch set aside."""
+"""Record a function body into a trace, with the thread's and PyTorch's states set aside."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .tracer import Trace
 
 functorch = torch._C._functorch
 
-#: functions of torch as a recording has them
+#: torch's functions -> what they are during a recording
 functions = Exchange(CONSTRUCTORS | CONTEXTS | RECURRENT)
 
 
@@ -67,7 +67,7 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
             torch._C._set_fwd_grad_enabled(True)
             set_aside(True)
             traces.append(trace)
-            # as `with trace` would, but for flags that TorchDispatchMode keeps for the whole
+            # as `with trace` does, without the flags that TorchDispatchMode keeps for the whole
             # process
             torch._C._push_on_torch_dispatch_stack(trace)
             trace.depth = torch._C._len_torch_dispatch_stack()
@@ -84,14 +84,14 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
         finally:
             try:
                 restore()
-            except BaseException:  # Ctrl-C came in between
+            except BaseException:  # Ctrl-C interrupted the exit
                 restore()
                 raise
 
 
 def more_aside(trace: Trace) -> AbstractContextManager:
-    """Set aside what is not always there: torch.func's levels, and reads of numbers that would be
-    frozen."""
+    """Set aside torch.func's levels, and reads of numbers that would be frozen, if there are
+    any."""
     inside = functorch.peek_interpreter_stack() is not None
     if trace.may_ask_constants and not inside:
         return _NONE
@@ -117,13 +117,13 @@ def without_functorch() -> AbstractContextManager:
 
 
 class ByReference(TorchFunctionMode):
-    """Let tensors of torch.func's levels, which the recorded function closes over, be values of
-    the recording: the dispatcher would unwrap them, and lose what their level follows."""
+    """Make tensors of torch.func's levels that the recorded function closes over values of the
+    recording: the dispatcher would unwrap them, and lose what their level follows."""
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
         self.trace = trace
-        self.values: dict[int, tuple[Tensor, Tensor]] = {}  # by id, with what has the id
+        self.values: dict[int, tuple[Tensor, Tensor]] = {}  # id -> (tensor, value)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore
         if current() is None:
@@ -140,8 +140,7 @@ class ByReference(TorchFunctionMode):
 
 
 def is_set_aside(x: Tensor) -> bool:
-    """Return whether a tensor is of a level that is set aside, not of one that was entered
-    since."""
+    """Return whether ``x`` is of a level that is set aside, not of one entered since."""
     if not functorch.is_functorch_wrapped_tensor(x):
         return False
     if functorch.peek_interpreter_stack() is None:

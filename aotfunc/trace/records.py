@@ -1,4 +1,4 @@
-"""The steps of a recording: the values that one makes and writes, and running it."""
+"""The steps of a recording: which values each makes and writes, and how it runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def saves(n: Node) -> bool:
 
 
 def instr_run(instr: Any, values: list[Tensor]) -> list[Tensor]:
-    """Run one recorded step and return its new results, flat."""
+    """Run one recorded step and return its new results as a flat list."""
     if not isinstance(instr, Instr):
         return instr.run(values)
     if instr.op is aten.view_as_real.default:
@@ -88,13 +88,13 @@ def results_of(instr: Any) -> int:
 
 
 class Roots:
-    """The roots of views, and the memory that is written to, as far as a recording has come."""
+    """The root of each view, and the roots that were written, up to the recording's end."""
 
     def __init__(self, count: int, conjugates: Iterable[int] = ()) -> None:
         self.done, self.number = 0, count
-        self.of: dict[int, int] = {}  # for each view the value whose storage it shares
-        self.written: set[int] = set()  # such values
-        # inputs, and views of them, which eager has not computed yet
+        self.of: dict[int, int] = {}  # view -> the value whose storage it shares
+        self.written: set[int] = set()  # roots
+        # inputs, and views of them, with the lazy conjugate bit
         self.conjugates = set(conjugates)
 
     def extended(self, records: list[Record]) -> Roots:
@@ -117,7 +117,7 @@ def instr_op(instr: Any) -> Any:
 
 
 def written_slots(instr: Any) -> list[int]:
-    """Return which of its tensors a step writes."""
+    """Return the positions of the tensors that a step writes."""
     if not instr.facts.writes:
         return []
     if not isinstance(instr, Instr):

@@ -1,5 +1,6 @@
-"""torch's recurrent layers, exchanged while a capture is under way: where loops are native code,
-the step of a layer is recorded once."""
+"""Record the step of torch's recurrent layers once, as the body of a loop, while loops are native
+code.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from .traced import HOOKS
 
 
 def rolled(name: str) -> Callable:
-    """Return the function to call for torch's of this name, which records each op of each step."""
+    """Return the replacement of torch's function of this name, which would record each step."""
     unrolled = getattr(torch._VF, name)
 
     def layers(*args: Any) -> Any:
@@ -26,10 +27,10 @@ def rolled(name: str) -> Callable:
 
 
 def fits(name: str, x: Tensor, start: Any, weights: Any, bias: Any, *rest: Any) -> bool:
-    """Return whether a call is of sequences of one length, of more than one step, on the CPU, of
-    one dtype that no kernel of its own takes (oneDNN has an LSTM) and that nothing rounds, and
-    without projections."""
-    if not isinstance(bias, bool) or torch.is_autocast_enabled("cpu"):  # else they are packed
+    """Return whether a call may be a loop: sequences of one length and of several steps, on the
+    CPU, of one dtype that no own kernel takes (oneDNN has an LSTM) and nothing rounds, without
+    projections."""
+    if not isinstance(bias, bool) or torch.is_autocast_enabled("cpu"):  # else packed
         return False
     starts, batch_first = [*start] if name == "lstm" else [start], rest[-1]
     return (

@@ -1,5 +1,4 @@
-"""Compute values on request by running a recording, as far as it has come, on its concrete
-inputs."""
+"""Compute values on request: run a recording, up to its present end, on its concrete inputs."""
 
 from __future__ import annotations
 
@@ -25,13 +24,13 @@ from .traced import Traced, quiet, under_way
 
 
 class Replay:
-    """Run a recording on its concrete inputs, as far as it has come, on copies of written tensors;
-    generators of random numbers keep their states."""
+    """A run of a recording on its concrete inputs, on copies of written tensors. Generators of
+    random numbers keep their states."""
 
     def __init__(self, trace: Answering) -> None:
-        self.done = self.lifted = self.numbers = 0  # of the recording, so much
+        self.done = self.lifted = self.numbers = 0  # how far it has run
         self.env: dict[int, Any] = {}
-        self.storages: dict[Any, Tensor] = {}  # copies keep sharing memory as the originals do
+        self.storages: dict[Any, Tensor] = {}  # copies share memory as the originals do
         # samples of a batch, recordings inside of others, and each call of a compiled function
         # start at another state of the generator
         self.draws = (
@@ -44,7 +43,7 @@ class Replay:
                 if t is not None and (real := known(trace, t)) is not None:
                     with quiet():
                         self.env[i] = self.copy(real)
-        self.states: dict[torch.Generator, Tensor] = {}  # as what has been run left them
+        self.states: dict[torch.Generator, Tensor] = {}  # after the draws of this run
         self.number = len(trace.inputs)
 
     def copy(self, t: Tensor) -> Tensor:
@@ -66,8 +65,7 @@ class Replay:
             del self.env[ref]
 
     def value(self, trace: Answering, ref: int) -> Tensor | None:
-        """Return the value of a result of the recording; None if it depends on inputs that are not
-        there."""
+        """Return the value of a result; None if it depends on inputs without values."""
         new = trace.records[self.done :]
         with quiet(), torch.no_grad(), self.drawing(new):
             for i in range(self.lifted, len(trace.lifted)):
@@ -92,7 +90,7 @@ class Replay:
         return self.env.get(ref)
 
     def drawing(self, records: Sequence[Record]) -> AbstractContextManager:
-        """Let generators go on, inside the block, where the replay left them."""
+        """Set the generators, inside the block, to where this run left them."""
         if all([instr.__class__ is Instr and not instr.facts.random for instr, *_ in records]):
             return nullcontext()
         return self.going_on(generators(records))
@@ -111,15 +109,15 @@ class Replay:
 
 
 class Answering(Tape):
-    """The recordings that answer questions about the values of their tensors."""
+    """A recording that answers questions about the values of its tensors."""
 
     def value(self, t: Tensor, what: str = "the value of a tensor") -> Tensor:
         """Return the real value of ``t``: replay the recording on the concrete inputs."""
         return self.answer(lambda value: value, [t], what)
 
     def answer(self, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:
-        """Return ``question(*values)`` for the real values of ``tensors``. Where there is one for
-        each sample of a batch, all samples must give the same answer."""
+        """Return ``question(*values)`` for the real values of ``tensors``. The samples of a batch
+        must give one answer."""
         if not self.may_ask_constants and any(
             t.__class__ is not Traced and not self._made(t) for t in tensors
         ):
@@ -144,11 +142,11 @@ class Answering(Tape):
         )
 
     def _made(self, t: Tensor) -> bool:
-        """Return whether ``f`` makes this tensor anew on each run, always the same."""
+        """Return whether ``f`` makes the constant ``t`` anew on each run."""
         return self._lift_refs.get(id(t)) in self.made_inside
 
     def known_value(self, t: Tensor) -> Tensor | None:
-        """Return the value of ``t`` if it depends on nothing but known inputs."""
+        """Return the value of ``t`` if it depends on known inputs only."""
         if t.__class__ is Traced and t.tracer is not self:
             return t.tracer.known_value(t)
         ref = t.ref if t.__class__ is Traced else self._lift_refs.get(id(t))
@@ -162,8 +160,7 @@ class Answering(Tape):
 
 
 def generators(records: Sequence[Record]) -> set[torch.Generator]:
-    """Return the generators that a recording may draw from: the devices' own, and those it
-    names."""
+    """Return the generators that a recording may draw from: each device's own, and named ones."""
     found = {*device_generators()}
     for instr, *_ in records:
         if instr.facts.random:
@@ -176,8 +173,8 @@ def generators(records: Sequence[Record]) -> set[torch.Generator]:
 
 
 def known(trace: Answering, t: Tensor) -> Tensor | None:
-    """Return the real tensor that this is or stands for, if it has values that stay as they are
-    until the next call."""
+    """Return the real tensor that ``t`` is or stands for, if its values stay until the next
+    call."""
     if t.__class__ is Traced:
         return t.tracer.known_value(t)
     return t if trace.may_ask_constants and has_values(t) else None

@@ -1,11 +1,12 @@
-"""Python numbers among the arguments of ops that may be inputs of a program: a number that changes
-from call to call (a learning rate, a time step) then makes no new program.
+"""Let Python numbers among the arguments of ops be inputs of a program: a number that changes from
+call to call (a learning rate, a time step) then makes no new program.
 
-A number stands in a recording as a value does; whether it is a literal of the program or an input
-of it is decided when the program is looked up. As an input it is a 0-dim float64 tensor on the
-CPU, as PyTorch makes of a number before it computes. Where such a tensor would decide the dtype of
-the result, and a number would not, it is cast first, or stays a literal. Numbers that
-rewritings and kernels look at (0, 1, 2, 0.5 and their like) are always literals."""
+A recording keeps a number as it keeps a value; the look-up of the program decides whether it is a
+literal or an input. As an input it is a 0-dim float64 tensor on the CPU, as PyTorch makes of a
+number before it computes. If such a tensor would decide the dtype of the result, and a number
+would not, it is cast first, or stays a literal. Numbers that rewritings and kernels look at (0, 1,
+2, 0.5 and their like) are always literals.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +28,7 @@ aten = torch.ops.aten
 NUMBER = Sig((), (), torch.float64, torch.device("cpu"), 0)
 TENSOR = make_sig(NUMBER.shape, NUMBER.stride, NUMBER.dtype, NUMBER.device)
 
-#: the first number of a recording has the reference FIRST, the next FIRST - 1: behind all lifted
-#: tensors
+#: a recording numbers its Python numbers FIRST, FIRST - 1, …: after all lifted tensors
 FIRST = -(1 << 40)
 
 #: ``(call, *arguments) -> result``: an op where a tensor stands for the number; ``call`` makes a
@@ -41,7 +41,8 @@ def as_it_is(op: OpOverload) -> Form:
 
 
 def scaled(op: OpOverload, **sign: int) -> Form:
-    """Return the form of a sum, with ``alpha`` or not. ``addcmul`` rounds once, as it does."""
+    """Return the form of a sum, with ``alpha`` or without. ``addcmul`` rounds once, as such a sum
+    does."""
     return lambda call, x, y, *alpha: (
         call(aten.addcmul.default, x, y, *alpha, **sign) if alpha else call(op, x, y)
     )
@@ -52,7 +53,7 @@ def first_scaled(op: OpOverload) -> Form:
     return lambda call, x, y, z, value: call(op, x, call(aten.mul.Tensor, y, value), z)
 
 
-#: ops whose number may be an input
+#: op -> its form with the number as an input
 FORMS: dict[OpOverload, Form] = {
     aten.add.Tensor: scaled(aten.add.Tensor),
     aten.sub.Tensor: scaled(aten.sub.Tensor, value=-1),
@@ -68,33 +69,32 @@ FORMS: dict[OpOverload, Form] = {
     aten.addcmul.default: first_scaled(aten.addcmul.default),
     aten.addcdiv.default: first_scaled(aten.addcdiv.default),
 }
-#: these in place
+#: the same ops in place
 IN_PLACE = (
     *(getattr(aten, name).Tensor for name in ("add_", "sub_", "mul_", "div_")),
     *(aten.lerp_.Scalar, aten.addcmul_.default, aten.addcdiv_.default),
 )
 
-#: these ops by the functions that they call, which hash in C
+#: the functions behind all of these ops, which hash in C
 TAKES_NUMBER = frozenset([op._op for op in (*FORMS, *IN_PLACE)])
 
 
 def generic(x: float) -> bool:
-    """Return whether nothing depends on which number this is; ops refuse one that their dtype
-    does not hold."""
+    """Return whether no rewriting, kernel or dtype check depends on which number ``x`` is."""
     if x.__class__ is int:
         return 3 < abs(x) < 1 << 53
     return abs(x) <= LARGEST and not (abs(x) <= 3 and (2 * x).is_integer())
 
 
 def bits_of(numbers: Iterable[float]) -> tuple:
-    """Return a key that equal numbers share; none is a zero or NaN, see generic."""
+    """Return a key that equal numbers share; zeros and NaN are not generic."""
     return tuple([(x.__class__, x) for x in numbers])
 
 
-#: of the numbers that each of these dtypes holds
+#: the largest number that each of WIDE holds
 LARGEST = torch.finfo(torch.float32).max
 WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
-#: tensors that a number scales as a tensor in its place does, to the bit
+#: (dtype, device) of tensors that a number and a 0-dim tensor scale to the same bits
 SCALED = {(dtype, "cpu") for dtype in WIDE}
 
 
@@ -105,7 +105,7 @@ def beside_tensors(args: tuple, kwargs: dict | None) -> bool:
 
 
 def may_be_input(a: Any, args: tuple, kwargs: dict | None) -> bool:
-    """Return whether ``a``, one of these arguments, is a number that may be an input."""
+    """Return whether ``a``, one of these arguments, may be an input of the program."""
     cls = a.__class__
     return (cls is float or cls is int) and generic(a) and beside_tensors(args, kwargs)
 
@@ -113,8 +113,8 @@ def may_be_input(a: Any, args: tuple, kwargs: dict | None) -> bool:
 def with_number(
     key: tuple, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple[Sig, ...]
 ) -> Instr:
-    """Return the instruction for a call with a number among its arguments, the tensors being
-    slots; NUMBER stands for the number's signature."""
+    """Return the instruction for a call with a number among its arguments. The tensors are slots;
+    NUMBER stands for the number's signature."""
     outs = infer(op, args, kwargs, tuple([s for s in sigs if s is not NUMBER]))
     slots = tuple([Slot(i) for i in range(len(sigs))])
     named = dict(zip(kwargs, slots[len(args) :], strict=True))
@@ -124,8 +124,8 @@ def with_number(
 
 
 def dtype_of_number(op: OpOverload, sigs: tuple, outs: Any) -> torch.dtype | None:
-    """Return the dtype with which the number may be a tensor; None where it may not. ``outs``:
-    what the op returns."""
+    """Return the dtype in which the number may be a tensor; None if it may not. ``outs``: the op's
+    result signatures."""
     tensors = [s for s in sigs if s is not NUMBER]
     if outs.__class__ is not Sig or not any(s.differentiable for s in tensors):
         return None
@@ -145,5 +145,5 @@ def dtype_of_number(op: OpOverload, sigs: tuple, outs: Any) -> torch.dtype | Non
 
 
 def inferred(op: OpOverload, *sigs: Sig, **kwargs: Any) -> Any:
-    """Return the signature of a result."""
+    """Return the signature of the result."""
     return infer(op, tuple([Slot(i) for i in range(len(sigs))]), kwargs, sigs)

@@ -1,6 +1,7 @@
-"""Generators of random numbers that ``f`` seeds. A recording draws nothing, and its program draws
-when it runs; so a state set between two draws, or in a function that is compiled once, would be
-set at the wrong time."""
+"""Follow generators of random numbers that ``f`` seeds. A recording draws nothing, and its program
+draws when it runs; so a state set between two draws, or in a function compiled once, would be set
+at the wrong time.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +18,11 @@ from ..errors import CaptureError
 from .modes import device_generators
 from .traced import quiet
 
-States = dict[int, tuple[Generator, Tensor]]  # Python may have several objects for one generator
+States = dict[int, tuple[Generator, Tensor]]  # several Python objects may stand for one generator
 
 
 def states(objects: Iterable[Any]) -> States:
-    """Return the generators among these with their states now."""
+    """Return the present states of the generators among ``objects``."""
     with quiet():
         return {g._cdata: (g, g.get_state()) for g in objects if isinstance(g, Generator)}
 
@@ -38,8 +39,8 @@ def named_generators(calls: Iterable[Any]) -> list[torch.Generator]:
 
 
 class Seeds:
-    """The generators of one recording: those that it named (``drawn``), as they were at their
-    first draw, and the state of the default generator ``before`` ``f`` set it."""
+    """The generators that a recording named (``drawn``), in their states at the first draw, and
+    the default generator's state ``before`` ``f`` set it."""
 
     def __init__(self) -> None:
         self.drawn: States = {}
@@ -64,7 +65,7 @@ class Seeds:
         raise CaptureError(f"{what}{at(user_line())}; {way_out}")
 
     def check(self) -> None:
-        """Refuse a generator that was seeded after a draw from it."""
+        """Refuse a generator that ``f`` seeded after a draw from it."""
         if undo_draws(self.drawn):
             raise CaptureError(
                 "a torch.Generator was seeded after a draw from it, inside a captured "
@@ -88,7 +89,7 @@ class Seeds:
 
 
 def undo_draws(known: States) -> bool:
-    """Return whether a state has changed; if so, put all back."""
+    """Restore the states; return whether one had changed."""
     if not known:
         return False
     with quiet():

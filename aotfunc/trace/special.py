@@ -1,5 +1,6 @@
-"""Ops that a recording answers itself, or records as others: questions of values, and schemas that
-lie."""
+"""Ops that a recording answers itself, or records as other ops: questions of values, and ops that
+do more than their schemas say.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +55,8 @@ TOLD[aten._conj.default] = lambda x: infer(aten._conj_physical.default, (Slot(0)
 
 
 def _view_as_real(trace: Trace, x: Tensor) -> Any:
-    """View an input as real numbers; a lazy conjugate, whose memory holds other ones, is copied
-    first."""
+    """View an input as real numbers. A lazy conjugate is copied first, as its memory is not
+    conjugated."""
     ref = trace.ref_of(x)[0]
     root = trace.root(ref)
     if not (0 <= root < len(trace.origins) and trace.origins[root].is_conj()):
@@ -69,7 +70,8 @@ def _view_as_real(trace: Trace, x: Tensor) -> Any:
 
 
 def _lift_fresh(trace: Trace, x: Tensor) -> Any:
-    """Record a constant made by ``f``, or a tensor in numpy's memory, which may change."""
+    """Record a constant that ``f`` makes anew on each run; a tensor in numpy's memory, which may
+    change, is not one."""
     if x.untyped_storage().resizable():
         trace.made_inside.add(trace.lift(x))
     return NotImplemented
@@ -82,7 +84,7 @@ def _scalar(trace: Trace, x: Tensor) -> Any:
         frame = sys._getframe(2)
         if x.dtype is torch.bool and (what := validated(frame)):
             forgive(error)
-            good = what != NEGATIVE  # the answer that raises no error
+            good = what != NEGATIVE  # answer so that no error is raised here
             with trace:
                 aten._assert_async.msg(x if good else x.logical_not(), f"invalid values: {what}")
             return good
@@ -90,12 +92,12 @@ def _scalar(trace: Trace, x: Tensor) -> Any:
         if spot is None:
             raise
         trace.place, trace.refused = (x, spot, error), trace.refused or error
-        return 0  # any number will do: what follows for `outside[x]` is a select
+        return 0  # any number serves: `outside[x]` goes on with a select
 
 
 def validated(asking: FrameType) -> str | None:
-    """Return the check of ``torch.distributions`` or of a loss, if it is the one that asks: the
-    program then makes it at each call."""
+    """Return the name of the check if ``torch.distributions`` or a loss is asking; the program
+    then checks at each call."""
     frame: FrameType | None = asking
     while frame is not None and frame.f_code.co_filename.startswith(_OURS):
         frame = frame.f_back
@@ -162,7 +164,7 @@ def _cudnn_batch_norm(trace: Trace, x: Any, *args: Any) -> tuple:
 
 def _lstsq(trace: Trace, a, b, rcond=None, *, driver=None):  # type: ignore[no-untyped-def]
     """Record lstsq without the residuals that two drivers return only if every matrix has full
-    rank, a question of values (full rank is taken for granted where it cannot be asked)."""
+    rank, which depends on values. Full rank is assumed if the values are unknown."""
     tall = a.dim() > 1 and a.shape[-2] > a.shape[-1]
     if driver not in ("gelsd", "gelss") or not tall or trace.in_lstsq:
         return NotImplemented
@@ -201,7 +203,7 @@ def _batch_norm_no_update(trace: Trace, x: Any, *args: Any) -> tuple:
 def _pack_padded(
     trace: Trace, x: Tensor, lengths: Tensor, batch_first: bool
 ) -> tuple[Tensor, Tensor]:
-    """Ask for the lengths, which shape the result, and for the sizes of the steps, which recurrent
+    """Ask for the lengths, which shape the result, and for the sizes of steps, which recurrent
     layers read from memory."""
 
     def packed(lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,7 +217,7 @@ def _pack_padded(
 
 
 def _laid(op: OpOverload, trace: Trace, *args: Any, **kwargs: Any) -> Any:
-    """Lay the arguments of an op out for its kernel, which reads memory in one layout only."""
+    """Give the arguments of an op the one layout that its kernel reads."""
     copies = misread(op, [trace.ref_of(a)[1] if isinstance(a, Tensor) else None for a in args])
     if not copies:
         return NotImplemented
@@ -230,8 +232,8 @@ def _laid(op: OpOverload, trace: Trace, *args: Any, **kwargs: Any) -> Any:
 
 
 def _on_lists(op: OpOverload, trace: Trace, *args: Any, **kwargs: Any) -> Any:
-    """Record a write to the tensors of a list as one write for each, as it is for autograd, if
-    only some are to require grad."""
+    """Record a write to the tensors of a list as one write each if only some require grad:
+    autograd sees them one by one."""
     sizes = range(len(args[0]))
     each = [[a[k : k + 1] if isinstance(a, list | tuple) else a for a in args] for k in sizes]
     if len({any(map(needs_grad, flat_tensors(one))) for one in each}) < 2:
@@ -242,7 +244,7 @@ def _on_lists(op: OpOverload, trace: Trace, *args: Any, **kwargs: Any) -> Any:
 
 
 def _reshape_newest(view: OpOverload, trace: Trace, x: Tensor, *args: Any) -> Any:
-    """Record a view instead of a change in place of the newest value, which nothing else shows:
+    """Record a view in place of an op that reshapes the newest value, which nothing else shows:
     torch's own ``vector @ matrix`` ends in one, and writes cost the recording more."""
     if not (
         x.__class__ is Traced
@@ -291,7 +293,7 @@ _ANSWERS: dict[OpOverload, Callable] = {
     aten.linalg_lstsq.default: _with_trace(_lstsq),
     aten._pack_padded_sequence.default: _pack_padded,
 }
-#: by the functions that the overloads call, which hash in C
+#: keyed by the functions behind the overloads, which hash in C
 SPECIAL: dict[Any, Callable] = {op._op: answer for op, answer in _ANSWERS.items()}
-#: where an index was asked for its number
+#: the answers while an index has been asked for its number
 AT_A_PLACE = {**SPECIAL, aten.select.int._op: _select, aten.slice.Tensor._op: _slice}

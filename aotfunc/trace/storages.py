@@ -17,8 +17,7 @@ from .views import Link, replay_view, strided
 
 
 class Memory:
-    """Memory that storages with separate derivatives share: its version, and the storage that was
-    written last."""
+    """Memory that storages with separate derivatives share: its version, and its last writer."""
 
     __slots__ = ("first", "version", "writer")
 
@@ -27,9 +26,10 @@ class Memory:
 
 
 class Storage:
-    """The storage of views: its current value, as of a version of the memory. ``ref`` is an input
-    or lifted tensor, which shows it through ``chain``. A detached tensor begins another storage of
-    the same memory."""
+    """What views share: a current value, for a version of the memory.
+
+    ``ref`` is the input or lifted tensor that shows it through ``chain``. A detached tensor begins
+    another storage of the same memory."""
 
     __slots__ = ("chain", "cut", "memory", "node", "ref", "shown", "sig", "version", "written")
 
@@ -45,8 +45,8 @@ class Storage:
         self.shown: dict[int, tuple[int, Node]] = {}
 
     def seen_through(self, b: Builder, link: Link, node: Node) -> Node:
-        """Return ``node`` seen through a link of a view's chain: one node, that a view and the
-        views of it depend on."""
+        """Return ``node`` seen through a link of a view's chain, as the one node that the view and
+        the views of it share."""
         version, found = self.shown.get(id(link), (None, node))
         if version != self.version:
             found = replay_view(b, link, node)
@@ -55,8 +55,8 @@ class Storage:
 
 
 class View:
-    """A storage seen through a chain of view ops; it remembers its node for the version it was
-    read at."""
+    """A storage seen through a chain of view ops, and its node at the version that was last
+    read."""
 
     __slots__ = ("chain", "node", "storage", "version")
 
@@ -73,7 +73,8 @@ class View:
 def covered(
     sigs: dict[int, Sig], places: Sequence[MemoryPlace], base: int, i: int
 ) -> tuple[Link, ...]:
-    """Return how the input ``base`` shows the input ``i``, which lies inside of it."""
+    """Return the links by which the input ``base`` shows the input ``i`` inside of it. Refuse one
+    that ``base`` does not cover."""
     if i == base or (sigs[i] is sigs[base] and places[i][:3] == places[base][:3]):
         return ()
     start = offset_inside(sigs[base], places[base], sigs[i], places[i])

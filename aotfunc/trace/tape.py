@@ -1,5 +1,6 @@
 """The contents of a recording: its inputs, the tensors from outside, its ops, and the numbers of
-its values."""
+its values.
+"""
 
 from __future__ import annotations
 
@@ -31,21 +32,23 @@ _inference_mode = torch.is_inference_mode_enabled
 
 
 class Tape:
-    """Inputs are numbered 0, 1, …, then results as they come; lifted outside tensors -1, -2, …
+    """The contents of one recording. Inputs are numbered 0, 1, …, then results in order; lifted
+    outside tensors -1, -2, …
 
-    ``concrete_inputs`` are the real inputs where values may be asked for (``.item()``), None for
-    samples of a batch, which ``samples`` lists; ``why_not`` says why they may not be asked for.
-    Values that depend on no input may be asked for all the same: with ``constants`` on closed-over
-    tensors too. Without ``intent`` autograd is left alone (derived rules use it).
-    ``ask(trace, question, tensors, what)`` answers what depends on inputs."""
+    ``concrete_inputs`` are the real inputs whose values may be asked for (``.item()``), None for
+    samples of a batch, which ``samples`` describes; ``why_not`` is the reason if they may not be
+    asked for. Values that depend on no input may be asked for all the same, those of closed-over
+    tensors with ``constants`` only. Without ``intent`` autograd is ignored (derived rules use
+    it). ``ask(trace, question, tensors, what)`` answers questions about values that depend on
+    inputs."""
 
     count = 0
-    depth = 0  # of the modes, while it is recorded
+    depth = 0  # of the mode stack inside of this recording
     lifts_numbers = False  # see scalars
     rolls = False  # records recurrent layers as loops
     mutates = False
-    strided = False  # counts from where a storage begins
-    runs_always = False  # does what no recording sees, so it must run at every call
+    strided = False  # has ops whose offset counts from the storage
+    runs_always = False  # has unseen effects: runs anew at every call
     reshapes = False  # in place
     region: Any = None  # the checkpointed region that is being recorded
     regions = 0
@@ -57,8 +60,8 @@ class Tape:
     _roots: Roots | None = None
     _places: tuple[MemoryPlace, ...] | None = None
     finished = False
-    refused: CaptureError | None = None  # a question that had no answer
-    place: tuple | None = None  # an index that was asked for its number, see special
+    refused: CaptureError | None = None  # the error of a question without an answer
+    place: tuple | None = None  # the index asked for its number, see special
     in_lstsq = False
 
     def __init__(
@@ -70,50 +73,50 @@ class Tape:
     ) -> None:
         super().__init__()
         outer = current()
-        #: false inside of anything that is compiled once, however deep
+        #: false at any depth inside a function compiled once
         self.may_ask_constants: bool = constants and (outer is None or outer.may_ask_constants)
         self.keeps_intent = intent
-        #: its program may be differentiated by any of its values
+        #: its program is a rule's, which any of its values may differentiate
         self.of_a_rule: bool = outer is not None and outer.of_a_rule
         self.records: list[Record] = []
-        #: traced values know their recording, which must not hold them when it is over
+        #: signatures: traced values know their recording, which must not hold them when it is over
         self.inputs: list[Sig] = []
-        self.arguments: list[Traced] = []  # the tensors themselves, while they are used
-        self.finals: list[int] = []  # the values that they are in the end
+        self.arguments: list[Traced] = []  # the tensors, until the recording is over
+        self.finals: list[int] = []  # their refs at the end
         self.lifted: list[Tensor] = []  # outside tensors, by reference
         #: lifted tensors that f makes anew on each run: torch.tensor(3)
         self.made_inside: set[int] = set()
-        self.numbers: list[float] = []  # which may be inputs
+        self.numbers: list[float] = []  # Python numbers that may be inputs
         self.following: Following | None = None if outer is None else outer.following
         self._lift_refs: dict[int, int] = {}
         self._keep: list[Tensor] = []
-        #: outside tensors without a history, which have one while recording
+        #: outside tensors that have a history only while recording
         self.rewritten: list[Tensor] = []
         #: outside tensors, in the order of their first use, and their versions then
         self.versions: list[tuple[Tensor, int]] = []
         self.autograd = Autograd(self.inputs, self.lifted, self.records, self.rewritten)
         self.stand_ins: list[Any] = []  # see outside.py
         self.deferred: list[Any] = []  # backwards that are recorded later, see deferred.py
-        #: functions that autograd calls when all is over; names by which such functions read
+        #: functions that autograd calls after the backward; names by which they read values
         self.late: list[Any] = []
         self.seeds = Seeds()
         self.caches_casts: bool = torch.is_autocast_cache_enabled()
         self.casts: dict[tuple[int, torch.dtype], Tensor] = {}  # see casts.py
-        #: regions found there by the end of the recording: they go on outside
+        #: casts that outer regions of autocast still hold at the end
         self.casts_left: list[tuple[int, torch.dtype]] = []
-        self.hooked: set[int] = set()  # inputs, as they are since a hook was registered
+        self.hooked: set[int] = set()  # refs of inputs with recorded hooks
         #: hooks that each call registers on an input: (input, handle)
         self.given_hooks: list[tuple[int, Any]] = []
-        #: of a compiled function: hooks of values inside that each call gives to autograd; None
-        #: where hooks are recorded
+        #: a compiled function's hooks of inner values, which each call gives to autograd; None:
+        #: hooks are recorded
         self.live_hooks: list[Any] | None = None
-        #: inputs and lifted tensors whose gradient was taken: (at line)
+        #: input or lifted tensor whose gradient was taken -> the user's line
         self.differentiated: dict[int, str] = {}
-        self.named: dict[int, str] = {}  # what the user calls the results of records
+        self.named: dict[int, str] = {}  # record -> the user's name for its result
         self.why_not, self.ask = why_not, ask
         self.dtype: torch.dtype = torch.get_default_dtype() if outer is None else outer.dtype
-        self.origins: list[Tensor] = []  # what the inputs stand for, or are samples of
-        #: decompositions, instead of an answer of SPECIAL's
+        self.origins: list[Tensor] = []  # the tensors behind the inputs
+        #: op -> the decomposition to record in place of SPECIAL's answer
         self.opened: Mapping[OpOverload, Callable] = {}
 
     def new(self, sig: Sig) -> Traced:
@@ -148,17 +151,17 @@ class Tape:
         return twin
 
     def lift(self, t: Tensor) -> int:
-        """Return the number of an outside tensor: a constant by reference, or a value of an outer
-        recording."""
+        """Return the number of an outside tensor, kept by reference: a constant, or a value of an
+        outer recording."""
         key = id(t)
         ref = self._lift_refs.get(key)
         if ref is None:
-            self._keep.append(t)  # so that id(t) stays its own
+            self._keep.append(t)  # no other tensor may get id(t)
             if t.__class__ is Traced and t.tracer.finished:
                 check_leak(t)
                 t = t.tracer.value(t)
             ordinary = ordinary_tensor(t)
-            # it would not be found again at the next call
+            # the next call would not find it
             if ordinary is not t and not self.may_ask_constants:
                 raise of_subclass(t, "a tensor from outside")
             check_kind(ordinary)
@@ -181,7 +184,8 @@ class Tape:
         self._lift_refs[id(real)] = t.ref
 
     def seen_as(self, t: Tensor) -> int | None:
-        """Return the number of an outside tensor, or of the argument that it is, if it has one."""
+        """Return the number of an outside tensor, or of the argument that it is; None if it has
+        none."""
         return self._lift_refs.get(id(t))
 
     def ref_of(self, t: Tensor) -> tuple[int, Sig]:
@@ -193,8 +197,8 @@ class Tape:
         return ref, signature(self.lifted[-ref - 1])
 
     def _unchanged(self, ref: int) -> Sig:
-        """Return the signature of an argument that ``f`` also reaches from outside, where no
-        change of its metadata shows. Refuse such a change."""
+        """Return the signature of an argument that ``f`` also closes over. Refuse it if ``f``
+        changed its metadata, which closed-over tensors do not show."""
         now = self.arguments[ref] if self.arguments else None
         if now is not None and (now.ref, now.sig) != (ref, self.inputs[ref]):
             raise CaptureError(
@@ -205,16 +209,16 @@ class Tape:
         return self.inputs[ref]
 
     def settle(self) -> None:
-        """Record the backwards that wait, as they are now: a gradient is taken, or all is done."""
+        """Record the deferred backwards now: a gradient is taken, or the recording ends."""
         for waiting in self.deferred:
             waiting.settle()
 
     def finish(self) -> None:
-        """Stop recording; traced values may live on, and go when their last user does."""
+        """End the recording; traced values live on while they are referenced."""
         self.finished = True
         self.autograd.settle()
         histories.take_back(self)
-        # an argument with a recorded hook is what it was
+        # an argument with a recorded hook keeps its value
         before = {s.new: s.value for s in self.stand_ins if s.hooks}
         self.finals = [before.get(t.ref, t.ref) for t in self.arguments]
         self.arguments.clear()
@@ -225,7 +229,7 @@ class Tape:
         self.autograd.finish()
 
     def forget(self, records: int, count: int) -> None:
-        """Go back to an earlier number of records and values."""
+        """Cut the recording back to this many records and values."""
         del self.records[records:]
         self.named = {k: name for k, name in self.named.items() if k < records}
         self.deferred = [d for d in self.deferred if d.record < records]
@@ -257,23 +261,22 @@ class Tape:
 
     @property
     def placed(self) -> bool:
-        """Return whether it matters where inputs begin in their storages: for writes, and for ops
-        that count from there."""
+        """Return whether the program depends on where inputs begin in their storages: it writes,
+        or has ops that count from there."""
         return self.mutates or self.strided
 
     def signatures(self) -> list[Sig]:
-        """Return the signatures of the inputs, then of the lifted tensors, as a program has
+        """Return the signatures of the inputs, then of the lifted tensors, as a program expects
         them."""
         return self.as_placed([*self.inputs, *map(signature, self.lifted)])
 
     def as_placed(self, sigs: Sequence[Sig]) -> list[Sig]:
-        """Return the signatures, moved to the beginning of a storage where their place does not
-        matter."""
+        """Return the signatures, with storage offset 0 if the program does not depend on it."""
         return list(sigs) if self.placed else [s.start if s.offset else s for s in sigs]
 
     def layout(self) -> tuple[MemoryPlace, ...]:
-        """Return, for each input, then each lifted tensor, where it lies in memory."""
-        if len(self.origins) != len(self.inputs):  # the inputs of a rule: nothing but values
+        """Return the place in memory of each input, then of each lifted tensor."""
+        if len(self.origins) != len(self.inputs):  # a rule's inputs share no memory
             return tuple(
                 MemoryPlace(i, 0, None) for i in range(len(self.inputs) + len(self.lifted))
             )
@@ -295,8 +298,8 @@ class Tape:
         return {self.ref_at(i) for i, p in enumerate(places) if (p.group, p.kin) == (group, kin)}
 
     def given_refs(self) -> list[int]:
-        """Return the numbers of the inputs, then of the lifted tensors, in the order of a
-        program's placeholders."""
+        """Return the numbers of the inputs, then of the lifted tensors: a program's placeholders
+        in order."""
         return [*range(len(self.inputs)), *range(-1, -1 - len(self.lifted), -1)]
 
     def foreign(self) -> list[Tensor]:
@@ -304,16 +307,16 @@ class Tape:
         return [t for i, t in enumerate(self.lifted) if -1 - i not in self.made_inside]
 
     def position(self, ref: int) -> int:
-        """Return the position of an input, or a lifted tensor, among these."""
+        """Return the position of an input or lifted tensor among the program's placeholders."""
         return ref if ref >= 0 else len(self.inputs) - 1 - ref
 
     def ref_at(self, position: int) -> int:
-        """Return the number of the tensor that is there."""
+        """Return the number of the tensor at this position."""
         count = len(self.inputs)
         return position if position < count else count - 1 - position
 
     def root(self, ref: int) -> int:
-        """Return the value whose storage this one shares."""
+        """Return the value whose storage the value ``ref`` shares."""
         return self.roots().of.get(ref, ref)
 
     def roots(self) -> Roots:
@@ -324,8 +327,8 @@ class Tape:
         return self._roots.extended(self.records)
 
     def conjugated(self, ref: int) -> bool:
-        """Return whether this is a conjugate, or a view of one, which eager would not have
-        computed yet."""
+        """Return whether ``ref`` is a conjugate, or a view of one, which eager would hold
+        lazily."""
         return ref in self.roots().conjugates
 
 

@@ -1,8 +1,9 @@
-"""The traced value: a tensor that stands for a value of a recording and answers what a tensor is
-asked.
+"""The traced value: a tensor that stands for a value of a recording and answers questions about
+it.
 
-It knows its signature and its number in the recording and has no data. What C++ autograd records
-where a parameter meets a traced value is dropped unused."""
+It knows its signature and its number in the recording and has no data. If a parameter meets a
+traced value, C++ autograd records too; that history is dropped unused.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +24,7 @@ from .shapes.sig import Sig
 if TYPE_CHECKING:
     from .tracer import Trace
 
-#: the functions of layers above for traced values, by name; filled by
-#: :func:`aotfunc.capture.patches.install`
+#: name -> function of a higher layer; filled by :func:`aotfunc.capture.patches.install`
 HOOKS: dict[str, Callable] = {}
 
 
@@ -44,14 +44,15 @@ def current() -> Trace | None:
 
 
 def around(trace: Trace) -> list[Trace]:
-    """Return the recordings around this one, the outermost first; around one that is over, all."""
+    """Return the recordings around this one, outermost first; all that are under way if it is
+    over."""
     traces = under_way.traces
     return traces[: traces.index(trace)] if trace in traces else list(traces)
 
 
 @contextmanager
 def no_recording() -> Iterator[None]:
-    """Let no recording be under way in this thread inside the block."""
+    """Hide the recordings under way in this thread inside the block."""
     traces, under_way.traces = under_way.traces, []
     try:
         yield
@@ -72,8 +73,8 @@ class Traced(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """Run an op outside of every recording: a value leaked. It has data if its recording can
-        be run."""
+        """Run an op on a value that leaked from its recording. It has data if the recording can
+        run."""
         from torch.utils._pytree import tree_map_only
 
         args, kwargs = tree_map_only(Traced, lambda x: x.tracer.value(x), (args, kwargs or {}))
@@ -86,7 +87,7 @@ class Traced(Tensor):
         trace = current()
         if trace is None or trace is self.tracer or (ref := trace.seen_as(self)) is None:
             return self.tracer.autograd.requires_grad(self)
-        return trace.autograd.requires_grad(self, ref)  # it may have been written to in here
+        return trace.autograd.requires_grad(self, ref)  # this recording may have written to it
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
@@ -100,7 +101,7 @@ class Traced(Tensor):
         self.tracer.autograd.mark_leaf(self, requires_grad)
         return self
 
-    def detach_(self) -> Tensor:  # autograd answers this one itself: it would never be recorded
+    def detach_(self) -> Tensor:  # autograd's own answer is not recorded
         self.ref = self.detach().ref
         return self
 
@@ -143,16 +144,16 @@ class Traced(Tensor):
         HOOKS["give_memory"](self, value)
 
     def is_conj(self) -> bool:
-        """Return what eager would, though a traced conjugate is computed at once."""
+        """Return eager's answer, though a traced conjugate is computed at once."""
         return self.is_complex() and self.tracer.conjugated(self.ref)
 
     def resolve_conj(self) -> Tensor:
-        """Return a copy where eager has a conjugate view, whose bit it would resolve."""
+        """Return a copy if eager has a conjugate view, whose bit it would resolve."""
         return self.clone() if self.tracer.conjugated(self.ref) else self
 
     def as_subclass(self, cls: type) -> Tensor:  # type: ignore[override]
-        """Return a plain-tensor answer: a traced value stands for an instance of a subclass that
-        changes nothing."""
+        """Return a plain tensor: a traced value stands for an instance of a subclass that changes
+        nothing."""
         if only_adds(cls):
             return self
         raise CaptureError(
@@ -201,11 +202,11 @@ class Traced(Tensor):
         value = _live(self)
         with quiet():
             array = torch._C.TensorBase.numpy(value, force=True)
-        array.flags.writeable = False  # what is written there would not be in the recording
+        array.flags.writeable = False  # no recording would see writes through it
         return array
 
     def check_numpy(self) -> None:
-        """Refuse ``.numpy()`` where it would cut a derivative without a word."""
+        """Refuse ``.numpy()`` if it would cut a derivative silently."""
         if self.requires_grad:
             raise CaptureError(
                 "a value that is being differentiated was turned into a numpy "
@@ -259,7 +260,7 @@ class Traced(Tensor):
         return memo[id(self)]
 
     def __copy__(self) -> Tensor:
-        """Return another tensor of the same memory: a leaf, as in eager."""
+        """Return another tensor object for the same memory, a leaf as in eager."""
         if self.requires_grad:
             raise CaptureError(
                 f"copy.copy of a value that requires grad{at(debug.user_line())}; clone() it, or "
@@ -268,8 +269,8 @@ class Traced(Tensor):
         return self.detach()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle a value that depends on no differentiated or batched input, where a function runs
-        once."""
+        """Pickle the value if it depends on no differentiated or batched input and the function
+        runs once."""
         value = (
             self.tracer.known_value(self)
             if self.tracer.may_ask_constants and not self.requires_grad
@@ -283,12 +284,12 @@ class Traced(Tensor):
             return value.__reduce_ex__(protocol)
 
 
-#: facts that a traced value knows of itself
+#: attributes that a traced value itself answers
 _OWN = frozenset({"tracer", "ref", "sig", "_grad"})
 
 
 def attributes(t: Tensor) -> dict[str, Any]:
-    """Return the attributes that a tensor was given in Python."""
+    """Return the attributes that Python code has set on a tensor."""
     given = t.__dict__
     if t.__class__ is Traced:
         return {k: v for k, v in given.items() if k != "_grad"}
@@ -301,8 +302,8 @@ def attributes(t: Tensor) -> dict[str, Any]:
 
 
 class GradFn:
-    """The ``grad_fn`` of a traced value: a sign that there is one. Its graph does not exist yet,
-    so it cannot be walked or hooked."""
+    """The ``grad_fn`` of a traced value, which says only that there is one: its graph does not
+    exist yet, so it cannot be walked or hooked."""
 
     def name(self) -> str:
         return "traced"
@@ -336,7 +337,7 @@ def check_leak(t: Traced) -> None:
 
 
 def only_adds(cls: type) -> bool:
-    """Return whether a subclass of Tensor adds to what a tensor is, and changes nothing of it."""
+    """Return whether a subclass of Tensor adds attributes or methods and overrides none."""
     added = (set(vars(c)) for c in cls.__mro__ if issubclass(c, Tensor) and c is not Tensor)
     return all(name in _HARMLESS or not hasattr(Tensor, name) for names in added for name in names)
 
@@ -358,8 +359,8 @@ _HARMLESS = frozenset(
 
 
 def as_if_outside() -> Any:
-    """Restore dispatch as outside of ops: within one, autograd and batching are switched off,
-    which rules rely on."""
+    """Restore dispatch as it is outside of ops: inside one, autograd and batching are off, which
+    rules rely on."""
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _EXCLUDED)
 
 
@@ -368,7 +369,7 @@ _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Set the recording aside, and all modes that recorded programs have been through."""
+    """Set the recording aside, and all modes, which recorded programs have been through."""
     under_way.quiet += 1
     try:
         with torch._C._DisableTorchDispatch(), without_modes():

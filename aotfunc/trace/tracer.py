@@ -1,8 +1,9 @@
-"""Run a Python function on traced values and keep a flat list of the aten ops it met.
+"""Run a Python function on traced values and keep a flat list of the aten ops that it calls.
 
-Ops are recorded as they come, in-place ones and views too; :mod:`.functionalize` makes a graph of
-them. What autograd would hide from us (no_grad regions, ``.data``, ``requires_grad``, hooks) is
-written down on the way: see :mod:`.autograd`, :mod:`.outside` and :mod:`~aotfunc.capture.patches`.
+Ops are recorded in order, in-place ones and views too; :mod:`.functionalize` makes a graph of
+them. What autograd hides from a dispatch mode (no_grad regions, ``.data``, ``requires_grad``,
+hooks) is written down on the way: see :mod:`.autograd`, :mod:`.outside` and
+:mod:`~aotfunc.capture.patches`.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ _default_dtype = torch.get_default_dtype
 class Trace(Answering, TorchDispatchMode):
     """One recording: PyTorch hands it every op while it is entered."""
 
-    supports_higher_order_operators = True  # so that they come here, to be refused in words
+    supports_higher_order_operators = True  # they come here, to be refused
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else every dispatch is wrapped in a Dynamo guard
+        return False  # without it each dispatch enters a Dynamo guard
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
         if func.__class__ is not OpOverload:
@@ -147,8 +148,8 @@ class Trace(Answering, TorchDispatchMode):
 
     def direct(self, key: tuple, refs: tuple[int, ...], number: float | None = None) -> Any:
         """Record an op that makes one new tensor and is known by its key, as
-        :meth:`__torch_dispatch__` would, with a number as the last of its arguments; return None
-        for any other op."""
+        :meth:`__torch_dispatch__` would, with a number as its last argument. Return None for any
+        other op."""
         instr = interned(key)
         if instr is None or not instr.simple or key[-1][0] is not self.dtype:
             return None
@@ -174,8 +175,7 @@ class Trace(Answering, TorchDispatchMode):
         return sink
 
     def _with_dtype(self, instr: Instr, types: Any, args: tuple, kwargs: dict) -> Any:
-        """Give an op the default dtype that ``f`` has set, as its program does not run under
-        it."""
+        """Give an op the default dtype that ``f`` has set: its program runs under another one."""
         if "dtype" not in instr.facts.names:
             raise CaptureError(
                 f"the dtype of {instr.op}'s result is the default dtype, which is another one "
@@ -187,7 +187,7 @@ class Trace(Answering, TorchDispatchMode):
         )
 
     def _followed(self, args: tuple, kwargs: dict | None, lifts: bool) -> tuple:
-        """Return an op's arguments with plain numbers, and the expression that is to be an
+        """Return an op's arguments with plain numbers, and the expression that becomes an
         input."""
         found = [*expressions_in(args), *(expressions_in(kwargs) if kwargs else ())]
         if not found:
@@ -231,7 +231,7 @@ class Trace(Answering, TorchDispatchMode):
             self.opened = opened
 
     def wrap(self, outs: Any, facts: Any = None) -> Any:
-        """Make traced values for signatures, in the same structure."""
+        """Return traced values for signatures, in the same structure."""
         if outs.__class__ is Sig:
             return self.new(outs)
         if isinstance(outs, tuple):
@@ -257,7 +257,7 @@ class Trace(Answering, TorchDispatchMode):
         return results if _tangents_enabled() else self.without_tangents(results)
 
     def without_tangents(self, results: Any) -> Any:
-        """Return the results of an op, with forward-mode derivatives switched off."""
+        """Return the results of an op that ran with forward-mode derivatives off."""
         if isinstance(results, tuple | list):
             return type(results)(map(self.without_tangents, results))
         if results.__class__ is not Traced or not results.sig.differentiable:
@@ -268,14 +268,14 @@ class Trace(Answering, TorchDispatchMode):
         return self.note(instr, (results.ref,))
 
     def note(self, instr: Instr, refs: tuple[int, ...]) -> Any:
-        """Record an op that the recording answers itself, and return its results."""
+        """Record an op that the recording itself answers, and return its results."""
         self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
         return self.wrap(instr.outs, instr.facts)
 
 
 def of_objects(trace: Trace, func: Any, args: tuple) -> Any:
-    """Return the result of an operator that takes other objects: the end of a profiler's named
-    range, which is over with the capture, or a collective. Other such operators are refused."""
+    """Return the result of an operator on other objects: the end of a profiler's named range,
+    which ends with the capture, or a collective. Refuse other such operators."""
     space = getattr(func, "namespace", None)
     if space == "profiler":
         return func(*args)
@@ -285,7 +285,7 @@ def of_objects(trace: Trace, func: Any, args: tuple) -> Any:
 
 
 def on_functions(name: str) -> CaptureError:
-    """Return the refusal of an operator that takes functions: flex_attention, …"""
+    """Return the error for an operator that takes functions, such as flex_attention."""
     return CaptureError(
         f"{name} calls functions that are given to it, which is not "
         f"captured{at(debug.user_line())}. Write it with aotfunc.cond, scan or while_loop, or "

@@ -1,7 +1,8 @@
-"""Find the node that is the value of each recorded tensor, through writes and views.
+"""Find the node that holds the value of each recorded tensor, through writes and views.
 
 A write to a view (see :mod:`.storages`) computes the storage's new value through the inverses of
-the view's chain; a read through another view replays that view's chain on the current value."""
+the view's chain; a read through another view replays that view's chain on the current value.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ aten = torch.ops.aten
 
 
 class ValueNodes:
-    """The node of each value of one recording, as its graph is built. Recorded steps of other
-    layers use ``read`` and ``write``."""
+    """The node of each value of one recording, while its graph is built. Steps of other layers
+    call ``read`` and ``write``."""
 
     def __init__(
         self,
@@ -45,13 +46,13 @@ class ValueNodes:
         self.env: dict[int, Any] = {
             FIRST - i: numbers.get(i, x) for i, x in enumerate(trace.numbers)
         }
-        #: a view that was written, and a copy, are the written value; other views are read from
-        #: the memory they show
+        #: a written view, and a copy, are the written value; other views are read from the memory
+        #: they show
         self.direct = True
         #: made under no_grad, and how it is read where gradients are on
         self.cut: dict[int, OpOverload] = {}
-        self.cuts: dict[tuple, Node] = {}  # and one node each for that
-        self.snapshots: list[list[Node]] = []  # arguments of the custom functions under way
+        self.cuts: dict[tuple, Node] = {}  # one cut node for each
+        self.snapshots: list[list[Node]] = []  # arguments of the custom functions being recorded
         self.placeholders = list(inputs)
         refs = trace.given_refs()
         self.mutates = trace.mutates
@@ -68,7 +69,7 @@ class ValueNodes:
             groups.setdefault(place.group, []).append(i)
         written = self.trace.roots().written
         for members in groups.values():
-            if not any(refs[i] in written for i in members):  # only read: each stands for itself
+            if not any(refs[i] in written for i in members):  # no write: no shared storage
                 for i in members:
                     self.env[refs[i]] = View(Storage(self.placeholders[i], refs[i]))
                 continue
@@ -96,7 +97,7 @@ class ValueNodes:
         chains = {i: covered(sigs, places, base, i) for i in mine}
         first = base if base in mine else max(mine, key=lambda i: sigs[i].numel)
         node = self.placeholders[first]
-        for link in chains[first]:  # what else the memory holds has no derivative here
+        for link in chains[first]:  # the memory around the inputs has no derivative here
             node = inverse(self.b, link, self.detached(self.placeholders[base]), node)
         storage = Storage(node, refs[first], memory=memory)
         storage.chain = chains[first]
@@ -108,8 +109,8 @@ class ValueNodes:
         return storage.memory
 
     def read(self, ref: int, grad: bool = True) -> Node:
-        """Return the current value of a tensor; cut off if it was made under no_grad and is read
-        where gradients are on."""
+        """Return the current value of a tensor, cut off if it was made under no_grad and is read
+        with gradients on."""
         view = self.env[ref]
         if view.__class__ is View:
             storage = view.storage
@@ -128,8 +129,8 @@ class ValueNodes:
         return node if how is None else self.detached(node, how)
 
     def current(self, storage: Storage) -> Node:
-        """Return the value of a storage; where the memory was written through another one, the
-        derivative stays."""
+        """Return the value of a storage, with its own derivative even if another storage wrote the
+        memory."""
         memory = storage.memory
         if storage.version != memory.version:
             new = memory.writer.node
@@ -142,7 +143,7 @@ class ValueNodes:
         return storage.node
 
     def became(self, storage: Storage, node: Node) -> None:
-        """Give the storage, and its memory, another value from here on."""
+        """Give the storage, and its memory, the new value ``node``."""
         memory = storage.memory
         memory.version, memory.writer = memory.version + 1, storage
         storage.node, storage.version, storage.written = node, memory.version, True
@@ -158,7 +159,8 @@ class ValueNodes:
     def seen(
         self, base: View, op: OpOverload, args: tuple, kwargs: dict, index: int | None, sig: Sig
     ) -> View:
-        """Return a tensor seen through a view op, or one that became what the op shows of it."""
+        """Return the view of ``base`` by a view op, or ``base`` after an op reshaped it in
+        place."""
         if op in (aten.as_strided.default, aten.resize.default):
             return View(base.storage, restrided(base.storage.sig, base.chain, sig))
         return self.through(base, linked(base.sig, op, args, kwargs, index, sig))
@@ -171,8 +173,8 @@ class ValueNodes:
         return self.read(ref)
 
     def memory(self, ref: int) -> Node:
-        """Return the current value of all the memory that a value was made with (a computed value
-        has its own)."""
+        """Return the current value of the memory that a value was made with (a computed value has
+        its own)."""
         view = self.env[ref]
         node = view
         if view.__class__ is View:
@@ -189,7 +191,7 @@ class ValueNodes:
         return self.cuts[node, how]
 
     def bind(self, node: Node, grad: bool, how: OpOverload = aten.detach.default) -> int:
-        """Give the next result of the recording its value."""
+        """Make ``node`` the value of the recording's next result."""
         ref = self.number
         self.number += 1
         cut = not grad and node.meta["val"].differentiable
@@ -199,7 +201,8 @@ class ValueNodes:
         return ref
 
     def how_cut(self, instr: Instr, refs: Sequence[int]) -> OpOverload:
-        """Return how the results of an op under no_grad are read where gradients are on."""
+        """Return the op that cuts results made under no_grad if they are read with gradients
+        on."""
         if instr.facts.view_of is None or instr.op is aten.detach.default:
             return aten.detach.default
         return self.cut.get(refs[0], dead_end)
@@ -213,8 +216,7 @@ class ValueNodes:
         self.env[ref].version = view.storage.memory.version
 
     def write(self, ref: int, new: Node, grad: bool = True, line: Line | None = None) -> None:
-        """Replace the value of a tensor, and with it that of every tensor which shares its
-        storage."""
+        """Replace the value of a tensor, and so of every tensor that shares its storage."""
         view = self.env[ref]
         target = view.sig
         if overlaps_itself(target):
@@ -224,7 +226,7 @@ class ValueNodes:
             )
         new = self.fitted(new, target)
         storage = view.storage
-        if grad and storage.cut:  # from here on it carries a derivative: that of what is written
+        if grad and storage.cut:  # it now carries the derivative of the written value
             self.became(storage, self.detached(self.current(storage)))
             storage.cut = False
             self.cut = {
@@ -244,7 +246,7 @@ class ValueNodes:
             view.node, view.version = new, storage.version
 
     def fitted(self, node: Node, sig: Sig) -> Node:
-        """Cast and expand a value as a write into a tensor of this signature does."""
+        """Return a value cast and expanded as for a write into a tensor of this signature."""
         val: Sig = node.meta["val"]
         if val.dtype is not sig.dtype or val.device != sig.device:
             node = self.b.call(aten._to_copy.default, node, dtype=sig.dtype, device=sig.device)
@@ -257,8 +259,8 @@ class ValueNodes:
         return node
 
     def mutated(self) -> list[tuple[int, Node]]:
-        """Return inputs and lifted tensors that were written: ``(placeholder index, final
-        value)``."""
+        """Return ``(placeholder index, final value)`` of the inputs and lifted tensors that were
+        written."""
         if not self.mutates:
             return []
         found = []

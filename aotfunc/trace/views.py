@@ -27,7 +27,7 @@ _library.impl(
 )
 narrow_at = torch.ops.aotfunc.narrow_at.default
 
-#: views of a recording that graphs compute
+#: views of a recording that are copies in a graph
 COMPUTED = (aten._conj.default, narrow_at)
 
 
@@ -49,7 +49,7 @@ def replay_view(b: Builder, link: Link, node: Node) -> Node:
 
 
 def places(b: Builder, start: Node, length: int) -> Node:
-    """Return the indices from ``start`` on."""
+    """Return the indices ``start``, ``start + 1``, … as a node of ``length`` elements."""
     sig: Sig = start.meta["val"]
     if sig.dtype not in (torch.int64, torch.int32):
         start = b.call(aten._to_copy.default, start, dtype=torch.int64)
@@ -61,15 +61,15 @@ def places(b: Builder, start: Node, length: int) -> Node:
 def linked(
     base: Sig, op: OpOverload, args: tuple, kwargs: dict, index: int | None, val: Sig
 ) -> Link:
-    """Return a view op on a tensor of signature ``base`` as a link."""
+    """Return the link of a view op on a tensor of signature ``base``."""
     if op is aten.as_strided.default:
         return strided(base, val, val.offset - base.offset)
     return Link((op, args, kwargs, index, val))
 
 
 def restrided(base: Sig, chain: Sequence[Link], val: Sig) -> tuple[Link, ...]:
-    """Return the chain of a tensor that counts in the memory of the storage ``base``, whatever it
-    was taken from."""
+    """Return the chain to a tensor whose offset counts from the storage ``base``, independent of
+    the tensor it was taken from."""
     if val.dtype is not base.dtype or any(
         link[0] in (*COMPUTED, aten._neg_view.default) for link in chain
     ):
@@ -84,7 +84,8 @@ def restrided(base: Sig, chain: Sequence[Link], val: Sig) -> tuple[Link, ...]:
 
 
 def strided(base: Sig, val: Sig, start: int) -> Link:
-    """Return a view of the memory of ``base``, from an element counted from its first one on."""
+    """Return the link to a view of the memory of ``base`` that begins ``start`` elements after its
+    first one."""
     return Link(
         (
             aten.as_strided.default,
@@ -97,8 +98,8 @@ def strided(base: Sig, val: Sig, start: int) -> Link:
 
 
 def in_memory(b: Builder, node: Node, args: tuple) -> tuple[Node, tuple]:
-    """Return ``as_strided``'s arguments for a value with the layout that the link counts in,
-    copied into it if need be."""
+    """Return ``as_strided``'s arguments for a value; copy it if it does not have the layout that
+    the link counts in."""
     size, stride, start, layout = args
     if node.meta["val"].stride != layout:
         node = b.call(aten.clone.default, node, memory_format=torch.contiguous_format)
@@ -122,8 +123,7 @@ def inverse(b: Builder, link: Link, base: Node, new: Node) -> Node:
 
 
 def scatter_through(b: Builder, link: Link, base: Node, new: Node) -> Node:
-    """Invert any view at all: look through it at the numbers of the elements, and put the new
-    values there."""
+    """Invert any view: look through it at the elements' numbers, and put the new values there."""
     sig: Sig = base.meta["val"]
     numbers = b.call(aten.arange.default, sig.numel, device=sig.device)
     where = replay_view(b, link, b.call(aten.view.default, numbers, list(sig.shape)))
@@ -217,8 +217,9 @@ INVERSES: dict[OpOverload, Any] = {
 
 
 def laid_out(b: Builder, x: Node, sig: Sig, exactly: bool = False) -> Node:
-    """Return ``x`` with its dimensions in memory in the order of ``sig``: what that views can be
-    viewed; ``exactly``: with the strides of a dense ``sig``, those of dimensions of size 1 too."""
+    """Return ``x`` with its dimensions in memory in the order of ``sig``, so that a view of
+    ``sig`` is possible; ``exactly``: with the strides of a dense ``sig``, dimensions of size 1
+    included."""
     val = x.meta["val"]
     if val.stride == sig.stride:
         return x

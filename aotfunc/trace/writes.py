@@ -1,4 +1,4 @@
-"""Functional forms of ops that write."""
+"""Find functional forms of ops that write."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _filled_diagonal(b: Builder, x: Node, value: Any, wrap: bool = False) -> Nod
 
 
 def _drawn_in_place(b: Builder, x: Node, p: float = 0.5, generator: Any = None) -> Node:
-    """Draw in place in the order of memory; the functional op draws in that of the dimensions."""
+    """Draw in memory order, as in place; the functional op draws in the order of dimensions."""
     sig = x.meta["val"]
     order = sorted(range(sig.ndim), key=lambda d: (-sig.stride[d], sig.shape[d] == 1))
     if order == sorted(order):
@@ -44,7 +44,7 @@ def _drawn_in_place(b: Builder, x: Node, p: float = 0.5, generator: Any = None) 
 
 
 def _integers(b: Builder, x: Node, low: int, high: int | None, generator: Any = None) -> Node:
-    """Return the op's twin for ``random.from``, whose name is no Python."""
+    """Call ``random.from``, whose name is a keyword of Python."""
     if high is None:
         return b.call(getattr(aten.random, "from"), x, low, high, generator=generator)
     if generator is None:
@@ -57,7 +57,7 @@ def _eye(b: Builder, n: int, m: int | None = None, *, out: Node) -> Node:
     return b.call(aten.eye.m, n, n if m is None else m, dtype=sig.dtype, device=sig.device)
 
 
-#: in-place ops whose functional form has another name
+#: in-place op -> its functional form, if that has another name
 WRITES: dict[OpOverload, Any] = {
     aten.copy_.default: lambda b, x, source, non_blocking=False: source,
     aten.eye.out: _eye,
@@ -79,8 +79,8 @@ WRITES: dict[OpOverload, Any] = {
 
 @cache
 def twin_of(op: OpOverload) -> OpOverload | None:
-    """Return the overload that returns what ``op`` writes: same arguments, without the trailing
-    underscore or the ``out``s."""
+    """Return the overload that returns what ``op`` writes: it has the same arguments but the
+    ``out``s, and no trailing underscore."""
     if op in (aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default):
         return aten.rrelu_with_noise_functional.default
     name = op._schema.name.split("::")[1]

@@ -1,2 +1,1 @@
-"""Results of ops, told without running them: signatures, own shape rules, kernels on meta
-tensors."""
+"""Infer results of ops without running them: signatures, shape rules, kernels on meta tensors."""

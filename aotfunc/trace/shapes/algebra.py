@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 
 def like_strides(x: Sig, memory_format: Any = None) -> tuple:
-    """Return strides of ``empty_like``."""
+    """Return the strides of ``empty_like``."""
     if memory_format in (None, torch.preserve_format):
         sure(1 not in x.shape or x.stride == contiguous_stride(x.shape))
         return result_strides(x.shape, (x,))
@@ -145,7 +145,7 @@ def _cumulate(x, dim, *, dtype=None):
 
 
 def reduced_shape(x: Sig, dims: Any, keepdim: bool = False) -> tuple:
-    """Return the shape that is left; all dimensions go if none is named."""
+    """Return the shape after a reduction over ``dims``; over all dimensions if none is named."""
     if dims is None or (isinstance(dims, list | tuple) and not dims):
         gone = set(range(x.ndim))
     else:
@@ -299,7 +299,7 @@ def _baddbmm(c, a, b, *, beta=1, alpha=1):
 
 
 def matrix_strides(shape: tuple, column_major: bool) -> tuple:
-    """Return strides of a batch of matrices that are contiguous by rows or by columns."""
+    """Return the strides of a batch of matrices that are contiguous by rows, or by columns."""
     batch, rows, columns = range(len(shape) - 2), len(shape) - 2, len(shape) - 1
     return ordered_strides(shape, (*batch, columns, rows) if column_major else range(len(shape)))
 
@@ -344,7 +344,7 @@ def _ldl_solve(factors, pivots, b, *, hermitian=False):
 
 @shape_rule(aten.linalg_lstsq)
 def _lstsq(a, b, rcond=None, *, driver=None):
-    """Compute shapes; residuals that depend on the rank are left out, see
+    """Infer all results but residuals that depend on the rank, see
     :mod:`aotfunc.trace.special`."""
     same_dtype(a, b)
     sure(a.device.type == "cpu" and a.ndim >= 2 and 0 not in a.shape and 0 not in b.shape)

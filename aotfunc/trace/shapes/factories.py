@@ -46,7 +46,7 @@ def _full(size, value, *, dtype=None, **options):
 
 @shape_rule(aten.scalar_tensor)
 def _scalar_tensor(value, *, dtype=None, **options):
-    with torch._C._DisableTorchDispatch():  # it may refuse the number
+    with torch._C._DisableTorchDispatch():  # the kernel may refuse the number
         made = aten.scalar_tensor.default(value, dtype=dtype)
     return created((), dtype=made.dtype, **options)
 
@@ -100,7 +100,7 @@ def _eye_m(n, m, **options):
 
 
 def below(row: int, column: int, offset: int) -> int:
-    """Return how many places of a matrix lie on or below a diagonal."""
+    """Return how many elements of a matrix lie on or below a diagonal."""
     sure(row >= 0 and column >= 0)
     return sum(min(max(i + offset + 1, 0), column) for i in range(row))
 

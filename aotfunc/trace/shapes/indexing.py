@@ -15,8 +15,8 @@ aten = torch.ops.aten
 
 
 def contiguous_joined(parts):
-    """Decline unless the joined (shape, stride)s are surely contiguous: if all are channels-last,
-    so is the result."""
+    """Decline unless a join of these (shape, stride)s is surely contiguous: if all are
+    channels-last, so is the result."""
     shape, _ = parts[0]
     sure(
         len(shape) not in (4, 5)
@@ -139,7 +139,7 @@ def _index_put(x, indices, values, accumulate=False):
 
 
 def fitting_masks(x: Sig, indices: Sequence[Sig | None]) -> bool:
-    """Return whether there are masks among the indices; declines unless they fit."""
+    """Return whether there are masks among the indices. Decline masks of other shapes."""
     masks, d = False, 0
     for i in indices:
         if i is not None and i.dtype is torch.bool:

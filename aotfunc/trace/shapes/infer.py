@@ -1,5 +1,6 @@
-"""The signatures of an op's results for given signatures: by our own rule, else PyTorch's kernel
-on meta tensors, else a run on zeros."""
+"""Infer the signatures of an op's results: by our rule, else by PyTorch's kernel on meta tensors,
+else by a run on zeros.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +22,10 @@ aten = torch.ops.aten
 _deterministic = torch._C._get_deterministic_algorithms
 
 
-#: the signatures of results of ops that are only recorded, and never run
+#: ops that are only recorded, never run -> their result signatures
 TOLD: dict[OpOverload, Callable] = {}
 
-#: ops that fill with a number, and its place among their arguments
+#: op that fills with a number -> that argument's position
 FILLS: dict[OpOverload, int] = {
     **dict.fromkeys((aten.full.default, aten.full_like.default, aten.fill_diagonal_.default), 1),
     **dict.fromkeys((aten.fill.Scalar, aten.fill_.Scalar), 1),
@@ -36,7 +37,7 @@ FILLS: dict[OpOverload, int] = {
 
 
 def infer(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """Return the signatures of the outputs: by our own rule, else as PyTorch says."""
+    """Return the signatures of the results: by our rule, else by PyTorch's kernel."""
     from .rules import by_rule
 
     if (told := TOLD.get(op)) is not None:
@@ -57,8 +58,8 @@ def check_filling(value: Any, dtype: torch.dtype) -> None:
 
 
 def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """Return the signatures of the outputs, from the op's meta kernel; from a run on zeros where
-    it has none, does not know the layout, or would have to import half of PyTorch."""
+    """Return the signatures of the results by the op's meta kernel; by a run on zeros if it has
+    none, does not know the layout, or would import half of PyTorch."""
     device = output_device(op, kwargs, sigs)
     args = tuple([no_generator(a) for a in args])
     kwargs = {k: no_generator(v) for k, v in kwargs.items()}
@@ -67,7 +68,7 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
             try:
                 return signatures(_on_zeros(op, args, kwargs, sigs), device)
             except (RuntimeError, IndexError):
-                pass  # zeros are no good argument for this op: let the meta kernel answer
+                pass  # the op refuses zeros: ask the meta kernel
         metas = [s.proto if Facts(op).pure else s.fresh() for s in sigs]
         try:
             outs = op(
@@ -80,22 +81,23 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
             missing = isinstance(e, NotImplementedError) or "fake impl" in str(e)
             if not missing and (Facts(op).dynamic or sum(s.numel for s in sigs) >= AFFORDABLE):
                 raise
-            # a run may take arguments that the meta kernel refuses; if not, the error is eager's
+            # try a run: it may take arguments that the meta kernel refuses; else its error is
+            # eager's
             outs = _on_zeros(op, args, kwargs, sigs)
     return signatures(outs, device)
 
 
 def no_generator(a: Any) -> Any:
-    """Draw nothing from the user's generator for a signature; some meta kernels take none."""
+    """Replace the user's generator by None: inference must not draw from it, and some meta kernels
+    take none."""
     return None if isinstance(a, torch.Generator) else a
 
 
-#: number of elements of zeros on which an op may be tried
+#: most elements of zeros on which an op is tried
 AFFORDABLE = 1 << 22
 
 
-#: ops whose results the device's kernel lays out, or leaves empty, in a way that no meta kernel
-#: knows
+#: ops whose results have strides, or are empty, as only the device's kernel knows
 DEVICE_DECIDES = (
     "linalg_",
     "_linalg_",
@@ -105,8 +107,8 @@ DEVICE_DECIDES = (
     "nonzero_static",
     "mkldnn_rnn_layer",
 ) + (("_embedding_bag", "_embedding_bag_forward_only"))
-#: zeros are indices out of bounds to them, or a failed assertion, which kernels on a GPU do not
-#: survive
+#: ops to which zeros are indices out of bounds, or a failed assertion, which kernels on a GPU do
+#: not survive
 NOT_OF_ZEROS = {
     "lu_unpack",
     "linalg_lu_solve",
@@ -117,7 +119,7 @@ NOT_OF_ZEROS = {
 
 
 def better_tried(op: OpOverload, sigs: tuple) -> bool:
-    """Return whether to ask the device's kernel, run on zeros, before the meta kernel. Meta
+    """Return whether to run the device's kernel on zeros before asking the meta kernel. Meta
     kernels often do not know which strides, empty statistics or dimensions a device gives its
     results; those written in Python import half of PyTorch."""
     name = plain_name(op)
@@ -135,7 +137,7 @@ def better_tried(op: OpOverload, sigs: tuple) -> bool:
 
 
 def by_values(op: OpOverload, sigs: tuple) -> bool:
-    """Return whether the result's shape depends on values, for arguments of these signatures: with
+    """Return whether the result's shape depends on values, given these signatures: with integer
     indices it does not."""
     masks = any(s.dtype in (torch.bool, torch.uint8) for s in sigs[1:])
     return Facts(op).dynamic and (op is not aten.index.Tensor or masks)
@@ -154,8 +156,8 @@ MADE_OF_SUCH = {
 
 @cache
 def python_meta(op: OpOverload) -> bool:
-    """Return whether the op's meta kernel is written in Python, or made of such: it imports sympy
-    and often Dynamo, seconds in a fresh process."""
+    """Return whether the op's meta kernel is written in Python, or composed of such kernels. It
+    imports sympy and often Dynamo, seconds in a fresh process."""
     if plain_name(op) in MADE_OF_SUCH:
         return True
     entries = torch._C._dispatch_dump(op.name()).splitlines()
@@ -172,7 +174,7 @@ def _on_meta(op: OpOverload) -> dict:
 
 
 def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """Run an op without a meta kernel once on zeros of the right shape, and keep the
+    """Run an op without a meta kernel once on zeros of these signatures; cache the result
     signatures."""
     if by_values(op, sigs):
         raise CaptureError(f"the shape of {op}'s result depends on the values of its arguments")
@@ -180,7 +182,7 @@ def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
     generators = device_generators()
     states = [g.get_state() for g in generators]
     try:
-        with torch.enable_grad():  # with what only a backward reads
+        with torch.enable_grad():  # with outputs that only a backward reads
             return op(*fill(args, real), **{k: fill(v, real) for k, v in kwargs.items()})
     finally:
         for g, state in zip(generators, states, strict=True):
@@ -188,14 +190,14 @@ def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
 
 
 def zeros_at(s: Sig) -> Tensor:
-    """Return zeros with this signature, the offset included."""
+    """Return zeros of this signature, offset included."""
     memory = torch.zeros(s.extent, dtype=s.dtype, device=s.device)
     return memory.as_strided(s.shape, s.stride, s.offset)
 
 
 def output_device(op: OpOverload, kwargs: dict, sigs: tuple) -> torch.device:
-    """Return the device of an op's results: the one asked for, or that of its tensors (0-dim CPU
-    tensors follow the others)."""
+    """Return the device of an op's results: its ``device`` argument, else that of its tensors
+    (0-dim CPU tensors follow the others)."""
     if plain_name(op) in MIXES:
         return sigs[0].device
     if (asked := kwargs.get("device")) is not None:
@@ -224,7 +226,7 @@ MIXES = frozenset(
 
 
 def check_devices(op: OpOverload, sigs: tuple) -> None:
-    """Refuse tensors on several devices, which some meta kernels do not look at; 0-dim CPU tensors
+    """Refuse tensors on several devices, which some meta kernels do not check; 0-dim CPU tensors
     go with any."""
     here = {s.device for s in sigs if s.shape or s.device.type != "cpu"}
     if len(here) > 1 and op.namespace == "aten" and plain_name(op) not in MIXES:
@@ -235,7 +237,7 @@ def check_devices(op: OpOverload, sigs: tuple) -> None:
 
 
 def signatures(outs: Any, device: torch.device | None = None) -> Any:
-    """Return a result with its tensors replaced by signatures; lists become tuples."""
+    """Return a result with signatures in place of tensors and tuples in place of lists."""
     if isinstance(outs, Tensor):
         return sig_of(outs, device)
     if isinstance(outs, list | tuple):

@@ -22,10 +22,12 @@ aten = torch.ops.aten
 
 
 class Instr:
-    """An op with its literals, argument signatures and result signatures, interned. ``anywhere``
-    is the Instr of the same call at the beginning of every storage, if that changes only the
-    signatures; ``number`` is the dtype with which a Python number among its arguments may be a
-    tensor; ``simple`` tells that it makes one new tensor and does nothing else."""
+    """An op with its literals, argument signatures and result signatures, interned.
+
+    ``anywhere`` is the Instr of the same call with every tensor at the beginning of its storage,
+    if that changes only the signatures; ``number`` is the dtype in which a Python number among its
+    arguments may be a tensor; ``simple`` says that it makes one new tensor and has no other
+    effect."""
 
     __slots__ = (
         *("op", "args", "kwargs", "sigs", "outs", "facts", "anywhere"),
@@ -65,12 +67,12 @@ SIMPLE = frozenset(
 
 
 def env_key() -> tuple:
-    """Return the global settings that shape inference depends on."""
+    """Return the global settings that inference depends on."""
     return (torch.get_default_dtype(), _deterministic())
 
 
 def encode(a: Any, key: list, sink: Any) -> Any:
-    """Append ``a`` to the key, tensors through ``sink(tensor) -> Sig``; return the template."""
+    """Append ``a`` to the key, each tensor as ``sink(tensor) -> Sig``. Return the template."""
     cls = a.__class__
     if cls in SIMPLE:
         key += (cls, a)
@@ -105,8 +107,8 @@ def encode(a: Any, key: list, sink: Any) -> Any:
 def intern(
     key: tuple, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, outs: Any = None
 ) -> Instr:
-    """Return the instruction for this key, made (its outputs inferred, unless given) if it is
-    new."""
+    """Return the instruction for this key; make a new one, with its outputs inferred unless
+    given."""
     facts, anywhere = Facts(op), None
     if any(s.offset for s in sigs) and not facts.strided and not facts.writes:
         there = tuple([k.start if k.__class__ is Sig else k for k in key])

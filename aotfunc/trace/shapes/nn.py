@@ -22,7 +22,7 @@ from .sig import Sig
 
 aten = torch.ops.aten
 
-#: the dtype that half precision is accumulated in
+#: dtype -> the dtype that its sums are accumulated in
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
@@ -60,8 +60,8 @@ def _log_sigmoid(x):
 
 @shape_rule(aten._ctc_loss.Tensor)
 def _ctc_loss(log_probs, targets, input_lengths, target_lengths, blank=0, zero_infinity=False):
-    """Return the signatures of the loss and its buffer; ``rules/ctc.py`` appends a target of
-    maximal length, and the buffer has that length."""
+    """Return the signatures of the loss and its buffer, which has room for the maximal target
+    length: ``rules/ctc.py`` appends a target of that length."""
     sure(log_probs.dtype.is_floating_point and log_probs.ndim == 3 and targets.ndim == 2)
     steps, n, _ = log_probs.shape
     sure(targets.shape[0] == input_lengths.numel == target_lengths.numel == n)
@@ -268,7 +268,7 @@ def _batch_norm(x, weight, bias, training, momentum, eps):
 @shape_rule(aten._native_batch_norm_legit_no_training)
 def _batch_norm_inference(x, weight, bias, mean, var, momentum, eps):
     _batch_norm_fits(x, weight, bias, mean, var)
-    sure(x.device.type == "cpu")  # elsewhere the unused statistics may have a shape
+    sure(x.device.type == "cpu")  # other devices may give the unused statistics a shape
     return (like(x), *[new(x, (0,))] * 2)
 
 

@@ -1,14 +1,14 @@
-"""Our own shape rules for the common algebra, so that no meta kernel has to run.
+"""Our shape rules for the common algebra, so that no meta kernel has to run.
 
 PyTorch's Python-written meta kernels import torch._dynamo and sympy on first use, seconds in a
 fresh process; a rule here is a few lines and imports nothing. A rule takes the op's arguments with
-signatures in place of tensors and answers exactly what the kernel would. What it is not sure of,
-invalid arguments included, it declines (:class:`Unsure`), and a kernel decides, see
-:func:`.infer.by_kernel`. Views and copies have no rules: their meta kernels are C++, exact and
-quick.
+signatures in place of tensors and gives the kernel's exact answer. It declines (:class:`Unsure`)
+if it is not sure, invalid arguments included; then a kernel decides, see :func:`.infer.by_kernel`.
+Views and copies have no rules: their meta kernels are C++, exact and quick.
 
-Pointwise ops need no rule each. Their result dtype is asked of the kernel itself, run on tensors
-without elements; shape and strides follow TensorIterator's rules."""
+Pointwise ops need no rule each. The kernel itself, run on tensors without elements, tells their
+result dtype; shape and strides follow TensorIterator's rules.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Unsure(Exception):
 
 
 def shape_rule(*ops: Any) -> Callable[[Callable], Callable]:
-    """Make a decorator: the function answers for these overloads (a packet stands for its
+    """Register the decorated function as the rule of these overloads (a packet means its
     ``default``)."""
 
     def register(f: Callable) -> Callable:
@@ -47,8 +47,8 @@ def shape_rule(*ops: Any) -> Callable[[Callable], Callable]:
 
 
 def by_rule(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """Return the signatures of what ``op`` returns (arguments as for :func:`.infer.infer`), or
-    NotImplemented."""
+    """Return the result signatures of ``op`` by its rule (arguments as for :func:`.infer.infer`),
+    or NotImplemented."""
     known = shape_rule_for(op)
     if known is None:
         return NotImplemented
@@ -61,7 +61,7 @@ def by_rule(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
 
 
 def sure(condition: Any) -> None:
-    """Decline unless this holds."""
+    """Decline unless ``condition`` holds."""
     if not condition:
         raise Unsure
 
@@ -85,19 +85,21 @@ def new(
 
 
 def sure_in_order(*sigs: Sig | None) -> None:
-    """Decline unless these are in natural order: contiguous, or expanded or sliced from such."""
+    """Decline unless dimensions lie in natural order: contiguous, or expanded or sliced from
+    that."""
     sure(all(s is None or ordinary(s) for s in sigs))
 
 
 def axis(dim: int, ndim: int) -> int:
-    """Return the dimension counted from the front; IndexError if there is no such."""
+    """Return the dimension counted from the front. Raises IndexError for one that does not
+    exist."""
     if not -max(ndim, 1) <= dim < max(ndim, 1):
         raise IndexError
     return dim % max(ndim, 1)
 
 
 def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape that these broadcast to."""
+    """Return the broadcast shape."""
     result = [1] * max(map(len, shapes), default=0)
     for shape in shapes:
         for i in range(1, len(shape) + 1):
@@ -130,8 +132,8 @@ def formatted(shape: tuple, memory_format: torch.memory_format) -> tuple:
 
 
 def in_order(sig: Sig, order: Sequence[int]) -> bool:
-    """Return whether the elements lie densely with the dimensions in this order (strides of size-1
-    dimensions are moot)."""
+    """Return whether the elements lie densely, with the dimensions in this order (strides of
+    dimensions of size 1 do not count)."""
     step = 1
     for d in reversed(order):
         n = sig.shape[d]
@@ -171,13 +173,13 @@ def result_strides(shape: tuple, operands: Sequence[Sig]) -> tuple:
 
 
 def ordinary(sig: Sig) -> bool:
-    """Return whether these are in natural order, dimensions of size 1 too, whose strides some
+    """Return whether dimensions lie in natural order, those of size 1 included, whose strides some
     kernels keep."""
     return sig.stride == contiguous_stride(sig.shape) or (1 not in sig.shape and natural(sig))
 
 
 def natural(sig: Sig) -> bool:
-    """Return whether the dimensions lie in memory in their own order, expanded ones aside."""
+    """Return whether the dimensions lie in memory in their own order, expanded ones ignored."""
     step, size = math.inf, 0
     for n, s in zip(sig.shape, sig.stride, strict=True):
         if s:
@@ -188,11 +190,11 @@ def natural(sig: Sig) -> bool:
 
 
 def memory_order(shape: tuple, operands: Sequence[Sig]) -> list[int]:
-    """Return the dimensions from outermost to innermost, as the operands' strides have them;
-    broadcast ones have no say.
+    """Return the dimensions from outermost to innermost, by the operands' strides; broadcast
+    dimensions do not count.
 
-    An insertion sort, because the comparison may be undecided: earlier operands come first, equal
-    strides go by size."""
+    This is an insertion sort, because the comparison may be undecided: earlier operands decide
+    first, equal strides go by size."""
     ndim = len(shape)
     strides = []
     for s in operands:
@@ -227,7 +229,7 @@ def memory_order(shape: tuple, operands: Sequence[Sig]) -> list[int]:
 
 # ----- pointwise ops -----------------------------------------------------------------------------
 
-#: pointwise, but without the tag
+#: pointwise ops without the tag
 UNTAGGED = {
     *(
         "elu_backward",
@@ -239,8 +241,8 @@ UNTAGGED = {
     *("softplus_backward", "softshrink_backward", "hardshrink_backward", "mish_backward"),
     *("hardswish", "complex", "polar", "rsub"),
 }
-#: pointwise, but composed of others on meta, and with strides by the rule only if all operands are
-#: in natural order
+#: pointwise ops that meta composes of others; their strides follow the rule only if all operands
+#: are in natural order
 COMPOSED = {
     *(
         "masked_fill",
@@ -262,7 +264,7 @@ COMPOSED = {
         "hardtanh_backward",
     ),
 }
-#: tagged, and yet left to others
+#: tagged ops that the rule does not cover
 LEFT_OUT = {
     "clone",
     "ldexp",
@@ -275,8 +277,8 @@ LEFT_OUT = {
 
 @cache
 def shape_rule_for(op: OpOverload) -> Callable | None:
-    """Return the written rule, or the common one of pointwise ops; for an op in place that of its
-    functional twin."""
+    """Return the op's own rule, or that of pointwise ops; an op in place has its functional
+    twin's."""
     # their rules register themselves
     from . import algebra, factories, indexing, nn, windows  # noqa: F401
 
@@ -299,14 +301,14 @@ def shape_rule_for(op: OpOverload) -> Callable | None:
 
 
 def takes(op: OpOverload) -> list[str]:
-    """Return the types of the overload's arguments, which tell `pow.Scalar` from what
-    `pow_.Scalar` computes."""
+    """Return the types of the overload's arguments: they distinguish the twin of ``pow_.Scalar``,
+    ``pow.Tensor_Scalar``, from ``pow.Scalar``."""
     return [str(a.type) for a in op._schema.arguments]
 
 
 def in_place(functional: Callable, x: Sig, *args: Any, **kwargs: Any) -> Sig:
-    """Return the signature of a write to ``x`` of the functional op's result; RuntimeError, as in
-    eager, for one that its dtype does not hold, which meta kernels take."""
+    """Return the signature of ``x`` after a write of the functional op's result. Raises eager's
+    RuntimeError for a result that the dtype of ``x`` does not hold; meta kernels take it."""
     out = functional(x, *args, **kwargs)
     if not torch.can_cast(out.dtype, x.dtype):
         raise RuntimeError(f"the result of {out.dtype} cannot be written to a {x.dtype}")
@@ -316,8 +318,8 @@ def in_place(functional: Callable, x: Sig, *args: Any, **kwargs: Any) -> Sig:
 
 @cache
 def probe(dtype: torch.dtype, dimensions: bool) -> Tensor:
-    """Return a tensor that asks a kernel for its result dtype: with dimensions and without
-    elements, or a single number."""
+    """Return a tensor without elements, or a single number, to ask a kernel for its result
+    dtype."""
     with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch():  # wrapped by no mode
         return (
             torch.empty(0, dtype=dtype, device="cpu")
@@ -327,7 +329,7 @@ def probe(dtype: torch.dtype, dimensions: bool) -> Tensor:
 
 
 def pointwise_shape(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
-    """Return the signatures of the results of a pointwise op, by the rule for all of them."""
+    """Return the result signatures of a pointwise op, by the rule for all of them."""
     operands = [a for a in (*args, *kwargs.values()) if a.__class__ is Sig]
     sure(operands and not any(isinstance(a, list | tuple) for a in args))
     outs = results_of_probes(op, args, kwargs)
@@ -345,8 +347,8 @@ def pointwise_shape(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
 
 
 def results_of_probes(op: OpOverload, args: tuple, kwargs: dict) -> Any:
-    """Return what a pointwise op makes of probes, or the error of its kernel: it refuses numbers,
-    as ``alpha=True``, that meta kernels and kernels of other backends take."""
+    """Run a pointwise op on probes and return the results or the kernel's error. It refuses
+    numbers, as ``alpha=True``, that meta kernels and other backends' kernels take."""
 
     def asking(a: Any) -> Any:
         return probe(a.dtype, bool(a.shape)) if a.__class__ is Sig else a
@@ -354,5 +356,5 @@ def results_of_probes(op: OpOverload, args: tuple, kwargs: dict) -> Any:
     with torch._C._DisableTorchDispatch(), torch._C._DisableAutocast():
         try:
             return op(*map(asking, args), **{k: asking(v) for k, v in kwargs.items()})
-        except NotImplementedError:  # for this dtype on the CPU
+        except NotImplementedError:  # no CPU kernel has this dtype
             raise Unsure from None

@@ -1,4 +1,4 @@
-"""Signatures: the facts of a tensor without its values, and the facts of an op's schema.
+"""Signatures, which describe a tensor without its values, and the facts of an op's schema.
 
 A tensor's signature (:class:`Sig`) is interned, so that signatures compare and hash by identity.
 """
@@ -61,7 +61,8 @@ class Sig:
 
     @property
     def extent(self) -> int:
-        """Return how many elements of the storage it reaches."""
+        """Return the number of storage elements from the storage's beginning to the tensor's
+        end."""
         return self.offset + reach(self.shape, self.stride)
 
     @property
@@ -74,11 +75,11 @@ class Sig:
 
     @property
     def start(self) -> Sig:
-        """Return the same signature at the beginning of a storage."""
+        """Return the same signature at storage offset 0."""
         return self.moved(-self.offset)
 
     def moved(self, by: int) -> Sig:
-        """Return the same signature, so many elements further on."""
+        """Return the same signature, ``by`` elements further on in the storage."""
         return (
             make_sig(self.shape, self.stride, self.dtype, self.device, self.offset + by)
             if by
@@ -102,7 +103,8 @@ def contiguous_stride(shape: tuple) -> tuple:
     return tuple(reversed(strides))
 
 
-#: two equal signatures differ after one was forgotten: caches and rewritings then miss
+#: bounded: after one was forgotten, two equal signatures may differ; caches and rewritings then
+#: miss
 _sigs = Cache(1 << 14)
 
 
@@ -119,8 +121,8 @@ def make_sig(
 
 
 def sig_of(t: Tensor, device: torch.device | None = None) -> Sig:
-    """Return the signature of a tensor (``device`` overrides: a meta tensor stands for one of that
-    device)."""
+    """Return the signature of a tensor; ``device`` overrides its own, as a meta tensor stands for
+    one of that device."""
     if t.layout is not torch.strided or t.is_quantized:
         raise CaptureError(
             f"only dense tensors can be captured, not one with layout {t.layout} and dtype "
@@ -135,7 +137,7 @@ def floating(x: Any) -> bool:
 
 
 class Slot(int):
-    """The place of the i-th tensor in an instruction's argument template."""
+    """The position of the i-th tensor in an instruction's argument template."""
 
     def __repr__(self) -> str:
         return f"%{int(self)}"
@@ -150,7 +152,7 @@ UNTRACKED = frozenset(
 
 @cache
 class Facts:
-    """What an overload's schema and tags say: which arguments it writes, what its returns alias,
+    """The schema and tags of an overload: which arguments it writes, which its returns alias,
     whether it draws."""
 
     def __init__(self, op: OpOverload) -> None:
@@ -182,7 +184,7 @@ class Facts:
         ]
         #: the argument that the returns are views of, or None
         self.view_of: int | None = None
-        # a constant made inside is new on every run
+        # aten.lift_fresh makes a new constant on every run
         if views and op is not aten.lift_fresh.default:
             shared = views[0].before_set
             self.view_of = next(
@@ -200,20 +202,19 @@ class Facts:
             torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags
         )
         self.accumulates = op in (torch.ops.aten.add_.Tensor, torch.ops.aten.sub_.Tensor)
-        #: counts from where the storage begins, not from where its argument does
+        #: its offset counts from the storage, not from its argument
         self.strided = "as_strided" in op._schema.name
         self.pure = not (self.writes or self.strided) and self.view_of is None
-        #: makes a tensor of no other's values: it may be told to require grad
-        #: (`requires_grad=True`)
+        #: a factory: its result may be told to require grad (`requires_grad=True`)
         self.factory = "pin_memory" in self.names or op is aten.lift_fresh.default
-        #: its floating results do not require grad, says autograd
+        #: autograd lets no floating result of it require grad
         self.untracked = schema.name in UNTRACKED
         self.returns_tensors = all("Tensor" in str(r.type) for r in returns)
         self.effect = (not returns and not written) or op.namespace == "aotfunc_effect"
 
 
 def moved_by(outs: Any, by: int) -> Any:
-    """Return the same views of a tensor that lies so many elements further on."""
+    """Return view signatures moved ``by`` elements further on."""
     return outs.moved(by) if outs.__class__ is Sig else tuple([moved_by(o, by) for o in outs])
 
 

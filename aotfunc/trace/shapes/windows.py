@@ -22,7 +22,7 @@ def per_dim(values: Sequence[int], n: int) -> list[int]:
 @shape_rule(aten.convolution)
 def _convolution(x, w, bias, stride, padding, dilation, transposed, output_padding, groups):
     n = x.ndim - 2
-    sure_in_order(x, w)  # for other layouts the device's kernel decides the result's
+    sure_in_order(x, w)  # other layouts: the device's kernel decides
     same_dtype(x, w, *([] if bias is None else [bias]))
     sure(
         n in (1, 2, 3)
