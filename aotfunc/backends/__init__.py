@@ -17,14 +17,13 @@ class Backend:
 
     ``compile(gm, example_inputs) -> callable`` gets a ``torch.fx.GraphModule`` of functional aten
     ops whose nodes have FakeTensors in ``meta["val"]``, and the tensors of the first call,
-    detached; what it returns is called with tensors of the same shapes, strides, dtypes and
-    devices, and returns the graph's flat results. ``decompositions`` maps ops to functions that
-    are put in their place before, or is a function that makes this table when it is needed. With
-    ``boxed`` the callable takes its inputs as one list, which it may empty to free memory early.
-    With ``reassociates`` graphs come with their sums of products in the cheapest order, unless
-    results are to be ``exact``, see :func:`aotfunc.jit`. With ``fuses`` elementwise ops cost
-    little beside what reads them, and backwards rather run them again than keep their results.
-    """
+    detached. The callable gets tensors of the same shapes, strides, dtypes and devices, and
+    returns the graph's flat results. ``decompositions`` maps ops to functions that replace them
+    first, or is a function that makes this table when it is needed. With ``boxed`` the callable
+    takes its inputs as one list, which it may empty to free memory early. With ``reassociates``
+    graphs come with their sums of products in the cheapest order, unless results are to be
+    ``exact``, see :func:`aotfunc.jit`. With ``fuses`` elementwise ops cost little beside their
+    readers, so backwards recompute them rather than keep their results."""
 
     compile: Callable[[Any, list], Callable]
     decompositions: Mapping | Callable[[], Mapping] | None = None
@@ -56,23 +55,22 @@ def cpp(gm: Any, example_inputs: Any) -> Callable:
 
 
 def looped(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable:
-    """Return ``plain``, which runs control flow with compiled bodies, in native code where that is
-    to be had."""
+    """Return ``plain``, which runs control flow with compiled bodies, or native code for it if
+    there is any."""
     from .loops.looped import looped
 
     return looped(target, bodies, plain)
 
 
 def auto(gm: Any, example_inputs: Any) -> Callable:
-    """Compile C++ kernels on the CPU if there is a compiler; else generate Python for the
-    graph."""
+    """Compile C++ kernels on the CPU if there is a compiler; else generate Python."""
     from .auto import automatic
 
     return automatic(gm.graph, lambda backend: backend(gm, example_inputs))
 
 
 def opened() -> Mapping:
-    """Return the decompositions that the C++ backend asks for."""
+    """Return the decompositions of the C++ backend."""
     from .loops.opened import OPENED
 
     return OPENED
@@ -91,8 +89,8 @@ REGISTRY: dict[str, Backend] = {
 
 
 def lookup(backend: str | Callable) -> Backend:
-    """Return the backend of this name; a bare compiler becomes one. ``AOTFUNC_BACKEND`` says what
-    "auto" is. Raises BackendError for an unknown name."""
+    """Return the backend of this name, or a :class:`Backend` around a bare compiler.
+    ``AOTFUNC_BACKEND`` says what "auto" is. Raises BackendError for an unknown name."""
     if backend == "auto":
         backend = os.environ.get("AOTFUNC_BACKEND") or backend
     found = backend if callable(backend) else REGISTRY.get(backend)
@@ -105,5 +103,5 @@ def lookup(backend: str | Callable) -> Backend:
 
 
 def register(name: str, compiler: Callable) -> None:
-    """Make a :class:`Backend`, or a bare ``compiler(gm, example_inputs)``, known by name."""
+    """Register a :class:`Backend`, or a bare ``compiler(gm, example_inputs)``, under a name."""
     REGISTRY[name] = lookup(compiler)

@@ -1,4 +1,4 @@
-"""The choice of a backend for a graph where none is named."""
+"""Choose a backend for a graph if none is named."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def automatic(graph: fx.Graph, compiled: Callable[[Backend], Callable]) -> Calla
     """Return ``compiled(CPP)`` for a graph on the CPU, if there are kernels or a compiler; else
     ``compiled(EAGER)``.
 
-    Where C++ fails a BackendWarning says so, once for each compiler; where there is no compiler
-    nothing does. Either way the attribute ``eagerly`` of the result says why."""
+    A BackendWarning says where C++ fails, once for each compiler; a missing compiler gives none.
+    In both cases the attribute ``eagerly`` of the result says why."""
     if not on_cpu(graph):
         return compiled(EAGER)
     try:
@@ -41,7 +41,7 @@ def automatic(graph: fx.Graph, compiled: Callable[[Backend], Callable]) -> Calla
 
 
 def suited(graph: fx.Graph, backend: Backend) -> Backend:
-    """Return the backend that this one chooses for a graph."""
+    """Return the backend that ``backend`` chooses for a graph."""
     return backend if backend != AUTO else CPP if on_cpu(graph) and possible() else EAGER
 
 
@@ -52,8 +52,8 @@ def on_cpu(graph: fx.Graph) -> bool:
 
 
 def possible() -> bool:
-    """Return whether there is a compiler, or the disk store has what launches kernels, and so may
-    have kernels."""
+    """Return whether there is a compiler, or the disk store has the library that launches kernels,
+    and so may have kernels."""
     from .loops.launch import native_form
 
     return toolchain.found() or native_form() is not None

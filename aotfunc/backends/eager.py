@@ -1,5 +1,6 @@
-"""The graph's own generated Python: straight-line calls of the ops, each value dropped after its
-last use."""
+"""Compile a graph to its own generated Python: straight-line calls of the ops, each value dropped
+after its last use.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +23,12 @@ from ..graph import Times
 from ..trace.records import flat_tensors
 from ..trace.shapes.sig import Sig
 
-#: the namespaces of ops whose results are laid out as their rules or meta kernels say
+#: the namespaces of ops whose results have the strides of their rules or meta kernels
 OURS = ("aten", "prims", "aotfunc", "aotfunc_effect")
 
 
 class Generated(Protocol):
-    """What :func:`compile_graph` returns."""
+    """The result of :func:`compile_graph`."""
 
     boxed: Callable[[list], tuple]
     source: str
@@ -40,7 +41,7 @@ def compile_graph(graph: fx.Graph, sized: Mapping[Node, tuple] | None = None) ->
     attribute ``boxed`` takes them as one list, which it empties: an input is then free after its
     last use. With ``sized``, nodes' arguments with :class:`Times` in them, the size that these
     multiply is its first argument."""
-    #: what the code reads besides its own values, under names that are none of theirs
+    #: globals of the code, under names that no value has
     env: dict[str, Any] = {}
     taken = {n.name for n in graph.nodes}
     targets: dict[Any, str] = {}
@@ -154,8 +155,8 @@ BINDINGS: dict[Any, Callable] = {
 
 
 def binds_one_overload(n: Node) -> bool:
-    """Return whether a call of the op's binding can only mean this overload: a tensor first, and
-    no argument by name."""
+    """Return whether a call of the op's binding can only mean this overload: it has a tensor first
+    and no argument by name."""
     return (
         not n.kwargs
         and n.args[0].__class__ is Node
@@ -164,8 +165,8 @@ def binds_one_overload(n: Node) -> bool:
 
 
 def entry_of(n: Node) -> Callable:
-    """Return the callable for a node: the overload's C entry (``OpOverload.__call__`` adds a
-    Python frame), a binding, or what a target names as its ``entry``."""
+    """Return the callable for a node: the target's own ``entry``, a binding, or the overload's C
+    entry (``OpOverload.__call__`` adds a Python frame)."""
     target = n.target
     if not isinstance(target, OpOverload):
         return getattr(target, "entry", target)
@@ -174,13 +175,13 @@ def entry_of(n: Node) -> Callable:
 
 
 def unsure(n: Node) -> bool:
-    """Return whether the result may be laid out otherwise than the graph says."""
+    """Return whether the result's layout may differ from the graph's."""
     return isinstance(n.target, OpOverload) and n.target.namespace not in OURS
 
 
 def as_said(n: Node, value: Any) -> Any:
-    """Lay out a custom op's result as its fake implementation says; readers were captured for that
-    layout."""
+    """Return a custom op's result in the layout of its fake implementation, for which its readers
+    were captured. Raises GraphError for another shape."""
 
     def fit(sig: Any, x: Any) -> Any:
         if isinstance(sig, tuple) and isinstance(x, tuple | list):
@@ -203,8 +204,8 @@ def as_said(n: Node, value: Any) -> Any:
 
 
 def compare(n: Node, value: Any) -> None:
-    """Raise GraphError where a value has another shape, stride, dtype or device than the graph
-    says. Of several results only those that are read count."""
+    """Raise GraphError if a value has another shape, stride, dtype or device than the graph says;
+    of several results only those that are read count."""
 
     def differ(sig: Any, x: Any) -> bool:
         if isinstance(sig, tuple):
@@ -229,7 +230,7 @@ def compare(n: Node, value: Any) -> None:
 
 
 def last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
-    """List, for each node, the values that are not read after it (inputs included: the caller
+    """List, for each node, the values that no later node reads (inputs included: the caller
     decides how long they live)."""
     last: dict[Node, list[Node]] = {}
     seen: set[Node] = set()

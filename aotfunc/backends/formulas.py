@@ -1,8 +1,8 @@
-"""Ops whose Inductor formulas give other numbers than PyTorch's kernels, written out as the
-kernels compute them.
+"""Formulas, as PyTorch's kernels compute them, for ops whose Inductor formulas give other numbers.
 
 A body that answers NotImplemented leaves its op as it is: Inductor's formula is right for these
-dtypes or devices."""
+dtypes or devices.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ ERF = [2 / math.sqrt(math.pi) * (-1) ** n / (math.factorial(n) * (2 * n + 1)) fo
 
 
 def widened(body: Callable) -> Callable:
-    """Return a formula computed in float32 where its arguments are of low precision: its op rounds
-    once, at the end. Numbers are rounded before, as the kernels for the CPU do."""
+    """Return a formula computed in float32 if its arguments are of low precision, and rounded once
+    at the end. Numbers are rounded first, as the kernels for the CPU do."""
 
     @functools.wraps(body)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -54,7 +54,7 @@ def rounded(x: float, dtype: torch.dtype) -> float:
 
 
 def is_floating(*args: Any) -> bool:
-    """Return whether what is computed from these is a real floating-point number."""
+    """Return whether the common dtype of these arguments is a real floating one."""
     return torch.result_type(*args).is_floating_point
 
 
@@ -95,8 +95,8 @@ def floor_division(a: Tensor, b: Any) -> Any:
 
 
 def truncated_division(a: Tensor, b: Any) -> Any:
-    """Divide integers by way of the floor, whose kernel raises for a zero; the truncated one ends
-    the process."""
+    """Divide integers by way of the floor, whose kernel raises for a zero; the truncating kernel
+    ends the process."""
     if is_floating(a, b):
         return NotImplemented
     floor = torch.div(a, b, rounding_mode="floor")
@@ -114,18 +114,18 @@ def only_on_cpu(body: Callable) -> Callable:
 
 
 def expm1(x: Tensor) -> Tensor:
-    """Compute small values directly: exp(x) - 1 would lose their digits."""
+    """Compute ``exp(x) - 1`` without the loss of digits for small values."""
     return torch.tanh(x / 2) * (x.exp() + 1)
 
 
 def atanh(x: Tensor) -> Tensor:
-    """Compute small values directly: log((1 + x) / (1 - x)) / 2 would lose their digits."""
+    """Compute ``log((1 + x) / (1 - x)) / 2`` without the loss of digits for small values."""
     return (torch.log1p(x) - torch.log1p(-x)) / 2
 
 
 def erf(x: Tensor) -> Any:
-    """Compute small arguments by a series: there the approximation is good to 1e-7, and not to
-    seven digits."""
+    """Compute small arguments by a series: Inductor's approximation is good to 1e-7 absolutely,
+    not to seven digits."""
     if x.dtype is torch.float64:
         return NotImplemented
     series = functools.reduce(
@@ -135,7 +135,7 @@ def erf(x: Tensor) -> Any:
 
 
 def scaled_sum(op: Callable) -> Callable:
-    """Return a sum with a multiple, computed without rounding the multiple by itself."""
+    """Return the formula of a sum with a multiple that is not itself rounded."""
 
     def body(a: Tensor, b: Any, alpha: Any = 1) -> Any:
         return (
@@ -146,7 +146,7 @@ def scaled_sum(op: Callable) -> Callable:
 
 
 def lerp(start: Tensor, end: Tensor, weight: Any) -> Any:
-    """Compute without rounding at each step."""
+    """Compute without rounding after each step."""
     if start.dtype not in LOW:
         return NotImplemented
     return torch.lerp(

@@ -28,10 +28,10 @@ from .results import Results, resolved
 
 aten = torch.ops.aten
 
-#: ops that have a factor as a positional argument
+#: ops with a factor as a positional argument
 ALPHA = (aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar)
 
-#: ops that divide integers where the result is of integers
+#: ops that divide integers if their result is an integer
 INTEGER_DIVISIONS = (aten.div, aten.floor_divide, aten.remainder, aten.fmod)
 
 #: Inductor's settings, and its table of known ops, belong to the process: one compile at a time
@@ -42,10 +42,10 @@ def inductor(gm: fx.GraphModule, example_inputs: list) -> InductorGraph:
     """Compile a functional aten graph with Inductor's inner compiler; decompositions are applied
     first.
 
-    Random ops draw eager's numbers. An op that Inductor fails on is called as it is, and where
-    that does not help the whole graph is run eagerly; either way a BackendWarning says so, and so
-    does the attribute ``eagerly`` of what is returned. Raises BackendError where Inductor, or the
-    C++ compiler that it needs, is not installed."""
+    Random ops draw eager's numbers. An op that Inductor fails on is called eagerly, and if that
+    does not help the whole graph is; in both cases a BackendWarning and the attribute ``eagerly``
+    of the result say so. Raises BackendError if Inductor, or the C++ compiler that it needs, is
+    not installed."""
     try:
         import torch._inductor.compile_fx
     except ImportError as e:
@@ -59,7 +59,7 @@ def inductor(gm: fx.GraphModule, example_inputs: list) -> InductorGraph:
 
 
 class InductorGraph:
-    """A graph compiled by Inductor, called as the graph is."""
+    """A graph compiled by Inductor, callable as the graph is."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.results = Results(gm.graph)
@@ -86,7 +86,7 @@ class InductorGraph:
     def __call__(self, *args: Tensor) -> Sequence:
         if self.fn is None:
             return self.eager(*args)
-        # made lazily: the memory that the code reads is not yet the value
+        # a lazy value: its memory does not yet hold it
         if any([a.is_conj() or a.is_neg() for a in args]):
             args = tuple([resolved(a) for a in args])
         first = self.repairs is None
@@ -111,8 +111,8 @@ class InductorGraph:
 
 
 def compiled_by_inductor(gm: fx.GraphModule, say: Callable[[str, Exception], None]) -> Callable:
-    """Compile a graph by Inductor; ops that it fails on are left to eager kernels, and ``say`` is
-    told."""
+    """Compile a graph by Inductor. Call ops that it fails on eagerly, and report them to
+    ``say``."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
@@ -153,8 +153,8 @@ def compiled_by_inductor(gm: fx.GraphModule, say: Callable[[str, Exception], Non
 
 @contextmanager
 def settled(gm: fx.GraphModule) -> Iterator[None]:
-    """Set Inductor's surroundings: random ops left alone, low precision rounded as in eager mode,
-    and a mode of fake tensors with a ShapeEnv, which its disk cache needs."""
+    """Set Inductor's surroundings: random ops left alone, low precision rounded as in eager, and a
+    mode of fake tensors with a ShapeEnv, which its disk cache needs."""
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.codegen.cpp import CppKernel
@@ -168,7 +168,7 @@ def settled(gm: fx.GraphModule) -> Iterator[None]:
     if mode.shape_env is None:
         mode.shape_env = ShapeEnv()  # the mode stays static
     with ExitStack() as stack:
-        # Inductor's own function for this op draws into a copy, at a time that nothing determines
+        # Inductor's own function for this op draws into a copy, at an undetermined time
         bernoulli = fallback_handler(aten.bernoulli.p, add_to_fallback_set=False)
         drawing = patch.dict(lowerings, {aten.bernoulli.p: bernoulli})
         settings = config.patch(fallback_random=True, emulate_precision_casts=True)
@@ -193,8 +193,7 @@ def prepared(gm: fx.GraphModule, failing: set) -> fx.GraphModule:
     graph = fx.Graph()
     out = graph.output(graph.graph_copy(gm.graph, {}))
     out.args = ([*out.args[0], *unread_draws(graph)],)  # type: ignore[misc]
-    # results, and residuals that a backward half was promised, have the strides that the graph
-    # says
+    # results, and residuals of a backward half, have the strides of the graph
     out.meta["user_visible_output_idxs"] = [
         i for i, o in enumerate(out.args[0]) if isinstance(o, fx.Node)
     ]
@@ -202,15 +201,13 @@ def prepared(gm: fx.GraphModule, failing: set) -> fx.GraphModule:
         if n.target in (aten.t.default, aten.transpose.int):
             n.target, n.args = aten.permute.default, (n.args[0], swapped(n))
         low = getattr(n.meta.get("val"), "dtype", None) in LOW
-        n.meta["low_precision_pointwise_barrier"] = (
-            low  # it is rounded, also where kernels are fused
-        )
+        n.meta["low_precision_pointwise_barrier"] = low  # round it in fused kernels, too
         unrounded = low and n.target is aten.nextafter.default
         if n.target in failing or misplaced(n) or unrounded or may_end_the_process(n):
             n.meta["should_fallback"] = True
         if n.kwargs.get("generator", 0) is None:  # not all of Inductor's functions take one
             n.kwargs = {k: v for k, v in n.kwargs.items() if k != "generator"}
-        if len(n.args) == 3 and n.target in ALPHA:  # they take it by keyword only
+        if len(n.args) == 3 and n.target in ALPHA:  # some take it by keyword only
             n.args, n.kwargs = n.args[:2], {"alpha": n.args[2]}
     for op in ops_of(gm):
         if op not in lowerings and op in decompositions:  # its decomposition is not for this case
@@ -219,12 +216,12 @@ def prepared(gm: fx.GraphModule, failing: set) -> fx.GraphModule:
 
 
 def first_results(fn: Callable, count: int) -> Callable:
-    """Return the first results of a compiled graph; unread draws come behind them."""
+    """Return the first results of a compiled graph; unread draws follow them."""
     return lambda args: fn(args)[:count]
 
 
 def unread_draws(graph: fx.Graph) -> Iterator[fx.Node]:
-    """List the random numbers that are drawn and not read; as results they are still drawn, and in
+    """List the random numbers that no node reads; as results they are still drawn, and in
     order."""
     for n in list(graph.nodes):
         if n.op == "call_function" and draws(n) and not n.users:
@@ -254,8 +251,8 @@ def chain_draws(graph: fx.Graph) -> None:
 
 
 def misplaced(n: fx.Node) -> bool:
-    """Return whether a node counts from where the storage of an input begins; Inductor would count
-    from the input."""
+    """Return whether an offset of the node counts from the beginning of an input's storage;
+    Inductor would count from the input."""
     if n.target not in (aten.as_strided.default, aten.as_strided_scatter.default):
         return False
     source = storage_root(n.args[0])
@@ -263,8 +260,8 @@ def misplaced(n: fx.Node) -> bool:
 
 
 def may_end_the_process(n: fx.Node) -> bool:
-    """Return whether a node divides integers: before PyTorch 2.13, Inductor's code on the CPU has
-    no look at zeros among the divisors."""
+    """Return whether a node divides integers: before PyTorch 2.13, Inductor's code on the CPU does
+    not check for zero divisors."""
     val = n.meta.get("val")
     return (
         torch.__version__ < "2.13"
@@ -276,7 +273,8 @@ def may_end_the_process(n: fx.Node) -> bool:
 
 
 def swapped(n: fx.Node) -> list[int]:
-    """Return the order of a transpose's dimensions, as Inductor knows ``permute`` only."""
+    """Return the order of a transpose's dimensions as ``permute``, the only form that Inductor
+    knows."""
     order = list(range(n.args[0].meta["val"].dim()))  # type: ignore[union-attr]
     i, j = n.args[1:] if n.target is aten.transpose.int else (0, -1)
     if order:
@@ -296,10 +294,10 @@ def targets_named(error: Exception) -> set[str]:
 def decompositions() -> dict:
     """Return the decompositions that Inductor applies before it compiles."""
     with doing(lambda: "import of Inductor"):
-        # some decompositions ask what a lowering can do
+        # a decomposition may ask what a lowering can do
         from torch._inductor import decomposition, lowering  # noqa: F401
 
-    random = torch.Tag.nondeterministic_seeded  # what draws in another way draws other numbers
+    random = torch.Tag.nondeterministic_seeded  # another way of drawing gives other numbers
     table = {
         op: f
         for op, f in decomposition.decompositions.items()

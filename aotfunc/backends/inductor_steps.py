@@ -1,4 +1,4 @@
-"""How far Inductor is with a graph, as the stack of the thread that compiles it says."""
+"""Tell how far Inductor is with a graph, by the stack of the thread that compiles it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def compiling() -> doing:
 
 
 def step_of(thread: int) -> str:
-    """Return what a thread does within Inductor. Inductor tells nobody, so its functions on the
-    thread's stack are looked up, the innermost first."""
+    """Return what a thread does within Inductor, by the innermost known function on its stack;
+    Inductor itself reports nothing."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith("torch._inductor."):
             if say := STEPS.get(frame.f_code.co_qualname):
-                with suppress(Exception):  # another PyTorch has other names
+                with suppress(Exception):  # other PyTorch versions use other names
                     return say(frame.f_locals)
         frame = frame.f_back
     return "preparation"
@@ -40,7 +40,7 @@ def among(items: Iterable, item: Any) -> str:
     return f"{next((i for i, other in enumerate(items) if other is item), 0):,} of {len(items):,}"
 
 
-#: functions that take long, and what they say by their local variables
+#: slow function of Inductor -> the text for its local variables
 STEPS: dict[str, Callable[[dict[str, Any]], str]] = {
     "post_grad_passes": lambda local: "passes over the graph",
     "GraphLowering.run": lambda local: (

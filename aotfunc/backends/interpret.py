@@ -1,5 +1,6 @@
-"""A graph that may run only a few times: a list of calls, gone through at each run. Python is
-generated when it runs often."""
+"""Run a graph as a list of calls, as long as it may run only a few times; generate Python when it
+runs often.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch.fx import Node
 from .. import debug
 from .eager import as_said, compare, compile_graph, entry_of, last_uses, unsure
 
-#: a run of generated code saves half a microsecond for each node, and 30 are spent to make it
+#: generated code saves half a microsecond a node and run, and costs 30 to make
 OFTEN = 50
 
 
@@ -36,15 +37,15 @@ class Interpreted:
 
 
 class Calls:
-    """The calls of a graph in order. Each takes its arguments from a list of values, literals
-    among them, puts its result there, and drops what is not read any more."""
+    """The calls of a graph in order. Each reads its arguments, literals included, from a list of
+    values, writes its result there, and drops values after their last use."""
 
     def __init__(self, graph: fx.Graph) -> None:
         inputs = [n for n in graph.nodes if n.op == "placeholder"]
         self.places = {n: i for i, n in enumerate(inputs)}
         self.start: list[Any] = [None] * len(inputs)  # the list before the first call
         self.steps: list[tuple[Callable, list[int], dict[str, int], int, list[int]]] = []
-        self.lists: list[int] = []  # where those are that the next call takes
+        self.lists: list[int] = []  # the places of the next call's arguments
         last = last_uses(graph)
         for n in graph.nodes:
             if n.op == "output":
@@ -68,7 +69,8 @@ class Calls:
         return len(self.start) - 1
 
     def place(self, a: Any) -> int:
-        """Find the place of an argument; a list with nodes in it is made by a call of its own."""
+        """Return the place of an argument; a list with nodes in it is made by a call of its
+        own."""
         if a.__class__ is Node:
             return self.places[a]
         if isinstance(a, list | tuple) and any(isinstance(x, Node | list | tuple) for x in a):

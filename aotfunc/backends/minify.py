@@ -52,7 +52,7 @@ def fails(module_fails: Fails, gm: fx.GraphModule, inputs: list) -> bool:
     try:
         given = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in inputs]
         return bool(module_fails(gm, given))
-    except Exception:  # it fails in another way
+    except Exception:  # another failure
         return False
 
 
@@ -68,7 +68,7 @@ def candidates(gm: fx.GraphModule, inputs: list) -> Iterator[tuple[fx.GraphModul
         if returned != [n]:
             yield from rebuilt_between(gm, values.found, [n], set(), size)
     width = len(calls)
-    while width:  # ever fewer at a time
+    while width:  # in ever smaller chunks
         for start in range(0, len(calls), width):
             known = set(calls[start : start + width])
             yield from rebuilt_between(gm, values.found, returned, known, size)
@@ -90,8 +90,8 @@ class Recorded(fx.Interpreter):
 def rebuilt_between(
     gm: fx.GraphModule, values: dict, outs: Sequence[Node], known: set[Node], size: int
 ) -> Iterator[tuple[fx.GraphModule, list]]:
-    """Yield the graph with the results ``outs`` that takes the ``known`` values as inputs, if it
-    has less than ``size`` nodes, or as many and more of them inputs."""
+    """Yield the graph that returns ``outs`` and takes the ``known`` values as inputs, if it has
+    fewer than ``size`` nodes, or as many and more inputs."""
     needed, todo = set(), list(outs)
     while todo:
         n = todo.pop()

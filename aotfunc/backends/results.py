@@ -1,5 +1,4 @@
-"""The results that a graph promises, and the repairs that bring compiled code's results to
-them."""
+"""Compare the results of compiled code with those that a graph promises, and repair them."""
 
 from __future__ import annotations
 
@@ -15,16 +14,16 @@ from ..trace.shapes.sig import reach
 
 #: a tensor, found or made from ``(arguments, results)``
 Pick = Callable[[Sequence, Sequence], Tensor]
-#: what to return in place of the result of this number
+#: (number of a result, what to return in its place)
 Repair = tuple[int, Pick]
 
 
 class Results:
-    """Shapes, dtypes and strides of a graph's results, and whose memory they show.
+    """Shapes, dtypes and strides of a graph's results, and the values whose memory they show.
 
-    A compiler that is free to choose may lay a result out otherwise, and may return an input, or
-    one result's memory twice, for values that are equal. What it does is the same at every call,
-    so :meth:`repairs` looks at the first."""
+    A free compiler may lay a result out otherwise, and may return an input, or one result's memory
+    twice, for values that are equal. It does the same at every call, so :meth:`repairs` looks at
+    the first."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.outputs = list(next(iter(reversed(graph.nodes))).args[0])
@@ -33,10 +32,10 @@ class Results:
         self.roots = [storage_root(o) for o in self.outputs]
 
     def repairs(self, args: Sequence, outs: Sequence) -> list[Repair]:
-        """List the repairs of these results, and of those of every later call. Raises GraphError
-        where none helps."""
+        """List the repairs of these results, which every later call needs, too. Raises GraphError
+        if a result cannot be repaired."""
         found: list[Repair] = []
-        owners: dict[int, list[tuple[Node, Pick]]] = {}  # address -> the values whose memory it is
+        owners: dict[int, list[tuple[Node, Pick]]] = {}  # address -> the values in that memory
         for i, a in enumerate(args):
             if address := address_of(a):
                 owners.setdefault(address, []).append((self.placeholders[i], argument(i)))
@@ -76,8 +75,8 @@ def result(k: int) -> Pick:
 
 
 def view(owner: Pick, base: Tensor, out: Tensor) -> Pick:
-    """Return ``out`` as a view of ``base``, an argument or an earlier result, so that autograd
-    notices writes to it if this is saved."""
+    """Return the repair that makes ``out`` a view of ``base``, an argument or an earlier result,
+    so that autograd notices writes to it if ``base`` is saved."""
     size, stride, start = out.shape, out.stride(), out.storage_offset() - base.storage_offset()
 
     def shown(args: Sequence, outs: Sequence) -> Tensor:

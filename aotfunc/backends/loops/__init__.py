@@ -1,1 +1,1 @@
-"""Graphs as kernels over axes, compiled as C++ for the CPU."""
+"""Compile graphs as kernels over axes, in C++ for the CPU."""

@@ -1,4 +1,4 @@
-"""How a reduction or a scan accumulates in C++: its start, one step, and its result."""
+"""Accumulate reductions and scans in C++: the start, one step, and the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .arguments import VECTORS
 from .ir import Const, Expr, Kernel, Reduce, Scan
 from .values import NUMBERS, KernelText
 
-#: the start of each reduction, of floating point or not, and the function of its step
+#: START: reduction -> its start; STEP: reduction -> the function of a step, if another
 START = {
     **{"sum": 0, "prod": 1, "max": -math.inf, "min": math.inf, "any": False, "all": True},
     "logsumexp": -math.inf,
@@ -24,7 +24,7 @@ STEP = {
     "all": "bitwise_and",
 }
 
-#: the function that each scan applies
+#: scan -> the function that it applies
 NEXT = {
     "sum": "aot_plus",
     "prod": "aot_times",
@@ -39,7 +39,7 @@ class Accumulators(KernelText):
         super().__init__(kernel)
         #: whether the vector axis is one of the outer ones
         self.columns = 0 <= self.vector < kernel.outer
-        #: what each scan has accumulated
+        #: scan -> the name of its accumulator
         self.scans: dict[Expr, str] = {}
 
     @property
@@ -95,12 +95,13 @@ class Accumulators(KernelText):
         return VECTORS[self.lanes][e.dtype] if wide else NUMBERS[e.dtype]
 
     def first(self, e: Scan) -> str:
-        """Return what a scan has accumulated before the first point."""
+        """Return the value of a scan's accumulator before the first point."""
         text = self.constant(Const(e.dtype, neutral(e)), False)
         return f"aot_{self.carry(e)}({text})" if self.vectors and not self.across else text
 
     def carries(self, values: Iterable[Expr], tiles: str) -> None:
-        """Start the scans that these values need, for each of the ``tiles`` if there are."""
+        """Start the scans that these values need, one for each of the ``tiles`` if there are
+        any."""
         for e in [e for e in self.missing(values) if isinstance(e, Scan)]:
             name = self.scans[e] = self.fresh("s")
             if tiles:
@@ -120,7 +121,7 @@ class Accumulators(KernelText):
 
 
 def neutral(e: Reduce | Scan) -> bool | int | float:
-    """Return the value that changes no value of the reduction."""
+    """Return the neutral value of a reduction or scan."""
     if e.fn in ("max", "min") and not e.dtype.is_floating_point:
         info = torch.iinfo(e.dtype)
         return info.min if e.fn == "max" else info.max

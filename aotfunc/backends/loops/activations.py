@@ -78,7 +78,7 @@ def hardsigmoid(x: Expr) -> Expr:
 
 
 def zero_outside(low: float, high: float, inside: Expr, x: Expr) -> Expr:
-    """Return the value ``inside`` where ``x`` lies between these bounds, 0 elsewhere."""
+    """Return the value ``inside`` if ``x`` lies between these bounds, else 0."""
     return where(function_of("bitwise_and", x > low, x < high), inside, 0)
 
 
@@ -130,7 +130,7 @@ def log_sigmoid_backward(g: Expr, x: Expr, buffer: Expr) -> Expr:
 
 
 def shrunk(x: Expr, bound: Any, outside: Any) -> Expr:
-    """Return 0 for values within a bound of 0, something else outside and for NaN."""
+    """Return 0 for values within a bound of 0, else ``outside``, also for NaN."""
     return where(both(x >= -bound, x <= bound), 0, outside)
 
 
@@ -146,7 +146,7 @@ def logit_backward(g: Expr, x: Expr, eps: Any = None) -> Expr:
 
 
 def x_times(f: Callable[[Expr], Expr]) -> Callable[[Expr, Expr], Expr]:
-    """Return x * f(y), which is 0 for x = 0 but where y is NaN."""
+    """Return x * f(y), which is 0 for x = 0 unless y is NaN."""
     return lambda x, y: where(is_nan(y), math.nan, where(function_of("eq", x, 0), 0, x * f(y)))
 
 

@@ -11,7 +11,7 @@ import torch
 from .blocks import ROWS
 from .ir import Access, Const, Kernel, Ramp, Reduce, walk
 
-#: types of vectors, by how many lanes they have
+#: number of lanes -> type of vector
 VECTORS = {
     "FLOATS": {torch.float32: "floats", torch.int32: "ints", torch.bool: "ints"},
     "DOUBLES": {torch.float64: "doubles", torch.int64: "longs", torch.bool: "longs"},
@@ -22,7 +22,7 @@ BLOCK = 16
 
 
 def lanes_of(kernel: Kernel) -> str:
-    """Return how many points are computed at a time, as the text spells it."""
+    """Return how many points are computed at a time, as C++ text."""
     k = kernel.vector
     vectors = [e for e in walk(kernel.values) if k in kernel.axes(e) or isinstance(e, Reduce)]
     stores = [s for s in kernel.stores if kernel.extents and kernel.accesses[s.access].strides[k]]
@@ -33,18 +33,19 @@ def lanes_of(kernel: Kernel) -> str:
 
 
 def sizes(kernel: Kernel) -> tuple[int, ...]:
-    """List the numbers that a kernel's function gets: :func:`named_sizes`, and bits of doubles."""
+    """List the numbers that a kernel's function takes: :func:`named_sizes`, then bits of
+    doubles."""
     numbers = [struct.unpack("q", struct.pack("d", c.value))[0] for c in given(kernel)]
     return (*[n for _, n in named_sizes(kernel)], *numbers)
 
 
 def given(kernel: Kernel) -> list[Const]:
-    """List the numbers that are arguments."""
+    """List the numbers of the graph that are arguments."""
     return [e for e in walk(kernel.values) if isinstance(e, Const) and e.given]
 
 
 def named_sizes(kernel: Kernel) -> Iterator[tuple[str, int]]:
-    """Yield names and values of extents, steps and starts, but for those that are 0 or 1."""
+    """Yield names and values of extents, steps and starts other than 0 and 1."""
     for k, n in enumerate(kernel.extents):
         yield f"n{k}", n
     walked: list[tuple[str, Access | Ramp]] = [(f"s{i}", a) for i, a in enumerate(kernel.accesses)]
@@ -61,8 +62,8 @@ def named_sizes(kernel: Kernel) -> Iterator[tuple[str, int]]:
 
 def count_rows(kernel: Kernel) -> int:
     """Return how many rows a kernel's function divides its work into: the points of the outer
-    axes, but for the vector axis if there is another one; blocks of the cross axis, or of rows;
-    one where several rows may be added to one place."""
+    axes, without the vector axis if there is another one; blocks of the cross axis, or of rows;
+    one if several rows may be added to one place."""
     outer = list(kernel.extents[: kernel.outer])
     if kernel.scatters:
         return 1

@@ -1,7 +1,8 @@
-"""The axes of a kernel, and where values lie along them: in memory, and inside of which bounds.
+"""Make the axes of a kernel, and place values along them, in memory and inside bounds.
 
-``factors`` are the extents of the axes that stand for each dimension, in the order in which these
-come up; they may say in advance that one is several axes."""
+``factors`` are the extents of the axes of each dimension, in order of appearance; they may say in
+advance that a dimension is several axes.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ class Axes:
         self.reduced: tuple[int, ...] = ()
         self.accesses: list[Access] = []
         self.ramps: list[Ramp] = []
-        self.walked: list[Place] = []  # where each access lies
+        self.walked: list[Place] = []  # access -> its place
         self.values: dict[Any, Any] = {}
 
     def axes(self, sizes: Sequence[int]) -> list[int]:
@@ -42,7 +43,7 @@ class Axes:
         return list(range(first, len(self.extents)))
 
     def split(self, axis: int, inner: int) -> None:
-        """Remember, for the next attempt, that an axis is two."""
+        """Remember, for the next attempt, that an axis becomes two."""
         for parts in self.factors:
             if axis < len(parts):
                 parts[axis : axis + 1] = [parts[axis] // inner, inner]
@@ -50,7 +51,8 @@ class Axes:
             axis -= len(parts)
 
     def whole(self, place: Place, n: Node) -> bool:
-        """Return whether a kernel meets each element of the value exactly once here."""
+        """Return whether a kernel at this place computes each element of the value exactly
+        once."""
         axes = [k for index in place for k in index.axes]
         sizes = zip(place, static_shape(n), strict=True)
         return len({*axes}) == len(axes) and all(  # a diagonal has one axis for two dimensions
@@ -58,7 +60,7 @@ class Axes:
         )
 
     def root(self, shape: tuple[int, ...]) -> Place:
-        """Place a result that nothing in this kernel reads."""
+        """Place a result that no node of this kernel reads."""
         sizes = [size for size in shape if size != 1]
         if not self.extents:
             self.axes(sizes)
@@ -75,7 +77,7 @@ class Axes:
         raise Unfit("results of other sizes")
 
     def bind(self, sizes: list[int], place: Place) -> Place:
-        """Place the reduced dimensions, of these sizes. Raises Unfit where other axes are reduced
+        """Place the reduced dimensions, of these sizes. Raises Unfit if other axes are reduced
         already."""
         taken = self.reached(place)
         free = [k for k in range(len(self.extents)) if k not in taken]
@@ -157,8 +159,7 @@ class Axes:
         return Position(self.integer, len(self.ramps) - 1)
 
     def inside(self, index: Index, low: int, high: int) -> Expr | None:
-        """Return the condition that an index is ``low`` at least and less than ``high``; None if
-        it always holds."""
+        """Return the condition ``low <= index < high``; None if it always holds."""
         least, most = (low - 1, high) if index.found else bounds(index, self.extents)
         above = self.test("ge", index.shifted(-low), 0) if least < low else None
         below = self.test("lt", index, high) if most >= high else None
@@ -171,7 +172,7 @@ class Axes:
         return self.values[fn, index, n]
 
     def both(self, tests: Sequence[Expr | None]) -> Expr | None:
-        """Return the conjunction of these conditions that are not None; None if there are none."""
+        """Return the conjunction of these conditions, None ignored; None if there are none."""
         result: Expr | None = None
         for test in tests:
             if test is None or result is None:
@@ -185,7 +186,7 @@ class Axes:
 
 
 def with_unit_dims(place: Place, shape: Sequence[int]) -> Place:
-    """Return a place of the dimensions that are not of size 1, for all of them."""
+    """Return the place in all dimensions from that in the dimensions larger than 1."""
     rest = iter(place)
     return tuple([FIRST if size == 1 else next(rest) for size in shape])
 
@@ -193,8 +194,8 @@ def with_unit_dims(place: Place, shape: Sequence[int]) -> Place:
 def merged_in_memory(
     place: Place, shape: Sequence[int], source: Node, extents: Sequence[int]
 ) -> Place:
-    """Merge dimensions as :func:`regrouped` does, for a tensor in memory: neighbours that are
-    walked in equal steps become one."""
+    """Merge dimensions as :func:`regrouped` does, for a tensor in memory: neighbours become one if
+    equal steps lead through them."""
     have, strides = static_shape(source), source.meta["val"].stride()
     sizes, last = [1], [0]
     for d, (size, stride) in enumerate(zip(have, strides, strict=True)):

@@ -1,5 +1,4 @@
-"""The C++ backend: compiles a graph's kernels from one source and calls them in the place of its
-nodes."""
+"""Compile a graph's kernels from one C++ source and call them in place of its nodes."""
 
 from __future__ import annotations
 
@@ -35,13 +34,13 @@ from .schedule import schedule_kernel
 from .steps import in_steps
 from .tasks import InRange, LaidOut, Task, launch
 
-#: number of elements that take no longer than a call of PyTorch, which a launch saves
+#: number of elements that take as long as the call of PyTorch that a launch saves
 SMALL = 32768
 
-#: number of bytes that are new memory at each call: a launch asks for it in larger pieces
+#: results of so many bytes are new pages at each call, which a launch asks for in larger pieces
 LARGE = 1 << 25
 
-#: functions that kernels compute faster than PyTorch does
+#: functions that kernels compute faster than PyTorch
 QUICK = frozenset(
     ("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "erfc", "pow", "logsumexp")
 )
@@ -49,8 +48,8 @@ QUICK = frozenset(
 
 def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
     """Compile a functional aten graph for the CPU: pointwise ops and reductions become C++
-    kernels, an existing kernel multiplies matrices, and other ops are called as they are. Raises
-    CompilerError if there is no C++ compiler, or it fails."""
+    kernels, one fixed kernel multiplies matrices, and other ops are called. Raises CompilerError
+    if there is no C++ compiler, or it fails."""
     graph, source = with_kernels(gm)
     if source and (debug.watched is not None or debug.LEVEL >= 3):
         debug.note("cpp", graph, lambda: source, size(graph))
@@ -66,7 +65,7 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
         if any([a.__class__ not in TENSORS or a.is_neg() for a in args]):
             if not all([has_memory(a) for a in args]):
                 return by_ops().boxed(args)
-            # the memory that kernels read would not be the value
+            # the memory that kernels read does not hold the value
             args[:] = [resolved(a) if a.is_neg() else a for a in args]
         return run.boxed(args)
 
@@ -83,16 +82,15 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
 
 
 def one_launch(graph: fx.Graph) -> Callable | None:
-    """Return the function of the graph's inputs that returns its only result, where that is one
-    launch."""
+    """Return the graph as the function of its only launch; None if it has other nodes."""
     *inputs, last, output = graph.nodes
     given = all(n.op == "placeholder" for n in inputs) and last.args == (*inputs,)
     return last.target.entry if given and list(output.args[0]) == [last] else None
 
 
 def own(results: Sequence[Any]) -> int:
-    """Return how many of the first results are those of launches, whose memory nothing else
-    uses."""
+    """Return how many of the first results are launches' own, in memory that no other value
+    shares."""
     for count, n in enumerate(results):
         if not isinstance(n, Node) or n.meta.get("laid_out") is not n or n in results[:count]:
             return count
@@ -100,7 +98,7 @@ def own(results: Sequence[Any]) -> int:
 
 
 def worth(nodes: Sequence[Node]) -> bool:
-    """Return whether these nodes are better as a kernel than called one by one."""
+    """Return whether these nodes run faster as a kernel than called one by one."""
     if len(nodes) > 1 or nodes[0].target in SUMMED:
         return True
     val = nodes[0].meta["val"]
@@ -118,8 +116,8 @@ def worth(nodes: Sequence[Node]) -> bool:
 
 
 def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph, str]:
-    """Return the graph with launches of kernels in the place of what these compute, and their
-    source."""
+    """Return the graph with kernel launches in place of the nodes that they compute, and the
+    kernels' source."""
     old = copy_graph(gm.graph)
     in_steps(old)
     in_blocks(old)
@@ -156,8 +154,7 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def needed(found: Sequence[Unit], tasks: Mapping[Unit, Task], graph: fx.Graph) -> list[Unit]:
-    """Return the units without the views and numbers that only kernels read, which look through
-    them."""
+    """Return the units that must run: views and numbers are left out if only kernels read them."""
     reads = set(output_node(graph).all_input_nodes)
     kept = []
     for u in reversed(found):
@@ -191,12 +188,12 @@ def kernel_of(u: Unit) -> Kernel:
 
 
 def text(kernels: Sequence[Kernel]) -> tuple[str, dict[str, str], dict[str, set]]:
-    """Return the kernels' source, and for each the function's name, which equal kernels share, and
-    what it reads after writing (:func:`fitting`)."""
+    """Return the kernels' source and, for each, the function's name, which equal kernels share,
+    and the accesses that it reads after writing (:func:`fitting`)."""
     texts: dict[str, str] = {}
     functions: dict[str, str] = {}
     late: dict[str, set] = {}
-    names: dict[str, str] = {}  # code -> the first kernel that has it
+    names: dict[str, str] = {}  # code -> the name of its first kernel
     for kernel in kernels:
         printer = Printer(kernel)
         found, late[kernel.name] = printer.text(), printer.late

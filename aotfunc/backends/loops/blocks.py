@@ -1,7 +1,8 @@
-"""Sums over rows, in a kernel that also sums along them: blocks of rows first, then the blocks.
+"""Sum over rows in a kernel that also sums along them: blocks of rows first, then the blocks.
 
 A kernel that runs row by row cannot finish a sum over rows, as other threads have the other rows.
-It stores what each block of rows adds up to, and a second kernel adds up these few."""
+It stores the sum of each block of rows, and a second kernel adds these few.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def in_blocks(graph: fx.Graph) -> None:
 
 
 def reduced_dims(n: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shape of what a node reduces, and over which of its dimensions."""
+    """Return the shape of a reduction's argument, and the dimensions that it reduces."""
     shape = static_shape(n.args[0])  # type: ignore[arg-type]
     dims = REDUCTIONS[n.target](*n.args, **n.kwargs).dims
     every = range(len(shape))

@@ -1,4 +1,4 @@
-"""The indices that a kernel looks up, and the bounds that they must keep."""
+"""Look indices up in a kernel, and state the bounds that they must keep."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def index_of(
     work: Lowering, n: Node, at: At, low: int, high: int, error: Callable[[int], Exception]
 ) -> Expr:
-    """Return an element of a tensor of indices, checked to be in range. Raises Unfit for indices
-    that are not in memory."""
+    """Return an element of a tensor of indices, with the requirement to be in range. Raises Unfit
+    for indices that are not in memory."""
     e = work.value(n, at.place, at.mask)
     if not isinstance(e, Load) or e.shift is not None:
         raise Unfit("indices that are computed")
@@ -38,7 +38,7 @@ def index_of(
 
 
 def wrapped(work: Lowering, found: Expr, size: int) -> Expr:
-    """Return an index that counts from the end where it is negative."""
+    """Return the index, counted from the end if it is negative."""
     if (found, size, "wrapped") not in work.values:
         end = found + number(Given(size), work.integer)
         work.values[found, size, "wrapped"] = function_of("where", found < 0, end, found)

@@ -1,4 +1,4 @@
-"""The op that looks at the targets of a loss before a kernel does."""
+"""Check the targets of a loss before a kernel reads them, as an op."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ _library.define("class_of(Tensor target, int classes, int ignore_index) -> Tenso
 
 
 def targets(target: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """Return the targets, 0 for those that are ignored. Raises IndexError for one that is no
-    class."""
+    """Return the targets, with 0 for ignored ones. Raises IndexError for one that is no class."""
     low, high = map(int, target.aminmax())
     if low >= 0 and high < classes and not low <= ignore_index <= high:
         return target.clone()

@@ -1,4 +1,4 @@
-"""Nodes that hold one number."""
+"""Recognise nodes that hold one number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.fx import Node
 
 aten = torch.ops.aten
 
-#: op -> the number that fills its result, or the argument that holds it
+#: op -> the number that fills its result, or that argument's position
 FULL: dict[Any, Any] = {
     aten.full.default: lambda size, value, **_: value,
     aten.full_like.default: lambda x, value, **_: value,
@@ -27,7 +27,7 @@ FULL: dict[Any, Any] = {
 
 
 def constant(n: Any) -> bool | int | float | None:
-    """Return the number that a node is full of, None if it is not known to be of one."""
+    """Return the number that fills a node; None if none is known."""
     if not isinstance(n, Node) or n.op != "call_function" or n.target not in FULL:
         return None
     value = FULL[n.target](*n.args, **n.kwargs)

@@ -1,9 +1,9 @@
 """Print kernels as C++ functions. Extents and strides are arguments: the text depends only on
 which strides are 0 or 1.
 
-Where all values are equally wide, the vector axis is computed a register of floats, doubles,
-integers or bools at a time, elsewhere by single numbers. A reduction whose vector axis is not
-reduced runs through memory row by row, with an accumulator for each point of a tile of that axis.
+If all values are equally wide, the vector axis is computed a register of floats, doubles, integers
+or bools at a time, else by single numbers. A reduction whose vector axis is not reduced runs
+through memory row by row, with an accumulator for each point of a tile of that axis.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Printer(Accumulators):
         super().__init__(kernel)
         #: whether rows are points of the vector axis
         self.split = self.columns and kernel.outer == 1
-        #: whether values that vary along it, but not inside, are kept for a tile
+        #: whether values are kept for a tile that vary along it, but not inside
         self.tiled = self.columns and kernel.reduced > 0
         #: how many there are in a tile
         self.tiles = f"{TILE} / {self.lanes}" if self.tiled else ""
@@ -60,7 +60,7 @@ class Printer(Accumulators):
         return ("" if written else "const ") + memory(self.kernel.accesses[i].dtype)
 
     def known(self, level: int) -> list[Expr]:
-        """List the values that hold for the whole call (0), or for a row (1), and need no
+        """List the values that are fixed for the call (0), or for a row (1), and need no
         reduction."""
         found, late = [], set()
         for e in walk(self.kernel.values):
@@ -99,7 +99,7 @@ class Printer(Accumulators):
         self.close(1 + kernel.blocks)
 
     def cleared(self) -> None:
-        """Write zeros where values are added, and let one call compute all rows."""
+        """Write zeros before values are added, and let one call compute all rows."""
         if not self.kernel.scatters:
             return
         for s in self.kernel.scatters:
@@ -112,7 +112,7 @@ class Printer(Accumulators):
         )
 
     def block(self) -> None:
-        """Open the loop over the rows of a block, and point to the sums of that block."""
+        """Open the loop over the rows of a block, with a pointer to the block's sums."""
         rows, size = [
             " * ".join([f"n{k}" for k in axes])
             for axes in (range(self.kernel.outer), sorted(self.inner))
@@ -126,7 +126,7 @@ class Printer(Accumulators):
             self.say(f"for (int64_t i = 0; i < size; i++) b{i}[i] = 0;")
 
     def point(self, outer: list[int], counted: Mapping[int, tuple[str, str]]) -> None:
-        """Compute the indices of a row: a name for each axis, and the size that it counts to."""
+        """Compute the indices of a row: for each axis a name, and the size that it counts to."""
         if len(outer) > 1:
             self.say("int64_t rest = row;")
         for k in reversed(outer[1:]):
@@ -137,8 +137,8 @@ class Printer(Accumulators):
             self.say(f"const int64_t {counted[outer[0]][0]} = {'rest' if outer[1:] else 'row'};")
 
     def crossed(self, outer: list[int]) -> None:
-        """Run blocks of the cross axis beside blocks of the vector axis: a cache line that is read
-        for one point is still there for the next."""
+        """Run blocks of the cross axis beside blocks of the vector axis: a cache line read for one
+        point is still there for the next."""
         k, v = self.kernel.cross, self.vector
         self.say(f"const int64_t blocks = (n{k} + {BLOCK - 1}) / {BLOCK};")
         self.point(outer, {j: (f"i{j}", f"n{j}") for j in outer} | {k: ("block", "blocks")})
@@ -164,8 +164,8 @@ class Printer(Accumulators):
         self.close(2)
 
     def to_turn(self) -> list[int]:
-        """List the memory that is contiguous along the cross axis: its blocks are read line by
-        line and turned in registers."""
+        """List the buffers that are contiguous along the cross axis: their blocks are read line by
+        line and transposed in registers."""
         k, v, found = self.kernel.cross, self.vector, dict[int, None]()
         for e in walk(self.kernel.values):
             if isinstance(e, Load) and not e.args and self.lanes == "FLOATS":
@@ -175,7 +175,7 @@ class Printer(Accumulators):
         return list(found)
 
     def pointers(self, axes: list[int]) -> None:
-        """Point to the buffers at this row."""
+        """Declare pointers to this row of the buffers."""
         added_up = [s.access for s in self.kernel.stores if s.blocks]
         for i, a in enumerate(self.kernel.accesses):
             start = f"b{i}" if i in added_up else f"p{i}"
@@ -208,7 +208,7 @@ class Printer(Accumulators):
 
     def passes(self) -> None:
         """Write reductions in the order of their dependencies. Each value is stored as soon as it
-        is computed; one that takes long is kept in the place of a later result."""
+        is computed; a slow one is kept in the memory of a later result."""
         values = list(walk(self.kernel.values))
         ranks: dict[Expr, int] = {}
         for e in values:
@@ -228,8 +228,8 @@ class Printer(Accumulators):
         self.put(left, inside=True)
 
     def kept(self, now: Sequence[Reduce], later: Sequence[Expr], last: list[Store]) -> list[Store]:
-        """Choose values that are computed for reductions now, take long and are needed later: each
-        is stored where one of the last results will be."""
+        """Choose slow values that reductions compute now and later stores need: each is kept in
+        the memory of one of the last results."""
         needed = set(walk(later))
         free = [s.access for s in last if s.access not in self.spilled.values()]
         found = []
@@ -245,7 +245,7 @@ class Printer(Accumulators):
         return found
 
     def put(self, stores: Sequence[Store], inside: bool) -> None:
-        """Store these values, inside of the reduced axes or once."""
+        """Store these values, once or inside of the reduced axes."""
         if not stores:
             return
         values = [e for s in stores for e in s.needs]
@@ -270,7 +270,7 @@ class Printer(Accumulators):
         return walked or (s.shift is not None and bool(self.kernel.axes(s.shift) & self.inner))
 
     def before(self, values: Iterable[Expr]) -> None:
-        """Compute the values that these need and that do not vary inside the loops to come."""
+        """Compute what these values need and what does not vary in the loops to come."""
         inside = [e for e in walk(list(values)) if self.kernel.axes(e) & self.inner]
         needed = {a for e in inside for a in e.args} | set(values)
         early = [e for e in walk(list(values)) if e in needed and e not in inside]
@@ -304,8 +304,8 @@ class Printer(Accumulators):
     # --- reductions ---
 
     def reduce(self, now: list[Reduce], stores: list[Store], kept: list[Store]) -> None:
-        """Write one pass over the reduced axes, for independent reductions and the values stored
-        on the way."""
+        """Write one pass over the reduced axes: independent reductions, and values stored on the
+        way."""
         values = [e.value for e in now] + [e for s in stores for e in s.needs]
         self.before(values)
         self.carries(values, self.tiles)

@@ -1,4 +1,4 @@
-"""The dtype that each op of a kernel computes in, and values brought to one."""
+"""Tell the dtype that each op of a kernel computes in, and convert values to it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch.fx import Node
 
 from .ir import ROUNDED, Apply, Cast, Const, Expr, Given, Load, Unfit, function_of, number, wide
 
-#: dtypes of the tensors that kernels compute
+#: dtypes of the tensors that kernels read and write
 DTYPES = (
     *(torch.float32, torch.float64, torch.bool, torch.uint8),
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.bfloat16, torch.float16),
 )
 
-#: integers of these dtypes are in lanes as the first and in memory as the second, so that there
-#: are as many of them as of floats
+#: integers of the second dtype are computed as the first, so that they fill as many lanes as
+#: floats
 NARROW = (torch.int32, torch.int64)
 
 
 def working(kind: str, n: Node, out: torch.dtype) -> torch.dtype:
-    """Return the dtype that an op computes in. Raises Unfit for a dtype that its body does not
+    """Return the dtype that an op computes in. Raises Unfit for one that its body does not
     cover."""
     if kind in ("compare", "truth"):
         values = [a.meta["val"] if isinstance(a, Node) else a for a in n.args]
@@ -42,8 +42,7 @@ def working(kind: str, n: Node, out: torch.dtype) -> torch.dtype:
 
 
 def integer(nodes: Sequence[Node]) -> torch.dtype:
-    """Return the dtype of indices: one that fills as many lanes as the values do, and holds
-    them."""
+    """Return the dtype of indices: one that fills as many lanes as the values, and holds them."""
     dtypes = {wide(n.meta["val"].dtype) for n in nodes}
     if torch.float64 in dtypes or (torch.int64 in dtypes and torch.float32 not in dtypes):
         return torch.int64
@@ -54,12 +53,12 @@ def integer(nodes: Sequence[Node]) -> torch.dtype:
 
 
 def as_given(a: Any) -> Any:
-    """Mark a number of the graph as one that is given with the call."""
+    """Return a number of the graph as an argument of the kernel."""
     return Given(a) if isinstance(a, float) or (type(a) is int and abs(a) < 2**53) else a
 
 
 def cast(value: Expr, dtype: torch.dtype) -> Expr:
-    """Return the value in this dtype, rounded or wrapped to it."""
+    """Return the value in this dtype, rounded or wrapped."""
     if dtype in ROUNDED:
         if isinstance(value, Const):
             return number(Given(value.value) if value.given else value.value, dtype)

@@ -1,7 +1,8 @@
-"""Values that are the same at every call are computed once, when the graph is compiled.
+"""Compute values that are the same at every call once, when the graph is compiled.
 
-Their memory is what later calls read: a value stays a call where it is returned, or read by what
-may return or write it."""
+Later calls read their memory: a value stays a call if it is returned, or if a reader may return or
+write it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from .fuse import keeps_its_turn
 from .launch import Launch
 from .memory import OWN_MEMORY
 
-#: a larger value is computed at each call: compiled code should hold little memory
+#: larger values are computed at each call: compiled code should hold little memory
 MOST = 1 << 20
 
 
@@ -36,7 +37,7 @@ def fold(graph: fx.Graph, ours: tuple[type, ...]) -> None:
     for n in reversed(graph.nodes):
         if n not in known:
             continue
-        if not n.users:  # only what is known read it
+        if not n.users:  # only known nodes read it
             graph.erase_node(n)
         elif isinstance(known[n], Tensor) and all(map(only_reads, n.users)):
             name = f"folded_{n.name}"
@@ -81,7 +82,7 @@ def facts(t: Tensor) -> tuple:
 
 
 def only_reads(u: Node) -> bool:
-    """Return whether a node neither returns nor writes the memory that it is given."""
+    """Return whether a node neither returns nor writes the memory of its arguments."""
     if isinstance(u.target, Launch):
         return True
     return (

@@ -1,4 +1,4 @@
-"""Functions of expressions, by name; and what an op that computes each element by itself is."""
+"""Functions of expressions, by name; and the rule of an op that computes single elements."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from .ir import Expr, Operand, Unfit, function_of
 
 @dataclass(frozen=True)
 class Rule:
-    """``body`` computes an op; ``kind`` says in which dtype. *float*: that of the result, which is
-    a floating-point number; *any*: that of the result, which is no bool; *bits*: that of the
-    result, which is none of floating point; *compare*: the dtype that its arguments have in
-    common, *truth*: likewise, and the result is a bool of bools; *where*: that of the result,
-    after a bool; *cast*: that of the result."""
+    """``body`` computes an op; ``kind`` says in which dtype. *float*: the result's, a
+    floating-point one; *any*: the result's, not bool; *bits*: the result's, an integer or bool;
+    *compare*: the common dtype of the arguments; *truth*: likewise, and bools give a bool;
+    *where*: the result's, after a bool; *cast*: the result's."""
 
     kind: str
     body: Callable[..., Expr]

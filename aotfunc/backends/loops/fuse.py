@@ -1,7 +1,8 @@
-"""Which nodes of a graph form a kernel together.
+"""Choose which nodes of a graph form a kernel together.
 
 Nodes join the kernel of what they read, or of what reads the same, as long as one set of loops
-computes them all and no kernel waits for another that waits for it."""
+computes them all and no two kernels wait for each other.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from .members import in_kernels, seen_through
 from .pointwise import RULES
 from .views import SEVERAL, source_of, static_shape
 
-#: a kernel of more nodes is slow to compile, and has more values than there are registers
+#: most nodes of a kernel: more compile slowly, and have more values than there are registers
 MOST = 64
 
 
@@ -30,15 +31,15 @@ class Unit:
     def __init__(self, nodes: Sequence[Node], kernel: bool) -> None:
         self.nodes = list(nodes)
         self.kernel = kernel
-        #: that of all its values, if they are computed element by element
+        #: the shape of all its values, if each element is computed by itself
         self.shape: tuple[int, ...] | None = None
         #: the values that it reads through views
         self.shown: set[Node] = set()
-        self.untried = False  # whether it can be lowered is not known, only likely
+        self.untried = False  # likely, but not known, to be lowered
 
 
 class Groups:
-    """The units so far, and for each, as bits, the units that must run before it."""
+    """The units so far and, for each, a bit set of the units that must run before it."""
 
     def __init__(self, graph: fx.Graph, doubted: Set[Node]) -> None:
         self.rank = {n: i for i, n in enumerate(graph.nodes)}
@@ -46,7 +47,7 @@ class Groups:
         self.before: list[int] = []
         self.at: dict[Node, int] = {}
         self.doubted = doubted
-        self.failed: dict[frozenset, int] = {}  # pairs of units, and how many nodes they had
+        self.failed: dict[frozenset, int] = {}  # pair of units -> their number of nodes
 
     def add(self, n: Node, kernel: bool, reads: set[int]) -> None:
         """Add a unit of one node."""
@@ -63,11 +64,11 @@ class Groups:
         self.before.append(before)
 
     def merge(self, p: int, q: int) -> bool:
-        """Let the first unit take over the second, if they can be one kernel."""
+        """Merge the second unit into the first, if they can be one kernel."""
         one, other = self.units[p], self.units[q]
         if not (one.kernel and other.kernel) or len(one.nodes) + len(other.nodes) > MOST:
             return False
-        for first, last in ((p, q), (q, p)):  # no unit runs between them
+        for first, last in ((p, q), (q, p)):  # no unit may have to run between them
             between = set_bits(self.before[last] & ~(1 << first))
             if any(self.before[i] >> first & 1 for i in between):
                 return False
@@ -90,8 +91,8 @@ class Groups:
         return True
 
     def tried(self, p: int, q: int, nodes: Sequence[Node]) -> bool:
-        """Return whether the nodes of two units can be one kernel. What has failed is tried again
-        when there are half as many nodes more."""
+        """Return whether the nodes of two units can be one kernel. A pair that has failed is tried
+        again when it has half as many nodes more."""
         pair = frozenset((self.kind(p), self.kind(q)))
         if len(nodes) < 1.5 * self.failed.get(pair, 0):
             return False
@@ -101,7 +102,8 @@ class Groups:
         return False
 
     def kind(self, p: int) -> Hashable:
-        """Return the place of a unit; for a single node, what steps of a loop have in common."""
+        """Return the place of a unit; for a single node, a key that the steps of an unrolled loop
+        share."""
         if len(self.units[p].nodes) > 1:
             return p
         (n,) = self.units[p].nodes
@@ -139,11 +141,11 @@ def grouped(graph: fx.Graph) -> Groups:
 
 
 def formed(graph: fx.Graph, doubted: Set[Node]) -> Groups:
-    """Try each node alone, then with the kernels that it reads from or shares an argument with;
-    that of the ``doubted`` nodes one can be lowered is not taken for granted."""
+    """Try each node alone, then with the kernels that it reads from or shares an argument with.
+    One of the ``doubted`` nodes is not taken to be lowerable."""
     groups = Groups(graph, doubted)
     at = groups.at
-    last: int | None = None  # what draws random numbers or has effects keeps its turn
+    last: int | None = None  # draws and effects keep their order
     for n in along("ops put into kernels", list(graph.nodes)):
         if n.op in ("placeholder", "get_attr", "output"):
             continue
@@ -174,7 +176,7 @@ def values_read(n: Node) -> Iterator[Node]:
 
 
 def values_behind(m: Node) -> Iterator[Node]:
-    """Yield the value itself, or the values that a view or a constant is made of."""
+    """Yield the value itself, or the values that a view or constant is made of."""
     if not seen_through(m):
         yield m
         return
@@ -199,7 +201,7 @@ def can_lower(nodes: Sequence[Node]) -> bool:
 
 
 def stored(nodes: Sequence[Node]) -> list[Node]:
-    """Return the nodes whose values are read elsewhere, also through views."""
+    """Return the nodes that other nodes read, also through views."""
     inside = set(nodes)
 
     def leaves(n: Node) -> bool:

@@ -1,7 +1,8 @@
-"""Ops that take elements from elsewhere: look-ups, cut and padded tensors, numbers of their place.
+"""Lower ops that read elements at other places: look-ups, cut and padded tensors, ranges.
 
-A rule gets the lowering, where its result lies, and the op's arguments, which it asks
-for at other places."""
+A rule gets the lowering, the place of its result, and the op's arguments, which it asks for at
+other places.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +72,7 @@ def embedding(work: Lowering, at: At, weight: Node, index: Node, *_: Any) -> Exp
 
 
 def scatter_element(work: Lowering, at: At, x: Node, dim: int, index: Node, new: Any) -> Expr:
-    """Place one element of each row in another row."""
+    """Return an element of ``x`` with one element of each row replaced."""
     dim, shape = dim % max(1, len(at.place)), list(static_shape(x))
     if not shape or static_shape(index) != (*shape[:dim], 1, *shape[dim + 1 :]):
         raise Unfit("elements that may be the same")
@@ -111,8 +112,8 @@ def place_of_indexed(
 
 
 def together(asked: Sequence[Node | None]) -> tuple[int, tuple[int, ...]]:
-    """Return where dimensions that are indexed together lie, and their shape: in the place of the
-    first of them, or first of all if others are between them."""
+    """Return the position and the shape of dimensions that are indexed together: they replace the
+    first of them, or come first of all if others are between them."""
     dims = [d for d, i in enumerate(asked) if i is not None]
     shape = broadcast(*[static_shape(i) for i in asked if i is not None])
     return (dims[0] if dims[-1] - dims[0] + 1 == len(dims) else 0), tuple(shape)
@@ -124,7 +125,7 @@ def together(asked: Sequence[Node | None]) -> tuple[int, tuple[int, ...]]:
 def value_or_fill(
     work: Lowering, x: Node, place: Place, inside: Expr | None, mask: Expr | None, value: Any = 0
 ) -> Expr:
-    """Return a value where it is ``inside``, elsewhere this number."""
+    """Return the value if the place is ``inside``, else the fill value."""
     found = work.value(x, place, work.both([mask, inside]))
     return (
         found
@@ -163,7 +164,7 @@ def scattered_slice(
     end: int | None = None,
     step: int = 1,
 ) -> Expr:
-    """Place a slice's new elements in a tensor."""
+    """Return an element of a tensor with a slice replaced."""
     size = static_shape(x)[dim]
     index, gap = divide_index(at.place[dim].shifted(-first_of(start, size)), step, work.extents)
     tests = [work.inside(gap, 0, 1), work.inside(index, 0, static_shape(src)[dim])]
@@ -171,7 +172,7 @@ def scattered_slice(
 
 
 def scattered_row(work: Lowering, at: At, x: Node, src: Node, dim: int, index: int) -> Expr:
-    """Place a row's new elements in a tensor."""
+    """Return an element of a tensor with a row replaced."""
     index %= static_shape(x)[dim]
     inside = work.inside(at.place[dim], index, index + 1)
     return new_or_old(work, at, x, src, without(at.place, dim), inside)
@@ -180,8 +181,8 @@ def scattered_row(work: Lowering, at: At, x: Node, src: Node, dim: int, index: i
 def new_or_old(
     work: Lowering, at: At, old: Node, new: Node, place: Place, inside: Expr | None
 ) -> Expr:
-    """Return an element of a new value at this place where it is ``inside``, elsewhere of the
-    old one."""
+    """Return an element of the new value at this place if it is ``inside``, else of the old
+    one."""
     found = work.value(new, place, work.both([at.mask, inside]))
     if inside is None:
         return found
@@ -212,19 +213,19 @@ def stack(work: Lowering, at: At, parts: Sequence[Node], dim: int = 0) -> Expr:
     return part_of_cat(work, at, parts, ends, at.place[dim], lambda i: rest)
 
 
-#: asking at each element in which of more parts it is takes up to nine times as long as copying
-#: them one by one
+#: most parts: to find the part of each element takes up to nine times as long as to copy many
+#: parts one by one
 MOST = 4
 
 
 def places_beside(place: Place, parts: Sequence[Node], dim: int) -> list[Place]:
-    """Return where parts of one shape lie in their join along a dimension."""
+    """Return the places of parts of one shape in their join along a dimension."""
     size = static_shape(parts[0])[dim]
     return [with_index(place, dim, place[dim].shifted(i * size)) for i in range(len(parts))]
 
 
 def places_on_top(place: Place, parts: Sequence[Node], dim: int) -> list[Place]:
-    """Return where parts lie along a new dimension."""
+    """Return the places of parts along a new dimension."""
     dim %= len(place) + 1
     return [(*place[:dim], FIRST.shifted(i), *place[dim:]) for i in range(len(parts))]
 
@@ -244,7 +245,7 @@ def part_of_cat(
     index: Index,
     place: Callable[[Index], Place],
 ) -> Expr:
-    """Return the part that an index into a dimension, up to one of these ends, lies in."""
+    """Return the element of the part that ``index`` lies in; ``ends`` are the parts' ends."""
     if len(parts) > MOST:
         raise Unfit("many parts")
     result: Expr | None = None
@@ -315,7 +316,7 @@ def arange_bounds(n: Node) -> tuple[Any, Any, Any]:
 
 
 def iota(n: Node) -> bool:
-    """Return whether a node is made of where its elements are, exactly."""
+    """Return whether a node is exactly a range of its positions."""
     if n.target not in IOTAS:
         return False
     if IOTAS[n.target] is eye:

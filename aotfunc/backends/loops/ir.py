@@ -1,9 +1,9 @@
-"""What a kernel is: axes, accesses to memory that are affine in them, expressions, and stores.
+"""Define kernels: axes, accesses to memory that are affine in them, expressions, and stores.
 
-A kernel computes its stores for every point of its axes. The last ``reduced`` of them are bound
-by its ``Reduce`` expressions: such a value is one for each point of the other axes. How the loops
-run (which axis is outermost, which one is computed in vectors) is no part of it but the order of
-the axes and ``Kernel.vector``, and both are set by :mod:`.schedule`.
+A kernel computes its stores for every point of its axes. The last ``reduced`` of them are bound by
+its ``Reduce`` expressions: such a value is one for each point of the other axes. The order of the
+axes and ``Kernel.vector`` alone say how the loops run (which axis is outermost, which one is
+computed in vectors); :mod:`.schedule` sets both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Expr:
-    """A value at each point of the axes; equal only to itself, so that sharing can be seen."""
+    """A value at each point of the axes. It equals only itself, so that sharing can be seen."""
 
     dtype: torch.dtype
 
@@ -70,7 +70,7 @@ Operand = Expr | bool | int | float
 
 @dataclass(frozen=True, eq=False)
 class Const(Expr):
-    """A number; ``given`` with the call, so that another one has the same code."""
+    """A number. One ``given`` with the call is an argument: the code does not depend on it."""
 
     value: bool | int | float
     given: bool = False
@@ -78,8 +78,8 @@ class Const(Expr):
 
 @dataclass(frozen=True, eq=False)
 class Load(Expr):
-    """The element of a tensor at this point, or ``shift`` elements further, as a number of this
-    dtype. Where ``mask`` is false it is 0, and no memory is read."""
+    """The element of a tensor at this point, ``shift`` elements further, converted to this dtype.
+    If ``mask`` is false it is 0, and no memory is read."""
 
     access: int
     shift: Expr | None = None
@@ -143,7 +143,7 @@ def function_of(fn: str, *args: Operand) -> Expr:
 
 
 class Given(float):
-    """A number of the graph that may be another one in the graph of other sizes."""
+    """A number of the graph that other sizes may change."""
 
 
 def number(value: bool | int | float, dtype: torch.dtype) -> Const:
@@ -162,7 +162,7 @@ def number(value: bool | int | float, dtype: torch.dtype) -> Const:
     return Const(dtype, int(value), given)
 
 
-#: dtypes whose memory is computed with as float32, and the function that rounds to each
+#: dtype that is computed as float32 -> the function that rounds to it
 ROUNDED = {torch.bfloat16: "as_bf16", torch.float16: "as_f16"}
 
 
@@ -175,7 +175,7 @@ class Unfit(Exception):
     """Raised for a value that no kernel, or not this one, can compute."""
 
 
-#: functions: how each prints, and how the interpreter computes it
+#: function -> how the interpreter computes it
 FUNCTIONS: dict[str, Any] = {
     name: getattr(torch, name)
     for name in (
@@ -193,7 +193,7 @@ FUNCTIONS: dict[str, Any] = {
     "as_f16": lambda x: x.half().float(),
 }
 
-#: functions that take longer to compute than to read from memory
+#: functions that take longer to compute than a value to read
 SLOW = frozenset(
     (
         *("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "erfc", "pow"),
@@ -224,8 +224,8 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Access:
-    """A tensor as a kernel walks it: a step, in elements, for each axis, beginning at element
-    ``start``. ``tensor`` says which of the caller's it is."""
+    """A walk of a kernel through a tensor: a step, in elements, for each axis, beginning at
+    element ``start``. ``tensor`` says which of the caller's tensors it is."""
 
     name: str
     dtype: torch.dtype
@@ -236,10 +236,12 @@ class Access:
 
 @dataclass(frozen=True)
 class Store:
-    """A value put into an output at each point; where the value is a reduction's, at each point
-    of the other axes. With ``blocks`` it is added up over each block of the outer axes, see
-    :mod:`.blocks`, and the output has a place for each of them. With ``shift`` it is added to the
-    element so much further of an output of ``size`` elements, which are 0 before."""
+    """A value put into an output at each point, or for a reduction at each point of the other
+    axes.
+
+    With ``blocks`` it is added up over each block of the outer axes, see :mod:`.blocks`, and the
+    output has an element for each block. With ``shift`` it is added to the element so much further
+    in an output of ``size`` elements, which are 0 before."""
 
     access: int
     value: Expr
@@ -254,9 +256,8 @@ class Store:
 
 @dataclass(frozen=True)
 class Requirement:
-    """A condition for running a kernel: the elements of the window (shape, strides, start) of a
-    tensor are ``low`` at least and less than ``high``. ``error`` turns an element outside into the
-    error to raise."""
+    """A condition for running a kernel: ``low <= element < high`` in the window (shape, strides,
+    start) of a tensor. ``error`` turns an element outside into the error to raise."""
 
     tensor: Any
     window: tuple[tuple[int, ...], tuple[int, ...], int]
@@ -267,9 +268,9 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Loops over axes of these extents, outermost first, the last ``reduced`` of them bound by
-    its reductions. ``vector`` is the axis that is computed several points at once, ``cross`` one
-    that runs in blocks beside it, because some of the memory is contiguous along it."""
+    """Loops over axes of these extents, outermost first, the last ``reduced`` of them bound by its
+    reductions. ``vector`` is the axis of which several points are computed at once; ``cross`` is
+    one that runs in blocks beside it, because some memory is contiguous along it."""
 
     name: str
     extents: tuple[int, ...]
@@ -285,17 +286,17 @@ class Kernel:
 
     @property
     def values(self) -> list[Expr]:
-        """Return the stored values, and the places that are computed for them."""
+        """Return the stored values, and the computed places of stores."""
         return [e for s in self.stores for e in s.needs]
 
     @property
     def blocks(self) -> bool:
-        """Return whether its rows run in blocks, over which values are added up."""
+        """Return whether rows run in blocks, over which values are added up."""
         return any([s.blocks for s in self.stores])
 
     @property
     def scatters(self) -> list[Store]:
-        """Return the stores that add where indices say."""
+        """Return the stores that add values at computed indices."""
         return [s for s in self.stores if s.shift is not None]
 
     @property

@@ -1,8 +1,9 @@
-"""A kernel with its outputs: called with tensors, it returns new ones.
+"""Launch a kernel: call it with tensors and return new ones.
 
 In Python a call takes several µs, so native code makes it (``launch.cpp``, compiled once for all
-launches), which reads a tensor at an offset that is looked for here. Where any of that is not to
-be had, the plain form is called, which does the same in Python."""
+launches), which reads the C++ tensor at an offset in the Python object, found here. If any of that
+is missing, the plain form does the same in Python.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +41,13 @@ DTYPES = {x for x in vars(torch).values() if isinstance(x, torch.dtype)}
 
 class Launch:
     """``launch(*inputs)`` allocates the kernel's outputs, runs it, and returns them: one tensor,
-    or a tuple. ``entry`` is the same, and quicker to call.
+    or a tuple. ``entry`` is a quicker callable that does the same.
 
-    ``order`` says for each of the kernel's buffers which of ``[*inputs, *outputs]`` it is. Of the
-    inputs only the memory is read: their dtypes, sizes, strides and whether they are conjugated
-    are the caller's business. Outputs that have ``taken`` an input's memory, which nothing else
-    may use, are new where the plain form runs. Raises TypeError for a wrong number of inputs or
-    one that is no tensor, and ArgumentError, which is one, for a tensor without memory on the
-    CPU."""
+    ``order`` says for each of the kernel's buffers which of ``[*inputs, *outputs]`` it is. Only
+    the memory of inputs is read: the caller guarantees their dtypes, sizes, strides and
+    conjugation. Outputs that have ``taken`` an input's memory, which nothing else may use, are new
+    in the plain form. Raises TypeError for a wrong number of inputs or one that is no tensor, and
+    its subclass ArgumentError for a tensor without memory on the CPU."""
 
     __slots__ = ("__name__", "entry", "plain", "taken")
 
@@ -123,12 +123,12 @@ def has_memory(t: Tensor) -> bool:
 
 
 def bytes_of(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> int:
-    """Return how much memory a tensor takes that has none beside its elements."""
+    """Return the bytes from a tensor's first element to the end of its last."""
     return reach(shape, strides) * dtype.itemsize
 
 
 def count_inputs(order: Sequence[int], outputs: Sequence[Output]) -> int:
-    """Return how many inputs there are: those buffers that a kernel does not write."""
+    """Return how many inputs there are: buffers that a kernel does not write."""
     return max(order, default=-1) + 1 - len(outputs)
 
 
@@ -137,8 +137,8 @@ def count_inputs(order: Sequence[int], outputs: Sequence[Output]) -> int:
 
 @functools.cache
 def native_form() -> Native | None:
-    """Return a function that makes a native function of a plain launch, if it can be had here;
-    under AOTFUNC_DEBUG a warning says why not."""
+    """Return a function that makes a native function of a plain launch, None if it is not
+    available; under AOTFUNC_DEBUG a warning says why."""
     try:
         return Native()
     except (CompilerError, OSError, AttributeError, ValueError, Unlike) as e:
@@ -149,7 +149,7 @@ def native_form() -> Native | None:
 
 class Native:
     """The functions of ``launch.cpp``, with the facts that they need about this process. Raises
-    Unlike, and AttributeError or OSError where PyTorch or Python lacks what they call."""
+    Unlike, and AttributeError or OSError if PyTorch or Python lacks what they call."""
 
     def __init__(self) -> None:
         offset = offset_of_tensors()
@@ -174,7 +174,7 @@ class Native:
         self.first(native.LoadedKernel(library.aot_first))
 
     def __call__(self, plain: functools.partial, taken: Mapping[int, int] = EMPTY) -> Callable:
-        """Return a native function that does the same."""
+        """Return a native function that does the same as the plain launch."""
         kernel, rows, sizes, outputs, order, grain = plain.args
         largest = max([math.prod(shape) for shape, _, _ in outputs], default=0)
         plan = [count_inputs(order, outputs), len(outputs), len(order), len(sizes)]
@@ -198,8 +198,8 @@ class Native:
 
 
 def offset_of_tensors() -> int:
-    """Find the offset of ``at::Tensor`` in a Python tensor. Raises Unlike where it cannot be
-    told."""
+    """Find the offset of ``at::Tensor`` in a Python tensor. Raises Unlike if that is not
+    certain."""
     check_objects()
     x = torch.zeros(2)
     several = (x, x[1:], x.detach().requires_grad_(), nn.Parameter(x))

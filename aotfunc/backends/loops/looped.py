@@ -1,5 +1,6 @@
-"""Loops without Python between the steps: where bodies consist of launches, native code
-(``loop.cpp``) runs them again and again. Any other loop runs its compiled bodies in Python."""
+"""Run loops without Python between the steps: if bodies consist of launches, native code
+(``loop.cpp``) runs them. Any other loop runs its compiled bodies in Python.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +28,10 @@ LAUNCH, COPY, SHOW, SWITCH, CHECK, LOOP = range(6)
 
 flat = chain.from_iterable
 
-#: a loop holds no more memory than this beside its results
+#: most bytes that a loop holds beside its results
 MOST = 1 << 25
 
-#: values begin at a line of the processor's cache
+#: values begin at a cache line of the processor
 LINE = 64
 
 #: loop.cpp counts with 64 bits
@@ -42,8 +43,8 @@ class Unsteady(Exception):
 
 
 class Step:
-    """The slots of a loop's steps, each the address of a value; some are constants, and some have
-    memory of their own."""
+    """The slots of a loop's steps. Each holds the address of a value; some values are constants,
+    and some have memory of their own."""
 
     def __init__(self, vals: Sequence[Tensor]) -> None:
         self.vals = list(vals)
@@ -182,9 +183,9 @@ class Step:
     def placed(
         self, outs: Sequence[int], carried: Sequence[int]
     ) -> tuple[dict[int, int], list[tuple[int, int]], list[int]]:
-        """Return ``(homes, copies, following)`` for a step's results, those to be carried first:
-        the slots that are written where a result belongs, the results that are copied from slots,
-        and for each value that is carried the result that it is next, -1 where it stays."""
+        """Return ``(homes, copies, following)`` for a step's results, carried ones first: the
+        slots written in a result's memory, the results copied from slots, and for each carried
+        value the result that replaces it, -1 if it stays."""
         homes: dict[int, int] = {}
         copies: list[tuple[int, int]] = []
 
@@ -205,7 +206,7 @@ class Step:
 
 
 def results_of(graph: fx.Graph | None) -> Sequence[Node]:
-    """Return a body's results. Raises Unsteady for one whose elements do not follow each other."""
+    """Return a body's results. Raises Unsteady for one that is not contiguous."""
     results: Any = graph and output_node(graph).args[0]
     if graph is None or not all(
         isinstance(o, Node) and o.meta["val"].is_contiguous() for o in results
@@ -218,7 +219,7 @@ def instruction(kind: int, words: Sequence[int]) -> list[int]:
     return [kind, len(words) + 2, *words]
 
 
-#: ops without arguments that are tensors
+#: ops without tensor arguments
 CONSTANTS = frozenset((torch.ops.aten.full.default,))
 
 
@@ -228,7 +229,7 @@ def steady(body: Any) -> fx.Graph | None:
 
 
 def consists_of_launches(graph: fx.Graph) -> bool:
-    """Return whether a graph calls no op but those that a step knows the result of."""
+    """Return whether a graph calls only launches and ops of which a step knows the result."""
     return all(
         not isinstance(n.target, OpOverload)
         or n.target in CONSTANTS
@@ -238,8 +239,8 @@ def consists_of_launches(graph: fx.Graph) -> bool:
 
 
 def start_of_view(n: Node) -> int | None:
-    """Return how many bytes a view begins behind its argument; None for what is no view, or one
-    whose elements do not follow each other."""
+    """Return how many bytes after its argument a view begins; None if ``n`` is no view, or is not
+    contiguous."""
     if n.target not in VIEWS or not n.meta["val"].is_contiguous():
         return None
     [source] = n.all_input_nodes
@@ -266,8 +267,8 @@ def stack(row: Tensor, count: int) -> Tensor:
 
 
 def looped(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable:
-    """Return ``plain``, which runs control flow with compiled bodies, in native code where that is
-    to be had: for loops whose steps consist of launches."""
+    """Return ``plain``, which runs control flow with compiled bodies, or native code for loops
+    whose steps consist of launches."""
     quick = native_form()
     if quick is None or not hasattr(target, "n_consts"):
         return plain
@@ -290,8 +291,8 @@ def looped(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable
 def packed(
     target: Any, bodies: Sequence[fx.Graph | None], dtypes: Mapping
 ) -> tuple[list[int], list[Tensor]]:
-    """Return the words of a loop as ``loop.cpp`` reads them, and the constants whose addresses are
-    among them. Raises Unsteady."""
+    """Return the words of a loop in the format of ``loop.cpp``, and the constants whose addresses
+    are among them. Raises Unsteady."""
     if bodies[-1] is None:
         raise Unsteady
     given = [n.meta["val"] for n in bodies[-1].find_nodes(op="placeholder")]

@@ -1,8 +1,9 @@
-"""Nodes of an aten graph as one kernel: each value an expression over the kernel's axes.
+"""Lower nodes of an aten graph to one kernel: each value becomes an expression over its axes.
 
 A value is asked for at a *place*: an index into each of its dimensions. Places are derived from a
-result to its arguments, through broadcasting, views and look-ups, so the same value may be
-computed at two places. Under a *mask* it may lie outside of its tensor and be any number."""
+result to its arguments, through broadcasting, views and look-ups, so one value may be computed at
+two places. Under a *mask* a place may lie outside of the tensor, and its value be any number.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ Walked = TypeVar("Walked", Access, Ramp)
 
 def lower(nodes: Sequence[Node], stored: Sequence[Node], name: str) -> Kernel:
     """Return the kernel that computes these nodes, in the graph's order, and stores some of them.
-    The ``tensor`` of each access is its node. Raises Unfit where one kernel does not do."""
+    The ``tensor`` of each access is its node. Raises Unfit if one kernel cannot."""
     factors: list[list[int]] = []
     for _ in range(8):
         work = Lowering(nodes, factors)
@@ -68,12 +69,12 @@ def lower(nodes: Sequence[Node], stored: Sequence[Node], name: str) -> Kernel:
 
 
 class Lowering(Axes):
-    """The state of a kernel in the making."""
+    """The state of a kernel while it is built."""
 
     def __init__(self, nodes: Sequence[Node], factors: list[list[int]]) -> None:
         super().__init__(factors, integer(nodes))
         self.nodes = dict.fromkeys(nodes)
-        self.places: dict[Node, list[tuple[Place, Expr | None]]] = {}  # where each is computed
+        self.places: dict[Node, list[tuple[Place, Expr | None]]] = {}  # value -> its place
         self.slow: set[Node] = set()
         self.checks: dict[Any, Requirement] = {}
         self.turned: bool | None = None  # whether scans run from the end of their axis
@@ -97,7 +98,7 @@ class Lowering(Axes):
         return Store(self.access(n, place), value)
 
     def in_parts(self, n: Node) -> list[Store]:
-        """Store parts of one shape beside each other, where they are many or computed here."""
+        """Store parts of one shape beside each other, if they are many or computed here."""
         parts, dim = (*n.args, n.kwargs.get("dim", 0))[:2]
         shapes = {static_shape(x) for x in parts}
         if len(shapes) > 1 or not (len(parts) > MOST or any(x in self.nodes for x in parts)):
@@ -124,7 +125,7 @@ class Lowering(Axes):
         return Store(self.access(n, (FIRST, *place[dims:])), self.value(x, place), blocks=True)
 
     def scattered(self, n: Node) -> Store:
-        """Return a value added where indices say, at each point of the kernel or of its outer
+        """Return a value to add at computed indices, at each point of the kernel or of its outer
         axes."""
         value, shape, where = ADDED[n.target](n)
         place = self.root(shape)
@@ -293,7 +294,7 @@ class Lowering(Axes):
 
 
 def is_slow(e: Expr, given: set[Expr]) -> bool:
-    """Return whether a value takes long to compute of these."""
+    """Return whether a value takes long to compute from ``given`` ones."""
     if e in given:
         return False
     given.add(e)

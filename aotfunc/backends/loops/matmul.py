@@ -1,7 +1,8 @@
-"""Products of matrices as launches of one kernel, which is compiled once for all graphs.
+"""Launch products of matrices by one kernel, which is compiled once for all graphs.
 
-It reads its matrices where they lie, transposed or expanded, so no view of them is made. Extents
-and steps are arguments."""
+It reads its matrices in place, transposed or expanded, so no view of them is made. Extents and
+steps are arguments.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +25,18 @@ from .views import source_of, static_shape
 
 aten = torch.ops.aten
 
-#: the C++ names of a vector of them and of one
+#: dtype -> the C++ names of its vector and its number
 DTYPES = {torch.float32: ("floats", "float"), torch.float64: ("doubles", "double")}
 
-#: number of rows of a product that one thread computes (BLOCK in matmul.cpp)
+#: rows of a product that one task computes (BLOCK in matmul.cpp)
 BLOCK = 48
 
-#: least number of multiplications for a thread
+#: fewest multiplications for a thread
 GRAIN = 1 << 19
 
 
 class Matrices(NamedTuple):
-    """Matrices in a tensor: where they begin, and the steps from one to the next, down and
-    along."""
+    """Matrices in a tensor: their beginning, and the steps to the next matrix, row and column."""
 
     start: int
     batch: int
@@ -71,11 +71,11 @@ class MatrixProduct:
 
     @property
     def grain(self) -> int:
-        """Return how many tasks are worth a thread."""
+        """Return how many tasks a thread should get at least."""
         return max(1, GRAIN // (min(self.rows, BLOCK) * self.columns * self.deep))
 
     def transposed(self) -> MatrixProduct:
-        """Return the product with both matrices transposed and swapped."""
+        """Return the same product with both matrices transposed and swapped."""
         x, y, z = self.memory
         return MatrixProduct(
             (y, x, z),
@@ -84,8 +84,8 @@ class MatrixProduct:
         )
 
     def in_one(self) -> MatrixProduct:
-        """Return batches as rows, if they follow each other and the columns are the same for
-        all."""
+        """Return the product with batches as rows, if they follow each other and share the right
+        factor."""
         a, c, n = self.a, self.c, self.rows
         if self.b.batch or self.batch == 1:
             return self
@@ -96,7 +96,7 @@ class MatrixProduct:
         return replace(self, batch=1, rows=self.batch * n, a=a, c=c)
 
 
-#: op -> the dimensions of its factors and of its result
+#: op -> the dimensions of its factors and its result
 SPELLED = {
     aten.mm.default: ("ik", "kj", "ij"),
     aten.bmm.default: ("bik", "bkj", "bij"),
@@ -137,7 +137,7 @@ def product_launch(n: Node) -> Task | None:
 
 
 def tensor_shown(n: Node) -> tuple[Node, Sequence[int], int]:
-    """Find the tensor in memory that a node shows, and the node's strides and offset in it."""
+    """Return the tensor in memory that a node shows, and the node's strides and offset in it."""
     root = n
     while (source := source_of(root)) is not None:
         root = source
@@ -151,7 +151,7 @@ def tensor_shown(n: Node) -> tuple[Node, Sequence[int], int]:
 
 
 def viewed_again(n: Any, root: Node, base: Tensor) -> Any:
-    """Apply the views of a node to this tensor in the place of their root."""
+    """Return the views of a node applied to ``base`` in place of their root."""
     if n is root:
         return base
     source = viewed_again(n.args[0], root, base)
@@ -160,7 +160,7 @@ def viewed_again(n: Any, root: Node, base: Tensor) -> Any:
 
 @functools.cache
 def kernel(dtype: torch.dtype) -> native.LoadedKernel | None:
-    """Return the kernel for this dtype, None where there is none or no compiler."""
+    """Return the kernel for this dtype; None if there is none, or no compiler."""
     if dtype not in DTYPES:
         return None
     vector, number = DTYPES[dtype]

@@ -1,4 +1,4 @@
-"""Which nodes a kernel may compute, and which ones it looks through."""
+"""Tell which nodes a kernel may compute, and which ones it looks through."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .views import SEVERAL, source_of
 
 
 def in_kernels(n: Any) -> bool:
-    """Return whether a node may be part of a kernel: there is a rule for it, and it is a plain
-    tensor on the CPU made of such."""
+    """Return whether a node may be part of a kernel: it has a rule, and it is a plain tensor on
+    the CPU, made of such."""
     return (
         isinstance(n, Node)
         and n.op == "call_function"
@@ -45,13 +45,12 @@ def plain_on_cpu(n: Node) -> bool:
         isinstance(val, Tensor)
         and val.device.type == "cpu"
         and val.dtype in DTYPES
-        and val.numel() != 0  # there is no memory to read
+        and val.numel() != 0  # they have no memory to read
     )
 
 
 def seen_through(n: Any) -> bool:
-    """Return whether a kernel that reads this node reads its argument, or a number, in its
-    place."""
+    """Return whether a kernel that reads this node reads its argument, or a number, instead."""
     return isinstance(n, Node) and (
         source_of(n) is not None or constant(n) is not None or iota(n) or n.target in SEVERAL
     )

@@ -1,4 +1,4 @@
-"""Which ops give their result memory of its own."""
+"""Tell which ops give their result memory of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .views import VIEWS
 aten = torch.ops.aten
 
 #: op -> whether it does; False: the result may be the argument, or a view of it, whatever the
-#: schema says; others: not known
+#: schema says; other ops are unknown
 OWN_MEMORY: dict[Any, bool] = {
     **dict.fromkeys((*RULES, *REDUCTIONS), True),
     **dict.fromkeys((aten.mm.default, aten.bmm.default), True),

@@ -1,7 +1,8 @@
-"""Kernels as C++ functions: compiled or found in the disk cache, loaded, and called on tensors.
+"""Load kernels as C++ functions, compiled or from the disk cache, and call them on tensors.
 
 A kernel is ``extern "C" void NAME(int64_t begin, int64_t end, const int64_t *sizes, void *const
-*buffers)``; it computes rows ``begin`` to ``end`` of its outermost axis."""
+*buffers)``; it computes rows ``begin`` to ``end`` of its outermost axis.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ from ...native.build import built, without_comments
 
 HERE = Path(__file__).parent
 
-#: what every source begins with: vector types, loads and stores, maths
+#: the beginning of every source: vector types, loads and stores, maths
 PRELUDE = "\n".join(
     (HERE / f"{name}.h").read_text()
     for name in ("vectors", "lanes", "indexed", "polynomials", "maths")
 )
 
-#: a thread gets no less than this many elements
+#: fewest elements for a thread
 GRAIN = 32768
 
 #: code -> its library
@@ -49,10 +50,9 @@ os.register_at_fork(after_in_child=_in_child)
 class LoadedKernel:
     """A kernel, callable as ``kernel(rows, sizes, tensors)``.
 
-    The tensors' memory is passed as it is: their dtypes, sizes and strides are the caller's
-    business. Rows are divided among ``torch.get_num_threads()`` threads, ``grain`` or more for
-    each; by default as many as hold 32768 elements of the largest tensor. A forked child uses one
-    thread."""
+    Only the tensors' memory is passed: the caller guarantees dtypes, sizes and strides. Rows are
+    divided among ``torch.get_num_threads()`` threads, ``grain`` or more for each; by default as
+    many as hold 32768 elements of the largest tensor. A forked child uses one thread."""
 
     __slots__ = ("address", "function")
 
@@ -102,8 +102,8 @@ def load_kernels(source: str) -> Library:
 
 @functools.cache
 def threads() -> Callable | None:
-    """Return ``aot_threads`` of ``threads.cpp``; None for a PyTorch without what it calls, and
-    where it cannot be compiled."""
+    """Return ``aot_threads`` of ``threads.cpp``; None if PyTorch lacks what it calls, or it cannot
+    be compiled."""
     if not toolchain.torch_exports("torch_parallel_for"):
         return None
     try:

@@ -1,5 +1,6 @@
-"""The order in which the units of a graph run: the graph's, but for units that free as much memory
-as they take, which run as soon as they can."""
+"""Order the units of a graph: as the graph does, but units that free as much memory as they take
+run as soon as they can.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from .views import source_of
 def calls(
     graph: fx.Graph, units: Sequence[Unit], worth: Callable[[Sequence[Node]], bool]
 ) -> list[Unit]:
-    """Return the units, in an order in which they can run. A kernel that is not ``worth`` being
-    one is several calls."""
+    """Return the units in an order in which they can run. A kernel that is not ``worth`` its
+    launch is several calls."""
     found = []
     for u in units:
         if u.kernel and not worth(u.nodes):
@@ -31,8 +32,8 @@ def calls(
 
 
 def in_dependency_order(graph: fx.Graph, found: list[Unit]) -> list[Unit]:
-    """Return each unit after those that it reads from, in the graph's order but for those that do
-    not let memory grow."""
+    """Return each unit after those that it reads from, in the graph's order except for units that
+    do not let memory grow."""
     rank = {n: i for i, n in enumerate(graph.nodes)}
     waits = dependencies(graph, found)
     readers: dict[Unit, list[Unit]] = {u: [] for u in found}
@@ -53,14 +54,14 @@ def in_dependency_order(graph: fx.Graph, found: list[Unit]) -> list[Unit]:
         for r in readers[u]:
             left[r] -= 1
         for r in (*readers[u], *memory.run(u)):
-            if not left[r]:  # a second time if it grows no longer
+            if not left[r]:  # it is pushed a second time if it grows no longer
                 heappush(ready, (memory.grows(r), last[r], r))
     assert len(done) == len(found), "kernels wait for each other"
     return [*done]
 
 
 def dependencies(graph: fx.Graph, found: Sequence[Unit]) -> dict[Unit, set[Unit]]:
-    """Return for each unit those that must run before it."""
+    """Return for each unit the units that must run before it."""
     of = {n: u for u in found for n in u.nodes}
     waits: dict[Unit, set[Unit]] = {u: set() for u in found}
     last: Unit | None = None
@@ -78,8 +79,8 @@ def dependencies(graph: fx.Graph, found: Sequence[Unit]) -> dict[Unit, set[Unit]
 
 
 class Memory:
-    """The bytes that each unit makes, and which units have still to read each value. Views are
-    the values that they show."""
+    """The bytes that each unit makes, and the units that have yet to read each value. A view
+    counts as the values that it shows."""
 
     def __init__(self, graph: fx.Graph, found: Sequence[Unit]) -> None:
         self.made = {u: sum(map(size, stored(u.nodes))) for u in found}
@@ -98,7 +99,7 @@ class Memory:
         return self.made[u] > sum([size(n) for n in self.reads[u] if len(self.waiting[n]) == 1])
 
     def run(self, u: Unit) -> list[Unit]:
-        """Note that a unit has run. Return those that are now the last to read a value."""
+        """Note that a unit has run. Return the units that are now the last to read a value."""
         last: list[Unit] = []
         for n in self.reads[u]:
             self.waiting[n].remove(u)

@@ -1,4 +1,4 @@
-"""Where a value lies in a kernel: for each of its dimensions an index, affine in the axes."""
+"""Place a value in a kernel: for each of its dimensions an index, affine in the axes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from .ir import Expr, Unfit
 
 @dataclass(frozen=True)
 class Index:
-    """An index: ``start``, plus a step along an axis, or along a value that is looked up, each
-    times its factor."""
+    """``start``, plus a step along each axis or looked-up value, times its factor."""
 
     steps: tuple[tuple[int | Expr, int], ...] = ()
     start: int = 0
@@ -48,7 +47,7 @@ FIRST = Index()
 
 
 class Split(Exception):
-    """Raised to ask for an axis to be two, the inner one of this extent, so that an index is
+    """Raised to ask that an axis become two, the inner one of this extent, so that an index is
     affine."""
 
     def __init__(self, axis: int, inner: int) -> None:
@@ -60,7 +59,7 @@ def index_along(axis: int, step: int = 1) -> Index:
 
 
 def bounds(index: Index, extents: Sequence[int]) -> tuple[int, int]:
-    """Return the least and the greatest value of an index without values that are looked up."""
+    """Return the least and the greatest value of an index that has no looked-up values."""
     ends = [s * (extents[k] - 1) for k, s in index.steps if isinstance(k, int)]
     return (
         index.start + sum([e for e in ends if e < 0]),
@@ -81,8 +80,8 @@ def covers(index: Index, size: int, extents: Sequence[int]) -> bool:
 
 
 def divide_index(index: Index, n: int, extents: Sequence[int]) -> tuple[Index, Index]:
-    """Return quotient and remainder. Raises Split where an axis must be two for them to be affine,
-    Unfit where they are not."""
+    """Return quotient and remainder. Raises Split if an axis must become two for them to be
+    affine, Unfit if they cannot be."""
     start, rest = divmod(index.start, n)
     whole = Index(tuple([(w, s // n) for w, s in index.steps if s % n == 0]), start)
     part = Index(tuple([(w, s) for w, s in index.steps if s % n]), rest)
@@ -120,8 +119,8 @@ def regrouped(
 
 
 def matched(sizes: Sequence[int], axes: Sequence[int], extents: Sequence[int]) -> Place | None:
-    """Return the place of dimensions of these sizes, each along the next of the axes; None where
-    they are not of these sizes. Raises Split where an axis belongs to two of them."""
+    """Return the place of dimensions of these sizes, each along the next of the axes; None if
+    sizes differ. Raises Split if an axis belongs to two dimensions."""
     rest = list(axes)
     found = []
     for size in sizes:

@@ -1,7 +1,8 @@
-"""Ops that compute each element by itself, as expressions.
+"""Lower ops that compute each element by itself to expressions.
 
 A body gets its tensors as expressions in the dtype that the op computes in, and its numbers as
-they are. It raises Unfit for arguments that it does not cover: the op is then called as it is."""
+they are. It raises Unfit for arguments that it does not cover: the op is then called.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +79,7 @@ add_rule(
 )
 add_rule("any", lambda a, b: a * b, aten.mul.Tensor, aten.mul.Scalar)
 add_rule("float", lambda a, b: a / b, aten.div.Tensor, aten.div.Scalar)
-#: these round their numbers to bfloat16 or float16, others compute with them as they are
+#: ops that round their numbers to bfloat16 or float16; others compute with them unrounded
 ROUND_FIRST = frozenset(
     (
         *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar),
@@ -86,7 +87,8 @@ ROUND_FIRST = frozenset(
         aten.fmod.Scalar,
     )
 )
-#: tensors of another dtype are rounded by all ops, but for one number by which these multiply
+#: ops that multiply by one number of another dtype unrounded; all others round tensors of another
+#: dtype
 FACTORS = (aten.mul.Tensor, aten.div.Tensor)
 
 add_rule("any", maximum, aten.maximum.default)

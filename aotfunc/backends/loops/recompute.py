@@ -1,5 +1,4 @@
-"""Choose the values that a kernel computes again, from what another kernel has read, instead of
-reading them."""
+"""Recompute values in the kernel that reads them, if that is cheaper than to load them."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ from .views import static_shape
 
 
 def recompute(graph: fx.Graph, units: Sequence[Unit]) -> list[Unit]:
-    """Return the units, with values that one kernel stored for another one alone moved into that
-    one. The moved values are cheap to compute."""
+    """Return the units, with cheap values that one kernel stored for one other moved into that
+    one."""
     of = {n: u for u in units for n in u.nodes}
     kept = {n for n in graph.nodes if n.op == "placeholder"} | read_by(output_node(graph))
     for unit in units:
@@ -56,8 +55,8 @@ def read_by(n: Node) -> set[Node]:
 
 
 def made_of(v: Node, unit: Unit, ends: Set[Node]) -> tuple[list[Node], list[Node]]:
-    """Return the nodes of the unit that a value is computed by, up to those that are much smaller
-    or among ``ends``, and views of them, in order; and the memory that they read."""
+    """Return, in order, the nodes of the unit that compute ``v``, with views of them, and the
+    memory that they read; stop at ``ends`` and at values that lack a dimension of ``v``."""
     inside = set(unit.nodes)
     nodes: dict[Node, None] = {}
     memory: dict[Node, None] = {}
@@ -80,8 +79,8 @@ def made_of(v: Node, unit: Unit, ends: Set[Node]) -> tuple[list[Node], list[Node
 
 
 def lacks_dimension(n: Node, v: Node) -> bool:
-    """Say whether a value lacks a dimension of another one; its size differs from call to
-    call."""
+    """Return whether ``n`` has fewer dimensions larger than 1 than ``v``; their sizes may differ
+    from call to call."""
     return rank(n) < rank(v)
 
 
@@ -94,8 +93,8 @@ def numel(n: Node) -> int:
 
 
 def pays(v: Node, unit: Unit, reader: Unit, ends: Set[Node]) -> bool:
-    """Return whether a value is better computed where it is read, which reads no more memory than
-    storing it and reading it; of values that are kept anyway, ``ends``, it may be as much."""
+    """Return whether a value is better computed by its reader: that reads no more memory than
+    storing and reading it would. Values among ``ends`` are kept anyway, and may cost as much."""
     nodes, memory = made_of(v, unit, ends)
     computed = [n for n in nodes if not seen_through(n)]
     if any(n.target not in RULES for n in computed) or len(nodes) + len(reader.nodes) > MOST:
@@ -106,7 +105,7 @@ def pays(v: Node, unit: Unit, reader: Unit, ends: Set[Node]) -> bool:
     if len(more) > most or any(numel(m) > numel(v) for m in more):
         return False
     inside = set(unit.nodes) - set(nodes)
-    twice = feeds_reduction(v, reader)  # at least, as reductions are passes of their own
+    twice = feeds_reduction(v, reader)  # at least: each reduction is a pass
     return not any((twice or readers_of(n) & inside) and computes_slowly(n) for n in computed)
 
 
@@ -116,7 +115,7 @@ def computes_slowly(n: Node) -> bool:
 
 
 def feeds_reduction(v: Node, reader: Unit) -> bool:
-    """Return whether a reduction of the unit needs a value."""
+    """Return whether a reduction of the unit needs the value."""
     needs = {v}
     for n in reader.nodes:
         if needs & read_by(n):
@@ -125,8 +124,8 @@ def feeds_reduction(v: Node, reader: Unit) -> bool:
 
 
 def move(graph: fx.Graph, v: Node, unit: Unit, reader: Unit, ends: Set[Node]) -> None:
-    """Compute a value in its reader. It stays where either unit would be no kernel, or where the
-    reader shares a view of it with the unit."""
+    """Move the computation of a value into its reader. Leave it if either unit would be no kernel,
+    or if the reader shares a view of it with the unit."""
     nodes, _ = made_of(v, unit, ends)
     new: dict[Node, Node] = {}
     with graph.inserting_before(v.next):
@@ -144,7 +143,7 @@ def move(graph: fx.Graph, v: Node, unit: Unit, reader: Unit, ends: Set[Node]) ->
     if new[v].users and left and can_lower(left) and can_lower(both):
         unit.nodes, reader.nodes = left, both
         return
-    for n, copy in reversed(new.items()):  # as it was, with copies of what is erased
+    for n, copy in reversed(new.items()):  # restore it, with copies of the erased nodes
         if n in order:
             copy.replace_all_uses_with(n)
             graph.erase_node(copy)

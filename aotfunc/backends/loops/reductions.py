@@ -1,4 +1,4 @@
-"""Ops that make one element of many: the function, and the dimensions that it reduces."""
+"""Describe ops that make one element of many: the function, and the dimensions to reduce."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Reduction:
-    """``fn`` over ``dims`` (all where there are none), divided by their size for a ``mean``."""
+    """``fn`` over ``dims`` (all if there are none), divided by their size for a ``mean``."""
 
     fn: str
     dims: Sequence[int] = ()

@@ -1,8 +1,9 @@
-"""Ops that read a tensor between or beyond its elements: resized, or padded by its own.
+"""Lower ops that read a tensor between or beyond its elements: resized, or padded by its own.
 
-Where an element is read is computed in the kernel, and is inside by its formula: indices and
-weights are those of PyTorch's kernels. One op resizes one dimension, so that an image becomes
-another one in two kernels, each of which reads few elements for one."""
+The kernel computes the place of each element read, which its formula keeps inside: indices and
+weights are those of PyTorch's kernels. One op resizes one dimension, so that an image is resized
+by two kernels, each of which reads few elements for one.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ _library.define(f"resized_backward(Tensor g, {_how}) -> Tensor")
 
 
 def resize(x: Tensor, dim: int, size: int, scale: float, corners: bool, cubic: bool) -> Tensor:
-    """Return ``x`` with another number of elements along a dimension, each of which is ``scale``
-    elements of ``x``: interpolated, linear or ``cubic``, between ``corners`` or centres."""
+    """Return ``x`` with ``size`` elements along a dimension, each ``scale`` elements of ``x``
+    apart: interpolated, linear or ``cubic``, between ``corners`` or centres."""
     op = aten.upsample_bicubic2d if cubic else aten.upsample_bilinear2d
     return by_rows(x, dim, lambda x: op(x, [1, size], corners, None, 1 / scale if scale else None))
 
@@ -53,7 +54,7 @@ def resize_backward(
 
 
 def by_rows(x: Tensor, dim: int, f: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the function of an image of one row for all rows along a dimension."""
+    """Return ``f``, of an image of one row, applied to all rows along a dimension."""
     rows = x.movedim(dim, -1)
     y = f(rows.reshape(1, -1, 1, rows.shape[-1]))
     return y.view(*rows.shape[:-1], -1).movedim(-1, dim).contiguous()
@@ -77,7 +78,7 @@ def clamped(i: Expr, size: int) -> Expr:
 
 
 def source(i: Expr, dtype: torch.dtype, scale: float, corners: bool) -> Expr:
-    """Return the place that an element is read at."""
+    """Return the position in the tensor that element ``i`` is read at."""
     x = cast(i, dtype)
     return x * Given(scale) if corners else (x + 0.5) * Given(scale) - 0.5
 
@@ -85,9 +86,10 @@ def source(i: Expr, dtype: torch.dtype, scale: float, corners: bool) -> Expr:
 def taps(
     i: Expr, dtype: torch.dtype, n: int, size: int, scale: float, corners: bool, cubic: bool
 ) -> list[tuple[Expr, Operand]]:
-    """List the elements of ``n`` that one of ``size`` is a sum of, and their weights."""
+    """List the elements, of ``n``, that are summed for element ``i`` of ``size``, and their
+    weights."""
     if n == size and not cubic:
-        return [(i, 1.0), (i, 0.0)]  # of infinity this is NaN
+        return [(i, 1.0), (i, 0.0)]  # as in eager, infinity gives NaN
     x = source(i, dtype, scale, corners)
     x = x if cubic else maximum(x, 0)
     first = minimum(cast(function_of("floor", x), i.dtype), Given(n - 1))
@@ -99,12 +101,12 @@ def taps(
 
 
 def near(x: Expr) -> Expr:
-    """Return Keys' kernel up to a distance of 1, with -0.75."""
+    """Return Keys' cubic kernel, with a = -0.75, for distances up to 1."""
     return (1.25 * x - 2.25) * x * x + 1
 
 
 def apart(x: Expr) -> Expr:
-    """Return it from there to 2."""
+    """Return Keys' cubic kernel for distances from 1 to 2."""
     return ((-0.75 * x + 3.75) * x - 6) * x + 3
 
 
@@ -121,7 +123,8 @@ def in_one_dim(work: Lowering, at: At, x: Node, dim: int, size: int, *how: Any) 
 
 
 def in_one_dim_back(work: Lowering, at: At, g: Node, dim: int, n: int, *how: Any) -> Expr:
-    """Sum the elements that one is a part of, times its weight in each."""
+    """Sum the cotangents of the elements that an element was read for, times its weight in
+    each."""
     scale, corners, cubic = how
     size, dtype = static_shape(g)[dim], g.meta["val"].dtype
     here = work.position(at.place[dim])
@@ -144,12 +147,13 @@ def in_one_dim_back(work: Lowering, at: At, g: Node, dim: int, n: int, *how: Any
 
 
 def most_made(size: int, scale: float, cubic: bool) -> int:
-    """Return of how many elements of ``size`` one may be a part, with one more for rounding."""
+    """Return the most of ``size`` elements that one element was read for, with one more for
+    rounding."""
     return min(size, math.ceil((4 if cubic else 2) / scale) + 2 if scale else size)
 
 
 def nearest(exact: bool) -> Callable[..., Expr]:
-    """Return the rule of an op whose elements are the nearest ones, or those before."""
+    """Return the rule of an op that reads the nearest element, or the one before."""
 
     def rule(work: Lowering, at: At, x: Node, size: Sequence[int], *given: float | None) -> Expr:
         place, shape = list(at.place), static_shape(x)
@@ -175,7 +179,7 @@ def reflected(i: Expr, size: int) -> Expr:
 
 
 def padded(inside: Callable[[Expr, int], Expr]) -> Callable[..., Expr]:
-    """Return the rule of a padding whose elements are read ``inside``."""
+    """Return the rule of a padding that reads element ``inside(index, size)``."""
 
     def rule(work: Lowering, at: At, x: Node, pad: Sequence[int]) -> Expr:
         place, shape = list(at.place), static_shape(x)
@@ -196,7 +200,7 @@ def found(work: Lowering, index: Index, of: Callable[..., Expr], *how: Any) -> I
     return looked_up(work.values[key])
 
 
-#: ops that read several elements for one
+#: ops that read several elements for each result
 SUMMED = (resized, resized_backward)
 
 RESIZED: dict[Any, Callable[..., Expr]] = {

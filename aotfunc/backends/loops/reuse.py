@@ -1,7 +1,8 @@
-"""Results of kernels in the memory of values that are read for the last time.
+"""Write results of kernels into the memory of values read for the last time.
 
-A kernel may write an element where it has read it, if it does not read it again
-(:func:`fitting`), and if nothing else reads that value's memory later (:func:`reuse`)."""
+A kernel may write an element that it has read and does not read again (:func:`fitting`), if no
+later node reads that value's memory (:func:`reuse`).
+"""
 
 from __future__ import annotations
 
@@ -20,10 +21,10 @@ from .views import VIEWS
 
 
 def fitting(kernel: Kernel, late: set[tuple[int, int]]) -> dict[Node, list[Node]]:
-    """List for each output the inputs whose memory it may take: those of its dtype and size in
-    which the kernel goes the same way, one element for each point. ``late`` are the accesses
-    ``(read, written)`` of which the printed kernel reads one at a point where it may have written
-    the other."""
+    """List for each output the inputs whose memory it may take: those of its dtype and size that
+    the kernel walks in the same order, one element for each point. ``late`` are the accesses
+    ``(read, written)`` of which the printed kernel may read one at a point after writing the
+    other."""
     tensors = [a.tensor for a in kernel.accesses]
     written = {s.access for s in kernel.stores}
     moved = {e.access for e in walk(kernel.values) if isinstance(e, Load) and e.shift is not None}
@@ -45,7 +46,7 @@ def reuse(graph: fx.Graph) -> None:
     """Let launches write into the memory of their inputs where they may. Changes the graph."""
     place = {n: i for i, n in enumerate(graph.nodes)}
     owner = owners(graph)
-    end: dict[Node, int] = {}  # the last reader of what each owner has
+    end: dict[Node, int] = {}  # owner -> the last reader of its memory
     for n, mine in owner.items():
         end[mine] = max([end.get(mine, 0), *[place[u] for u in n.users]])
     for n in graph.nodes:
@@ -65,8 +66,7 @@ def reuse(graph: fx.Graph) -> None:
 
 
 def owners(graph: fx.Graph) -> dict[Node, Node]:
-    """Return, for nodes whose memory is that of one value of the graph and known to nobody else,
-    that value."""
+    """Return, for nodes that alone show the memory of one value of the graph, that value."""
     found: dict[Any, Node] = {}
     known: set[Node | None] = set()
     for n in graph.nodes:

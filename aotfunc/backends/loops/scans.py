@@ -1,4 +1,4 @@
-"""Ops that make each element of all up to it along one dimension."""
+"""Describe ops that combine all elements up to each one along a dimension."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SCANS: dict[Any, str] = {
 def turned(
     strides: tuple[int, ...], start: int, axis: int, extents: Sequence[int]
 ) -> tuple[tuple[int, ...], int]:
-    """Return steps and start of a walk from the end of an axis to its beginning."""
+    """Return steps and start of a walk along an axis from its end to its beginning."""
     step = strides[axis]
     back = (*strides[:axis], -step, *strides[axis + 1 :])
     return back, start + step * (extents[axis] - 1)

@@ -1,6 +1,7 @@
-"""Ops that add values into zeros where indices say: the other way round of a look-up.
+"""Lower ops that add values into zeros at given indices: the transpose of a look-up.
 
-Several values may be added to one place, so one thread adds them all, in their order."""
+Several values may be added to one element, so one thread adds them all, in order.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-#: A target: the added value, its shape and the indices', and the place of its points in the
-#: result.
+#: the added value, the shape of its points, and the place of a point in the result
 Added = tuple[Node, tuple[int, ...], Callable[["Lowering", Place], Place]]
 
 
@@ -69,7 +69,7 @@ def index_add(n: Node) -> Added:
     return value, static_shape(value), where
 
 
-#: op -> the value that it adds and the places
+#: op -> what it adds
 ADDED: dict[Any, Callable[[Node], Added]] = {
     aten.index_put.default: index_put,
     aten.scatter_add.default: scatter_add,

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from .ir import Access, Kernel, Ramp
 
-#: an axis of fewer points is not worth vectors
+#: fewest points of an axis that is computed in vectors
 SHORT = 8
 
 
 def schedule_kernel(kernel: Kernel) -> Kernel:
-    """Return the kernel with its axes ordered as its memory is, neighbours merged where every
-    access allows it, and its vector axis chosen."""
+    """Return the kernel with its axes ordered as its memory is, neighbours merged if every access
+    allows it, and its vector axis chosen."""
     kernel = merged(order_axes(kernel))
     kernel = replace(kernel, vector=vector_axis(kernel))
     return replace(kernel, cross=cross_axis(kernel))
@@ -86,9 +86,8 @@ def can_merge(kernel: Kernel, k: int, inner: int) -> bool:
 
 
 def vector_axis(kernel: Kernel) -> int:
-    """Return the axis along which more of what is walked everywhere is contiguous, that of the
-    most axes before all: the last of all, or an outer one. One that is shorter than a vector
-    leaves it to another."""
+    """Return the axis along which most of the largest accesses are contiguous: the last of all
+    axes, or an outer one. One shorter than a vector is passed over."""
     last = len(kernel.extents) - 1
     choices = {last} if kernel.blocks else {*range(kernel.outer), last} - {-1}
     if not choices:
@@ -107,8 +106,8 @@ def vector_axis(kernel: Kernel) -> int:
 
 
 def cross_axis(kernel: Kernel) -> int:
-    """Return an outer axis along which a tensor is contiguous that is walked in large steps along
-    the vector axis, as a transposed one is; -1 if there is none."""
+    """Return an outer axis along which a tensor is contiguous that takes large steps along the
+    vector axis, as a transposed one does; -1 if there is none."""
     if kernel.reduced:
         return -1
     for a in kernel.accesses:

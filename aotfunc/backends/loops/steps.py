@@ -1,6 +1,7 @@
-"""Reductions to one number in two steps, so that several threads take part: rows, then these.
+"""Reduce to one number in two steps, so that several threads take part: to rows, then over them.
 
-What the rows are depends on sizes alone, and so does the result."""
+The rows depend on sizes alone, and so does the result.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +18,15 @@ from .views import source_of
 
 aten = torch.ops.aten
 
-#: number of elements that are worth a second step, and the least number of rows and of elements in
-#: each
+#: fewest elements that are worth a second step, and fewest rows and elements of a row
 MANY, FEW = 1 << 18, 16
 
-#: elements of a row that a tensor of one dimension is cut into
+#: elements of the rows into which a vector is cut
 ROW = 4096
 
 MEANS = (aten.mean.default, aten.mean.dim)
 
-#: reductions to one number -> those that each step consists of
+#: reduction to one number -> the reductions of its two steps
 STEPS: dict[Any, Any] = {
     **dict.fromkeys((aten.sum.default, aten.sum.dim_IntList, *MEANS), aten.sum.dim_IntList),
     **dict.fromkeys((aten.amax.default, aten.max.default), aten.amax.default),
@@ -45,8 +45,7 @@ def in_steps(graph: fx.Graph) -> None:
 
 
 def made_here(x: Any) -> bool:
-    """Return whether a kernel may compute a value; one that is in memory is PyTorch's to
-    reduce."""
+    """Return whether a kernel may compute a value. One in memory is PyTorch's to reduce."""
     while (source := source_of(x)) is not None:
         x = source
     return in_kernels(x) and not seen_through(x)

@@ -1,4 +1,4 @@
-"""Launches as nodes of a graph: the kernel, its memory, and the conditions for running it."""
+"""Put launches into a graph: the kernel, its memory, and the conditions for running it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .launch import Launch
 
 @dataclass(frozen=True)
 class Task:
-    """A launch: its kernel, the values whose memory it gets, and those that it makes;
-    ``fitting``: for these the values whose memory they may take."""
+    """A launch: its kernel, the values whose memory it gets, and those that it makes; ``fitting``:
+    for each of these the values whose memory it may take."""
 
     compiled: native.LoadedKernel
     rows: int
@@ -71,7 +71,7 @@ def launch(graph: fx.Graph, new: dict[Node, Any], task: Task) -> None:
 
 
 class LaidOut:
-    """A tensor laid out as the graph says, by which kernels read it; nearly always it is. Raises
+    """A tensor laid out as the graph says, which kernels rely on; most need no copy. Raises
     GraphError for another shape or dtype than the graph's: kernels would read other memory."""
 
     __name__ = "laid_out"
@@ -93,8 +93,7 @@ class LaidOut:
 
 
 def with_layout(graph: fx.Graph, n: Node) -> Node:
-    """Return a called op's result in the layout that kernels expect; a kernel's own needs no
-    check."""
+    """Return a called op's result in the layout that kernels expect; a kernel's own has it."""
     if "laid_out" not in n.meta:
         target = LaidOut(n.meta["val"])
         n.meta["laid_out"] = graph.create_node("call_function", target, (n,), {})
@@ -103,8 +102,8 @@ def with_layout(graph: fx.Graph, n: Node) -> Node:
 
 
 class InRange:
-    """A tensor whose elements are in range, as far as a kernel reads memory at these places.
-    Raises what the op that it stands for raises."""
+    """A tensor whose elements are in range, as far as a kernel uses them as indices. Raises the
+    errors of the op that it stands for."""
 
     __name__ = "in_range"
 
@@ -123,7 +122,7 @@ class InRange:
 
 
 def with_checks(graph: fx.Graph, n: Node, checks: Sequence[Requirement]) -> Node:
-    """Return a kernel's input behind the checks of its requirements."""
+    """Return a kernel's input after the checks of its requirements."""
     for c in checks:
         found = n.meta.setdefault("in_range", {})
         key = (c.window, c.low, c.high)

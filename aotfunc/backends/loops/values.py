@@ -1,4 +1,4 @@
-"""The values of a kernel as C++ expressions, of vectors where they vary along the vector axis."""
+"""Print a kernel's values as C++ expressions, of vectors if they vary along the vector axis."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUMBERS = {
     torch.int64: "int64_t",
 }
 
-#: the memory types of dtypes that are computed with as another one
+#: dtype that is computed as another one -> its type in memory
 MEMORY = {torch.bool: "uint8_t", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 OPERATORS = {
@@ -42,11 +42,11 @@ class KernelText:
         self.inner = frozenset(range(kernel.outer, len(kernel.extents)))
         self.names: dict[Expr, str] = {}
         self.numbers = {e: f"c{i}" for i, e in enumerate(given(kernel))}
-        #: values kept in memory, in the place of a later result
+        #: values kept in the memory of a later result
         self.spilled: dict[Expr, int] = {}
         #: the names of accesses whose memory is in registers
         self.turned: dict[int, str] = {}
-        #: accesses that are written so far, and those ``(read, written)`` that are read later
+        #: accesses written so far, and pairs ``(read, written)`` where one is read after that
         self.written: list[int] = []
         self.late: set[tuple[int, int]] = set()
         self.lines: list[str] = []
@@ -77,7 +77,7 @@ class KernelText:
         return VECTORS[self.lanes][e.dtype] if self.wide(e) else NUMBERS[e.dtype]
 
     def emit(self, values: Iterable[Expr]) -> None:
-        """Write lines for these values and what they need, unless they have names already."""
+        """Write lines for these values and what they need, unless they have names."""
         for e in self.missing(values):
             name = self.fresh("v")
             self.say(f"const {self.type(e)} {name} = {self.expression(e)};")
@@ -100,7 +100,7 @@ class KernelText:
         return found
 
     def word(self, e: Expr, wide: bool) -> str:
-        """Return a value as an operand, in all lanes if ``wide``."""
+        """Return a value as an operand; ``wide``: in all lanes."""
         if isinstance(e, Const):
             return self.constant(e, wide)
         name = self.names[e]
@@ -183,7 +183,7 @@ class KernelText:
         return "1" if step == 1 and k == self.vector else f"{name}_{k}" if step else "0"
 
     def place(self, i: int) -> str:
-        """Return the address of this point."""
+        """Return the address of this point in buffer ``i``."""
         a = self.kernel.accesses[i]
         axes = [k for k in range(len(a.strides)) if a.strides[k]]
         if not axes:

@@ -1,5 +1,4 @@
-"""Ops whose result shows elements of their argument: the argument's place, from that of the
-result."""
+"""Place the argument of an op that only shows its elements, from the place of the result."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ def static_shape(n: Node) -> tuple[int, ...]:
     return tuple(n.meta["val"].shape)
 
 
-# Each gets the argument's shape, the result's place, and the op's other arguments, and returns the
-# argument's place.
+# Each rule takes the argument's shape, the result's place, and the op's other arguments, and
+# returns the argument's place.
 
 
 def place_of_expanded(shape: Shape, place: Place, *_: Any) -> Place:
@@ -87,7 +86,7 @@ def place_of_diagonal(
     return tuple([both[d] if d in both else next(rest) for d in range(len(shape))])
 
 
-#: op -> the place of its argument; None for the same elements in the same order
+#: op -> the rule for its argument; None: the same elements in the same order
 VIEWS: dict[Any, Callable[..., Place] | None] = {
     aten.expand.default: place_of_expanded,
     aten.permute.default: place_of_permuted,
@@ -116,7 +115,7 @@ def place_of_part(shape: Shape, place: Place, i: int, size: int | Shape, dim: in
     return with_index(place, dim, place[dim].shifted(start))
 
 
-#: the same for ops that show their argument in several parts, with the part's number
+#: the same for ops that return several parts, with the part's number
 SEVERAL: dict[Any, Callable[..., Place]] = {
     aten.unbind.int: place_of_unbound,
     aten.split.Tensor: place_of_part,
@@ -125,7 +124,7 @@ SEVERAL: dict[Any, Callable[..., Place]] = {
 
 
 def source_of(n: Any) -> Node | None:
-    """Return the argument that a view shows; None for anything else."""
+    """Return the argument that a view shows; None if ``n`` is no view."""
     if not isinstance(n, Node) or n.op != "call_function":
         return None
     if n.target in VIEWS:

@@ -31,8 +31,8 @@ def often(work: Lowering, n: Node, outer: set[int]) -> None:
 
 
 def one_way(work: Lowering) -> None:
-    """Raise Unfit if a value is walked along in two ways, as sums over its rows and over its
-    columns do: one of them would go through memory in large steps."""
+    """Raise Unfit if a value is walked in two ways, as sums over its rows and over its columns do:
+    one of them would take large steps through memory."""
     ways: dict[Node, set[Place]] = {
         n: {place for place, _ in places} for n, places in work.places.items()
     }

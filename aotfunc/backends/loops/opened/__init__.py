@@ -1,6 +1,7 @@
-"""Ops that are opened up into reductions and pointwise ones before kernels are formed.
+"""Open ops up into reductions and pointwise ops before kernels are formed.
 
-A body that answers NotImplemented leaves its op as it is."""
+A body that answers NotImplemented leaves its op as it is.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +18,21 @@ aten = torch.ops.aten
 
 
 def outer_product(x: Tensor, y: Tensor) -> Any:
-    """Multiply matrices whose product sums nothing."""
+    """Multiply matrices if the product sums nothing."""
     if x.shape[-1] != 1 or x.dtype not in (torch.float32, torch.float64):
         return NotImplemented
     return (x * y).contiguous()
 
 
-#: number of multiplications that take no longer in a kernel of products, where another adds the
-#: bias with what follows, than in one call
+#: most multiplications that are no slower in a kernel of products, after which another adds the
+#: bias and more, than in one call
 FEW_PRODUCTS = 1 << 20
 
 
 def product_and_sum(bias: Tensor, x: Tensor, y: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
     """Multiply small matrices, and add."""
     few = 0 < x.numel() * y.shape[-1] <= FEW_PRODUCTS
-    dtypes = {bias.dtype, x.dtype, y.dtype}  # torch refuses to mix them
+    dtypes = {bias.dtype, x.dtype, y.dtype}  # torch refuses to mix dtypes
     if beta != 1 or alpha != 1 or not few or len(dtypes) > 1 or dtypes - {*FLOATS}:
         return NotImplemented
     return x @ y + bias
@@ -41,7 +42,7 @@ FLOATS = (torch.float32, torch.float64)
 
 
 def of_floats(body: Callable) -> Callable:
-    """Wrap a body for tensors of float32 or of float64 that are not empty."""
+    """Wrap a body for tensors that are all float32, or all float64, and not empty."""
     return lambda *args, **options: body(*args, **options) if can_open(args) else NotImplemented
 
 

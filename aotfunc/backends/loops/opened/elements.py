@@ -1,6 +1,7 @@
-"""Ops of several results, or with numbers that depend on the dtype, element by element.
+"""Open up ops of several results, or with numbers that depend on the dtype, element by element.
 
-Of bfloat16 and float16 they are computed with floats where PyTorch's kernels do so."""
+bfloat16 and float16 are computed with floats if PyTorch's kernels do so.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from .norms import as_floats
 
 
 def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logarithm, and what its gradient reads."""
+    """Return the logarithm, and the buffer of its gradient."""
     wide = as_floats(x)
     falling = (-wide.abs()).exp()
     return wide.clamp_max(0) - falling.log1p(), falling
@@ -55,5 +56,5 @@ def dropout_backward(g: Tensor, kept: Tensor, scale: float) -> Any:
 
 
 def logit(x: Tensor, eps: float | None = None) -> Any:
-    """Compute with a bound as a clamp that has it; of bfloat16 and float16 it is rounded."""
+    """Clamp before the logarithm if ``eps`` is given; of bfloat16 and float16 the clamp rounds."""
     return NotImplemented if eps is None or x.dtype in ROUNDED else x.clamp(eps, 1 - eps).logit()

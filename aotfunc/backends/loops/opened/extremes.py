@@ -1,4 +1,4 @@
-"""The greatest and the least of some elements, and where they are."""
+"""Find the greatest and the least of some elements, and their positions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from ..ir import ROUNDED
 from ..scans import running_max, running_min
 
-#: dtypes whose positions are int32, and int64, so that there are as many of them in lanes;
-#: PyTorch's own search through int32 is faster
+#: dtypes whose positions are int32, and int64, as wide as they are; PyTorch's own search through
+#: int32 is faster
 NARROW = (torch.float32, *ROUNDED)
 WIDE = (torch.float64, torch.int64)
 
 
 def first_position(x: Tensor, dims: list[int], best: Tensor) -> Tensor:
-    """Return the position of the first element that is the best of some dimensions (all or one),
-    or is NaN."""
+    """Return the position of the first element, over some dimensions (all or one), that is the
+    best or NaN."""
     count = x.shape[dims[0]] if len(dims) == 1 else x.numel()
     places = torch.arange(count, dtype=torch.int32 if x.dtype in NARROW else torch.int64)
     places = places.view(*[n if d in dims else 1 for d, n in enumerate(x.shape)])
@@ -56,8 +56,8 @@ def with_positions(best: str) -> Any:
 
 
 def running(best: Any) -> Any:
-    """Return the body of an op that gives the best of the elements up to each one, and where the
-    last such lies. PyTorch's own is faster along what is contiguous."""
+    """Return the body of an op that gives the best of the elements up to each one, and the
+    position of the last such. PyTorch's own is faster along contiguous elements."""
 
     def body(x: Tensor, dim: int) -> Any:
         if not supported(x) or x.stride(dim) == 1:

@@ -1,4 +1,4 @@
-"""Losses and their gradients."""
+"""Open up losses and their gradients."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def cross_entropy_of_logits(
     positive: Tensor | None = None,
     reduction: int = 1,
 ) -> Tensor:
-    """Compute the binary cross entropy, its positives weighted."""
+    """Return the binary cross entropy with weighted positives."""
     log_sigmoid = x.clamp_max(0) - (-x.abs()).exp().log1p()
     if positive is not None:
         log_sigmoid = ((positive - 1) * y + 1) * log_sigmoid

@@ -1,4 +1,4 @@
-"""Ops that move elements: repeated, rolled, shuffled, joined."""
+"""Open up ops that move elements: repeat, roll, shuffle, join."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def upsample_nearest_backward(
 def whole_factors(
     before: Sequence[int], after: Sequence[int], scales: Sequence[float | None]
 ) -> list[int] | None:
-    """Return how many elements each becomes; None where it is no whole number of them."""
+    """Return how often each element is repeated; None if that is no whole number."""
     pairs = list(zip(before, after, strict=True))
     if any([not n or m % n for n, m in pairs]):
         return None
@@ -93,7 +93,7 @@ def whole_factors(
 
 
 def cat(parts: Sequence[Tensor], dim: int = 0) -> Any:
-    """Leave out the parts that are empty."""
+    """Join the parts that are not empty."""
     full = [x for x in parts if x.numel()]
     if len(full) in (0, len(parts)) or len({x.dtype for x in parts}) > 1:
         return NotImplemented

@@ -1,7 +1,8 @@
-"""Layers that centre and scale, their gradients, and variances.
+"""Open up layers that centre and scale, their gradients, and variances.
 
-Of bfloat16 and float16 they are computed with floats, and their results are rounded, as in eager
-mode. Variances are sums of squares of what is centred: as exact as Welford's, and in vectors."""
+bfloat16 and float16 are computed with floats and the results rounded, as in eager mode. Variances
+are sums of squares of centred values: as exact as Welford's, and in vectors.
+"""
 
 from __future__ import annotations
 
@@ -90,8 +91,8 @@ def as_floats(x: Tensor) -> Tensor:
 
 
 def is_slower(x: Tensor, running: bool = False) -> bool:
-    """Say whether PyTorch's own batch norm is faster than kernels: of bfloat16 and float16 with
-    running statistics."""
+    """Return whether PyTorch's own batch norm is faster than kernels: that of bfloat16 and float16
+    with running statistics is."""
     return x.dtype in ROUNDED and (running or not x.is_contiguous())
 
 
@@ -229,7 +230,7 @@ def group_norm_backward(
     groups: int,
     wanted: Sequence[bool],
 ) -> Any:
-    """Compute sums over each channel of each element of the batch; the rest is made of them."""
+    """Compute the gradients from sums over each channel of each element of the batch."""
     if not (x.is_contiguous() and g.is_contiguous()):
         return NotImplemented
     shape = (n, groups, c // groups, size)

@@ -1,4 +1,4 @@
-"""Windows of few elements into one."""
+"""Open up pooling over windows of few elements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: number of elements whose padding is worth a kernel of its own
+#: fewest elements whose padding is worth a kernel
 MANY = 1 << 16
 
 
@@ -20,7 +20,7 @@ def max_pool(
     dilation: Sequence[int] = (1, 1),
     ceil_mode: bool = False,
 ) -> Any:
-    """Return the greatest of each window of few elements, NaN before all others, and its
+    """Return the maximum of each window of few elements, NaN before all others, and its
     position."""
     (kh, kw), (sh, sw), (ph, pw) = pair(size), pair(stride or size), pair(padding)
     if pair(dilation) != (1, 1) or ceil_mode or kh * kw > 9:
@@ -29,7 +29,7 @@ def max_pool(
         return NotImplemented
     h, w = x.shape[-2:]
     places = torch.arange(h * w, dtype=torch.int32).view(h, w)
-    if ph or pw:  # elements at the edges again, which are in these windows
+    if ph or pw:  # repeat elements at the edges, which these windows contain anyway
         if x.dtype is not torch.float32 or x.numel() < MANY:
             return NotImplemented
         rows, columns = (
@@ -71,8 +71,8 @@ def avg_pool(
     count_include_pad: bool = True,
     divisor: int | None = None,
 ) -> Any:
-    """Return the sum of each window of few elements, divided by their number. PyTorch's own is as
-    fast for large ones that are several steps apart."""
+    """Return the mean of each window of few elements. PyTorch's own is as fast for large windows
+    several steps apart."""
     (kh, kw), (sh, sw), (ph, pw) = pair(size), pair(stride or size), pair(padding)
     most = 9 if sw == 1 else 4
     if ceil_mode or kh * kw > most or not in_rows(x):
@@ -117,7 +117,7 @@ def avg_pool_backward(
 
 
 def adaptive(x: Tensor, size: Sequence[int]) -> Any:
-    """Compute as average pooling if windows are of one size."""
+    """Compute as average pooling if all windows have one size."""
     window = window_size(x, size)
     return NotImplemented if window is None else avg_pool(x, window)
 

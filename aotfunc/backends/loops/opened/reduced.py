@@ -1,4 +1,4 @@
-"""Norms of vectors, and other reductions of several steps."""
+"""Open up norms of vectors, and other reductions of several steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Dims = int | Sequence[int] | None
 
 
 def all_dims(x: Tensor, dim: Dims) -> list[int]:
-    """List the dimensions: one, several, or all where none are named."""
+    """List the dimensions: one, several, or all if none is named."""
     dims = [dim] if isinstance(dim, int) else dim
     return [d % x.dim() for d in dims] if dims else list(range(x.dim()))
 

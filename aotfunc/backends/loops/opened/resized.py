@@ -1,4 +1,4 @@
-"""Images that are resized, one dimension at a time."""
+"""Open up the resizing of images, one dimension at a time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from ..resized import most_made
 from .pooling import in_rows
 
-#: a gradient that is summed from more elements is as fast in PyTorch
+#: most summands of a gradient's element: with more PyTorch is as fast
 MOST = 12
 
 
 def scales_of(
     before: Sequence[int], after: Sequence[int], corners: bool, given: Sequence[float | None]
 ) -> list[float]:
-    """Return how many elements each of the results is, along each dimension."""
+    """Return, for each dimension, the distance of two results in elements of the image."""
     scales = [*given, *[None] * len(before)]
     if corners:
         return [(n - 1) / (m - 1) if m > 1 else 0.0 for n, m in zip(before, after, strict=True)]
@@ -26,15 +26,15 @@ def scales_of(
 
 
 def in_turn(before: Sequence[int], after: Sequence[int]) -> list[int]:
-    """List the dimensions so that few elements are read beside others in a row: those that become
-    smaller first, and the last before the others to become larger."""
+    """List the dimensions in the order that reads few elements beside others in a row: shrinking
+    ones first, and the last dimension before the others that grow."""
     dims = range(len(before))
     growing = [d for d in dims if after[d] > before[d]]
     return [d for d in dims if d not in growing] + growing[::-1]
 
 
 def quick(x: Tensor, cubic: bool) -> bool:
-    """Return whether kernels interpolate faster than PyTorch does."""
+    """Return whether kernels interpolate faster than PyTorch."""
     return in_rows(x) and (cubic or x.dtype is torch.float32)
 
 
