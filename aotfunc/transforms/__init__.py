@@ -1,1 +1,1 @@
-"""Programs in, programs out: the transforms and the local rewritings."""
+"""Transform programs: derivatives, batching and local rewritings, from programs to programs."""

@@ -1,5 +1,4 @@
-"""Find the nodes of a program that a derivative flows through, and the inputs that it may come
-from."""
+"""Find the nodes of a program that a derivative flows through, and the inputs it may reach."""
 
 from __future__ import annotations
 
@@ -29,8 +28,8 @@ def has_derivative(val: Any) -> bool:
 
 def active_nodes(nodes: Any, wrt: Sequence[Node], zeros: bool = False) -> dict[Node, None]:
     """Return the nodes through which a derivative with respect to ``wrt`` can flow, in graph
-    order; with ``zeros`` also those where it is zero, or ends, and autograd says all the same that
-    they require grad."""
+    order; with ``zeros`` also nodes whose derivative is zero or ends there, and which autograd
+    still takes to require grad."""
     active = dict.fromkeys(wrt)
     for n in nodes:
         if n in active or n.op != "call_function" or n.target is aten.detach.default:
@@ -46,7 +45,7 @@ def active_nodes(nodes: Any, wrt: Sequence[Node], zeros: bool = False) -> dict[N
 
 
 def sources(n: Node) -> Sequence[Node]:
-    """List the nodes that a node can have a derivative of."""
+    """List the nodes with respect to which a node can have a derivative."""
     if n.target is hidden_write:
         return n.args[:1]  # type: ignore[return-value]
     # a custom derivative's
@@ -78,12 +77,12 @@ def live(program: Program, wrt: tuple[int, ...]) -> list[bool]:
 
 
 def flat_inputs(program: Program, wrt: tuple[int, ...]) -> list[set[int]]:
-    """List, for each output, the inputs ``wrt`` with a way to it through an argument by which an
-    op is flat. Where the program has no derivative by one of them, autograd has zeros."""
+    """List, for each output, the inputs ``wrt`` that reach it through a flat argument of an op. If
+    the program has no derivative by one of them, autograd has zeros."""
 
     def find() -> list[set[int]]:
         inputs = program.placeholders
-        reach = {inputs[i]: {i} for i in wrt}  # with a derivative on the way
+        reach = {inputs[i]: {i} for i in wrt}  # along paths with a derivative
         still: dict[Any, set[int]] = {}
         for n in active_nodes(program.graph.nodes, list(reach), zeros=True):
             if n.op == "call_function" and n.target is not dead_end:

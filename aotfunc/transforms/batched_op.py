@@ -1,8 +1,9 @@
 """Batch one op: by our rule, PyTorch's batching rule, the op's decomposition, or a loop over the
-samples, whichever answers first.
+samples, in this order.
 
-What all rules would have to do is done here: tensors are batched where a rule wants them so,
-dtypes are those without a batch, and what a rule returned is looked at."""
+The chores of all rules are done here: tensors are batched if the rule asks for it, dtypes are
+those without a batch, and results are checked.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ aten = torch.ops.aten
 
 def batched_op(walk: Batch, n: Node, randomness: str) -> tuple[Any, list[OpOverload]]:
     """Return ``(results, looped ops)`` of the node ``n`` in the batched graph; ``randomness`` says
-    how it draws, if it does."""
+    how a random op draws."""
     op: Any = n.target
     args = full_args(op, n.args, n.kwargs)
     where = tensor_args(op)
@@ -83,7 +84,7 @@ def fragment(walk: Batch, n: Node) -> Make:
 def derived_batch(
     walk: Batch, b: Builder, n: Node, flags: tuple, size: int, args: Any
 ) -> tuple[Any, list[OpOverload]]:
-    """Return the batched op without a rule of ours."""
+    """Return the batched op if we have no rule for it."""
     op: Any = n.target
     if Facts(op).dynamic:
         return loops.looped_by_value(b, n, flags, size, args), [op]
@@ -124,7 +125,8 @@ def sample_sigs(a: Any) -> Any:
 
 
 def all_with_batch(b: Builder, a: Any, yes: Any, size: int) -> Any:
-    """Return an argument with a batch dimension in each tensor; ``yes`` says which have one."""
+    """Return an argument with a batch dimension in each tensor; ``yes`` says which have one
+    already."""
 
     def expanded(x: Any, yes: Any) -> Any:
         if not isinstance(x, Node) or yes:
@@ -136,14 +138,14 @@ def all_with_batch(b: Builder, a: Any, yes: Any, size: int) -> Any:
 
 def promoted(b: Builder, n: Node, args: list) -> list:
     """Cast a batched 0-dim tensor, which is no longer 0-dim, as dtype promotion without a batch
-    would have. An unbatched one keeps its precision if it can."""
+    would. An unbatched one keeps its precision if it can."""
     op = n.target
     if torch.Tag.pointwise not in op.tags:
         return args
     old = full_args(op, n.args, n.kwargs)
     where = [i for i in tensor_args(op) if isinstance(old[i], Node)]
     sigs = [old[i].meta["val"] for i in where]
-    if op is aten.where.self:  # its condition takes no part
+    if op is aten.where.self:  # (not the condition)
         where, sigs = where[1:], sigs[1:]
     if len({s.dtype for s in sigs}) < 2 or not any(len(s.shape) == 0 for s in sigs):
         return args
@@ -163,8 +165,8 @@ def promoted(b: Builder, n: Node, args: list) -> list:
 
 
 def promotion(sigs: Sequence[Sig]) -> torch.dtype:
-    """Return the dtype that tensors of these signatures are computed in: 0-dim ones count only if
-    they are of a higher category."""
+    """Return the dtype that tensors of these signatures promote to: 0-dim ones count only if they
+    are of a higher category."""
 
     def category(d: torch.dtype) -> int:
         return 3 if d.is_complex else 2 if d.is_floating_point else 1 if d is not torch.bool else 0
@@ -178,8 +180,8 @@ def promotion(sigs: Sequence[Sig]) -> torch.dtype:
 
 
 def checked_result(b: Builder, result: Any, want: Any, size: int) -> Any:
-    """Return the result of a rule, in the unbatched dtype. Raises ValueError where it is not of
-    the unbatched shape behind the batch."""
+    """Return the result of a rule, in the unbatched dtype. Raises ValueError for another shape
+    than the unbatched one behind the batch."""
     if isinstance(want, tuple):
         if not isinstance(result, list | tuple):
             result = [result]

@@ -1,7 +1,9 @@
-"""Which columns of a sparse matrix may share one product with it, and where its entries are read.
+"""Colour the columns of a sparse matrix that may share one product with it, and tell where each
+entry is read.
 
 Gebremedhin, Manne and Pothen, "What Color Is Your Jacobian? Graph Coloring for Computing
-Derivatives" (2005), describe both colourings."""
+Derivatives" (2005), describe both colourings.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ Pattern = Any  # a scipy.sparse array of bools
 def coloured(pattern: Pattern, wanted: Pattern | None = None) -> np.ndarray:
     """Return a colour for each column, so that no row has two columns of one colour: largest
     first, as in Curtis, Powell and Reid, "On the Estimation of Sparse Jacobian Matrices" (1974).
-    Where only the ``wanted`` entries are read, others of a row may share colours."""
+    If only the ``wanted`` entries are read, others of a row may share colours."""
     wanted = pattern if wanted is None else wanted
     columns = pattern.tocsc()
     pairs = [(neighbours(columns), neighbours(wanted.tocsr()))]
@@ -32,18 +34,18 @@ def coloured(pattern: Pattern, wanted: Pattern | None = None) -> np.ndarray:
 
 
 def neighbours(compressed: Pattern) -> list[list[int]]:
-    """Return the places of the entries of each row (column) of a csr (csc) array."""
+    """Return the positions of the entries of each row (column) of a csr (csc) array."""
     indices, start = compressed.indices.tolist(), compressed.indptr.tolist()
     return [indices[a:b] for a, b in itertools.pairwise(start)]
 
 
 def star_coloured(pattern: Pattern) -> np.ndarray:
-    """Return a colour for each column of a symmetric matrix, so that of two neighbours one is the
-    only neighbour of its colour that the other has: an entry of a symmetric matrix may be read
-    from either column. Every path of four columns then has three colours.
+    """Return a colour for each column of a symmetric matrix, so that every path of four columns
+    has three colours. Then of two neighbours one is the only neighbour of its colour that the
+    other has: an entry of a symmetric matrix may be read from either column.
 
-    A column is given the first colour that neither its neighbours have, nor, by those which have
-    no colour yet, their neighbours, nor the third column of a path with two colours."""
+    A column gets the first colour that these do not have: its neighbours; the neighbours of its
+    uncoloured neighbours; the third column of a path with two colours."""
     nodes = [[k for k in ks if k != j] for j, ks in enumerate(neighbours(pattern.tocsr()))]
     colours = [-1] * len(nodes)
     for v in np.argsort([-len(ks) for ks in nodes], kind="stable").tolist():
@@ -64,8 +66,9 @@ def star_coloured(pattern: Pattern) -> np.ndarray:
 def read_by_symmetry(
     row: np.ndarray, col: np.ndarray, colours: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for each entry of a star coloured matrix, the colour of the product that it is read
-    from, and the row there: its own, or its column's where that is alone."""
+    """Return, for each entry of a star coloured matrix, the colour and the row of the product that
+    holds it: those of its column and row if no other entry of the row has this colour, else those
+    of its mirror image."""
     if not len(row):
         return row, col
     product = row.astype(np.int64) * (colours.max() + 1) + colours[col]

@@ -24,10 +24,10 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def decomposed(program: Program, table: dict[OpOverload, Callable]) -> Program:
-    """Return the program with the table's ops opened up, again and again until none is left.
+    """Return the program with the table's ops opened up, repeatedly until none is left.
 
-    Values keep their dtypes and strides: what was captured behind them, and a backward half that
-    is compiled apart, rely on these."""
+    Values keep their dtypes and strides: later nodes, and a backward half that is compiled
+    separately, rely on these."""
     with paused_gc():
         b, env = builder(), dict[Node, Any]()
         copy_opened(b, program.graph.nodes, env, table)
@@ -59,7 +59,7 @@ def copy_opened(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth
 
 def separate_outputs(b: Builder, outs: Sequence, env: dict[Node, Any]) -> list:
     """Return the outputs, copied if one shows memory that it did not show before: a ``cat`` of one
-    tensor is not an input."""
+    tensor must not be its input."""
     owners = {new: old for old, new in env.items() if old.op == "placeholder"}
     new = remap(list(outs), env)
     for i, (old, mine) in enumerate(zip(outs, new, strict=True)):
@@ -71,9 +71,9 @@ def separate_outputs(b: Builder, outs: Sequence, env: dict[Node, Any]) -> list:
 
 
 def by_schema(op: OpOverload, body: Callable) -> Callable:
-    """Return ``body`` as a function of all the arguments that the op's schema names, called as
-    PyTorch calls decompositions: without defaults at the end, by keyword what the schema or the
-    body itself takes by keyword only."""
+    """Return ``body`` as a function of all arguments of the op's schema, called as PyTorch calls
+    decompositions: without trailing defaults, and by keyword for arguments that the schema or the
+    body takes by keyword only."""
     schema = op._schema.arguments
     keywords = {a.name for a in schema if a.kwarg_only} | keywords_of(body)
 

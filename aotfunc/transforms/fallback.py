@@ -1,9 +1,10 @@
-"""A rule for a single op where none is written: PyTorch's own formula for that op, traced once per
+"""Derive a rule for a single op without one: PyTorch's own formula for that op, traced once per
 signature; else its decomposition.
 
 This is the one place that uses PyTorch's autograd, forward AD and batching rules, and only ever on
 one op. The formulas run the op again; in the graph that second run merges with the first. Hence no
-op that draws random numbers comes here."""
+op that draws random numbers comes here.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +27,11 @@ from .rules.table import DECOMPOSITIONS
 
 
 class NoFormula(Exception):
-    """PyTorch has no formula for this op."""
+    """Raised for an op that PyTorch has no formula for."""
 
 
 def with_tensors(op: OpOverload, args: list, f: Callable[[Tensor, int], Tensor]) -> list:
-    """Return ``args`` with each floating tensor argument ``x`` of position ``i`` (among the tensor
-    arguments) replaced by ``f(x, i)``."""
+    """Return ``args`` with the i-th tensor ``x`` replaced by ``f(x, i)`` if it is floating."""
 
     def one(a: Any, i: int) -> Any:
         return f(a, i) if floating(a) else a
@@ -43,8 +43,8 @@ def with_tensors(op: OpOverload, args: list, f: Callable[[Tensor, int], Tensor])
 
 
 def closing_over_no_tensor(op: OpOverload) -> Callable[[Callable], Callable]:
-    """Make a decorator that refuses a rule which closes over a tensor: one registered for a custom
-    op would keep the tensor as it is now."""
+    """Make a decorator that refuses a rule which closes over a tensor: a rule that was registered
+    for a custom op would keep the tensor's present value."""
 
     def decorate(rule: Callable) -> Callable:
         @wraps(rule)
@@ -106,12 +106,12 @@ def reverse_rule(op: OpOverload) -> Callable:
                     raise NoFormula("autograd does not differentiate it")
                 return [None] * len(needs)
             keys = list(twins)
-            # the engine itself: torch.autograd.grad imports sympy to compare shapes
+            # the engine, as torch.autograd.grad imports sympy to compare shapes
             grads = Variable._execution_engine.run_backward(
                 tuple(o for o, _ in pairs),
                 tuple(x for _, x in pairs),
-                True,  # keep the graph
-                True,  # and make one
+                True,  # keep_graph
+                True,  # create_graph
                 tuple(twins[k] for k in keys),
                 allow_unreachable=True,
                 accumulate_grad=False,
@@ -161,7 +161,7 @@ def forward_rule(op: OpOverload) -> Callable:
                 )
 
             result = mapped(tangent, outs)
-            # not a zero: forward AD knows nothing of it
+            # not zero: forward AD ignores the op
             if all(t is None for t in leaves(result)):
                 raise NoFormula("forward AD does not differentiate it")
             return result
@@ -187,7 +187,7 @@ def batching_rule(op: OpOverload) -> Callable:
 
         places = {at: mapped(take, args[at], yes) for at, yes in zip(where, batched, strict=True)}
 
-        plain: dict[int, Any] = {}  # the outputs that are no tensors
+        plain: dict[int, Any] = {}  # outputs other than tensors
 
         def body(*values: Tensor) -> Any:
             def put(p: Any) -> Any:
@@ -207,7 +207,7 @@ def batching_rule(op: OpOverload) -> Callable:
             )
             return tuple(o for i, o in enumerate(outs) if i not in plain)
 
-        if not has_batching_rule(op):  # what PyTorch does then is a loop over the samples
+        if not has_batching_rule(op):  # PyTorch would loop over the samples
             raise NoFormula("PyTorch has no batching rule for it")
         try:
             # also where torch.func is patched
@@ -224,7 +224,7 @@ def batching_rule(op: OpOverload) -> Callable:
 
 @cache
 def has_batching_rule(op: OpOverload) -> bool:
-    """Return whether PyTorch batches ``op`` itself; what it has no rule for it loops over, also
+    """Return whether PyTorch batches ``op`` itself; it loops over an op without a rule, also
     within composite ops."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "FuncTorchBatched")
 

@@ -1,5 +1,6 @@
-"""Give results memory of their own where they must not share it with inputs or with one another:
-rewriting may have made them the same."""
+"""Give results memory of their own if they must not share it with inputs or one another: rewriting
+may have made them the same.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ from .walk import builder
 
 aten = torch.ops.aten
 
-#: stands for a result that may share memory with anything
+#: a result that may share memory with anything
 ANYTHING = None
 
 
 def fresh(program: Program, aliases: Iterable[tuple[int, Any]]) -> Program:
-    """Return the program with copies where an output would be an input, a view of one, or show
+    """Return the program with copies of outputs that would be an input, a view of one, or show
     another output's memory.
 
     ``aliases``: pairs of an output and a number. Outputs of one number share their memory, and are
@@ -69,8 +70,8 @@ def fresh(program: Program, aliases: Iterable[tuple[int, Any]]) -> Program:
 def output_copy(
     b: Builder, x: Node, out: Node, top: Node, group: Any, alone: bool, made: dict
 ) -> Node:
-    """Return a copy of ``x``; of what it shows (``top``), seen through the same views, if others
-    share it or if a mere copy would be laid out otherwise."""
+    """Return a copy of ``x``. If others share its memory, or a plain copy would have other
+    strides, copy the root ``top`` and replay the views."""
     val = out.meta["val"]
     if x is not top and not (alone and infer_val(aten.clone.default, (x,), {}) is val):
         chain = chain_of(out)

@@ -27,8 +27,7 @@ aten = torch.ops.aten
 
 
 def numbered_draws(program: Program) -> Program:
-    """Return the program with its draws numbered, so that the copies of it that are put together
-    share them."""
+    """Return the program with numbered draws, so that copies of it share them."""
     inlined = lowered(program, frozenset({"calls"}))
     if not any(draws(n) for n in inlined.graph.nodes):
         return program
@@ -74,7 +73,7 @@ def jacobian_rows(
             val = base.vals[i]
             found = rows_of_late(b, late, residuals, val, chunk, randomness)
             for x, rows in zip(wrt, found, strict=True):
-                if rows.meta["val"].dtype.is_complex:  # a cotangent is the conjugate's multiple
+                if rows.meta["val"].dtype.is_complex:  # the cotangent multiplies the conjugate
                     rows = b.call(aten.conj_physical.default, rows)
                 shape = [*val.shape, *base.placeholders[x].meta["val"].shape]
                 blocks.append(b.reshape(rows, shape))
@@ -119,7 +118,7 @@ def rows_of_late(
     randomness: str,
 ) -> list:
     """Return the results of ``late`` for each row of the identity over the elements of ``val``,
-    stacked in front, so many rows at a time as ``chunk`` says."""
+    stacked in front; ``chunk`` rows at a time."""
     pieces = []
     for start, count in chunks(val.numel, chunk):
         basis = basis_rows(b, val, start, count)
@@ -141,7 +140,7 @@ def rows_at_once(
 
 
 def chunks(total: int, chunk: int | None) -> list[tuple[int, int]]:
-    """Return ``(start, count)`` of each part."""
+    """Return ``(start, count)`` of each chunk."""
     step = total if chunk is None else chunk
     return [(i, min(step, total - i)) for i in range(0, total, step)] if total else [(0, 0)]
 

@@ -81,8 +81,8 @@ def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:
 
 
 def jvp_make(n: Node) -> Any:
-    """Return how to build the forward fragment: own rule, transpose of the own reverse rule,
-    PyTorch's formula, its transpose, decomposition."""
+    """Return the builder of the forward fragment, the first of: our rule, the transpose of our
+    reverse rule, PyTorch's formula, the transpose of that for reverse mode, the decomposition."""
     op = n.target
     entry = entry_for(op)
     forward, backward = entry.jvp, entry.vjp
@@ -147,7 +147,7 @@ def forward_by_transposition(
     """Return the forward rule as the derivative of the (linear) reverse rule with respect to its
     cotangent: the adjoint of the adjoint."""
     carrying = entry_for(op).diff_outputs
-    # cotangents of unknown value: the result cannot depend on them
+    # cotangents of any value: the result does not depend on them
     dummies = [
         b.make("call_function", aten.empty_like.default, (o,), {}, o.meta["val"])
         if isinstance(o, Node)
@@ -199,8 +199,8 @@ def fit_tangents(b: Builder, result: Any, out: Any) -> Any:
 
 
 def tangent_sig(primal: Sig) -> Sig:
-    """Return how the tangent of an input lies in memory: as its primal, wherever that begins,
-    unless that overlaps itself."""
+    """Return the signature of an input's tangent: its primal's, at offset 0, unless that overlaps
+    itself."""
     whole = all(step for step, n in zip(primal.stride, primal.shape, strict=True) if n > 1)
     return primal.start if whole else contiguous_sig(primal.start)
 

@@ -1,10 +1,11 @@
-"""Take the sum of a second derivative over a batch of directions as early as possible.
+"""Sum a second derivative over a batch of directions as early as possible.
 
-A program that is quadratic in its direction has values of degree 0, 1 and 2 in it. Those of
-degree 1 are batched; a product of two of them is summed over the batch at once, and what is linear
-in that sum is computed for the sum alone: the forward Laplacian of Li et al., "A computational
-framework
-for neural network-based variational Monte Carlo with Forward Laplacian" (2024), as a rewriting."""
+A program that is quadratic in its direction has values of degree 0, 1 and 2 in it. Those of degree
+1 are batched; a product of two of them is summed over the batch at once, and what is linear in
+that sum is computed for the sum alone: the forward Laplacian of Li et al., "A computational
+framework for neural network-based variational Monte Carlo with Forward Laplacian" (2024), as a
+rewriting.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ aten = torch.ops.aten
 
 
 class Summed(Batch):
-    """A batching walk that knows which values are sums over the batch already; not ``early``, none
-    are, as in programs whose loops and branches carry values of all degrees."""
+    """A batching walk that knows which values are already sums over the batch. Without ``early``
+    none are, as in programs whose loops and branches carry values of all degrees."""
 
     def __init__(self, b: Builder, size: int, early: bool) -> None:
         super().__init__(b, Axis(size, "same"))
@@ -38,7 +39,7 @@ class Summed(Batch):
 
     def visit(self, b: Builder, n: Node, env: dict[Node, Any]) -> Any:
         if any(i in self.sums for i in n._input_nodes):
-            self.sums.add(n)  # linear in them, and in what else is of degree 2
+            self.sums.add(n)  # linear in all arguments of degree 2 together
             terms = {i: self.total(i) if self.batched.get(i) else env[i] for i in n._input_nodes}
             return b.call_like(n, terms, moved=True)
         if not any(self.batched.get(i) for i in n._input_nodes):

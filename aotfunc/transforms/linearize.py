@@ -16,12 +16,12 @@ aten = torch.ops.aten
 
 
 def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, list[int]]:
-    """Return a joint program cut by what depends on its ``n_late`` late inputs (those right after
-    the primals).
+    """Cut a joint program by dependence on its ``n_late`` late inputs, those right after the
+    primals.
 
-    Returns the early program ``inputs -> (first n_early outputs, residuals)``, the late program
-    ``(residuals, late inputs) -> rest``, and which inputs are residuals as they are: they come
-    behind the computed ones."""
+    Return the early program ``inputs -> (first n_early outputs, residuals)``, the late program
+    ``(residuals, late inputs) -> rest``, and which inputs are residuals as they are: they follow
+    the computed ones."""
     placeholders = joint.placeholders
     n_primal = joint.n_inputs - n_late
     late = placeholders[n_primal : joint.n_inputs]
@@ -29,7 +29,7 @@ def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, 
     first, rest, written = outs[:n_early], outs[n_early : joint.n_outputs], outs[joint.n_outputs :]
     early_nodes, late_nodes, residuals = cut(joint.graph, late, [*first, *written], rest)
     inputs = [*placeholders[:n_primal], *placeholders[joint.n_inputs :]]
-    # a residual that shows an input which is written to at the end must keep its value
+    # copy a residual that shows an input which the program writes at the end
     volatile = {placeholders[i] for i in joint.mutated}
     copied = {r for r in residuals if storage_root(r) in volatile}
     direct = [inputs.index(r) for r in residuals if r.op == "placeholder" and r not in copied]

@@ -1,4 +1,4 @@
-"""The last resort of batching, visible in the graph and reported: one call per sample, stacked."""
+"""Batch an op by one call per sample, stacked: the last resort, visible and reported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WAY_OUT = (
     "it a batching rule: torch.library.register_vmap for an op of your own, "
     "aotfunc.extend.vmap_of for another"
 )
-_shown: dict = {}  # what the warnings module remembers of ours
+_shown: dict = {}  # our warnings that the warnings module remembers
 
 
 def report(op: OpOverload, line: Line | None, strict: bool) -> None:
@@ -64,8 +64,8 @@ def looped(b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Excepti
 
 
 def looped_by_value(b: Builder, n: Node, flags: tuple, size: int, args: Any) -> Any:
-    """Batch by a loop, as :func:`looped`, an op whose result's shape depends on values: ``n``
-    tells the length for every sample."""
+    """Loop as :func:`looped`, over an op whose result's shape depends on values; ``n`` has one
+    length for every sample."""
     op, want = n.target, n.meta["val"]
     named = [a.name for a in op._schema.arguments if a.kwarg_only]
 
@@ -82,13 +82,12 @@ def looped_by_value(b: Builder, n: Node, flags: tuple, size: int, args: Any) -> 
 
 
 def at_sample(a: Any, yes: Any, k: int, select: Callable) -> Any:
-    """Return the part of an argument that the k-th sample sees."""
+    """Return an argument of the k-th sample."""
     return mapped(lambda x, y: select(x, k) if y and x is not None else x, a, yes)
 
 
 def stack_nested(rows: list) -> Any:
-    """Return the samples' results along a new dimension 0; lists of results, of any depth, as
-    lists."""
+    """Return the samples' results stacked along a new dimension 0, in the same nested lists."""
     if isinstance(rows[0], list | tuple):
         return [stack_nested(list(column)) for column in zip(*rows, strict=True)]
     return torch.stack(rows)

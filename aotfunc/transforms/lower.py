@@ -1,4 +1,4 @@
-"""The last pass before a graph is run: dissolve marks of intent, which have done their work."""
+"""Dissolve marks of intent in the last pass before a graph is run; no later pass reads them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ IDENTITIES = (aten.detach.default, dead_end, no_tangent, once)
 
 
 def marked(program: Program) -> bool:
-    """Return whether the graph carries intent that plain autograd, run over its ops, would not
-    see."""
+    """Return whether the graph carries intent that autograd, run over its ops, would not see."""
     return any(
         n.target in (*IDENTITIES, hidden_write, check_gradient)
         or getattr(n.target, "dissolved_with", "")
@@ -35,14 +34,14 @@ EVERYTHING = MARKS | CALLS
 
 
 def for_backward(n: Node) -> bool:
-    """Return whether anything reads the workspace of this recurrent layer."""
+    """Return whether a node reads the workspace of this recurrent layer."""
     return any(user.args[1] == WORKSPACE for user in n.users)
 
 
 def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
     """Return the program without ``marks`` (``detach`` and hidden writes), ``customs`` (custom
-    derivatives) and ``calls`` (nested compiled calls), as far as ``dissolve`` names them, in the
-    bodies of control flow, too."""
+    derivatives) and ``calls`` (nested compiled calls), as ``dissolve`` names them, in bodies of
+    control flow too."""
     final = dissolve == EVERYTHING
     apart = final and any(
         adds_apart(n.target, n.args, n.meta.get("val")) for n in program.graph.nodes
@@ -52,7 +51,7 @@ def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
         return program
 
     def inner(body: Program) -> Program:
-        """Return a body lowered; once more it is itself."""
+        """Return a body lowered; a lowered body returns itself."""
         key = ("lowered", dissolve)
         made = body.once(key, lambda: lowered(body, dissolve))
         return made.once(key, lambda: made)

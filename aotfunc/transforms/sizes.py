@@ -1,11 +1,12 @@
 """Prove which literals of a batched program are multiples of the batch's size, so that it serves
 batches of any size.
 
-The batch is followed through a finished graph: for each value, which dimension it lies in. Every
-op must treat the samples alike and apart from one another (:mod:`.apart` says what each op does
-with the batch). Then each sample's results are one function of this sample and of what is not
-batched. The number of samples is no part of that function, so that what holds for the size that
-the graph was made for holds for any."""
+Follow the batch through a finished graph: for each value, find the dimension that holds it. Every
+op must treat the samples alike and apart from one another (:mod:`.apart` says how each op moves
+the batch). Then each sample's results are one function of this sample and of unbatched values.
+That function does not depend on the number of samples, so a property proved for the graph's own
+size holds for any.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +25,9 @@ from .apart.parts import FACTORIES, Mixed, OpCall, Part, Walk
 def size_multiples(
     program: Program, dims: Sequence[int | None], out_dims: Sequence[int | None], size: int
 ) -> dict[Node, tuple]:
-    """Return the arguments, with Times in them, of those nodes of a batched program whose literals
-    depend on the ``size`` that it was made for. ``dims`` and ``out_dims``: where the batch is, for
-    each input and each result. Raises Mixed if some op is not known to keep samples apart."""
+    """Return the arguments, with Times in them, of the nodes of a batched program whose literals
+    depend on its ``size``. ``dims`` and ``out_dims``: the batch dimension of each input and each
+    result. Raises Mixed if some op may mix samples."""
     if program.mutated or size < 2:
         raise Mixed
     try:
@@ -52,7 +53,7 @@ def follow_batch(
 
 
 def part_of(walk: Walk, n: Node) -> Any:
-    """Return where the result of a node holds the batch; a list for several."""
+    """Return the part of a node's result; a list for several."""
     if n.target is operator.getitem:
         parent = walk.parts[n.args[0]]  # type: ignore[index]
         return parent[n.args[1]] if isinstance(parent, list) else parent  # type: ignore[index]

@@ -46,7 +46,7 @@ class Dependence:
         self.read: set[int] = set()
 
     def of(self, n: Any) -> Pattern:
-        """Return the pattern of a value: a row for each of its elements."""
+        """Return the pattern of a value, with a row for each of its elements."""
         if n not in self.patterns:
             self.patterns[n] = self.found(n)
         return self.patterns[n]
@@ -117,8 +117,8 @@ class Dependence:
         return sparse.csr_array(np.broadcast_to(row, (n.meta["val"].numel, count)))
 
     def linear(self, op: OpOverload, args: list, item: int | None, x: Node) -> Pattern:
-        """Return the pattern by the argument ``x`` of an op that is linear in it; None if it mixes
-        elements."""
+        """Return the pattern with respect to ``x`` of an op that is linear in it; None if the op
+        mixes elements."""
 
         def run(t: Tensor) -> Tensor:
             zero = lambda a: t.new_zeros(a.meta["val"].shape)
@@ -152,7 +152,7 @@ class Dependence:
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
     def nonzero(self, n: Any) -> Any:
-        """Return where a factor may be nonzero: anywhere, if it depends on the input."""
+        """Return where a factor may be nonzero: everywhere, if it depends on the input."""
         if n in self.active:
             return np.ones(n.meta["val"].shape, bool)
         return (self.value(n) != 0).numpy(force=True)
@@ -166,7 +166,7 @@ def joined(parts: Sequence[Pattern]) -> Pattern:
 
 
 def picks(sources: Tensor, count: int) -> Pattern:
-    """Return the matrix that takes for each row the element with this number, none for -1."""
+    """Return the matrix whose row i takes element ``sources[i]``, none for -1."""
     flat = sources.flatten().numpy(force=True)
     rows = np.flatnonzero(flat >= 0)
     return sparse.csr_array((np.ones(len(rows), bool), (rows, flat[rows])), (len(flat), count))
@@ -222,14 +222,14 @@ def sources_of(run: Any, shape: Sequence[int]) -> Tensor | None:
 
 
 def in_groups(rows: Pattern, groups: Tensor, results: Tensor) -> Pattern:
-    """Return the pattern of results that depend on all elements of a group, the one with the
-    result's number; ``groups``: the number of each element's."""
+    """Return the pattern of results that depend on all elements of one group; ``groups`` numbers
+    the elements, ``results`` the results."""
     count = int(groups.max()) + 1 if groups.numel() else 0
     return picks(results, count) @ (picks(groups, count).T.tocsr() @ rows)
 
 
 def slices(shape: Sequence[int], dims: Any) -> tuple[Tensor, list[int]]:
-    """Return the number of the slice along ``dims`` (None: all) that an element of a tensor lies
+    """Return the number of the slice along ``dims`` (None: all) that each element of a tensor lies
     in, and these dims."""
     given = dims if isinstance(dims, list | tuple) else [] if dims is None else [dims]
     every = [d % len(shape) for d in given] if shape else []

@@ -84,8 +84,8 @@ class Series:
         return self.aliases[n]
 
     def slope(self, n: Node) -> tuple[list, bool]:
-        """Return the derivatives of the outputs of a call, by its forward rule; and whether they
-        are steady: linear in the derivatives of the arguments, by factors that do not move."""
+        """Return the derivatives of the outputs of a call, by its forward rule, and whether they
+        are steady: linear in the derivatives of the arguments, with constant factors."""
         if n not in self.slopes:
             movers = [i for i in n._input_nodes if self.moving(i)]
             given = {i: self.derivative(i) for i in movers}
@@ -106,7 +106,7 @@ class Series:
         return [self.ops.item(n, i) for i, v in enumerate(val) if has_derivative(v)]
 
     def opened(self, n: Node) -> Any:
-        """Return the ops that a call is put together of, or None."""
+        """Return the ops that a call is composed of, or None."""
         if n not in self.bodies:
             formula = entry_for(n.target).series
             if n.target is aten.pow.Tensor_Scalar and whole_power(n.args[1]):
@@ -166,7 +166,8 @@ class Series:
         return found if isinstance(n.meta["val"], tuple) else found[0]
 
     def flow(self, n: Node) -> list:
-        """Return the coefficients of the results of a loop or a branch, which has all at once."""
+        """Return the coefficients of the results of a loop or a branch, which computes all at
+        once."""
         if n not in self.flows:
             target: Any = n.target
             if not hasattr(target, "series"):
@@ -239,7 +240,7 @@ class Values(dict[Node, Any]):
 
 
 def nodes_between(ends: set[Node], outs: Sequence[Any]) -> list[Node]:
-    """Return the calls that ``outs`` depend on, from ``ends`` on, in order."""
+    """Return the calls, in order, that ``outs`` depend on, after ``ends``."""
     found, waiting = set[Node](), [o for o in outs if o.__class__ is Node]
     while waiting:
         n = waiting.pop()

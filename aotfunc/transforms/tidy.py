@@ -17,7 +17,7 @@ from .rewrites import REWRITES
 
 aten = torch.ops.aten
 
-#: for the last passes, after results that need memory of their own were given copies
+#: rewritings for the last passes, after results got copies
 FINAL: dict[Any, list] = {
     target: rules for target, rules in REWRITES.items() if target is not aten.clone.default
 }
@@ -30,11 +30,11 @@ def rebuilt(
     b: Builder | None = None,
     env: dict[Node, Any] | None = None,
 ) -> Program:
-    """Return the program copied by a pass, whose name it gets: rewritten, equal nodes merged, dead
-    ones gone, names counted anew.
+    """Return the program copied by a pass, whose name it gets: rewritten, with equal nodes merged,
+    dead ones dropped, names counted anew.
 
-    ``visit`` may replace calls, see :meth:`~aotfunc.trace.emit.Builder.copy`. What stands in
-    ``env`` for an input is read in its place, and the input is gone."""
+    ``visit`` may replace calls, see :meth:`~aotfunc.trace.emit.Builder.copy`. A node in ``env``
+    replaces an input, which is dropped."""
     b, env = b or Builder(REWRITES), {} if env is None else env
     count = sum(p not in env for p in program.placeholders[: program.n_inputs])
     with paused_gc():

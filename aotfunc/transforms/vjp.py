@@ -38,8 +38,8 @@ aten = torch.ops.aten
 
 
 class Regions:
-    """The checkpointed regions of a forward graph: values that the reverse walk reads of one are
-    computed again when it gets there."""
+    """The checkpointed regions of a forward graph. The reverse walk recomputes the values of one
+    that it reads."""
 
     def __init__(self, b: Builder) -> None:
         self.b = b
@@ -68,7 +68,7 @@ class Regions:
 
 
 class Kept(dict[Node, Any]):
-    """Copies by node; any other node is its own."""
+    """Copies by node; a node without one returns itself."""
 
     def __missing__(self, n: Node) -> Node:
         return n
@@ -79,7 +79,7 @@ def line_of(n: Node) -> dict[str, Any]:
 
 
 def is_op(n: Node) -> bool:
-    """Return whether a node may be computed again: an op, or a loop or branch."""
+    """Return whether a node may be recomputed: an op, a loop or a branch."""
     target = n.target
     return (
         isinstance(target, OpOverload) or target is operator.getitem or hasattr(target, "bodies")
@@ -93,13 +93,13 @@ def reverse(
     wrt: Sequence[Node],
     recompute: bool = False,
 ) -> list[Node | None]:
-    """Return the cotangents of ``wrt`` for the cotangents ``cts`` of ``outs``; ``None`` where
-    nothing depends. Zeros, which ops with a derivative of zero give, are handed on as others are:
-    autograd sees what they are multiplied by. Where a user's backward returns None, one further on
-    may get zeros for it.
+    """Return the cotangents of ``wrt`` for the cotangents ``cts`` of ``outs``; ``None`` if nothing
+    depends on one.
 
-    With ``recompute`` the values of checkpointed regions are computed again instead of kept.
-    """
+    Zeros of ops whose derivative is zero are passed on as any other value: autograd sees what they
+    are multiplied by. Below a user's backward that returns None a value may get zeros.
+
+    With ``recompute`` the values of checkpointed regions are computed again instead of kept."""
     active = active_nodes(list(b.graph.nodes), wrt, zeros=True)
     regions = Regions(b) if recompute else None
     ct: dict[Node, Any] = {}
@@ -177,8 +177,8 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
 
 
 def behind_hooks(b: Builder, n: Any, again: Any) -> Any:
-    """Return the result ``n`` of an op, with the value of ``again``, as its derivative reads it:
-    behind its hooks, as autograd saves it."""
+    """Return the result ``n`` of an op, as the value of ``again``, behind its hooks: autograd
+    saves it there."""
     for u in reversed(getattr(n, "users", ())):
         if getattr(u.target, "hooked", False) and u.args[0] is n:
             behind = b.item(u, 0)
@@ -187,8 +187,7 @@ def behind_hooks(b: Builder, n: Any, again: Any) -> Any:
 
 
 def by_output(g: Any, val: Any) -> Any:
-    """Nest the cotangents of a node with this value: those of several outputs, given by number, in
-    lists."""
+    """Return the cotangents of a node with this value as lists, if given by output number."""
     return (
         [by_output((g or {}).get(i), v) for i, v in enumerate(val)]
         if isinstance(val, tuple)
@@ -197,7 +196,7 @@ def by_output(g: Any, val: Any) -> Any:
 
 
 def vjp_make(n: Node) -> Any:
-    """Return how to build the reverse fragment of this node's op: its own rule, PyTorch's formula,
+    """Return the builder of the reverse fragment of this node's op: our rule, PyTorch's formula,
     or its decomposition."""
     op = n.target
     entry = entry_for(op)
@@ -226,7 +225,7 @@ def no_slope(g: Tensor, out: Tensor, *args: Any, needs: tuple[bool, ...]) -> lis
 
 
 def reverse_by_parts(b: Builder, n: Node, needs: tuple, g: Any, args: Any, why: Exception) -> Any:
-    """Open the op up and differentiate what it consists of."""
+    """Open the op up and differentiate its parts."""
     op = n.target
     body = fallback.decomposition(op)
     if body is None:
@@ -243,7 +242,7 @@ def reverse_by_parts(b: Builder, n: Node, needs: tuple, g: Any, args: Any, why: 
 
 
 def as_arguments(rule: Any, op: OpOverload) -> Any:
-    """Return the rule with the chores done: each cotangent summed to its argument's shape and cast
+    """Return the rule with the chores done: sum each cotangent to its argument's shape and cast it
     to its dtype."""
     where = tensor_args(op)
 
@@ -344,8 +343,8 @@ def vjp(
 
 
 def unhooked(joint: Program) -> Program:
-    """Return a joint program whose hooks have acted: those of a value inside of a transform belong
-    to that one, and transforms around it have derivatives without them, as torch.func's."""
+    """Return a joint program whose hooks have acted: hooks of a value inside of a transform belong
+    to that transform, and outer ones differentiate without them, as torch.func's do."""
 
     def is_hook(n: Node) -> bool:
         return getattr(n.target, "hooked", False)
@@ -357,8 +356,8 @@ def unhooked(joint: Program) -> Program:
 
 
 def primals(b: Builder, placeholders: Sequence[Node]) -> list[Node]:
-    """Make placeholders like these for a derived program: the role "param" stays, any other
-    becomes "primal"."""
+    """Add placeholders like these to a derived program: the role "param" stays, any other becomes
+    "primal"."""
     return [
         b.placeholder(
             p.name, p.meta["val"], role="param" if p.meta.get("role") == "param" else "primal"
@@ -368,9 +367,9 @@ def primals(b: Builder, placeholders: Sequence[Node]) -> list[Node]:
 
 
 def cotangent_sig(sig: Sig, stride: Sequence[int]) -> Sig:
-    """Return how a program is to get the cotangent of a value, where one with these strides
-    arrives: in channels_last where both are so, or where the cotangent is expanded and leaves the
-    choice to the value, as in eager's kernels; contiguous elsewhere."""
+    """Return the signature in which a program takes the cotangent of a value, given the
+    cotangent's ``stride``: channels_last if both are, or if the cotangent is expanded and the
+    value is, as in eager's kernels; else contiguous."""
     if sig.plain or (form := images(sig)) is torch.contiguous_format:
         return contiguous_sig(sig)
     last = make_sig(sig.shape, formatted(sig.shape, form), sig.dtype, sig.device)

@@ -1,7 +1,7 @@
-"""Batching: walk a graph and give every op that meets the batch a form with one more dimension,
-the batch at 0.
+"""Batch: walk a graph and give every op with a batched argument one more dimension, the batch at
+0.
 
-Ops that do not meet it are copied as they are: what is the same for all samples is computed once.
+Other ops are copied: what is the same for all samples is computed once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .walk import builder
 
 aten = torch.ops.aten
 
-#: ops that have the same meaning with the batch in front, whatever their arguments
+#: ops that need no change for a batch in front, whatever their arguments
 TRANSPARENT = {
     once,
     no_tangent,
@@ -43,9 +43,9 @@ TRANSPARENT = {
 
 
 class Axis(NamedTuple):
-    """The dimension that batching adds: how many samples there are, which draws they share,
-    whether ``strict`` refuses a loop over them, the name that collectives know it by, and whether
-    control flow in which they differ goes sample by sample."""
+    """The dimension that batching adds: the number of samples, which draws they share, whether
+    ``strict`` refuses a loop over them, the name that collectives know it by, and whether control
+    flow in which they differ goes sample by sample."""
 
     size: int
     randomness: str = "error"
@@ -81,11 +81,11 @@ class Batch:
         self.b.copy(nodes, self.env, visit)
 
     def names(self, n: Node) -> bool:
-        """Return whether a node is an op over this batch's axis."""
+        """Return whether a node is a collective over this batch's axis."""
         return n.target in axes.OPS and n.args[-1] == self.axis.name
 
     def over_samples(self, n: Node) -> tuple[Node, bool]:
-        """Return the op over the axis as one over the batch, and whether samples differ in it."""
+        """Return the collective as an op over the batch, and whether samples differ in it."""
         x: Any = n.args[0]
         if n.target is axes.axis_index:
             sig = n.meta["val"]
@@ -128,7 +128,7 @@ class Batch:
             return self.b.node(op, (old, new), {}, new.meta["val"]), True
         if not isinstance(op, OpOverload):
             return op.batch(self, n)
-        # a check of values, such as _linalg_check_errors: as good for a batch of them
+        # a check of values, such as _linalg_check_errors, takes a batch of them
         if not op._schema.returns:
             args = remap(n.args, self.env)
             if op._schema.name == "aten::_assert_async":
@@ -144,14 +144,14 @@ class Batch:
         return out, True
 
     def expanded(self, n: Node) -> Node:
-        """Return the new value of an old node, given a batch dimension if it has none."""
+        """Return the new value of an old node, with a batch dimension added if it has none."""
         new = self.env[n]
         if self.batched.get(n):
             return new
         return self.b.call(aten.expand.default, new, [self.size, *new.meta["val"].shape])
 
     def inside(self, b: Builder) -> Batch:
-        """Return a walk over the ops inside of one op, for the same batch, into the builder
+        """Return a walk over the ops inside of one op, for the same batch, that builds into
         ``b``."""
         return Batch(b, self.axis)
 
@@ -166,9 +166,9 @@ def vmap(
     """Return the batched program. ``in_dims`` and ``sigs``: one per input, for the *batched*
     inputs; ``out_dims``: one per result.
 
-    A result with ``out_dims`` None must not be batched. A mutated input gets its new value back in
-    its own layout. Ops that only a loop over the samples can batch are reported by a LoopWarning,
-    or on a strict axis refused (RuleError)."""
+    A result with ``out_dims`` None must not be batched. A mutated input gets its new value in its
+    own layout. An op that only a loop over the samples can batch is reported by a LoopWarning; a
+    strict axis refuses it (RuleError)."""
     with paused_gc():
         b = builder()
         batch = Batch(b, axis)
@@ -227,7 +227,7 @@ def shared_write(target: Node, value: Node) -> str:
 
 
 def placed(batch: Batch, o: Any, dim: int | None, i: int) -> Any:
-    """Return a result with its batch dimension where the caller asked for it."""
+    """Return a result with its batch dimension at ``dim``."""
     if not isinstance(o, Node):
         if dim is not None:
             raise ArgumentError(

@@ -1,9 +1,9 @@
-"""The mechanism that walkers share: a rule is traced once per signature into a fragment and copied
-from then on.
+"""Trace a rule once per signature into a fragment and copy that from then on, for all walkers.
 
-:func:`apply` is the whole mechanism. It keys on the rule's tag, the signatures of the nodes and
-the literals; the first time it lets ``make`` build the result on placeholders, tidied, and
-afterwards it splices that fragment."""
+:func:`apply` is the whole mechanism. Its key is the rule's tag, the signatures of the nodes and
+the literals. The first time ``make`` builds the result on placeholders, tidied; later calls splice
+that fragment.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def builder() -> Builder:
 
 
 def apply(b: Builder, tag: tuple, make: Make, *args: Any) -> Any:
-    """Return the result of ``make(builder, *args)`` in ``b``, through the fragment cache.
+    """Return the result of ``make(builder, *args)`` in ``b``, by way of the fragment cache.
     ``args``: nested nodes and literals."""
     key: list = [tag]
     nodes: list[Node] = []
@@ -82,9 +82,9 @@ def apply(b: Builder, tag: tuple, make: Make, *args: Any) -> Any:
 
 
 def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Make:
-    """Return ``make`` that records plain tensor code ``fn(*args)`` and puts its functional graph
-    into the builder; ``opened``: functions to call in place of ops that a recording would answer
-    itself."""
+    """Return the ``make`` that records plain tensor code ``fn(*args)`` and puts its functional
+    graph into the builder; ``opened``: functions to call in place of ops that a recording would
+    answer itself."""
 
     @outside_inference_mode
     def make(b: Builder, *args: Any) -> Any:
@@ -101,7 +101,7 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
         wrapped = [map_nested(wrap, a) for a in args]
         with off():
             results = record_into(trace, lambda: fn(*wrapped))
-        with quiet():  # what the rule made itself may be looked at anywhere
+        with quiet():  # a rule may look at the values of its own constants
             known = {r: constant_node(b, trace.lifted[-1 - r]) for r in trace.made_inside}
         consts = [known.get(-1 - i) or constant_node(b, t) for i, t in enumerate(trace.lifted)]
         f = Functionalizer(trace, b, [*nodes, *consts], intent)
@@ -143,8 +143,8 @@ def as_graph(make: Make, args: Any) -> tuple[Builder, Any, dict[Node, Node]]:
 
 @contextmanager
 def errors_of(kind: str, n: Node, rule: Callable) -> Iterator[None]:
-    """Raise RuleError for an error in a rule inside, with the op, the rule's line, and the user's.
-    A rule raises NotImplementedError for arguments that it does not cover."""
+    """Raise RuleError for an error in a rule inside, naming the op, the rule's line, and the
+    user's. A rule raises NotImplementedError for arguments that it does not cover."""
     try:
         yield
     except RuleError:
@@ -176,14 +176,15 @@ def filled_node(b: Builder, value: Any, sig: Sig) -> Node:
 
 
 def unknown(b: Builder, sig: Sig) -> Node:
-    """Return a tensor like ``sig`` of any value: an input of a linear result, dropped with it."""
+    """Return a tensor like ``sig`` of any value: an input that a linear result does not depend on,
+    dropped later."""
     kwargs = {"dtype": sig.dtype, "device": sig.device}
     return b.make("call_function", aten.empty.memory_format, (list(sig.shape),), kwargs, sig)
 
 
 def node_outputs(b: Builder, n: Node) -> Any:
-    """Return a node's outputs as a rule wants them: itself, or the list of its outputs, lists
-    among them."""
+    """Return a node's outputs in the form of a rule's arguments: itself, or nested lists of its
+    outputs."""
     val = n.meta["val"]
     if not isinstance(val, tuple):
         return n

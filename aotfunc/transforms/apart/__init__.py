@@ -1,7 +1,9 @@
-"""Rules for where the results of an op hold the batch, for each op that treats the samples of a
-batch alike and apart from one another: pointwise ops with the batch aligned, reductions and views
-that leave its dimension alone, products of matrices whose rows, columns or batch it is, and so on.
-An op without a rule is not known to do so."""
+"""Rules for where the results of an op hold the batch.
+
+An op has a rule if it treats the samples of a batch alike and apart from one another: pointwise
+ops with the batch aligned, reductions and views along other dimensions, products of matrices whose
+rows, columns or batch it is, and so on. An op without a rule may mix samples.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from .parts import RULES, Rule
 
 aten = torch.ops.aten
 
-#: ops that take the numbers of the samples
+#: ops whose arguments are sample numbers
 OF_NUMBERS = {
     aten.view.default,
     aten.unsqueeze.default,
@@ -30,7 +32,7 @@ OF_NUMBERS = {
 
 @cache
 def part_rule_for(op: OpOverload) -> Rule | None:
-    """Return the rule written for an op, or that of pointwise ones."""
+    """Return the op's own rule, or that of pointwise ops."""
     if op in RULES:
         return RULES[op]
     facts, name = Facts(op), op._schema.name.removeprefix("aten::")

@@ -1,4 +1,4 @@
-"""Ops along other dimensions than the batch: slices, scans, reductions, look-ups."""
+"""Follow the batch through ops along other dimensions: slices, scans, reductions, look-ups."""
 
 from __future__ import annotations
 
@@ -140,8 +140,7 @@ def put(c: OpCall) -> Any:
 
 
 def entries_of(c: OpCall) -> tuple[Part, int]:
-    """Return where the entries of ``x[indices]`` hold the batch, and how many dimensions they
-    have."""
+    """Return the part of the entries of ``x[indices]``, and the number of their dimensions."""
     sig, part = c.of("self")
     indices = {
         d: (i.meta["val"], c.walk.parts[i])
@@ -154,7 +153,7 @@ def entries_of(c: OpCall) -> tuple[Part, int]:
         raise Mixed
     wide = max(i.ndim for i, _ in indices.values())
     together = len(indices) == max(indices) - min(indices) + 1
-    first = min(indices) if together else 0  # of the dimensions that the indices have
+    first = min(indices) if together else 0  # dimensions of the indices
     rank = sig.ndim - len(indices) + wide
     if part is not None and part.dim not in indices:
         if any(p is not None for _, p in indices.values()):

@@ -1,4 +1,4 @@
-"""Pointwise ops keep the batch where it is aligned; so do losses that are not reduced."""
+"""Follow the batch through pointwise ops, which keep it if it is aligned, and unreduced losses."""
 
 from __future__ import annotations
 

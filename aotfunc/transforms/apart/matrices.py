@@ -1,4 +1,4 @@
-"""Matrices: the batch is rows, columns, or a batch of matrices already."""
+"""Follow the batch through matrix ops: as rows, columns, or the batch of matrices."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def added(c: OpCall) -> Any:
 
 
 def product(left: tuple[Sig, Part | None], right: tuple[Sig, Part | None]) -> Part:
-    """Return the part of a product of matrices, or of a batch of such: rows of the left, columns
-    of the right, or its own."""
+    """Return the part of a product of (batches of) matrices: rows of the left, columns of the
+    right, or the batch."""
     (sig, a), (_, b) = left, right
     rows = sig.ndim - 2
     if a is not None and b is None and a.dim == rows:

@@ -1,4 +1,4 @@
-"""Layers of networks: the batch in front, or among the channels."""
+"""Follow the batch through layers of networks: in front, or among the channels."""
 
 from __future__ import annotations
 
@@ -160,8 +160,8 @@ def convolution_backward(c: OpCall) -> Any:
 
 
 def among_channels(c: OpCall, *images: str) -> None:
-    """Keep the batch among the channels: each sample has groups of channels, and weights, of its
-    own."""
+    """Keep the batch among the channels: each sample has its own groups of channels, and
+    weights."""
     groups, left = divmod(c.arg["groups"], c.walk.size)
     apart = all((p := c.of(name)[1]) is not None and p.dim == 1 for name in images)
     vectors = [c.of(name)[1] for name in ("weight", "bias") if c.arg.get(name) is not None]

@@ -1,5 +1,6 @@
-"""Where a value of a batched graph holds the batch, and the question and answer of a rule that
-follows it through an op (the rules are in the files beside it)."""
+"""Say where a value of a batched graph holds the batch, and define what a rule that follows it
+through an op gets and returns (the rules are in the files beside it).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ aten = torch.ops.aten
 
 
 class Part(NamedTuple):
-    """The dimension ``dim`` has ``each`` entries for every sample, one sample after the other.
+    """The dimension ``dim`` has ``each`` entries for every sample, sample after sample.
     ``number``: the value of a sample is its number."""
 
     dim: int
@@ -29,21 +30,20 @@ class Part(NamedTuple):
         return self._replace(dim=dim)
 
     def without(self, dims: Sequence[int]) -> Part:
-        """Return the part after these dimensions are gone. Raises Mixed if one of them is its
-        own."""
+        """Return the part after these dimensions are removed. Raises Mixed if its own is one."""
         if self.dim in dims:
             raise Mixed
         return self.to(self.dim - sum(d < self.dim for d in set(dims)))
 
 
 class Mixed(Exception):
-    """Raised for an op that is not known to keep the samples apart."""
+    """Raised for an op that may mix samples."""
 
 
 class Walk:
     """The parts of the values of a graph for a batch of this size, and the arguments that depend
-    on the size. ``multiples``: a new value whose length is a multiple of the size holds the batch,
-    too."""
+    on the size. ``multiples``: a factory's dimension whose length is a multiple of the size holds
+    the batch, too."""
 
     def __init__(self, size: int, multiples: bool) -> None:
         self.size, self.multiples = size, multiples
@@ -52,15 +52,14 @@ class Walk:
 
 
 class OpCall:
-    """An op of the graph as its rule sees it; ``arg`` by the schema's names, ``val`` what it
-    returns."""
+    """A call of an op as its rule sees it: ``arg`` by the schema's names, ``val`` the result."""
 
     def __init__(self, walk: Walk, n: Node) -> None:
         self.walk, self.n, self.val = walk, n, n.meta["val"]
         op: Any = n.target
         self.names = Facts(op).names
         self.arg = dict(zip(self.names, full_args(op, n.args, n.kwargs), strict=True))
-        #: the tensors among the arguments with their parts, those in lists too
+        #: (tensor argument, part), also of those in lists
         self.tensors: list[tuple[Sig, Part | None]] = []
         for i in tensor_args(op):
             given = self.arg[self.names[i]]
@@ -75,30 +74,30 @@ class OpCall:
         return (x.meta["val"], self.walk.parts[x]) if isinstance(x, Node) else (None, None)
 
     def only(self, name: str) -> tuple[Sig, Part]:
-        """Return the tensor of this name, if it alone is batched."""
+        """Return the tensor of this name, if no other argument is batched."""
         sig, part = self.of(name)
         if part is None or sum(p is not None for _, p in self.tensors) > 1:
             raise Mixed
         return sig, part
 
     def alike(self) -> tuple[Sig, Part]:
-        """Return the first tensor, if all have the same part and rank."""
+        """Return the first tensor, if all have one part and one rank."""
         sig, part = self.tensors[0]
         if part is None or any(p != part or s.ndim != sig.ndim for s, p in self.tensors):
             raise Mixed
         return sig, part
 
     def dims(self, rank: int, name: str = "dim") -> list[int]:
-        """Return the dimensions that an argument names, counted from the front."""
+        """Return the dimensions that an argument names, not negative."""
         given = self.arg[name]
         given = list(given) if isinstance(given, list | tuple) else [given]
-        if None in given or not given:  # all of them
+        if None in given or not given:  # (None names all dimensions)
             raise Mixed
         return [d % rank for d in given]
 
     def scaled(self, name: str, at: int | None, each: int) -> None:
-        """Note that the argument (its entry ``at``, if it is a list) is ``each`` times the size,
-        unless it is -1."""
+        """Note that an argument (or its entry ``at``) is ``each`` times the size, unless it is
+        -1."""
         i = self.names.index(name)
         args = list(self.walk.args.get(self.n, self.n.args))
         if i >= len(args):
@@ -110,19 +109,20 @@ class OpCall:
         self.walk.args[self.n] = tuple(args)
 
     def each(self, part: Part) -> Any:
-        """Return the part of the result, or of each of several."""
+        """Return the part of the result, or a list of it for several results."""
         return [part] * len(self.val) if isinstance(self.val, tuple) else part
 
 
-#: rules for the results of an op with a batched argument, a list for several; a rule raises Mixed
+#: op -> rule for results of batched arguments, a list for several; a rule raises Mixed
 Rule = Callable[[OpCall], Any]
 RULES: dict[OpOverload, Rule] = {}
-#: rules for ops that make a batched value without a batched argument
+#: op -> rule for a batched result without a batched argument
 FACTORIES: dict[OpOverload, Rule] = {}
 
 
 def part_rule(names: str, table: dict = RULES) -> Callable[[Rule], Rule]:
-    """Make a decorator: the function answers for these ops of aten, as far as PyTorch has them."""
+    """Make a decorator: register the function as the rule of these ops of aten that PyTorch
+    has."""
 
     def register(f: Rule) -> Rule:
         for name in names.split():
@@ -136,7 +136,7 @@ def part_rule(names: str, table: dict = RULES) -> Callable[[Rule], Rule]:
 
 
 def broadcast_part(tensors: Sequence[tuple[Sig, Part | None]], rank: int) -> Part:
-    """Return the part of the shape that these broadcast to."""
+    """Return the part of the broadcast shape."""
     found = {(sig.ndim - part.dim, part.each) for sig, part in tensors if part is not None}
     if len(found) != 1:
         raise Mixed
@@ -147,5 +147,5 @@ def broadcast_part(tensors: Sequence[tuple[Sig, Part | None]], rank: int) -> Par
 
 
 def spans(sig: Sig, back: int) -> bool:
-    """Return whether a tensor has more than one entry in the dimension so many from the back."""
+    """Return whether a tensor has more than one entry in the dimension ``back`` from the end."""
     return sig.ndim >= back and sig.shape[-back] != 1

@@ -1,4 +1,4 @@
-"""Views move the batch with the dimension that holds it; factories may make one."""
+"""Follow the batch through views, which move its dimension, and factories, which may make one."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def filled(c: OpCall) -> Any:
 
 
 def made(c: OpCall, name: str, dims: Sequence[int]) -> Part | None:
-    """Take the first of these dimensions whose length is the size (or a multiple) for the batch;
-    if it is none, the ops that read the value will not find it aligned."""
+    """Take the first of these dimensions whose length is the size (or a multiple) for the batch.
+    If it is not, the readers of the value will not find it aligned."""
     for d in dims:
         each, left = divmod(c.val.shape[d], c.walk.size)
         if not left and (each == 1 or (each and c.walk.multiples)):

@@ -1,4 +1,4 @@
-"""Sums of products computed in the cheapest order, and only as far as they are needed."""
+"""Compute sums of products in the cheapest order, and only as far as they are needed."""
 
 from .reassociate import reassociated
 

@@ -1,8 +1,9 @@
 """Choose the sums of products to compute in another order: those that cost least together.
 
-A value that others read, or that is a result, is *needed*; its *cone* are the values that only it
-is a product of. Needed values whose cones meet are decided together: not to compute a gradient
-saves nothing as long as one of them reads it."""
+A value that others read, or that is a result, is *needed*; its *cone* are the values that only its
+product uses. Needed values whose cones meet are decided together: dropping a gradient saves
+nothing as long as one of them reads it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ Way = tuple[list[Node], Plan, Order]
 
 
 def chosen(graph: fx.Graph) -> dict[Node, Way]:
-    """Return, for each node to compute otherwise, its factors, its product and the order."""
+    """Return, for each node to recompute in another order, its factors, its product and the
+    order."""
     products = Products(graph)
     needed = needed_of(graph, products)
     cones = {n: cone(n, products) for n in needed}
@@ -50,14 +52,14 @@ def chosen(graph: fx.Graph) -> dict[Node, Way]:
 
 
 def another(p: Product, nodes: Sequence[Node]) -> bool:
-    """Return whether there is another way to compute these nodes: another order, or factors that
-    are not read."""
+    """Return whether these nodes can be computed in another way: another order, or without some
+    factors."""
     count = sum(contracts(m) for m in nodes)
     return count > 1 or len(p.factors) <= count
 
 
 def needed_of(graph: fx.Graph, products: Products) -> list[Node]:
-    """Return the values that must exist in any case."""
+    """Return the values that the graph must compute in any case."""
     needed = set[Node]()
     for n in reversed(graph.nodes):
         if n in products.found and any(
@@ -68,7 +70,7 @@ def needed_of(graph: fx.Graph, products: Products) -> list[Node]:
 
 
 def cone(n: Node, products: Products) -> list[Node]:
-    """Return ``n`` and the values that its product is made of."""
+    """Return ``n`` and the values that its product is composed of."""
     nodes, rest = dict[Node, None](), [n]
     while rest:
         n = rest.pop()
@@ -79,8 +81,7 @@ def cone(n: Node, products: Products) -> list[Node]:
 
 
 def contracts(n: Node) -> bool:
-    """Return whether a node multiplies, sums or expands: of several there may be a better
-    order."""
+    """Return whether a node multiplies, sums or expands; several such may have a better order."""
     return n.target in SUMS or n.target is aten.expand.default or len(n.all_input_nodes) > 1
 
 
@@ -99,7 +100,7 @@ def overlapping_cones(cones: dict[Node, list[Node]]) -> Iterable[list[Node]]:
 def worthwhile(
     group: Sequence[Node], cones: dict, prices: dict[Node, float], products: Products
 ) -> set[Node]:
-    """Return the nodes of the group to compute otherwise."""
+    """Return the nodes of the group that are cheaper in another order."""
     costs = {m: cost(m, products) for n in group for m in cones[n]}
 
     def total(otherwise: set[Node]) -> float:
@@ -120,8 +121,7 @@ def worthwhile(
 
 
 def cost(n: Node, products: Products) -> float:
-    """Return the cost of computing a node as it is. A value that only a sum reads is not
-    stored."""
+    """Return the cost of a node as it is. A value that only a sum reads is not stored."""
     if calls_view(n):
         return 0
     size = n.meta["val"].numel

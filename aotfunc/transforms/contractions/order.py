@@ -1,4 +1,4 @@
-"""The cheapest order of a product of tensors, and the product computed in it."""
+"""Find the cheapest order of a product of tensors, and compute the product in it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .windows import Windows
 LOOPED, READ, STORED, CALL = 2, 8, 24, 2000
 
 Labels = tuple[int, ...]
-#: the place of a factor, or the two halves of a product
+#: the position of a factor, or the orders of a product's two halves
 Order = Any
 
 
 class Plan(NamedTuple):
     """A product of tensors: the labels of their dimensions, the forms made of them first, the
     labels of the product, the extents of all labels, and the last steps on the result. Labels are
-    numbered by their place in ``extents``."""
+    numbered by their position in ``extents``."""
 
     factors: tuple[Dims, ...]
     forms: tuple[tuple, ...]
@@ -50,13 +50,13 @@ class Plan(NamedTuple):
 
 @lru_cache(1 << 12)
 def cheapest(plan: Plan) -> tuple[float, Order]:
-    """Return the cost and the order of the best of all ways to multiply in pairs."""
+    """Return the least cost of all ways to multiply in pairs, and its order."""
     factors, windows = plan.labels, plan.windows
     every = (1 << len(factors)) - 1
     count = lambda labels: math.prod([plan.extents[k] for k in labels])
 
     def labels(part: int) -> frozenset[int]:
-        """Return the labels that this part of the factors has after all others are summed away."""
+        """Return the labels of this part of the factors after all others are summed away."""
         inside, outside = set[int](), set(plan.out)
         for i, f in enumerate(factors):
             (inside if part >> i & 1 else outside).update(f)
@@ -72,7 +72,7 @@ def cheapest(plan: Plan) -> tuple[float, Order]:
         for part, others in ((x, theirs), (y, mine)):
             if (w := alone(part)) and w.convolves(others, out):
                 return CALL + convolution_steps(steps, len(out.intersection(w.images)) > 0)
-            made += STORED / 2 * count(w.labels) if w else 0  # the norm's both sides share them
+            made += STORED / 2 * count(w.labels) if w else 0  # both sides of the norm share them
         if as_matrices(mine, theirs, out):
             return CALL + made + matrix_steps(steps, count(mine) + count(theirs), count(out))
         return CALL + made + LOOPED * steps + STORED * count(out)
@@ -109,8 +109,8 @@ def convolution_steps(steps: int, apart: bool) -> int:
 
 
 def as_matrices(x: Any, y: Any, out: Any) -> bool:
-    """Return whether the product of two is one of matrices: something is summed, and something is
-    left of both, or of one if there is but one product."""
+    """Return whether the product of two is a matrix product: it sums over labels, and labels of
+    both remain, or of one if there is one product only."""
     x, y, out = set(x), set(y), set(out)
     kept = bool(x - y) + bool(y - x)
     return bool((x & y) - out) and kept > bool(x & y & out)
@@ -130,7 +130,7 @@ def contracted(tensors: Sequence[Tensor], plan: tuple, order: Order) -> Tensor:
         return {order} if order.__class__ is int else leaves(order[0]) | leaves(order[1])
 
     def kept(order: Order) -> set[int]:
-        """Return the labels of a result in this order that later steps need."""
+        """Return the labels of a result of this order that later steps need."""
         mine = leaves(order)
         return set(p.out).union(*[f for i, f in enumerate(factors) if i not in mine])
 
@@ -154,7 +154,7 @@ def contracted(tensors: Sequence[Tensor], plan: tuple, order: Order) -> Tensor:
     x = x.reshape([p.extents[k] if k in labels else 1 for k in p.out]).expand(extent(p.out))
     if p.scale != 1:
         x = x * p.scale
-    if p.square:  # rounding takes what is near zero below it
+    if p.square:  # rounding may give small negative numbers
         x = x.clamp(min=0)
     return (x.sqrt() if p.rooted else x).reshape(p.shape)
 

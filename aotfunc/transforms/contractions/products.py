@@ -1,9 +1,10 @@
-"""Sums of products of tensors, as einsums, and their views, products and sums.
+"""Sums of products of tensors, as einsums, with their views, products and sums.
 
-A *label* is an index with an extent; a dimension of a tensor is a tuple of labels, outermost first
-(a ``view`` that merges two dimensions puts their labels into one tuple), and of none where its
-extent is 1. Labels of factors that are in no dimension of the value are summed over; a label of
-the value that no factor has is a dimension that it was expanded along."""
+A *label* is an index with an extent. A dimension of a tensor is a tuple of labels, outermost first
+(a ``view`` that merges two dimensions joins their labels in one tuple), which is empty if its
+extent is 1. Labels of factors that no dimension of the value has are summed over; a label of the
+value that no factor has is an expanded dimension.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ class Factor:
 
 @dataclass(frozen=True)
 class Product:
-    """``scale`` times a sum of products. A ``square`` is one of sums, so not negative, and
-    ``rooted`` if its square root is meant."""
+    """``scale`` times a sum of products. A ``square`` is one of sums, so not negative; ``rooted``
+    is its square root."""
 
     factors: tuple[Factor, ...]
     dims: Dims
@@ -67,7 +68,7 @@ class Algebra:
         return math.prod([self.extents[label] for label in labels])
 
     def renamed(self, p: Product) -> Product:
-        """Return the product with labels of its own."""
+        """Return the product with new labels."""
         labels = dict.fromkeys((*p.labels, *[label for f in p.factors for label in f.labels]))
         return substituted(p, {label: (self.label(self.extents[label]),) for label in labels})
 
@@ -77,7 +78,7 @@ class Algebra:
     # ----- operations ----------------------------------------------------------------------------
 
     def viewed(self, p: Product, shape: Sequence[int]) -> Product | None:
-        """Return the product as a ``view``; None where that would cut a label's extent into uneven
+        """Return the product as a ``view``; None if that cuts a label's extent into uneven
         parts."""
         rest = list(reversed(p.labels))
         dims, cuts = list[tuple[int, ...]](), dict[int, tuple[int, ...]]()
@@ -103,8 +104,7 @@ class Algebra:
         return replace(p, dims=tuple(new))
 
     def times(self, x: Product, y: Product) -> Product | None:
-        """Return the product of two, broadcast; None where their dimensions are of labels that do
-        not match."""
+        """Return the broadcast product of two; None if labels of their dimensions do not match."""
         rank = max(len(x.dims), len(y.dims))
         ours, theirs = (((),) * (rank - len(p.dims)) + p.dims for p in (x, y))
         alike = ours == theirs and x.factors == y.factors and x.scale == y.scale
@@ -123,7 +123,7 @@ class Algebra:
         )
 
     def unify(self, mine: tuple, other: tuple, same: dict[int, tuple[int, ...]]) -> bool:
-        """Find out which labels of two equal dimensions are the same, alone or together."""
+        """Match the labels of two equal dimensions, alone or together."""
         xs, ys = list(reversed(mine)), list(reversed(other))
         while xs and ys:
             x, y = xs.pop(), ys.pop()
@@ -143,8 +143,8 @@ class Algebra:
         return not (xs or ys)
 
     def summed(self, p: Product, over: Sequence[int], keepdim: bool = False) -> Product:
-        """Sum over these dimensions; a product that was expanded along one is added that many
-        times."""
+        """Sum over these dimensions. A sum along an expanded dimension multiplies by its
+        extent."""
         over = [d % len(p.dims) for d in over]
         read = {label for f in p.factors for label in f.labels}
         gone = [label for d in over for label in p.dims[d] if label not in read]
@@ -156,8 +156,8 @@ class Algebra:
 
     def without_identities(self, p: Product) -> Product:
         """Replace a sum over one side of an identity matrix: the other factors get the other
-        side's labels. A factor that has labels of both sides would be read along its diagonal, so
-        it keeps the identity."""
+        side's labels. A factor with labels of both sides would be read along its diagonal, so it
+        keeps the identity."""
         for f in p.factors:
             if not is_identity(f):
                 continue

@@ -1,5 +1,6 @@
-"""A pass that computes sums of products in another order where that costs less: for example, the
-norms of per-sample gradients without the per-sample gradients. Results differ by rounding."""
+"""Compute sums of products in another order if that costs less: for example, the norms of
+per-sample gradients without these gradients. Results differ by rounding.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def rewritten(program: Program, ways: dict[Node, Way]) -> Program:
 
 
 def apart(b: Builder, x: Node, factors: list[Node]) -> Node:
-    """Return ``x``, or a copy of it where it shows one of these."""
+    """Return ``x``, copied if it shows the memory of one of ``factors``."""
     base: Node | None = x
     while base is not None and base not in factors:
         base = view_source(base)
@@ -53,8 +54,8 @@ def apart(b: Builder, x: Node, factors: list[Node]) -> Node:
 
 
 def with_strides(b: Builder, x: Node, sig: Sig) -> Node:
-    """Return ``x``, which lies in memory as ``sig`` says, with its strides also where the extent
-    is 1."""
+    """Return ``x``, laid out as ``sig`` says, with the strides of ``sig`` in dimensions of extent
+    1, too."""
     if x.meta["val"].stride == sig.stride:
         return x
     return b.call(torch.ops.aten.as_strided.default, x, list(sig.shape), list(sig.stride))

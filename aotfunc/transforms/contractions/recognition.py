@@ -1,5 +1,4 @@
-"""Recognise the sum of products that each node of a graph is: the einsum of the nodes behind
-it."""
+"""Recognise the sum of products that each node of a graph is, as an einsum of earlier nodes."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from .windows import WEIGHT_ONLY
 
 aten = torch.ops.aten
 
-#: a product of more factors is taken apart: its orders are too many to compare
+#: most factors of a product: more have too many orders to compare
 MOST = 6
 
 
@@ -29,7 +28,7 @@ class Products(Algebra):
     def __init__(self, graph: fx.Graph) -> None:
         super().__init__()
         self.found: dict[Node, Product] = {}
-        #: node -> the arguments whose products became part of its own
+        #: node -> the arguments whose products are parts of its own
         self.parts: dict[Node, list[Node]] = {}
         self.leaves: dict[Node, Product] = {}
         for n in graph.nodes:
@@ -43,14 +42,14 @@ class Products(Algebra):
                     self.found[n] = product
 
     def leaf(self, n: Node) -> Product:
-        """Return the product of this one factor."""
+        """Return the product of this factor alone."""
         if n not in self.leaves:
             dims = tuple([(self.label(k),) if k > 1 else () for k in n.meta["val"].shape])
             self.leaves[n] = Product((Factor(n, dims),), dims)
         return self.leaves[n]
 
     def of(self, reader: Node, n: Node) -> Product:
-        """Return the product that ``n`` is, as a part of ``reader``'s."""
+        """Return the product of ``n`` as a part of ``reader``'s."""
         product = self.found.get(n)
         if product is None or product.rooted:
             return self.leaf(n)
@@ -59,8 +58,8 @@ class Products(Algebra):
 
 
 def may_be_product(n: Node) -> bool:
-    """Say whether a node and the tensors that it reads have elements, all on one device and of one
-    dtype, which is computed in as it is."""
+    """Return whether a node and the tensors that it reads have elements, on one device, in one
+    dtype that is computed in as it is."""
     call: Any = n.args[0] if n.target is operator.getitem else n
     vals = [n.meta["val"], *[a.meta["val"] for a in call.all_input_nodes]]
     return all(
@@ -140,7 +139,7 @@ def _div(ps: Products, n: Node, x: Any, y: Any) -> Product | None:
     if y.__class__ is not Node:
         return scalar_multiple(ps, n, x, 1 / y) if y else None
     if y.meta["val"].numel >= n.meta["val"].numel:
-        return None  # a division for each element, as there is
+        return None  # a division for each element, as before
     over = ps.of(n, x)
     if over.square or len(over.factors) == MOST:
         return None
@@ -172,8 +171,8 @@ def _sum(
 
 
 def dimensions(p: Product, over: Sequence[int] | None) -> Sequence[int]:
-    """Return the dimensions that an op is told to sum over, all if it is told none. A 0-dim tensor
-    counts as one with a dimension 0."""
+    """Return the dimensions that an op sums over, all if it names none. A 0-dim tensor counts as
+    one with a dimension 0."""
     return (over or range(len(p.dims))) if p.dims else ()
 
 
@@ -197,7 +196,7 @@ def _norm(
 
 @recognises(aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default)
 def _matmul(ps: Products, n: Node, x: Node, y: Node) -> Product | None:
-    """Multiply the rows of the one with the columns of the other, and sum."""
+    """Multiply the rows of ``x`` with the columns of ``y``, and sum."""
     rows = lambda p: replace(p, dims=(*p.dims, ())) if n.target in MATRICES else p
     columns = lambda p: (
         replace(p, dims=(*p.dims[:-2], (), *p.dims[-2:])) if n.target in MATRICES else p
@@ -217,8 +216,8 @@ def product_of(
     left: Callable = lambda p: p,
     right: Callable = lambda p: p,
 ) -> Product | None:
-    """Multiply two nodes. A factor stays whole if it has too many factors itself, or is a square,
-    which would no longer be known not to be negative."""
+    """Multiply two nodes. An argument with too many factors stays one factor, and so does a
+    square, which would no longer be known not to be negative."""
     parts = [ps.of(n, x), ps.of(n, y)]
 
     def keep_whole(i: int) -> None:

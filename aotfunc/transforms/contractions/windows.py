@@ -1,5 +1,6 @@
-"""The weight gradient of a convolution: its cotangent times the windows of its image, summed over
-images and windows."""
+"""Compute the weight gradient of a convolution: its cotangent times the windows of its image,
+summed over images and windows.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ WEIGHT_ONLY = [False, True, False]
 
 
 class Windows:
-    """A factor that is the windows of an image, and the meaning of its dimensions: images, groups,
-    channels, places in a window, windows."""
+    """The windows of an image as a factor, and the meaning of its dimensions: images, groups,
+    channels, positions in a window, windows."""
 
     def __init__(self, dims: Dims, form: tuple) -> None:
         self.kernel, *self.geometry = form[1:]
@@ -28,7 +29,7 @@ class Windows:
         self.inside, self.places = labels_of(dims[3 : 3 + rank]), labels_of(dims[3 + rank :])
 
     def convolves(self, others: Collection[int], out: Collection[int]) -> bool:
-        """Return whether the product with a tensor of ``others``, of which ``out`` is left, is the
+        """Return whether the product with a tensor of labels ``others``, summed to ``out``, is the
         weight gradient of a convolution."""
         kept = {*self.channels, *self.inside}
         return (
@@ -39,7 +40,7 @@ class Windows:
         )
 
     def of(self, x: Tensor) -> Tensor:
-        """Return the windows of ``x``, groups and channels in one dimension."""
+        """Return the windows of ``x``, with groups and channels in one dimension."""
         stride, padding, dilation = self.geometry
         rank = len(self.kernel)
         x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
@@ -50,7 +51,7 @@ class Windows:
     def weight_gradient(
         self, g: Tensor, labels: Sequence[int], x: Tensor, keep: Collection[int], extent: Callable
     ) -> tuple[Tensor, tuple[int, ...]]:
-        """Return the windows of ``x`` times ``g``, whose groups are the images that are kept."""
+        """Return the windows of ``x`` times ``g``. Images that are kept become groups."""
         count = lambda labels: math.prod(extent(labels))
         apart = [k for k in self.images if k in keep]
         images = [k for k in self.images if k not in keep]

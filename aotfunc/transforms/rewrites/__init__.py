@@ -1,5 +1,6 @@
-"""The local rewritings of the tidying, a file for each subject; importing it fills the table of
-:mod:`.table`."""
+"""The local rewritings of tidying, a file for each subject; importing it fills the table of
+:mod:`.table`.
+"""
 
 import aotfunc.transforms.rewrites.arithmetic
 import aotfunc.transforms.rewrites.broadcasting

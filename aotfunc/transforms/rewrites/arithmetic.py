@@ -1,4 +1,4 @@
-"""Arithmetic with one, with signs and with constants."""
+"""Rewrite arithmetic with one, with signs and with constants."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ NEG = aten.neg.default
 
 
 def is_bool(x: Any) -> bool:
-    """Return whether this is a tensor of truth values, which cannot be subtracted."""
+    """Return whether ``x`` is a bool tensor, which cannot be subtracted."""
     return x.__class__ is Node and x.meta["val"].dtype is torch.bool
 
 
 def negated(x: Any, val: Sig) -> bool:
-    """Return whether ``x`` is minus something of the dtype of the result."""
+    """Return whether ``x`` is a node ``-y`` of the result's dtype."""
     return x.__class__ is Node and x.target is NEG and x.meta["val"].dtype is val.dtype
 
 
 @rewrite(aten.mul.Tensor)
 def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
-    if val.dtype.is_complex:  # inf and nan mix between the parts
+    if val.dtype.is_complex:  # inf and nan of one part reach the other
         return None
     m, n = filled_with(x), filled_with(y)
     if n is not None:
@@ -44,7 +44,7 @@ def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
             return y
         if val.dtype in EXACT and x.meta["val"].dtype is val.dtype:
             return times_number(b, val, y, m)
-    # a minus sign commutes with products: pull it out to meet others
+    # pull minus signs out of products, where they meet others
     if negated(x, val):
         return fit_or_none(val, b.call(NEG, b.call(aten.mul.Tensor, x.args[0], y)))
     if negated(y, val):
@@ -53,8 +53,8 @@ def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
 
 
 def times_number(b: Builder, val: Sig, x: Any, n: Any) -> Any:
-    """Return ``x`` times a number instead of a tensor filled with it, unless that tensor gives the
-    result its shape."""
+    """Return ``x`` times a number in place of a filled tensor, unless that tensor gives the result
+    its shape."""
     return (
         fit_or_none(val, b.call(aten.mul.Tensor, x, n))
         if x.__class__ is Node and x.meta["val"].dtype is val.dtype
@@ -125,8 +125,8 @@ def _sub(b: Builder, val: Sig, x: Any, y: Any, alpha: Any = 1) -> Any:
 
 
 def number_added(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
-    """Return a sum or difference with a tensor filled with a number: of two it is a constant, of
-    one it needs no tensor."""
+    """Return a sum or difference with filled tensors as a constant (both are filled) or with a
+    number (one is)."""
     m, n = filled_with(x), filled_with(y)
     if m is None and n is None:
         return None

@@ -1,5 +1,4 @@
-"""Pointwise ops broadcast by themselves: their arguments need no expansion, and constants no
-filled tensors."""
+"""Leave out expansions and filled tensors among arguments of pointwise ops, which broadcast."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from .constants import EXPAND, FULL, VIEW, full, is_expanded, solid
 from .table import aten, rewrite
 
 WHERE = aten.where.self
-#: one IEEE operation for each element: its bits do not depend on how a kernel walks over memory
+#: ops of one IEEE operation an element: bits do not depend on how a kernel walks through memory
 SINGLE = frozenset(
     (
         *(
@@ -51,8 +50,8 @@ for op in (*SINGLE, aten.tanh_backward.default, aten.sigmoid_backward.default):
 
 
 def unspread(b: Builder, a: Node, copies: bool) -> Node | None:
-    """Return the value that ``a`` is broadcast from (with ``copies`` also through a dense copy of
-    it); None if it is not broadcast."""
+    """Return the value that ``a`` was broadcast from, with ``copies`` also through a dense copy of
+    it; None if it was not broadcast."""
     val = a.meta["val"]
     if a.target is FULL:
         return full(b, val, a.args[1], ()) if val.shape else None
@@ -67,6 +66,6 @@ def unspread(b: Builder, a: Node, copies: bool) -> Node | None:
 
 
 def one_dtype(args: tuple) -> bool:
-    """Return whether all tensors have one dtype: else it matters to the result's which of them are
+    """Return whether all tensors have one dtype; else the result's dtype depends on which are
     0-dim."""
     return len({a.meta["val"].dtype for a in args if a.__class__ is Node}) == 1

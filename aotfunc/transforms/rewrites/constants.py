@@ -1,8 +1,8 @@
-"""Constants: tensors filled with one number are written one way, follow every move, and are
-computed with.
+"""Compute with constants: tensors filled with one number, which are written in one form and follow
+every move.
 
-A filled tensor is ``full``, or ``expand`` of a ``full`` with one element where its strides are
-zeros."""
+A filled tensor is ``full``, or ``expand`` of a ``full`` with one element if its strides are zeros.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ RESHAPES = (
     aten.squeeze.dims,
     aten.squeeze.default,
 )
-#: ops that show the same elements in another shape or order
+#: ops that return the same elements in another shape or order
 MOVES = TURNS | {EXPAND, *RESHAPES}
 
 
 def filled_with(a: Any) -> Any:
-    """Return the number that ``a`` is filled with everywhere, or None."""
+    """Return the number that fills ``a``; None if it is not known to be filled."""
     if a.__class__ in (int, float):
         return a
     while a.__class__ is Node and a.op == "call_function":
@@ -58,11 +58,10 @@ def is_one(a: Any) -> bool:
 
 
 def filled_constant(b: Builder, val: Sig, value: Any) -> Any:
-    """Return a tensor of this signature filled with this number; None if it is laid out otherwise
-    than constants are.
+    """Return a tensor of this signature filled with this number; None if constants have other
+    strides.
 
-    Its storage offset is 0, whatever was planned: of a constant nothing else can be seen at
-    another offset."""
+    Its storage offset is 0, whatever was planned: another offset of a constant shows nowhere."""
     if val.plain or val.stride == contiguous_stride(val.shape):
         return full(b, val, value)
     short = [s for n, s in zip(val.shape, val.stride, strict=True) if n == 1]
@@ -113,8 +112,8 @@ def plain_number(value: Any, dtype: torch.dtype) -> Any:
 
 
 def of_dtype(a: Any, dtype: torch.dtype) -> bool:
-    """Return whether :func:`filled_with` of ``a`` is its value in this dtype; 0.1 in float32 is
-    not 0.1 in float64."""
+    """Return whether the number that fills ``a`` has the same value in this dtype; 0.1 in float32
+    is not 0.1 in float64."""
     return a.__class__ is not Node or a.meta["val"].dtype is dtype
 
 
@@ -122,8 +121,8 @@ def constant_result(b: Builder, val: Sig, op: Any, a: Any, c: Any) -> Any:
     """Return the constant ``op(a, c)`` of two constants, computed in their dtype; None if it
     cannot be computed.
 
-    Arithmetic is the same to the bit wherever IEEE 754 holds, but for a quotient: a GPU multiplies
-    by the reciprocal of a number, which is the same for a numerator of one only."""
+    Arithmetic gives the same bits wherever IEEE 754 holds. A quotient is the exception: a GPU
+    multiplies by the reciprocal of a number, which is the same for the numerator one only."""
     if val.dtype not in EXACT or not (of_dtype(a, val.dtype) and of_dtype(c, val.dtype)):
         return None
     x, y = filled_with(a), filled_with(c)
@@ -193,8 +192,7 @@ def _part(b: Builder, val: Sig, x: Any, *_: Any, **__: Any) -> Any:
 
 @rewrite(aten.sum.default, aten.sum.dim_IntList)
 def _sum(b: Builder, val: Sig, x: Any, *_: Any, dtype: Any = None) -> Any:
-    """Add up a constant of whole numbers: their sum is exact in any order, as long as it is
-    small."""
+    """Add up a constant of whole numbers, whose small sums are exact in any order."""
     value = filled_with(x) if is_call(x, FULL, EXPAND) else None
     if (
         value is None
@@ -204,7 +202,7 @@ def _sum(b: Builder, val: Sig, x: Any, *_: Any, dtype: Any = None) -> Any:
         or not float(value).is_integer()
     ):
         return None
-    # a sum starts with 0, so that of minus zeros is 0
+    # a sum starts with 0, so minus zeros sum to 0
     total = value * (x.meta["val"].numel // val.numel) + 0.0
     return filled_constant(b, val, total) if abs(total) < 2**24 else None
 
@@ -220,8 +218,8 @@ def _where(b: Builder, val: Sig, condition: Any, x: Any, y: Any) -> Any:
 
 
 def solid(b: Builder, val: Sig, op: Any, args: tuple, named: dict) -> Any:
-    """Return the call with expanded constants as dense ones, if its result is laid out the
-    same."""
+    """Return the call with dense constants in place of expanded ones, if its result has the same
+    layout."""
     dense = tuple(
         [
             full(b, a.meta["val"], filled_with(a), a.meta["val"].shape) if is_expanded(a) else a
@@ -241,7 +239,7 @@ def _solid(op: Any, b: Builder, val: Any, *args: Any, **named: Any) -> Any:
 def _solid_matrix(op: Any, b: Builder, val: Sig, *args: Any, **named: Any) -> Any:
     for a in args:
         if a.__class__ is Node and a.target is EXPAND and is_expanded(a):
-            if 1 in a.meta["val"].shape:  # strides of size 1 tell a matrix from its transpose
+            if 1 in a.meta["val"].shape:  # their strides distinguish a matrix from its transpose
                 return None
             return solid(b, val, op, args, named)
     return None

@@ -1,5 +1,4 @@
-"""Copies that are not needed, writes that are overwritten, and dimensions counted from the
-front."""
+"""Drop needless copies and overwritten writes, and count dimensions from the front."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from .table import aten, fit_or_none, has_signature, is_call, rewrite
 @rewrite(aten.clone.default, aten._to_copy.default)
 def _copy(b: Builder, val: Sig, x: Any, **_: Any) -> Any:
     if val.dtype.is_complex and storage_root(x).op == "placeholder":
-        return None  # an input may be a lazy conjugate, which not every op takes; a copy is none
+        return None  # an input may be a lazy conjugate, which some ops refuse
     return x if x.meta["val"] is val else None
 
 

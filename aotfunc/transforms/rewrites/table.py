@@ -1,9 +1,10 @@
-"""The table of rewritings and the questions that they ask of nodes.
+"""The table of rewritings, and the questions that they ask about nodes.
 
 A rule is ``(builder, val, *args, **kwargs) -> replacement | None``. The replacement has the same
-bits as the op it stands for and exactly the signature ``val``, which :func:`fit_or_none`
-checks: the ops behind were planned for these strides and this offset, and may have no ``view`` of
-others."""
+bits as the op that it replaces and exactly the signature ``val``, which :func:`fit_or_none`
+checks: later ops were planned for these strides and this offset, and may have no ``view`` of
+others.
+"""
 
 from __future__ import annotations
 
@@ -53,12 +54,12 @@ def has_signature(a: Any, val: Sig) -> bool:
 
 
 def fit_or_none(val: Sig, a: Any) -> Any:
-    """Return ``a`` if it can stand where ``val`` is expected, else None."""
+    """Return ``a`` if it has the signature ``val``, else None."""
     return a if has_signature(a, val) else None
 
 
 def tried(b: Builder, val: Sig, target: Any, *args: Any) -> Any:
-    """Return the node of this call if the call is possible and returns ``val``, else None."""
+    """Return the node of this call if it is possible and returns ``val``, else None."""
     try:
         found = infer_val(target, args, {})
     except RuntimeError:

@@ -1,9 +1,10 @@
-"""Shorten chains of ops that only show the same elements in another shape or order.
+"""Shorten chains of ops that return the same elements in another shape or order.
 
 Two views of the same memory with the same shape, strides and offset are the same value. So a chain
-may end at any of its links that has the signature wanted; and what shows all elements of a
-contiguous tensor without a copy is a ``view`` of it, or a ``permute`` of one. An expanded input is
-left alone: each of its elements is a variable, though they share memory."""
+may end at any of its links that has the signature wanted; and a chain without copies on a
+contiguous tensor is a ``view`` of it, or a ``permute`` of one. An expanded input is left alone:
+each of its elements is a variable, though they share memory.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +62,8 @@ def _moved(b: Builder, val: Sig, x: Any, *_: Any, turn: bool = False, **__: Any)
 
 
 def turned_variables(x: Any, turns: bool) -> bool:
-    """Return whether a chain of moves that ends with ``x``, or a turn of it, turns a value whose
-    elements share memory."""
+    """Return whether a chain of moves that ends with ``x``, or a permutation of it, permutes a
+    value whose elements share memory."""
     while x.target in MOVES:
         turns = turns or x.target in TURNS
         x = x.args[0]
@@ -83,8 +84,7 @@ def _turned(b: Builder, val: Sig, x: Any, *how: Any) -> Any:
 
 
 def order(how: tuple, rank: int) -> list[int]:
-    """Return the dimensions in the order that ``t()``, ``transpose(i, j)`` or ``permute(dims)``
-    puts them."""
+    """Return the dimensions in the order of ``t()``, ``transpose(i, j)`` or ``permute(dims)``."""
     if len(how) == 1:
         return [d % rank for d in how[0]]
     dims = list(range(rank))
@@ -108,8 +108,8 @@ def turned(b: Builder, val: Sig, x: Any, dims: list[int], how: tuple | None = No
 
 
 def fewer_moves(b: Builder, val: Sig, x: Any) -> Any:
-    """Return the move of the move ``x`` with this signature, as fewer moves of what lies below;
-    None if that cannot be."""
+    """Rebuild the view of the view ``x`` from an earlier tensor of the chain, by fewer ops; None
+    if that is not possible."""
     origin, links = x, 0
     while origin.target in MOVES:
         origin = origin.args[0]
@@ -130,8 +130,8 @@ def fewer_moves(b: Builder, val: Sig, x: Any) -> Any:
 
 
 def as_turn(b: Builder, val: Sig, origin: Any, two: bool) -> Any:
-    """Return a turn of the contiguous ``origin``, or if ``two`` moves are welcome, of a view of
-    it."""
+    """Return a permutation of the contiguous ``origin``, or, if ``two`` moves are allowed, of a
+    view of it."""
     if not two and sorted(origin.meta["val"].shape) != sorted(val.shape):
         return None
     inside = sorted(range(len(val.shape)), key=lambda d: (-val.stride[d], val.shape[d] == 1))

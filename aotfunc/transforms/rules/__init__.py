@@ -1,4 +1,4 @@
-"""What each op means under each transform; nothing here knows about graphs."""
+"""Define each op under each transform; nothing here knows about graphs."""
 
 import importlib
 import pkgutil

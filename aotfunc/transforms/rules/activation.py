@@ -1,7 +1,8 @@
-"""What the activation functions and their backward ops mean.
+"""Rules of the activation functions and their backward ops.
 
 Each backward op is linear in its first argument: the formula for that one is the op itself; the
-formula for the activation's input is the second derivative."""
+formula for the activation's input is the second derivative.
+"""
 
 from __future__ import annotations
 
@@ -156,13 +157,13 @@ def _(g: tuple[Tensor, None], outs: tuple[Tensor, Tensor], x: Tensor) -> list[Te
 @vmap_of(aten.log_sigmoid_forward)
 def _(x: Tensor, *, size: int) -> tuple[Tensor, Tensor]:
     out, buffer = aten.log_sigmoid_forward(x)
-    # empty where the device needs none
+    # the buffer is empty if the device needs none
     return out, buffer if buffer.dim() == x.dim() else buffer.expand(size, 0)
 
 
 def as_batch(op: OpOverload) -> Any:
-    """Return the vmap rule of an elementwise op that does not broadcast every argument: all
-    tensors come batched."""
+    """Return the vmap rule of an elementwise op that does not broadcast every argument: batch all
+    tensors."""
     return lambda *args: elementwise(op)(*args, batched=(True,) * len(tensor_args(op)))
 
 
@@ -221,8 +222,8 @@ def _(h: Tensor, out: Tensor, g: Tensor, x: Tensor, dim: int) -> list[Tensor]:
 
 
 def last_of_unbatched(op: Any, x_at: int) -> Any:
-    """Return the vmap rule of glu and its backward: count the dimension past the batch; all
-    tensors carry it."""
+    """Return the vmap rule of glu and its backward: count the dimension past the batch; batch all
+    tensors."""
 
     def batch(*args: Any) -> Tensor:
         dim = args[-1] % (args[x_at].dim() - 1) + 1

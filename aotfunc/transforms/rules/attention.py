@@ -1,7 +1,8 @@
-"""What scaled-dot-product attention means, in plain ops: its derivatives, first and second.
+"""Scaled-dot-product attention in plain ops: its derivatives, first and second.
 
 ``P = softmax(scale * q @ k.mT + mask)``, ``out = P @ v``. It forms the attention matrix. The rules
-of the fused kernels in ``fused_attention.py`` use it for what no kernel offers."""
+of the fused kernels in ``fused_attention.py`` use it for derivatives that no kernel has.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from .schema import aten
 
 
 class Absent:
-    """A tangent or cotangent that is not there: neutral in sums, absorbing in products."""
+    """An absent tangent or cotangent: neutral in sums, absorbing in products."""
 
     @property
     def mT(self) -> Absent:
@@ -58,7 +59,7 @@ def scale_of(q: Tensor, scale: float | None) -> float:
 def attention_matrix(
     q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
-    """Return the attention matrix ``P``; a row that may look nowhere is zero."""
+    """Return the attention matrix ``P``; a fully masked row is zero."""
     scores = (q @ k.mT) * scale
     if mask is not None:
         scores = (
@@ -71,12 +72,12 @@ def attention_matrix(
 
 
 def through_softmax(p: Tensor, v: Any) -> Any:
-    """Apply the symmetric Jacobian of ``P`` by the scores to ``v``."""
+    """Apply the Jacobian of ``P`` with respect to the scores, which is symmetric, to ``v``."""
     return p * (v - (p * v).sum(-1, keepdim=True))
 
 
 def per_head(x: Any, q: Tensor) -> Any:
-    """Return keys or values repeated for all the query heads that share them."""
+    """Repeat keys or values for all query heads that share them."""
     if x is ABSENT or x.shape[-3] == q.shape[-3]:
         return x
     repeats = q.shape[-3] // x.shape[-3]
@@ -101,8 +102,8 @@ def tangent(tangents: Any, q, k, v, mask, causal, scale) -> Tensor | None:
 
 
 def cotangent(g, q, k, v, mask, causal, scale) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return cotangents of ``(q, k, v, scores)``, the last being the mask's: what the kernels'
-    backward ops compute."""
+    """Return cotangents of ``(q, k, v, scores)``, the last of which is the mask's: the results of
+    the kernels' backward ops."""
     keys, values = per_head(k, q), per_head(v, q)
     s = scale_of(q, scale)
     p = attention_matrix(q, keys, mask, causal, s)

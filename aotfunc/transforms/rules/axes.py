@@ -1,8 +1,9 @@
-"""Ops over the samples of the ``vmap`` that gave its axis a name.
+"""Ops over the samples of the ``vmap`` that named its axis.
 
-Each sample differentiates the sum of what all samples compute, as a process of a parallel program
-does (see :mod:`.collectives`): a sum over the axis is its own transpose. A batch that is not the
-axis of an op goes through it like any other dimension."""
+Each sample differentiates the sum of the results of all samples, as a process of a parallel
+program does (see :mod:`.collectives`): a sum over the axis is its own transpose. The batch of
+another axis goes through the op like any other dimension.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ all_gather = defined(
     "all_gather(Tensor x, int size, str axis) -> Tensor",
     lambda x, size, axis: x.new_empty((size, *x.shape)),
 )
-#: which sample it is, as a tensor like this 0-dim integer
+#: the number of the sample, as a tensor like this 0-dim integer
 axis_index = defined("axis_index(Tensor x, str axis) -> Tensor", lambda x, axis: x.clone())
 
 OPS = (psum, all_gather, axis_index)

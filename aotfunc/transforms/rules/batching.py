@@ -1,7 +1,8 @@
-"""Places for a batch when an op runs once for all samples: in front, beside the dimensions that it
+"""Place a batch in an op that runs once for all samples: in front, beside the dimensions that it
 broadcasts or names; folded into ``N``; or among the channels.
 
-A batch arrives at dimension 0."""
+A batch arrives at dimension 0.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def align(x: Tensor, rank: int) -> Tensor:
 
 def elementwise(op: OpOverload) -> Formula:
     """Return the vmap rule of an op that broadcasts its tensor arguments: align their ranks behind
-    the batch, call the op."""
+    the batch, and call the op."""
     where = tensor_args(op)
 
     def batch(*args: Any, batched: tuple[Any, ...]) -> Any:
@@ -91,8 +92,8 @@ def expand_lead(x: Tensor, batched: bool, size: Any) -> Tensor:
 def with_batch(x: Tensor, carries: bool, size: int) -> Tensor:
     """Return ``x`` with the batch in front, repeated if it does not carry it yet.
 
-    Really repeated: some kernels read saved statistics and indices as if they were contiguous, and
-    past their end."""
+    The repetition is a copy: some kernels read saved statistics and indices as if they were
+    contiguous, and past their end."""
     return x if carries else x.expand(size, *x.shape).contiguous()
 
 

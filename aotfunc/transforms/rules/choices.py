@@ -1,6 +1,7 @@
-"""What elementwise choices mean: extrema, bounds, masks and signs.
+"""Rules of elementwise choices: extrema, bounds, masks and signs.
 
-Ties, bounds and other points without a derivative are as ``torch.autograd`` has them."""
+Ties, bounds and other points without a derivative follow ``torch.autograd``.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +83,7 @@ pointwise(
     aten.where.self,
     None,
     lambda g, out, c, x, y: keep(c, g),
-    lambda g, out, c, x, y: g.masked_fill(c.bool(), 0),  # bytes are conditions, too
+    lambda g, out, c, x, y: g.masked_fill(c.bool(), 0),  # uint8 is a condition, too
 )
 pointwise(aten.masked_fill.Scalar, lambda g, out, x, mask: g.masked_fill(mask, 0))
 pointwise(

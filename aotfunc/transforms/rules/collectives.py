@@ -1,11 +1,13 @@
-"""What tensors that processes exchange mean: the functional collectives of torch.distributed.
+"""Rules of the functional collectives of torch.distributed, which exchange tensors between
+processes.
 
-Each process differentiates the sum of what all processes compute, as every one runs the same
-program: the cotangents of a value that went to all come back from all. (The formulas are those of
-transposition: a sum over processes is its own transpose, gathering and scattering are each
-other's.)
+Each process differentiates the sum of what all processes compute, as each runs the same program:
+the cotangents of a value that went to all come back from all. (The formulas are those of
+transposition: a sum over processes is its own transpose; gathering and scattering are transposes
+of each other.)
 
-Collectives count in pieces of dimension 0, so a batch goes to dimension 1 meanwhile."""
+Collectives count in pieces of dimension 0, so a batch goes to dimension 1 meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ def sent_back(g: Tensor, x: Tensor, received: Any, sent: Any, group: Any) -> Ten
 
 
 def at_source(g: Tensor, x: Tensor, source: int, group: Any) -> Tensor:
-    """Return the sum over all processes at the value's source; all of them take part."""
+    """Return the sum over all processes at the value's source, zeros elsewhere; all processes take
+    part."""
     mine = torch.distributed.distributed_c10d._resolve_process_group(group).rank() == source
     here = torch.full((), mine, dtype=torch.bool, device=g.device)
     return torch.where(

@@ -1,4 +1,4 @@
-"""What complex numbers mean: conjugates, parts, angles and absolute values."""
+"""Rules of complex numbers: conjugates, parts, angles and absolute values."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _(tangents: tuple[Tensor], out: Tensor, z: Tensor) -> Tensor:
 
 
 def across(t: Tensor, out: Tensor, z: Tensor) -> Tensor:
-    """Return the part of ``t`` across the direction of ``z``, by its length; this map is its own
+    """Return the part of ``t`` perpendicular to ``z``, divided by ``|z|``; this map is its own
     transpose."""
     return torch.where(z == 0, 0, (t - out * (out.conj() * t).real) / z.abs())
 

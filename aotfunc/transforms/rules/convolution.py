@@ -1,12 +1,12 @@
-"""What convolution means.
+"""Rules of convolution.
 
 It is linear in the image and in the weight, and its backward op holds the two transposes. Whatever
 the stride, padding, dilation, groups or direction, ``<a, image gradient> = <conv(a, w), g>`` and
 ``<b, weight gradient> = <conv(x, b), g>``: all second derivatives follow from these two.
 
-A batch is never a loop here. Where only the images carry it, it is folded into the ``N`` they have
-anyway; where the weight carries it too, it becomes groups of one wide convolution, which is what
-per-sample gradients run on."""
+A batch is never a loop here. If only the images carry it, it is folded into their ``N``; if the
+weight carries it too, it becomes groups of one wide convolution, as per-sample gradients do.
+"""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def _(x, w, bias, *geometry, batched, size):
 
 
 def weight_lanes(w: Tensor, apart: bool, geometry: Any, groups: int) -> Tensor:
-    """Return a batch of weights as one: each a set of groups ``apart``, or more output channels in
-    the same groups."""
+    """Return a batch of weights as one weight: each is a set of groups if ``apart``, else more
+    output channels in the same groups."""
     return into(w, 0) if apart else into(w, 1) if geometry[3] else into(w, 0, groups)
 
 
@@ -114,8 +114,8 @@ def _(g, x, w, bias_sizes, *geometry, batched, size):
     backward = aten.convolution_backward
     of_x = of_w = of_b = None
     gb, xb, wb = all_batched((g, x, w), batched, size)
-    some_w = w.new_zeros(()).expand(wb.shape)  # stands for the weight where only its shape matters
-    # which of the two want a set of groups per sample
+    some_w = w.new_zeros(()).expand(wb.shape)  # a weight whose shape alone matters
+    # which of the two need a set of groups per sample
     apart_x, apart_w = mask[0] and weight, mask[1] and image
     if apart_x or apart_w:
         wide_w = into(wb if apart_x else some_w, 0)

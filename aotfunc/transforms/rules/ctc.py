@@ -3,7 +3,8 @@ its batch, which is folded into ``N``.
 
 Log-probabilities are ``(T, N, C)``, targets ``(N, S)`` or all of them in one vector. The reverse
 kernel reads a buffer of the forward kernel, whose shape depends on the longest target. The rule
-computes it again from the folded arguments, and the graph merges that with the forward pass."""
+computes it again from the folded arguments, and the graph merges that with the forward pass.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +55,7 @@ def recordable(
 
 
 def target_rows(targets: Tensor, lengths: Tensor) -> Tensor:
-    """Return targets as ``(N, S)``. Targets in one vector become rows that run on into the next
-    ones."""
+    """Return targets as ``(N, S)``. Rows of targets in one vector run on into the next ones."""
     if targets.dim() == 2:
         return targets
     begin = (lengths.cumsum(0) - lengths).unsqueeze(1)
@@ -71,7 +71,7 @@ def among_longest(
     of_target: Tensor,
     label: int,
 ) -> Tensor:
-    """Return the losses from a call with one more example, whose target is as long as any can be;
+    """Return the losses of a call with one more example, whose target is of maximal length;
     ``label`` is not blank."""
     single = log_probs.dim() == 2
     if single:

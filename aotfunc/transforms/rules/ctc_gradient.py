@@ -1,9 +1,9 @@
-"""The gradient of the connectionist temporal classification loss, by ops that have derivatives:
+"""The gradient of the connectionist temporal classification loss in ops that have derivatives, for
 its second derivative.
 
-The kernel's formula, with the recursions over time written out: a graph of some thirty ops a step.
-Only what differentiates the gradient opens it up; the gradient itself stays one call of the
-kernel."""
+It is the kernel's formula, with the recursions over time written out: some thirty ops a step. Only
+a derivative of the gradient opens it up; the gradient itself stays one call of the kernel.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def column(lengths: Any, like: Tensor) -> Tensor:
 
 def states_of(targets: Tensor, of_target: Tensor, blank: int, classes: Any) -> Tensor:
     """Return targets ``(N, S)``, or all in one vector, as ``(N, 2 S + 1)`` with blanks between,
-    before and behind."""
+    before and after."""
     targets = target_rows(targets, of_target)
     blanks = torch.full_like(targets, blank)
     pairs = torch.stack([blanks, targets], -1).flatten(1)
@@ -36,8 +36,8 @@ def states_of(targets: Tensor, of_target: Tensor, blank: int, classes: Any) -> T
 
 
 def moved(x: Tensor, by: int, fill: Any) -> Tensor:
-    """Return ``x`` with its last dimension moved on (back for negative ``by``), ``fill`` where
-    nothing comes in."""
+    """Return ``x`` shifted along its last dimension (back for negative ``by``) and filled up with
+    ``fill``."""
     gap = x.new_full((*x.shape[:-1], min(abs(by), x.shape[-1])), fill)
     kept = x.shape[-1] - gap.shape[-1]
     return (
@@ -48,8 +48,8 @@ def moved(x: Tensor, by: int, fill: Any) -> Tensor:
 
 
 def one_step_on(x: Tensor, skip: Tensor, by: int) -> Tensor:
-    """Return log-probabilities one step on: from the same state, from the one before and, where
-    ``skip``, from the one before that."""
+    """Return the log-probabilities after one step: from the same state, from the one before and,
+    where ``skip`` holds, from the one before that."""
     before = [x, moved(x, by, NEVER), torch.where(skip, moved(x, 2 * by, NEVER), NEVER)]
     return torch.stack(before).logsumexp(0)
 

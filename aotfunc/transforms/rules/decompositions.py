@@ -86,7 +86,7 @@ decompose_as(
 def weight_norm_backward(
     g: Tensor, v: Tensor, scale: Tensor, norms: Tensor, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Differentiate ``w = scale * v / norms``, ``norms`` being those of ``v`` over all dimensions
+    """Differentiate ``w = scale * v / norms``; ``norms`` are those of ``v`` over all dimensions
     but ``dim``."""
     others = [d for d in range(v.dim()) if d != dim % v.dim()]
     of_scale = (g * v).sum(others, keepdim=True) / norms
@@ -141,7 +141,7 @@ for op in overloads_named("_conj_copy"):
     linear(op, lambda g, x: g.conj(), batch=elementwise(op))
 for op in overloads_named("_neg_view_copy"):
     linear(op, lambda g, x: -g, batch=elementwise(op))
-# elements beside elements, whatever the shape
+# pairs of elements, whatever the shape
 vmap_of(aten._dirichlet_grad)(aten._dirichlet_grad.default)
 nondiff(*overloads_named("detach_copy"), batch=lambda op: op)
 nondiff(*overloads_named("hash_tensor"), batch=lambda op: shifted(op, "dim"))
@@ -181,7 +181,7 @@ def numbers_between(start: Any, end: Any, steps: int, dtype: torch.dtype | None)
     start, end = (x.to(dtype).unsqueeze(-1) if isinstance(x, Tensor) else x for x in (start, end))
     i = torch.arange(steps, device=some.device)
     step = (end - start) / max(steps - 1, 1)
-    if steps < 2:  # the start alone, or nothing
+    if steps < 2:  # one element, the start, or none
         return (start + step * i).to(dtype)
     return torch.where(i < steps // 2, start + step * i, end - step * (steps - 1 - i)).to(dtype)
 

@@ -1,7 +1,8 @@
-"""What distances between rows mean: cdist and pdist, to any order.
+"""Rules of distances between rows: cdist and pdist, to any order.
 
-The first reverse derivative is PyTorch's kernel; the derivatives of that kernel, for which PyTorch
-has none, go through the norm of all differences."""
+The first reverse derivative is PyTorch's kernel; the derivatives of that kernel, of which PyTorch
+has none, go through the norm of all differences.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""What bags of embeddings mean.
+"""Rules of bags of embeddings.
 
-A batch is the samples' tables one below the other, their bags one after another.
+A batch is the samples' tables one below the other, and their bags one after another.
 
-A call for a whole batch reads rows of one table of ``B * R`` rows, at indices that are moved on by
-``R`` from sample to sample. The padding row must keep a number that all samples share: they use
-that of the first, which is not read."""
+A call for a whole batch reads rows of one table of ``B * R`` rows, at indices shifted by ``R``
+from sample to sample. The padding row must keep one number for all samples: they use that of the
+first, which is not read.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +21,14 @@ from .table import jvp_of, refuse_sparse, total, vjp_of, vmap_of
 
 
 def lined_up(index: Tensor, step: Any) -> Tensor:
-    """Return numbers ``[B, n]`` as ``[B * n]``, those of each sample moved on by ``step``."""
+    """Return numbers ``[B, n]`` as ``[B * n]``, with those of sample b increased by ``b *
+    step``."""
     return (index + count_up(index.shape[0], index, 1) * step).flatten()
 
 
 def table_rows(index: Tensor, table: Any, padding_idx: int) -> Tensor:
-    """Return row numbers ``[B, n]`` of tables of that many rows as row numbers ``[B * n]`` of one
-    table of them all, beyond its end for what is no row."""
+    """Return row numbers ``[B, n]`` of tables of ``table`` rows as row numbers ``[B * n]`` of one
+    table of them all; a number of no row becomes one beyond its end."""
     moved = rows_of_all(index, table, index.shape[0] * table).flatten()
     return (
         moved
@@ -36,23 +38,22 @@ def table_rows(index: Tensor, table: Any, padding_idx: int) -> Tensor:
 
 
 def starts(offsets: Tensor, n: Any, last: bool) -> Tensor:
-    """Return where the bags begin (and with ``last``, where the last one ends) among the ``B * n``
-    indices of all samples."""
+    """Return the beginnings of the bags (with ``last`` also the end of the last one) among the ``B
+    * n`` indices of all samples."""
     if not last:
         return lined_up(offsets, n)
     return torch.cat([lined_up(offsets[:, :-1], n), offsets[-1:, -1] + n * (offsets.shape[0] - 1)])
 
 
 def bag_of_each(indices: Tensor, begins: Tensor) -> Tensor:
-    """Return the bag that each index is in. (What the kernel leaves behind says it too, but not in
-    all of its cases.)"""
+    """Return the bag of each index. (A result of the kernel has it too, but not in all cases.)"""
     number = torch.arange(indices.shape[-1], device=indices.device, dtype=begins.dtype)
     number = number.expand(indices.shape).contiguous()
     return torch.searchsorted(begins.contiguous(), number, right=True) - 1
 
 
 def bag_sizes(indices: Tensor, bag: Tensor, bags: Any, padding_idx: int) -> Tensor:
-    """Return how many indices each bag has, padding not counted."""
+    """Return how many indices each bag has without padding."""
     real = torch.ones_like(bag) if padding_idx < 0 else (indices != padding_idx).to(bag.dtype)
     return bag.new_zeros(*bag.shape[:-1], bags).scatter_add(-1, bag, real)
 
@@ -93,7 +94,7 @@ def _(
     count = torch.nn.functional.pad(count, (0, shape[2][0] - bags))
     return (
         out.unflatten(0, (size, bags)),
-        bag_of[:, : shape[1][0]].to(indices.dtype),  # none where the kernel needs none
+        bag_of[:, : shape[1][0]].to(indices.dtype),  # empty if the kernel needs none
         count.to(indices.dtype),
         largest,
     )
@@ -188,8 +189,8 @@ def _(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Ten
 
 
 def largest_rows(weight: Tensor, bags: Any, *args: Any) -> tuple[Tensor, Tensor]:
-    """Return, for each of these bags and each column, the row of the table that the largest entry
-    is in, and whether the bag has any row; ``args`` are the op's."""
+    """Return, for each bag and each column, the table's row with the largest entry, and whether
+    the bag has any row; ``args`` are the op's."""
     indices, offsets, _, _, _, _, last, padding_idx = args
     bag = bag_of_each(indices, offsets[:-1] if last else offsets)
     some = bag_sizes(indices, bag, bags, padding_idx).unsqueeze(-1) > 0
@@ -223,7 +224,7 @@ def _(
     count = bag_sizes(indices, bag, g.shape[0], padding_idx)
     of_weight = of_weights = None
     rows = (g / count.clamp_min(1).unsqueeze(-1) if mode == 1 else g).index_select(0, bag)
-    if needs[0] and by_freq:  # which frequency divides which row is the kernel's own affair
+    if needs[0] and by_freq:  # the kernel alone decides which frequency divides which row
         check_rows(indices, weight.shape[0])
         how = (weight.shape[0], by_freq, mode, weights, padding_idx)
         of_weight = aten._embedding_bag_dense_backward(g, indices, bag, count, count, *how)

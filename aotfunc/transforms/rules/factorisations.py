@@ -63,7 +63,7 @@ def _(tangents, out, a):
     w, v = out
     moved = aten._linalg_solve_ex(v, tangents[0].to(v.dtype) @ v)[0]
     turn = v @ off_diagonal(moved, w)
-    along = (v.conj() * turn).sum(-2, keepdim=True).real  # vectors keep their length
+    along = (v.conj() * turn).sum(-2, keepdim=True).real  # vectors keep length 1
     return moved.diagonal(0, -2, -1), turn - v * along
 
 
@@ -94,7 +94,7 @@ def _(g, out, a, full_matrices, compute_uv, driver):
         gu = gu[..., :k]
         turn = skew(u.mH @ gu)
         inner.append((turn - torch.diag_embed(turn.diagonal(0, -2, -1))) / gap * row)
-        if a.is_complex():  # a common turn of both vectors changes nothing: half of it each
+        if a.is_complex():  # a common phase of both vectors changes nothing: split it in halves
             inner.append(torch.diag_embed(turn.diagonal(0, -2, -1) / (2 * s)))
         if m > k:
             outside.append((gu - u @ (u.mH @ gu)) / row @ vh)

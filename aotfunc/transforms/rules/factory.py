@@ -1,5 +1,4 @@
-"""What making a tensor from numbers, or in the likeness of another tensor, means: no
-derivative."""
+"""Rules of making a tensor from numbers, or like another tensor: no derivative."""
 
 from __future__ import annotations
 
@@ -52,7 +51,7 @@ nondiff(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, batch=
 
 
 def per_sample_size(op: OpOverload) -> Callable[..., Tensor]:
-    """Return the vmap rule of ``x.new_zeros(size)`` and the like: one for each sample."""
+    """Return the vmap rule of ``x.new_zeros(size)`` and its like: make one for each sample."""
 
     def batch(x: Tensor, shape: Any, *rest: Any) -> Tensor:
         return call_op(op, [x, [x.shape[0], *shape], *rest])
@@ -61,8 +60,8 @@ def per_sample_size(op: OpOverload) -> Callable[..., Tensor]:
 
 
 def new_restrided(op: OpOverload) -> Callable[..., Tensor]:
-    """Return the vmap rule of ``x.new_empty_strided(size, strides)``: samples one after another,
-    each laid out as asked."""
+    """Return the vmap rule of ``x.new_empty_strided(size, strides)``: samples follow each other,
+    each with these strides."""
 
     def batch(x: Tensor, shape: Any, strides: Any, *rest: Any) -> Tensor:
         extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))

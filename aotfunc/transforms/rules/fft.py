@@ -1,8 +1,9 @@
 """Rules of the discrete Fourier transforms: linear maps, each the transpose of its inverse up to
-how it is scaled.
+scaling.
 
 ``normalization`` is 0 for none, 1 for a division by ``sqrt(n)``, 2 by ``n``; the transpose is
-scaled the same way."""
+scaled in the same way.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Which backward ops read an argument only to decide where the gradient goes.
+"""List backward ops that read an argument only to decide where the gradient goes.
 
-Their derivative by it is zero. PyTorch's formulas say so with zeros."""
+Their derivative by it is zero, and PyTorch's formulas return zeros.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops on lists of tensors: what they do to one element after another."""
+"""Decompose ops on lists of tensors into ops on each element."""
 
 from __future__ import annotations
 

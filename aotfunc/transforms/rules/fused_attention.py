@@ -103,12 +103,13 @@ class KernelCall:
         return None if self.mask is None else each[self.tensors.index(self.mask)]
 
     def folded(self, batched: Sequence[bool], size: int) -> list[Any]:
-        """Fold the batch of all arguments into ``N``; those without one are the first sample's."""
+        """Fold the batch of all arguments into ``N``; a batched state of the generator becomes the
+        first sample's."""
         args = dict(self.args)
         for name, b in zip(self.tensors, batched, strict=True):
             if name in FOLDED:
                 args[name] = with_batch(args[name], b, size).flatten(0, 1)
-            elif name != self.mask and b:  # the state of the random generator and its like
+            elif name != self.mask and b:  # such as the state of the random generator
                 args[name] = args[name].select(0, 0)
         if self.mask is not None:
             q, k = args["query"], args["key"]
@@ -118,7 +119,7 @@ class KernelCall:
         return list(args.values())
 
     def wants_mask(self) -> bool:
-        """Return whether a backward op is asked for the gradient of the mask."""
+        """Return whether the backward op is to compute the gradient of the mask."""
         return bool(self.args.get("grad_input_mask", (False,))[-1])
 
 
@@ -126,7 +127,7 @@ def folded_mask(
     mask: Tensor | None, carries: bool, size: int, n: int, whole: Sequence[int] | None
 ) -> Tensor | None:
     """Return the mask of a folded batch of ``n``: it broadcasts to ``(N, H, L, S)`` from any rank,
-    or is expanded to the ``whole`` of it."""
+    or is expanded to the shape ``whole``."""
     if mask is None or (not carries and not whole and (mask.dim() < 4 or mask.shape[0] == 1)):
         return mask
     mask = align(with_batch(mask, carries, size), 4)
@@ -165,8 +166,8 @@ def forward_rules(op: OpOverload) -> None:
 
 
 def backward_rules(op: OpOverload) -> None:
-    """Register derivatives and batch of ``op(g, q, k, v, ...) -> gradients of (q, k, v)``, and
-    perhaps that of the mask."""
+    """Register derivatives and batch of ``op(g, q, k, v, ...) -> gradients of (q, k, v)``, for
+    some also of the mask."""
 
     @vjp_of(op)
     def _(cotangents, out, g, *args):
@@ -192,7 +193,7 @@ def backward_rules(op: OpOverload) -> None:
     def _(*args, batched, size):
         at = KernelCall(op, args)
         grads = [unfolded(x, size) for x in call_op(op, at.folded(batched, size))]
-        if at.wants_mask():  # each sample's own gradient, of its own mask
+        if at.wants_mask():  # one gradient for each sample's mask
             shape = at.args[at.mask].shape[at.of_mask(batched) :]
             of_mask = grads[3].sum_to_size(size, *[1] * (4 - len(shape)), *shape)
             grads[3] = of_mask.reshape(size, *shape)

@@ -1,8 +1,9 @@
-"""Batching of counting: each sample counts into bins of its own, which lie one after another.
+"""Batch histograms: each sample counts into bins of its own, which follow one another.
 
-The bin of an element is worked out as the kernels do it, to the last bit: by a division for
-``histc`` and by looking among the edges for the others. The last bin includes its right edge; what
-lies outside (or is NaN) counts nowhere."""
+The bin of an element is computed as the kernels do it, to the last bit: by a division for
+``histc`` and by a search among the edges for the others. The last bin includes its right edge;
+elements outside, and NaN, are not counted.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ def _(
 
 
 def span(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Return both ends ``[B]`` of the bins over a batch of elements: as given, of the data where
-    these are equal, and one apart from the data where it is constant."""
+    """Return both ends ``[B]`` of the bins over a batch of elements: as given; those of the data
+    if these are equal; one apart from constant data."""
     if low != high:
         return x.new_full(x.shape[:1], low), x.new_full(x.shape[:1], high)
     least, most = (
@@ -85,7 +86,8 @@ def _(x: Tensor, bins: int, low: Any, high: Any) -> Tensor:
 
 
 def spaced(low: Tensor, high: Tensor, bins: int) -> Tensor:
-    """Return edges ``[B, bins + 1]`` of equal bins, from both ends as ``linspace`` has them."""
+    """Return the edges ``[B, bins + 1]`` of equal bins, computed from both ends as ``linspace``
+    does."""
     low, high = low.unsqueeze(1), high.unsqueeze(1)
     step = (high - low) / bins
     i = torch.arange(bins + 1, device=low.device, dtype=low.dtype)
@@ -118,8 +120,8 @@ def histogram(
 
 
 def ends(points: Sequence[Tensor], given: Sequence[float] | None) -> list[tuple[Tensor, Tensor]]:
-    """Return both ends of the bins in each dimension: as given, or of the data, and half apart
-    from them where they are equal (a whole for ``histc``, see :func:`span`)."""
+    """Return both ends of the bins in each dimension: as given, or those of the data, moved by a
+    half if they are equal (by one for ``histc``, see :func:`span`)."""
     found = []
     for d, x in enumerate(points):
         if given is None:

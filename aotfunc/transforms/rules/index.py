@@ -1,7 +1,8 @@
-"""What advanced indexing means: index, index_put, and those whose positions a mask guards.
+"""Rules of advanced indexing: index, index_put, and their forms whose positions a mask guards.
 
 Reading transposes to an accumulating write and the other way round. An index that differs between
-examples becomes one index more, the number of the example."""
+examples becomes one index more, the number of the example.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +45,7 @@ def index_read(x: Tensor, indices: Indices, shape: Sequence[Any]) -> Tensor:
 def with_example(
     indices: Indices, batched: Sequence[bool], size: Any, places: IndexLayout
 ) -> list[Any]:
-    """Return the indices, preceded by the number of the example, to which all of them
-    broadcast."""
+    """Return the indices after one for the number of the example, with which all broadcast."""
     rank = places.rank
     aligned = [
         align(index, rank) if index is not None and b else index
@@ -75,17 +75,15 @@ def batch_index(
 
 
 def only_mask(indices: Indices) -> tuple[int, Tensor | None]:
-    """Return the place and the boolean mask, if that is the only index."""
+    """Return the position and the boolean mask, if that is the only index."""
     used = [(i, index) for i, index in enumerate(indices) if index is not None]
     return used[0] if len(used) == 1 and is_mask(used[0][1]) else (0, None)
 
 
 def across_mask(values: Sequence[Any], rest: int, rank: int) -> list[Any] | None:
     """Return a shape in which values written through a mask of ``rank`` dimensions broadcast
-    against the whole tensor.
-
-    There is one if they are the same for all selected elements; ``rest`` dimensions come after
-    those of the mask."""
+    against the whole tensor; None unless all selected elements get the same values. ``rest``
+    dimensions follow those of the mask."""
     inner = len(values) - rest
     if inner <= 0:
         return list(values)
@@ -143,7 +141,7 @@ def put_one_for_all(
     x: Tensor, indices: Indices, values: Tensor, accumulate: bool, batched: Any, size: Any
 ) -> Tensor:
     """Write one value to all elements that masks, beside other indices, select: to as many
-    positions as they may select, where the first stands again for those beyond the last."""
+    positions as they may select, the surplus of which repeat the first."""
     x_batched, index_batched, values_batched = batched
     count, there = at_most(indices, index_batched)
     each = there.dim() == 2
@@ -192,7 +190,7 @@ def put_values_back(g: Tensor, x: Tensor, indices: Any, values: Tensor) -> Tenso
     if mask is not None:
         rest = x.dim() - front - mask.dim()
         shape = across_mask(values.shape, rest, mask.dim())
-        if shape is not None:  # no need to know how many are selected
+        if shape is not None:  # this needs no number of selected elements
             selected = mask.reshape(*mask.shape, *[1] * rest).bool()
             return torch.where(selected, g, 0).sum_to_size(shape).reshape(values.shape)
     numbers = where_written(x, indices, values)

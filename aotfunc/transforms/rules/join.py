@@ -1,5 +1,6 @@
-"""Ops that cut a tensor into pieces, join pieces, or surround them: split, cat, pads, patches. All
-linear."""
+"""Rules of ops that cut a tensor into pieces, join pieces, or surround them: split, cat, pads,
+patches. All are linear.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from .table import jvp_of, linear
 
 def by_folding(op: Any, trailing: int, tensors: int = 1) -> Formula:
     """Return the vmap rule of an op that acts on ``trailing`` dimensions of its first ``tensors``
-    arguments, under one or two dimensions over which it maps: fold the batch into those."""
+    arguments and maps over one or two leading ones: fold the batch into those."""
     op = overload(op)
 
     def batch(*args: Any) -> Tensor:
@@ -68,7 +69,7 @@ for op in overloads_named("unbind.int", "unbind_copy.int"):
 
 
 def skipped(x: Tensor, rank: int) -> bool:
-    """Return whether ``cat`` passes over ``x``: an empty vector may stand among tensors of any
+    """Return whether ``cat`` ignores ``x``: an empty vector may stand among tensors of any
     rank."""
     return x.dim() == 1 and rank != 1 and x.shape[0] == 0
 

@@ -1,7 +1,8 @@
 """Rules of linear algebra on matrices: the batch of all its ops; inverses, systems, determinants.
 
-All of these ops take leading dimensions of their own, so a batch goes in front of them. A
-derivative is written where it is short; PyTorch's own formula serves for the rest."""
+All of these ops take leading dimensions, so a batch goes in front of them. A derivative is written
+if it is short; PyTorch's own formula serves for the rest.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +81,7 @@ def _(lu, pivots, data, with_pivots, *, batched, size):
 
 
 def with_pivots(op: OpOverloadPacket) -> None:
-    """Register the vmap rule of a solver ``(factors, pivots, b, *flags)``, whose pivots have a
+    """Register the vmap rule of a solver ``(factors, pivots, b, *flags)``, whose pivots have one
     dimension less."""
 
     @vmap_of(op)
@@ -106,7 +107,7 @@ def _(a, b, left, check, *, batched, size):
         a.dim() - batched[0] - 1 == b.dim() - batched[1]
         and a.shape[batched[0] : -1] == b.shape[batched[1] :]
     )
-    if vector:  # the op tells vectors from matrices by comparing shapes: name them as matrices
+    if vector:  # the op distinguishes vectors from matrices by shape: pass matrices
         b = b.unsqueeze(-1)
     rank = max(a.dim() - batched[0], b.dim() - batched[1])
     a, b = (align(x, rank) for x in all_batched((a, b), batched, size))
@@ -170,7 +171,7 @@ def adjugate(a: Tensor) -> Tensor:
     rows = (p.mT @ a.detach()).abs().amax(-1)
 
     def off_zero(bound: float) -> Tensor:
-        """Return the shifts that take pivots away from zero that are small beside their rows."""
+        """Return the shifts that move pivots which are small beside their rows away from zero."""
         small = bound * torch.where(rows > 0, rows, 1)
         return torch.where(pivots.abs() < small, small - pivots, 0)
 

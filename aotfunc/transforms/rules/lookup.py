@@ -1,5 +1,6 @@
-"""Tables and sorted sequences: embedding, searchsorted, bucketize, and the positions of what is
-not zero."""
+"""Rules of tables and sorted sequences: embedding, searchsorted, bucketize, and positions of
+nonzero elements.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ from .table import linear, nondiff, refuse_sparse, vmap_of
 
 
 def rows_of_all(index: Tensor, table: Any, none: Any) -> Tensor:
-    """Return row numbers ``[B, …]`` of tables of that many rows as those of one table of them all.
-    What is no row, and would be one of another sample's, is ``none``."""
+    """Return row numbers ``[B, …]`` of tables of ``table`` rows as those of one table of them all.
+    A number of no row, which would be in another sample's table, becomes ``none``."""
     moved = index + count_up(index.shape[0], index, index.dim() - 1) * table
     return torch.where(index.clamp(0, table - 1) == index, moved, none)
 
 
 def check_rows(index: Tensor, table: Any) -> None:
-    """Refuse what is no row of the table, before a kernel that counts how often each appears."""
+    """Refuse indices of no row, before a kernel that counts how often each occurs."""
     aten._assert_async.msg((index.clamp(0, table - 1) == index).all(), "index out of range")
 
 
@@ -74,7 +75,7 @@ linear(
 def embedding_dense_back(
     g: Tensor, y: Tensor, indices: Tensor, rows: Any, padding_idx: Any, by_freq: bool
 ) -> Tensor:
-    """Return what PyTorch's formula does, which leaves frequencies out of second derivatives."""
+    """Return the result of PyTorch's formula, which ignores frequencies in second derivatives."""
     out = aten.index.Tensor(g, [indices])
     return out if padding_idx < 0 else out.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
 

@@ -110,8 +110,7 @@ def expanded_args(
     """Return the arguments with all tensors expanded to one shape behind the batch, which no
     kernel does, and that shape.
 
-    The first ``skip`` tensors are expanded with the others but have no say in the shape.
-    """
+    The first ``skip`` tensors are expanded with the others but do not count for the shape."""
     full = list(args)
     given = [
         (i, args[i], b)
@@ -160,9 +159,9 @@ def elementwise_loss(
     """Register a loss ``(x, y, ..., reduction, ...)`` and its backward op, which takes the
     cotangent before these.
 
-    ``of_target(gx, g, x, y, *weight)`` is the cotangent of ``y``, ``gx`` being that of ``x`` and
-    ``g`` that of each element's loss; ``curvature(x, y, *rest)`` its second derivatives ``(by x
-    and x, by x and y)``."""
+    ``of_target(gx, g, x, y, *weight)`` is the cotangent of ``y``; ``gx`` is that of ``x`` and
+    ``g`` that of each element's loss. ``curvature(x, y, *rest)`` are the second derivatives ``(by
+    x and x, by x and y)``."""
     at = [a.name for a in overload(op)._schema.arguments].index("reduction")
     vmap_of(op)(batch_loss(op, at))
     vmap_of(backward)(batch_loss_backward(backward, at + 1))
@@ -302,7 +301,7 @@ def nll(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
     @vjp_of(op, diff_outputs=(0,))
     def _(g, out, x, target, weight, reduction, ignore, *, needs):
         unweighted(needs[2:], op)
-        x = x.contiguous()  # the kernel for images takes no other
+        x = x.contiguous()  # the kernel for images takes no other rank
         return backward(g[0], x, target, weight, reduction, ignore, out[1]), None, None
 
     @jvp_of(op)
@@ -342,7 +341,7 @@ def nll(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
             if x.dim() > 2
             else [g, x, target]
         )
-        # This kernel writes wherever a target says; that of the forward refuses what is no class.
+        # This kernel does not check targets before it writes; the forward kernel does.
         none = op(*flat[1:], weight, NONE, ignore)[1]
         return backward(*flat, weight, NONE, ignore, none).reshape(x.shape)
 

@@ -1,9 +1,10 @@
-"""The losses with a margin: batching, where the batch is folded into their ``N`` and what they
-reduce is reduced by hand, and the derivatives of their gradients.
+"""The losses with a margin: their batch, which is folded into ``N`` and reduced by hand, and the
+derivatives of their gradients.
 
 ``x`` is ``(C,)`` or ``(N, C)``, the target ``()`` or ``(N,)`` for one class and shaped like ``x``
-for several. Each loss is taken unreduced; the weight of its class, where that differs between
-samples, is a factor."""
+for several. Each loss is computed unreduced; a class weight that differs between samples is a
+factor.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +39,7 @@ def per_row(x: Tensor, g: Tensor, carries: bool, reduction: int) -> Tensor:
 
 
 def reduced_losses(loss: Tensor, x: Tensor, reduction: int) -> Tensor:
-    """Return the rows' losses, reduced for each sample of the batch ``x``; unreduced ones as they
-    are."""
+    """Return the rows' losses, reduced for each sample of the batch ``x``, or unreduced."""
     if reduction == NONE:
         return loss
     return reduce(loss.reshape(x.shape[:-1] if x.dim() > 1 else x.shape), reduction, kept=1)
@@ -48,8 +48,8 @@ def reduced_losses(loss: Tensor, x: Tensor, reduction: int) -> Tensor:
 def weighing(
     weight: Tensor | None, carries: bool, target: Tensor, size: Any
 ) -> tuple[Tensor | None, Callable]:
-    """Return the weight as the kernel takes it, and a function that weighs the losses of the rows
-    where the kernel does not."""
+    """Return the weight that the kernel takes, and a function that weighs the losses of the rows
+    if the kernel does not."""
     if weight is None or not carries:
         return weight, lambda loss: loss
     each = weight.gather(1, target.reshape(size, -1)).flatten()

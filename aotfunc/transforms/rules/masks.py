@@ -1,5 +1,4 @@
-"""What positions in a flattened tensor and masks mean: take, put, masked_select,
-masked_scatter."""
+"""Rules of positions in a flattened tensor and of masks: take, put, masked_select and the like."""
 
 from __future__ import annotations
 
@@ -93,7 +92,7 @@ def _(tangents: Any, out: Tensor, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def running(mask: Tensor) -> Tensor:
-    """Return, for each true element of each row of ``mask [B, n]``, how many stand before it."""
+    """Return, for each true element of each row of ``mask [B, n]``, how many precede it."""
     return mask.cumsum(1) - 1
 
 
@@ -122,7 +121,7 @@ def batch_masked_scatter_backward(
     g, mask = torch.broadcast_tensors(align(g, rank), align(mask, rank))
     g, mask = flatten_samples(g, True), flatten_samples(mask, True)
     length = prod(sizes)
-    # the unselected go to one place more, which is then left out
+    # unselected elements go to one extra position, which is dropped
     nth = torch.where(mask, running(mask), length)
     return g.new_zeros(size, length + 1).scatter(1, nth, g)[:, :length].reshape(size, *sizes)
 

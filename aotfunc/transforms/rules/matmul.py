@@ -1,8 +1,8 @@
-"""The matrix products: what each is transposed, and how a batch of them becomes one larger
-product.
+"""Rules of the matrix products: transposes, and a batch as one larger product.
 
 A batch on one side only is folded into that side's rows, so that it stays one ``mm``; on both
-sides it is a ``bmm``."""
+sides it is a ``bmm``.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def outer(a: Tensor, b: Tensor) -> Tensor:
 
 
 def as_dtype(x: Any, dtype: torch.dtype) -> Any:
-    """Return a Python number as these kernels read it: cut to an integer or a truth value where
-    the tensors are such."""
+    """Return a Python number as these kernels read it: cut to an integer or a truth value if the
+    tensors are integers or bools."""
     if dtype == torch.bool:
         return bool(x)
     return (
@@ -298,8 +298,8 @@ def _(
     over: Any,
     unroll: Any,
 ) -> Any:
-    # out sums a * b * c over `over`; each cotangent is the same form with the places of g and of
-    # that factor swapped
+    # out sums a * b * c over `over`; each cotangent has the same form with g and that factor
+    # swapped
     return (
         aten._trilinear(g, conj(b), conj(c), over, eb, ec, ea),
         aten._trilinear(conj(a), g, conj(c), ea, over, ec, eb),
@@ -322,6 +322,6 @@ def grouped_mm(g, out, a, b, offs=None, bias=None, out_dtype=None):
         raise NotImplementedError(
             "_grouped_mm with a bias or another dtype of its result has no derivative"
         )
-    turned = b.stride(-2) == 1  # and so is its cotangent, as in eager: a weight's then is not
+    turned = b.stride(-2) == 1  # the cotangent is expanded too, as in eager; a weight's is not
     of_b = aten._grouped_mm(g.mT, a, offs).mT if turned else aten._grouped_mm(a.mT, g, offs)
     return aten._grouped_mm(g, b.mT, offs), of_b

@@ -42,10 +42,10 @@ def channels_layout(x: Tensor, training: bool) -> NormLayout:
 
 
 def batch_norm(op: OpOverload | OpOverloadPacket, arguments: str) -> None:
-    """Register a variant of batch norm; ``arguments`` are the names of its arguments behind ``x
+    """Register a variant of batch norm; ``arguments`` are the names of its arguments after ``x
     weight bias``.
 
-    The outputs are ``(out, mean, rstd)`` and perhaps the new running statistics, which carry no
+    The outputs are ``(out, mean, rstd)`` and in some the new running statistics, which carry no
     derivative."""
     names = arguments.split()
 
@@ -101,7 +101,7 @@ def batch_norm(op: OpOverload | OpOverloadPacket, arguments: str) -> None:
         for i, v in zip(stats, vectors[2:], strict=True):
             rest[i] = v
         out, *vectors = call_op(overload(op), [x, *vectors[:2], *rest])
-        # nothing reads the statistics, and the kernels differ in whether there are any
+        # no rule reads the statistics, and some kernels return none
         if not training:
             vectors = [x.new_zeros(size, *s) for s in shape[1:3]] + [
                 out_of(v, 0, size) for v in vectors[2:]
@@ -318,7 +318,7 @@ def _(g, out, x, weight, bias, n, c, pixels, groups, *, needs):
         grads = aten.native_group_norm_backward(
             g[0], x, out[1], out[2], weight, n, c, pixels, groups, mask
         )
-        if needs[2] and weight is None:  # the kernel cannot do this one
+        if needs[2] and weight is None:  # the kernel does not take this case
             grads = (*grads[:2], summed_over(at.image(g[0]), at))
     return total(grads[0], by_mean), *grads[1:]
 

@@ -20,12 +20,12 @@ from .table import total
 
 @dataclass
 class NormLayout:
-    """The view of the common formulas that one op has.
+    """The layout in which one op uses the common formulas.
 
-    ``over`` are the dimensions the statistics are taken over (empty where they are constants, as
-    in evaluation), ``shared`` those that the weight, of ``shape``, is shared along. ``image``,
-    ``affine`` and ``stat`` reshape ``x``, the weight or bias, and a statistic so that they
-    broadcast, and ``back`` undoes ``image``. ``centred`` is false where no mean is subtracted."""
+    ``over`` are the dimensions of the statistics (empty if they are constants, as in evaluation),
+    ``shared`` those along which the weight, of ``shape``, is shared. ``image``, ``affine`` and
+    ``stat`` reshape ``x``, the weight or bias, and a statistic so that they broadcast, and
+    ``back`` undoes ``image``. ``centred`` is false if no mean is subtracted."""
 
     over: list[int]
     shared: list[int]
@@ -46,8 +46,8 @@ class NormLayout:
         return v.mean(self.over, keepdim=True)
 
     def project(self, v: Tensor, hat: Tensor) -> Tensor:
-        """Return the part of a change ``v`` of ``x`` that survives the normalisation, but for
-        ``rstd``: a symmetric map."""
+        """Return the part of a change ``v`` of ``x`` that survives the normalisation, without the
+        factor ``rstd``: a symmetric map."""
         if not self.over:
             return v
         moved = v - self.mean(v) if self.centred else v
@@ -55,7 +55,7 @@ class NormLayout:
 
 
 def weighted(v: Tensor | None, w: Tensor | None) -> Tensor | None:
-    """Return ``v * w``, where a missing weight is one."""
+    """Return ``v * w``; a missing weight is one."""
     return v if v is None or w is None else v * w
 
 
@@ -82,7 +82,7 @@ def forward_tangent(at: NormLayout, tangents: Sequence[Tensor | None], x, weight
 def of_statistics(
     at: NormLayout, g_mean: Tensor | None, g_rstd: Tensor | None, x, mean, rstd
 ) -> Tensor | None:
-    """Return the cotangent of ``x`` by way of the saved statistics."""
+    """Return the cotangent of ``x`` through the saved statistics."""
     if not at.over or (g_mean is None and g_rstd is None):
         return None
     image = at.image(x)

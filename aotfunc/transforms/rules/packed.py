@@ -1,5 +1,6 @@
-"""Packed sequences padded in a form that a recording can take: C++ reads the steps' sizes and
-fills in a tensor."""
+"""Pad packed sequences in a form that a recording can take: C++ reads the steps' sizes and fills
+in a tensor.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ def padded_sequences(
     data: Tensor, sizes: Tensor, batch_first: bool, value: float, length: int
 ) -> tuple[Tensor, Tensor]:
     """Return ``(T, N, *)`` of ``data``, in which step t has the next ``sizes[t]`` rows, and the
-    length of each sequence; N before T with ``batch_first``. ``value`` stands where a sequence is
-    over, for ``length`` steps."""
+    length of each sequence; N before T with ``batch_first``. ``value`` fills the ``length`` steps
+    after a sequence's end."""
     steps = sizes.tolist()
     start, rows, there = 0, [], []
     for n in [*steps, *[0] * (length - len(steps))]:

@@ -1,8 +1,8 @@
-"""The places that advanced indices lead to: the layout of the result, and boolean indices as
-vectors of positions.
+"""The layout of advanced indices' results, and boolean indices as vectors of positions.
 
-How many elements a mask selects is known here from the shape of a result, or of what is written;
-an op that asks for it would have to look at the values."""
+How many elements a mask selects is known here from the shape of a result, or of written values; an
+op that asks for it would have to look at the values.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class IndexLayout:
         self.rank = max(
             (1 if i in mask else index.dim() - batched[i] for i, index in used.items()), default=0
         )
-        #: how many dimensions of the tensor are indexed
+        #: number of indexed dimensions of the tensor
         self.taken = sum(index.dim() if i in mask else 1 for i, index in used.items())
         self.together = not at or at[-1] - at[0] + 1 == len(at)
-        #: dimensions that stay in front of the indices in the result
+        #: number of dimensions before the indices in the result
         self.front = at[0] if at and self.together else 0
 
     def result_rank(self, rank: int) -> int:
@@ -65,8 +65,8 @@ class IndexLayout:
 
 
 class Count(NamedTuple):
-    """How many elements each mask of an index selects; with ``repeated`` also one for all of
-    them."""
+    """How many elements each mask of an index selects; ``repeated``: a mask may select one that
+    stands for all of them."""
 
     number: Any
     repeated: bool
@@ -81,7 +81,7 @@ def one_sample(indices: Indices, batched: Sequence[bool]) -> list[Tensor | None]
 
 
 def widths(indices: Indices) -> list[Any]:
-    """Return the lengths, other than one, of the other indices where they meet the positions of a
+    """Return the lengths, other than one, with which the other indices meet the positions of a
     mask."""
     return [
         i.shape[-1]
@@ -114,7 +114,7 @@ def count_written(indices: Indices, values: Sequence[Any], rank: int) -> Count |
 
 def at_most(indices: Indices, batched: Sequence[bool]) -> tuple[Count, Tensor]:
     """Return, for masks that select an unknown number of elements, the most that these may be, and
-    which of so many positions are there, ``[count]`` or ``[B, count]``."""
+    which of these positions exist, ``[count]`` or ``[B, count]``."""
     masks = [(i, b) for i, b in zip(indices, batched, strict=True) if i is not None and is_mask(i)]
     count = max(prod(i.shape[b:]) for i, b in masks)
     selected = [
@@ -154,7 +154,7 @@ def numbered_each(
 
 def columns_each(x: Tensor, length: Any, fill: int = -1, exact: bool = False) -> list[Tensor]:
     """Return the columns ``[B, length]`` of ``nonzero_static`` for each example; ``exact``: each
-    finds at least ``length``."""
+    has at least ``length``."""
     if not length or not x.numel():
         return [torch.full((x.shape[0], length), fill, device=x.device)] * (x.dim() - 1)
     found = x if x.dtype == torch.bool else x != 0

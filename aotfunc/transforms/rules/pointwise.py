@@ -1,10 +1,11 @@
-"""What elementwise arithmetic means: sums, products, powers, unary functions, copies, and what is
-piecewise constant.
+"""Rules of elementwise arithmetic: sums, products, powers, unary functions, copies, and piecewise
+constant functions.
 
 A formula ``(g, out, *args)`` is the derivative times ``g``, without conjugates (see
-:func:`~.table.pointwise`). Where aten has one fused backward, that is the formula; where the
-output says it in one op less, the output is used. Conventions at points without a derivative
-(ties, bounds, zeros) are those of ``torch.autograd``."""
+:func:`~.table.pointwise`). If aten has one fused backward, that is the formula; if the output
+gives it in one op less, the output is used. Points without a derivative (ties, bounds, zeros)
+follow ``torch.autograd``.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ def functional(*packets: OpOverloadPacket) -> Iterator[OpOverload]:
 
 
 def is_low_precision(x: Tensor) -> bool:
-    """Return whether a value has so few digits that the order of its products shows: there it is
-    PyTorch's."""
+    """Return whether a value has so few digits that the order of its products shows; then
+    PyTorch's order is used."""
     return x.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -175,7 +176,7 @@ pointwise(
 
 def log_slope(log: Any, floor: float) -> Any:
     """Return ``log(y)``, the derivative of ``x * log(y)`` in ``x``; zero where ``x`` is 0 and
-    ``y`` not above ``floor``."""
+    ``y`` is at most ``floor``."""
 
     def formula(g: Tensor, out: Tensor, x: Tensor, y: Any) -> Tensor:
         if isinstance(y, Tensor):

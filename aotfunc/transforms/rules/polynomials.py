@@ -1,8 +1,9 @@
-"""What the orthogonal polynomials mean: derivatives by those of lower degree, without a division.
+"""Rules of the orthogonal polynomials: derivatives by those of lower degree, without a division.
 
-Degrees are whole numbers (what comes behind the point is cut off), and have no derivative. Where a
-derivative is a sum over all lower degrees, the degree must be a number: a tensor of them would
-make the sum as long as the largest value."""
+Degrees are whole numbers (fractions are cut off), and have no derivative. If a derivative is a sum
+over all lower degrees, the degree must be a number: a tensor of them would make the sum as long as
+the largest value.
+"""
 
 from __future__ import annotations
 

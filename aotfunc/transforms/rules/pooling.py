@@ -13,8 +13,7 @@ from .table import jvp_of, linear, vjp_of, vmap_of
 
 
 def pick(x: Tensor, indices: Tensor, spatial: int) -> Tensor:
-    """Take from each plane of ``x`` the values at ``indices``, which count within the flattened
-    plane."""
+    """Take from each plane of ``x`` the values at ``indices`` into the flattened plane."""
     return x.flatten(-spatial).gather(-1, indices.flatten(-spatial)).reshape(indices.shape)
 
 
@@ -44,8 +43,8 @@ def max_pooling(
 
 
 def drawn_pooling(op: OpOverloadPacket, spatial: int) -> Formula:
-    """Return the vmap rule of a fractional pooling: where the windows begin is drawn beforehand
-    and given as the last argument."""
+    """Return the vmap rule of a fractional pooling; the last argument has the drawn beginnings of
+    the windows."""
 
     def batch(x: Tensor, kernel: Any, shape: Any, draws: Tensor) -> tuple[Tensor, Tensor]:
         size, images = x.shape[0], x.dim() == spatial + 3
@@ -94,8 +93,8 @@ average_pooling(aten.avg_pool3d, aten.avg_pool3d_backward, 3)
 def adaptive_average_pooling(
     op: OpOverloadPacket, backward: OpOverloadPacket, spatial: int
 ) -> None:
-    """Register an average pooling as :func:`average_pooling` does, whose backward op reads the
-    output's size off the cotangent."""
+    """Register an average pooling as :func:`average_pooling` does, whose backward op takes the
+    output's size from the cotangent."""
     linear(op, lambda g, x: backward(g, x), batch=planes(op, spatial))
     linear(
         backward,

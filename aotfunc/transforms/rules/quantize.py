@@ -1,5 +1,6 @@
 """Batch fake quantisation (rounding to the values of an integer type): per tensor it is
-elementwise; where scales differ between samples each sample is a channel with its own."""
+elementwise; if scales differ between samples each sample is a channel.
+"""
 
 from __future__ import annotations
 

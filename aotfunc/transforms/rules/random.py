@@ -1,9 +1,10 @@
-"""What drawing random numbers means: no derivative, and under vmap one draw for all or one for
-each sample.
+"""Rules of drawing random numbers: no derivative; under vmap one draw for all samples or one for
+each.
 
-``randomness="different"`` draws the whole batch at once. ``randomness="same"`` draws for one
-sample what the op would draw there without vmap, and shares it; parameters that differ between the
-samples are applied to the shared draw afterwards, or refused where that cannot be done."""
+``randomness="different"`` draws the whole batch at once. ``randomness="same"`` makes the draw of
+one sample, as the op would without vmap, and shares it; parameters that differ between the samples
+are applied to the shared draw, or refused if that is not possible.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +104,7 @@ def of_shape(op: OpOverload) -> Callable[..., Tensor]:
             full[where[0]] = like[0] if batched[0] else like
             return shared(call_op(op, full), size)
         full[where[0]] = expand_lead(like, batched[0], size)
-        if "memory_format" in names:  # it may fit only the unbatched rank
+        if "memory_format" in names:  # it may suit the unbatched rank only
             full[names.index("memory_format")] = None
         return call_op(op, full)
 
@@ -254,7 +255,7 @@ def _(
         aten._assert_async.msg(
             valid, "multinomial: probabilities must be finite, not negative, and not all zero"
         )
-        # as the op draws it; the greatest wins
+        # as the op draws: the greatest wins
         race = p / aten.exponential(p[0], 1.0, generator=generator)
         return race.argmax(-1, keepdim=True) if count == 1 else race.topk(count)[1]
     p = expand_lead(p, batched[0], size)

@@ -1,8 +1,9 @@
-"""oneDNN's recurrent layer: one LSTM in one direction, its kernels where they serve, formulas step
-by step where they do not.
+"""Rules of oneDNN's recurrent layer: one LSTM in one direction, by its kernels if they serve, else
+by formulas step by step.
 
-Sequences are ``(T, N, I)`` (also with ``batch_first``: the layer's caller has turned them), states
-``(N, H)``. Recurrent layers on other kernels are recorded as what they consist of."""
+Sequences are ``(T, N, I)`` (also with ``batch_first``: the layer's caller transposes them), states
+``(N, H)``. Recurrent layers on other kernels are recorded as their parts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from .schema import aten
 from .table import decompose_as, jvp_of, total, vjp_of, vmap_of
 
 LSTM = 2  # value of the argument `mode`
-WORKSPACE = 3  # which of the results only a backward reads
+WORKSPACE = 3  # the result that only a backward reads
 
 layer = aten.mkldnn_rnn_layer.default
 _library = torch.library.Library("aotfunc", "FRAGMENT")
@@ -52,14 +53,13 @@ def _(g: tuple, out: tuple, *args: Any) -> Any:
 
 
 def only_lstm(mode: int, batch_sizes: list[int]) -> None:
-    """Refuse what PyTorch never calls the layer for."""
+    """Refuse arguments with which PyTorch never calls the layer."""
     if mode != LSTM or batch_sizes:
         raise NotImplementedError("it is derived for an LSTM of sequences of one length")
 
 
 class Steps:
-    """What all steps of a layer compute, given the hidden states that they leave; first the step
-    that is taken first."""
+    """The values of all steps of a layer, given its hidden states, in the order of the steps."""
 
     def __init__(self, tensors: tuple, out: Tensor, has_biases: bool, reverse: bool) -> None:
         x, w_x, w_h, b_x, b_h, h, c = tensors
@@ -80,7 +80,7 @@ class Steps:
         self.by_c = o * (1 - tanh_c * tanh_c)
 
     def ordered(self, x: Tensor) -> Tensor:
-        """Return ``x`` in the order in which the steps are taken, or back in that of time."""
+        """Return ``x`` in the order of the steps, or from that back in the order of time."""
         return x.flip(0) if self.reverse else x
 
 

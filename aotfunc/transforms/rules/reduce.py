@@ -1,4 +1,4 @@
-"""What reductions to fewer elements and selections along a dimension mean.
+"""Rules of reductions to fewer elements and of selections along a dimension.
 
 Shapes: ``out`` has the reduced dimensions removed, or 1 with ``keepdim``; :func:`unreduced` brings
 a cotangent of it back to a shape that broadcasts against the input."""
@@ -40,7 +40,7 @@ def unreduced(g: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False) -> T
 
 
 def count(x: Tensor, dim: Any) -> Any:
-    """Return how many elements each output is made of."""
+    """Return how many elements each output reduces."""
     return math.prod(x.shape[d] for d in dims_of(x, dim))
 
 
@@ -175,12 +175,12 @@ def norm_backward(
         return torch.zeros_like(x)
     if p == 1:
         return g * x.sgn()
-    if math.isinf(p):  # the extreme elements share alike
+    if math.isinf(p):  # the extreme elements get equal shares
         size = x.abs()
         extreme = (size == norm) | (size != size)
         return x.sgn() * extreme * (g / extreme.sum(dims_of(x, dim), keepdim=True))
     zero = norm == 0
-    # before the division: 0 / 0 would come back in the next derivative
+    # mask first: 0 / 0 would return in the next derivative
     norm = norm.masked_fill(zero, 1)
     if p == 2:
         return x * (g / norm).masked_fill(zero, 0)
@@ -239,7 +239,7 @@ def _(x: Tensor, y: Tensor, p: Any) -> Tensor:
 
 
 def share(g: Tensor, mask: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Divide ``g`` equally among the places that ``mask`` marks."""
+    """Divide ``g`` equally among the positions that ``mask`` marks."""
     return g / mask.sum(dims, keepdim=True) * mask
 
 
@@ -319,7 +319,7 @@ def selection(op: OpOverload) -> None:
     dim_at, keepdim_at = names.index("dim"), names.index("keepdim") if "keepdim" in names else None
 
     def place(args: Any) -> tuple[int, bool]:
-        """Return the dimension, and whether the outputs lack it."""
+        """Return the dimension, and whether it is absent from the outputs."""
         return args[dim_at], keepdim_at is not None and not args[keepdim_at] and args[0].dim() > 0
 
     def vjp(g: Any, outs: Any, *args: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What products and cumulative ops along a dimension mean: prod, cumprod, cumsum, logcumsumexp,
+"""Rules of products and cumulative ops along a dimension: prod, cumprod, cumsum, logcumsumexp,
 cummax, cummin.
 
 No rule divides by the input, so zeros are no special case, at any order of derivative.
@@ -38,12 +38,12 @@ for op in (aten.cummax.default, aten.cummin.default):
 # ----- products and sums -------------------------------------------------------------------------
 
 
-#: so many numbers are multiplied one by one in the derivative of their product
+#: most numbers whose product is differentiated factor by factor
 FEW = 10
 
 
 def moved_along(x: Tensor, step: int, fill: float) -> Tensor:
-    """Return ``x[…, k - step]`` at ``k`` along the last dimension, ``fill`` where there is no such
+    """Return ``x[…, k - step]`` at ``k`` along the last dimension, ``fill`` if there is no such
     element."""
     return aten.constant_pad_nd(x, [step, -step], fill)
 
@@ -88,9 +88,9 @@ def prod_of_others(x: Tensor) -> Tensor:
 
 
 def one_by_one(factors: tuple[Tensor, ...]) -> Tensor:
-    """Return the product of all other factors, each as a product of two. The derivatives of these
-    are products of numbers again, and equal ones are computed once; those of a scan are scans, and
-    grow tenfold."""
+    """Return for each factor the product of all others, in products of two. The derivatives of
+    these are products of numbers again, and equal ones are computed once; those of a scan are
+    scans, and grow tenfold."""
     one = torch.ones_like(factors[0])
     before = [one, *itertools.accumulate(factors[:-1], torch.mul)]
     after = [one, *itertools.accumulate(factors[:0:-1], torch.mul)]

@@ -1,7 +1,7 @@
-"""Ops that index one dimension: gather and scatter (a position per element), index_select and its
-writes (a vector).
+"""Rules of ops that index one dimension: gather and scatter (a position per element), index_select
+and its writes (a vector).
 
-A vector of positions that differs between examples is spread out into one index per element.
+A vector of positions that differs between examples is expanded into one index per element.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .table import conj, jvp_of, linear, refuse_sparse, times, vjp_of, vmap_of
 
 
 def fitted(x: Tensor, shape: Sequence[Any]) -> Tensor:
-    """Fill ``x`` up with zeros at the far ends to ``shape``: elements that an op does not read
-    have no gradient."""
+    """Pad ``x`` with zeros at the far ends to ``shape``: elements that an op does not read have no
+    gradient."""
     if x.shape == torch.Size(shape):
         return x
     return torch.nn.functional.pad(
@@ -113,8 +113,7 @@ def scatter_reduce_back(
     reduce: str,
     include_self: bool = True,
 ) -> tuple[Tensor, None, Tensor]:
-    """Return the cotangents of ``scatter_reduce``; the other reducing writes are special cases of
-    it."""
+    """Return the cotangents of ``scatter_reduce``; other reducing writes are special cases."""
 
     def reduced(by: str, x: Tensor, src: Tensor) -> Tensor:
         return x.scatter_reduce(dim, index, src, by, include_self=include_self)
@@ -131,7 +130,7 @@ def scatter_reduce_back(
         start = torch.ones_like(x) if include_self else torch.zeros_like(x)
         count = start.scatter_add(dim, index, torch.ones_like(src)).clamp_min(1)
         dx, dsrc = g / count, at_src(g / count)
-    elif reduce in ("amax", "amin"):  # shared evenly among equals
+    elif reduce in ("amax", "amin"):  # equal values get equal shares
         is_x, is_src = (x == out).to(g.dtype), (src == at_src(out)).to(g.dtype)
         start = is_x if include_self else torch.zeros_like(is_x)
         share = g / start.scatter_add(dim, index, is_src).clamp_min(1)
@@ -258,7 +257,7 @@ def fill_back(g: Tensor, x: Tensor, dim: int, index: Tensor, value: Any) -> Tens
 
 
 def filled_sum(g: Tensor, x: Tensor, dim: int, index: Tensor, value: Tensor) -> Tensor:
-    # a position named twice is written once: a mask counts it once, index_select would not
+    # a repeated position is written once: a mask counts it once, index_select would not
     return g.masked_fill(
         torch.ones_like(g, dtype=torch.bool).index_fill(dim, index, False), 0
     ).sum()

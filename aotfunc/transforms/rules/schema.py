@@ -1,5 +1,6 @@
-"""Questions to an op's schema: its overloads, its tensor arguments, and a call with all arguments
-in order."""
+"""Questions about an op's schema: its overloads, its tensor arguments, and a call with all
+arguments in order.
+"""
 
 from __future__ import annotations
 

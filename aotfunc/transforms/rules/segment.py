@@ -1,5 +1,6 @@
-"""Reductions of segments: batched by one more leading dimension of the lengths, their gradient by
-ops that have one."""
+"""Reductions of segments: their batch, one more leading dimension of the lengths, and their
+gradient, by ops that have a derivative.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +78,8 @@ AS_SCATTER = {
 
 
 def segment_gradient(g, out, data, reduce, lengths=None, offsets=None, axis=0, initial=None):
-    """Return the gradient of ``segment_reduce``: each element is one that is written to the place
-    of its segment; those after the last segment are in none."""
+    """Return the gradient of ``segment_reduce``, which writes each element to the position of its
+    segment; elements after the last segment are in none."""
     count = offsets.diff(dim=axis) if lengths is None else lengths
     ends = count.cumsum(axis)
     positions = torch.arange(data.shape[axis], device=data.device).expand(*ends.shape[:-1], -1)

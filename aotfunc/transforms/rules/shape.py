@@ -1,5 +1,5 @@
-"""Ops that give a tensor another shape or order and keep all its elements. All linear, each with
-its transpose.
+"""Rules of ops that give a tensor another shape or order and keep all its elements. All are
+linear, each with its transpose.
 
 A view and its functional ``*_copy`` twin share a line.
 """
@@ -21,7 +21,7 @@ from .table import jvp_of, linear, nondiff, vmap_of
 
 
 def known_size(size: Sequence[Any], numel: Any) -> list[Any]:
-    """Return ``size`` with its -1 worked out."""
+    """Return ``size`` with its -1 replaced."""
     rest = prod(s for s in size if not (isinstance(s, int) and s == -1))
     return [numel // rest if isinstance(s, int) and s == -1 else s for s in size]
 

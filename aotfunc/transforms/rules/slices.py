@@ -1,7 +1,9 @@
-"""Ops that take a part of a tensor or put it back: slice, select, diagonal, unfold, as_strided.
+"""Rules of ops that take a part of a tensor or put it back: slice, select, diagonal, unfold,
+as_strided.
 
-Where aten has the transpose as one op (``slice_backward``), the rule is that op, and the op has a
-line of its own."""
+If aten has the transpose as one op (``slice_backward``), the rule is that op, and the op has a
+line of its own.
+"""
 
 from __future__ import annotations
 

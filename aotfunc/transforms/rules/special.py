@@ -1,5 +1,6 @@
-"""What the special functions mean: error functions, gamma, zeta, Bessel functions and their
-inverses."""
+"""Rules of the special functions: error functions, gamma, zeta, Bessel functions and their
+inverses.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +21,14 @@ ROOT_PI = math.sqrt(math.pi)
 
 
 NEAR = 0.1
-TERMS = 8  # of a series: enough for its sixth derivative in float64, where |x| < NEAR
+TERMS = 8  # terms of a series: enough for its sixth derivative in float64, for |x| < NEAR
 
 
 def near_zero(
     x: Tensor, term: Callable[[int], float], away: Callable[[Tensor], Tensor], times: Any = 1
 ) -> Tensor:
-    """Return ``away(x)``, which divides by its argument; near zero, where digits cancel, more with
-    each derivative, the power series ``times * sum(term(k) * x**(2 * k))``."""
+    """Return ``away(x)``, which divides by its argument. Near zero, where digits cancel, more with
+    each derivative, return the power series ``times * sum(term(k) * x**(2 * k))``."""
     near = x.abs() < NEAR
     y = x.masked_fill(~near, 0)
     square, series = y * y, term(TERMS - 1)

@@ -50,24 +50,24 @@ class OpRules:
     vjp: Formula | None = None
     jvp: Formula | None = None
     vmap: Formula | None = None
-    #: no derivative at all: every tangent and cotangent is zero
+    #: no derivative: every tangent and cotangent is zero
     nondiff: bool = False
     #: the derivative is zero, of real numbers at least, and autograd says that the result requires
     #: grad
     zero: bool = False
-    #: positions of the arguments by which the derivative is zero: no rule has it, but autograd
-    #: does
+    #: positions of the arguments by which the derivative is zero: rules leave it out, autograd has
+    #: zeros
     flat: tuple[int, ...] = ()
     #: a result's element depends on one element of each argument
     elementwise: bool = False
     #: a result's element depends on all of the first argument along the dims that the second names
     along: bool = False
-    #: positions of the arguments that it is linear in; of all of them together if ``jointly``
+    #: positions of the arguments in which it is linear, in all together if ``jointly``
     linear: tuple[int, ...] = ()
     jointly: bool = False
-    #: what it consists of, if the series of that is shorter than the one by its derivative
+    #: its decomposition, if the series of that is shorter than the one by its derivative
     series: Formula | None = None
-    #: the results of which autograd has a wrong derivative or none, where the rules have one: see
+    #: the results of which autograd has a wrong derivative or none, unlike the rules: see
     #: :func:`wrong_in_autograd`
     wrong_in_autograd: str = ""
     #: positions (among the outputs) of the outputs that carry a derivative; None: all floating
@@ -92,7 +92,7 @@ _EMPTY = OpRules()
 
 
 def entry_for(op: Any) -> OpRules:
-    """Return the table's entry for ``op``, to be read; an empty one where there is none."""
+    """Return the table's entry for ``op``, to be read; an empty one if there is none."""
     return RULES.get(op, _EMPTY)
 
 
@@ -123,8 +123,7 @@ def adapt(rule: Formula, leading: int) -> Formula:
     """Wrap ``rule`` so that it may be called with every argument and every extra; it gets those
     that it names.
 
-    ``leading`` is the number of parameters before the op's own arguments.
-    """
+    ``leading`` is the number of parameters before the op's own arguments."""
     count, wants, variadic = parameters(rule)
     if unknown := [name for name in wants if name not in EXTRAS]:
         raise TypeError(f"a rule may ask for {', '.join(EXTRAS)}, not {', '.join(unknown)}")
@@ -169,8 +168,8 @@ def jvp_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]:
     """Make a decorator: the function is the forward rule ``(tangents, out, *args) -> tangents`` of
     ``ops``.
 
-    ``tangents`` is a tuple, one entry per tensor argument. Without a forward rule the reverse rule
-    is transposed."""
+    ``tangents`` is a tuple, one entry per tensor argument. An op without a forward rule has its
+    reverse rule transposed."""
     return stating("jvp", ops, 2)
 
 
@@ -183,13 +182,13 @@ def vmap_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]
 def pointwise(
     op: OpOverload | OpOverloadPacket, *formulas: Formula | None, linear: tuple[int, ...] = ()
 ) -> None:
-    """State that ``op`` acts on each element: its Jacobian is diagonal, and holomorphic where
+    """State that ``op`` acts on each element: its Jacobian is diagonal, and holomorphic if
     complex.
 
-    One formula ``(g, out, *args)`` per tensor argument (``None``: no derivative), linear in ``g``:
-    the cotangent from the output's cotangent and, the same thing, the output's tangent from the
-    argument's tangent. Written without conjugates; the verb conjugates. No formula at all means
-    zero derivative. ``linear`` lists the arguments that a product is linear in."""
+    One formula ``(g, out, *args)`` per tensor argument (``None``: no derivative), linear in ``g``,
+    maps the output's cotangent to the argument's and the argument's tangent to the output's. Write
+    it without conjugates; the verb conjugates. No formula at all means zero derivative. ``linear``
+    lists the arguments that a product is linear in."""
     entry = writable_entry(op)
     op = overload(op)
     entry.vmap, entry.elementwise, entry.linear = adapt(elementwise(op), 0), True, linear
@@ -280,8 +279,8 @@ def nondiff(
     batch: Callable[[OpOverload], Formula] | None = None,
     zero: bool = False,
 ) -> None:
-    """State that ``ops`` have no derivative: integer-valued, comparisons, factories; or that it is
-    ``zero``, as that of a draw by its parameters. ``batch(op)`` makes the vmap rule."""
+    """State that ``ops`` have no derivative (integer-valued, comparisons, factories), or that it
+    is ``zero``, as that of a draw by its parameters. ``batch(op)`` makes the vmap rule."""
     for op in ops:
         entry = writable_entry(op)
         entry.nondiff, entry.zero = True, zero
@@ -290,7 +289,7 @@ def nondiff(
 
 
 def zeros(g: Tensor, *_: Any) -> Tensor:
-    """Return a zero derivative: whatever value ``g`` has, but none where ``g`` is absent."""
+    """Return a zero derivative: None if ``g`` is absent, else zeros for any ``g``."""
     return aten.zero.default(g).detach()
 
 
@@ -317,13 +316,13 @@ def wrong_in_autograd(which: str, *ops: OpOverload | OpOverloadPacket) -> None:
 
 
 def series_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
-    """Let ``jet`` take the series of ``op`` as that of ``body(*args)``, which is shorter than that
-    by the op's rules."""
+    """Let ``jet`` take the series of ``op`` from ``body(*args)``, if that is shorter than by the
+    op's rules."""
     writable_entry(op).series = body
 
 
 def decompose_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
-    """Let ``op`` be transformed as ``body(*args)``, where there is neither a rule nor a formula of
+    """Let ``op`` be transformed as ``body(*args)`` if there is neither a rule nor a formula of
     PyTorch's."""
     DECOMPOSITIONS[overload(op)] = body
 
@@ -332,12 +331,12 @@ def decompose_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
 
 
 def present(t: Any) -> bool:
-    """Return whether a tangent is there: not ``None`` and not a list of nothing but ``None``."""
+    """Return whether a tangent is there: neither ``None`` nor a list of ``None`` only."""
     return any(x is not None for x in t) if isinstance(t, list | tuple) else t is not None
 
 
 def total(*terms: Any) -> Any:
-    """Return the sum of the terms that are there; ``None`` where none is."""
+    """Return the sum of the terms that are not ``None``; ``None`` if all are."""
     result = None
     for term in terms:
         if term is not None:
@@ -346,7 +345,7 @@ def total(*terms: Any) -> Any:
 
 
 def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
-    """Return the shape that these, which fit, broadcast to. (``torch.broadcast_shapes`` imports
+    """Return the broadcast shape of shapes that fit. (``torch.broadcast_shapes`` imports
     sympy.)"""
     sizes = zip_longest(*map(reversed, shapes), fillvalue=1)
     return torch.Size([next((n for n in along if n != 1), 1) for along in sizes][::-1])
@@ -365,7 +364,7 @@ def conj(x: Any) -> Any:
 
 
 def refuse_sparse(sparse: bool) -> None:
-    """Refuse an op that has a sparse gradient in eager: graphs hold dense tensors."""
+    """Refuse an op whose gradient is sparse in eager: graphs hold dense tensors."""
     if sparse:
         raise NotImplementedError(
             "its gradient would be sparse, and programs compute dense ones; say sparse=False"
