@@ -1,1 +1,1 @@
-"""From a Python function to a program."""
+"""Capture Python functions as programs."""

@@ -1,6 +1,7 @@
-"""``autograd.Function`` inside a recording: its forward is recorded, its backward and jvp become
-programs, and its results are marked as having that derivative
-(:class:`~aotfunc.capture.custom_derivative.CustomDerivative`)."""
+"""Record an ``autograd.Function``: its forward as ops, its backward and jvp as programs, and its
+results marked as having that derivative
+(:class:`~aotfunc.capture.custom_derivative.CustomDerivative`).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from .tree import Operands
 
 
 class Begin(Step):
-    """The start of a Function: remembers the values of its tensor arguments before ``forward`` may
+    """The start of a Function. It keeps the values of the tensor arguments before ``forward`` may
     write to them."""
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
@@ -52,13 +53,13 @@ class End(Step):
         inputs, operands = taken[: d.n_inputs], taken[d.n_inputs :]
         raw = [f.read(r, False) for r in refs[: d.n_outputs]]
         residuals = [f.read(r, True) for r in refs[d.n_outputs : len(refs) - d.n_inputs]]
-        vals = tuple([r.meta["val"] for r in raw])  # a write may have laid them out otherwise
+        vals = tuple([r.meta["val"] for r in raw])  # a write may have changed their strides
         node = f.b.make("call_function", d, (*inputs, *raw, *residuals, *operands), {}, vals)
         self.bind(f, [f.b.item(node, i) for i in range(d.n_outputs)], grad)
 
     def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
-        """Tell which outputs require grad: only the Function's inputs, the last of the step's,
-        decide."""
+        """Return which outputs require grad, which depends on the Function's inputs alone, the
+        step's last ones."""
         d = self.derivative
         return [any(given[len(given) - d.n_inputs :])] * d.n_outputs, []
 
@@ -97,7 +98,7 @@ def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             output = cls.forward(*args)
         except (CaptureError, ValueError) as why:
-            # the forward asks for values that are not there, or writes to numpy's
+            # the forward asks for unknown values, or writes to numpy's memory
             output = opaque.record(cls, args, batching, why)
         cls.setup_context(ctx, args, output)
         return output
@@ -112,7 +113,7 @@ def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def takes_as_given(forward: Any, args: Sequence[Any]) -> bool:
-    """Return whether a function has a parameter for each of these arguments, and no others."""
+    """Return whether a function has one parameter for each of these arguments and no others."""
     code = getattr(forward, "__code__", None)
     return code is not None and code.co_argcount == len(args)
 
@@ -127,7 +128,7 @@ def call_function(
     batching: Any = None,
     kind: type[CustomDerivative] = CustomDerivative,
 ) -> Any:
-    """Record one Function call between a Begin and an End, with a derivative of this ``kind``."""
+    """Record one Function call between a Begin and an End with its derivative."""
     trace = current()
     assert trace is not None
     inputs = [a for a in args if isinstance(a, Tensor)]

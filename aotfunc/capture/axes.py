@@ -1,4 +1,4 @@
-"""The names that the ``vmap``s around a recording have given to their axes."""
+"""Keep the names that the ``vmap``s around a recording have given to their axes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Axes(threading.local):
-    """Sizes of the axes by their names, in this thread."""
+    """The axes known in this thread: sizes by names."""
 
     def __init__(self) -> None:
         self.sizes: dict[Any, int] = {}
@@ -20,7 +20,7 @@ AXES = Axes()
 
 @contextmanager
 def axes(sizes: dict[Any, int]) -> Iterator[None]:
-    """Let exactly these axes be known."""
+    """Make exactly these axes known inside the block."""
     outer, AXES.sizes = AXES.sizes, sizes
     try:
         yield

@@ -20,7 +20,7 @@ from ..transforms.walk import builder
 
 
 class Flow:
-    """Base of the targets with bodies: results have the signatures ``vals``."""
+    """Base of the targets with bodies; their results have the signatures ``vals``."""
 
     __name__ = "flow"
     bodies: tuple[Program, ...]
@@ -31,7 +31,7 @@ class Flow:
         raise NotImplementedError
 
     def run(self, bodies: Sequence[Callable], tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the results with these functions in the place of the bodies."""
+        """Return the results with these functions in place of the bodies."""
         raise NotImplementedError
 
     def with_bodies(self, bodies: Sequence[Program]) -> Any:
@@ -51,7 +51,7 @@ class Flow:
 
 
 def interpreted(body: Program) -> Callable[..., tuple]:
-    """Return the body, op by op."""
+    """Return the body as a function that runs its ops one by one."""
     return body.once(interpreted, lambda: Interpreted(lowered(body, EVERYTHING).graph))
 
 
@@ -67,8 +67,8 @@ def drawn(body: Program) -> list[Node]:
 
 
 def differing(body: Program, given: Sequence[bool], apart: bool) -> list[bool]:
-    """Return which results of a body differ between samples if these inputs do; with draws
-    ``apart`` also those drawn."""
+    """Return which results of a body differ between samples if these inputs do, and, with draws
+    ``apart``, if their draws do."""
     start = [p for p, yes in zip(body.placeholders, given, strict=True) if yes]
     reached = dependents(body.graph, [*start, *(drawn(body) if apart else ())])
     return [o in reached for o in body.outputs]
@@ -80,7 +80,7 @@ def part(
     outs: Sequence[Any],
     inputs: Sequence[Node] | None = None,
 ) -> Program:
-    """Return the program of these nodes of a program that returns ``outs``; ``inputs`` become its
+    """Return these nodes of a program as a program that returns ``outs``; ``inputs`` become its
     inputs (default: those of the whole)."""
     given = program.placeholders if inputs is None else inputs
     with paused_gc():
@@ -92,9 +92,9 @@ def part(
 
 
 def hoisted(body: Program, n_consts: int) -> tuple[list[int], Program, Program]:
-    """Return ``(read, before, body)``: which of its first ``n_consts`` inputs the body reads
-    itself, the program of the values computed from these inputs alone, and the body with these
-    values behind the constants that it reads."""
+    """Return ``(read, before, body)``: which of its first ``n_consts`` inputs the body itself
+    reads, the program of the values that depend on these inputs alone, and the body that takes
+    these values after the constants that it reads."""
 
     def make() -> tuple[list[int], Program, Program]:
         inputs = body.placeholders
@@ -117,7 +117,7 @@ def hoisted(body: Program, n_consts: int) -> tuple[list[int], Program, Program]:
 
 
 def returning(program: Program, chosen: Sequence[int]) -> Program:
-    """Return the program with these of its results alone."""
+    """Return the program with these results only."""
     if len(chosen) == program.n_outputs:
         return program
     outs = program.outputs
@@ -128,7 +128,7 @@ def returning(program: Program, chosen: Sequence[int]) -> Program:
 
 
 def as_planned(t: Tensor, sig: Sig) -> Tensor:
-    """Return an argument as a body reads it."""
+    """Return an argument in the layout that a body was captured for."""
     if t.stride() == sig.stride:
         return t
     planned = torch.empty_strided(sig.shape, sig.stride, dtype=t.dtype, device=t.device)
@@ -147,7 +147,7 @@ def row_sig(sig: Sig) -> Sig:
 
 
 def results_as(body: Program, wanted: Sequence[Sig]) -> Program:
-    """Return the body with its first results laid out like these."""
+    """Return the body with its first results laid out as these signatures."""
     if all(o.meta["val"] is v for o, v in zip(body.outputs, wanted, strict=False)):
         return body
     with paused_gc():
@@ -159,8 +159,8 @@ def results_as(body: Program, wanted: Sequence[Sig]) -> Program:
 
 
 def with_constants(body: Program, places: Sequence[int], consts: Sequence[Sig]) -> Program:
-    """Return the body as a program of these constants, of which its own lie at these ``places``,
-    and of its other inputs."""
+    """Return the body as a program of these constants, which have its own at ``places``, and of
+    its other inputs."""
 
     def make() -> Program:
         with paused_gc():

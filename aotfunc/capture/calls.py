@@ -1,8 +1,9 @@
-"""Recorded steps that are more than one op, and graph nodes that have subgraphs of their own.
+"""Recorded steps of more than one op, and graph nodes with programs of their own.
 
-A *step* stands in a recording where an :class:`~aotfunc.trace.shapes.instr.Instr` does; ``lower``
-puts it into the functional graph. A *call* is the target of a graph node: it says itself how it is
-differentiated (``pull``, ``push``), batched (``batch``) and dissolved (``inline``)."""
+A *step* takes the place of an :class:`~aotfunc.trace.shapes.instr.Instr` in a recording; ``lower``
+puts it into the functional graph. A *call* is the target of a graph node that defines how it is
+differentiated (``pull``, ``push``), batched (``batch``) and dissolved (``inline``).
+"""
 
 from __future__ import annotations
 
@@ -49,16 +50,16 @@ class StepFacts:
 
 
 class Step:
-    """Base of recorded steps: results have the signatures ``outs`` (literals stand for
+    """Base of recorded steps; their results have the signatures ``outs`` (literals are
     themselves)."""
 
-    anywhere = None  # it is the same wherever its inputs lie, see Instr
+    anywhere = None  # offsets of its inputs do not matter, see Instr
 
     def __init__(self, outs: Sequence[Any], writes: Sequence[int] = ()) -> None:
         self.outs = tuple(outs)
         self.facts = StepFacts(writes, len(self.outs))
         self.mutates = bool(writes)
-        self.strided = False  # counts from where a storage begins
+        self.strided = False  # an offset counts from the storage
 
     def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         raise NotImplementedError
@@ -67,14 +68,13 @@ class Step:
         raise NotImplementedError
 
     def views(self) -> Sequence[Any]:
-        """List, for each result that shows the memory of an input, that input and the calls
-        ``((op, args, kwargs, results), index)`` of the views on the way; None for the other
-        results."""
+        """List, for each result that is a view of an input, that input and the view calls ``((op,
+        args, kwargs, results), index)`` on the way; None for other results."""
         return ()
 
     def handed(self, refs: Sequence[int]) -> Sequence[int]:
-        """List the tensors whose memory the results may show, of a step whose results are its
-        first tensors with another derivative."""
+        """List the tensors whose memory the results may show, if the step's results are its first
+        tensors with another derivative."""
         return ()
 
     def bind(self, f: Functionalizer, results: Sequence[Any], grad: bool) -> None:
@@ -84,8 +84,8 @@ class Step:
 
 
 class Row(Step):
-    """``(batch, sample) -> the row of the batch that belongs to the sample``: batched, it is the
-    whole batch."""
+    """``(batch, sample) -> the sample's row of the batch``; its batched form is the whole
+    batch."""
 
     __name__, dissolved_with = "row", None
 
@@ -152,7 +152,7 @@ class CallStep(Step):
             f.write(refs[index], new, grad and not hidden, line)
 
     def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
-        """Return which results, and which written inputs, have a derivative where the inputs
+        """Return which results, and which written inputs, have a derivative if the inputs
         ``given`` have one."""
         program = self.program
         flags = live(program, tuple(i for i, yes in enumerate(given) if yes))
@@ -184,17 +184,18 @@ class CompiledStep(CallStep):
 
 
 def on_eager(program: Program) -> Callable[..., tuple]:
-    """Return the program on the eager backend, new values of written inputs among its results."""
+    """Return the program on the eager backend, with new values of written inputs among its
+    results."""
     return program.once(on_eager, lambda: Interpreted(lowered(program).graph))
 
 
 def counts_from_storage(n: Node) -> bool:
-    """Return whether a node counts from where a storage begins."""
+    """Return whether an offset of the node counts from the storage."""
     return isinstance(n.target, OpOverload) and Facts(n.target).strided
 
 
 def hidden_writes(program: Program) -> list[bool]:
-    """Tell, for each written input of a program, whether all its writes are hidden from
+    """Return, for each written input of a program, whether all its writes are hidden from
     autograd."""
 
     def untouched(index: int, n: Node) -> bool:
@@ -205,8 +206,8 @@ def hidden_writes(program: Program) -> list[bool]:
 
 
 def seen(n: Node) -> Node:
-    """Return the value that autograd takes ``n`` for: without hidden writes, and without the way
-    into memory that arguments share and out of it again."""
+    """Return the value that autograd takes ``n`` for: without hidden writes, and without the path
+    into memory that arguments share and out of it."""
     while n.target is hidden_write:
         n = n.args[0]  # type: ignore[assignment]
     if n.target is aten.as_strided.default:
@@ -260,8 +261,8 @@ def emit_call(b: Builder, call: CompiledCall, nodes: Sequence[Node]) -> list:
 
 
 def becomes(b: Builder, n: Node, half: CompiledCall, count: int) -> list[Node]:
-    """Let a call node call a half that returns residuals behind the ``count`` results, and return
-    the residuals. (A second node would draw random numbers again.)"""
+    """Make a call node call a half that returns residuals after the ``count`` results; return the
+    residuals. (A second node would draw random numbers again.)"""
     n.target, n.meta["val"] = half, all_vals(half.program)
     return [b.item(n, i) for i, v in enumerate(n.meta["val"]) if i >= count and v.__class__ is Sig]
 
@@ -277,7 +278,7 @@ class CompiledCall:
         self, program: Program, compile: Callable, split: Callable, name: str = "jit"
     ) -> None:
         self.program, self.compile, self.split, self.__name__ = program, compile, split, name
-        #: the program as recorded, for results that were computed from one another
+        #: the recorded program, for results computed from other results
         self.plain: Program | None = None
 
     def __repr__(self) -> str:
@@ -288,8 +289,8 @@ class CompiledCall:
         return self.compiled(args)([*args])
 
     def compiled(self, args: Sequence[Tensor]) -> Callable[[list[Tensor]], Sequence]:
-        """Return the program as it was compiled, as a function of a list, which it may empty; now,
-        for arguments like these, where it was not."""
+        """Return the compiled program as a function of a list, which it may empty; compile it now
+        for arguments like these if it is not."""
         run = self.program.cache.get(self.compile)
         if run is None:
             run = self.program.once(self.compile, lambda: self.compile(self.program, args))
@@ -307,12 +308,11 @@ class CompiledCall:
         )
 
     def live(self, n: Node, active: dict[Node, None]) -> list[bool]:
-        """Return which outputs of the node ``n`` have a derivative where its ``active`` arguments
-        do."""
+        """Return which outputs of ``n`` have a derivative if its ``active`` arguments do."""
         return live(self.program, tuple(i for i, a in enumerate(n.args) if a in active))
 
     def flat(self, n: Node) -> list[Node]:
-        """Return the arguments of the node ``n`` by which the call is flat."""
+        """Return the arguments of ``n`` by which the call is flat."""
         vals = [a.meta["val"] for a in n.args]
         wrt = tuple(i for i, val in enumerate(vals) if has_derivative(val))
         return [n.args[i] for i in set().union(*flat_inputs(self.program, wrt))]
@@ -325,13 +325,13 @@ class CompiledCall:
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
-        """Let the node call the forward half, which also returns residuals, and add a call of the
+        """Make the node call the forward half, which also returns residuals, and add a call of the
         backward half."""
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in active and i < len(n.args))
         whole = program.flat()
         count = whole.n_outputs
-        # new values of written inputs have cotangents, too
+        # (new values of written inputs have cotangents, too)
         have = tuple(i in g for i in range(count))
         plan = tuple(
             [
@@ -350,8 +350,8 @@ class CompiledCall:
         return [n.args[i] for i in wrt], grads[: len(wrt)]
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Let ``new`` call for the values and residuals, and add a call for the tangents, which is
-        linear in the tangents given."""
+        """Make ``new`` return the values and residuals, and add a call for the tangents, which is
+        linear in the given ones."""
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in tangents)
         whole = program.flat()
@@ -391,6 +391,6 @@ _steps = Cache(4096)
 
 
 def interned(cls: Any, *args: Any) -> Any:
-    """Return one object for equal arguments: recordings are keyed by the identity of their
+    """Return one object for equal arguments, as recordings are keyed by the identity of their
     steps."""
     return _steps.once((cls, *args), lambda: cls(*args))

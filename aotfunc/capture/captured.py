@@ -1,5 +1,4 @@
-"""The recording of one call of a function, and the program that it stands for, looked up by the
-recording's key."""
+"""The recording of one call of a function, and its program, looked up by the recording's key."""
 
 from __future__ import annotations
 
@@ -32,8 +31,8 @@ from .tree import flatten, unflatten
 
 aten = torch.ops.aten
 
-#: by recording; weighed in nodes, each of which takes a kilobyte or two with all that is made of
-#: it
+#: recording's key -> its programs, weighed in nodes: each takes one or two kilobytes with all that
+#: is derived from it
 _programs = Cache(1 << 16, weight)
 
 
@@ -41,15 +40,16 @@ _NONE = nullcontext()
 
 
 class Numbers:
-    """The Python numbers of recordings that differ only in these: ``first``, and the places that
-    have ``varied``."""
+    """The Python numbers of recordings that differ in nothing else: the ``first`` ones, and the
+    positions that have ``varied``."""
 
     def __init__(self, first: tuple) -> None:
         self.first = first
         self.varied: tuple[int, ...] = ()
 
     def inputs(self, now: tuple) -> tuple[tuple[int, ...], ...]:
-        """Return, for each number that is an input from now on, its places."""
+        """Return the positions of each number that is an input from now on; equal numbers share an
+        input."""
         if now != self.first:
             changed = {i for i, (x, y) in enumerate(zip(now, self.first, strict=True)) if x != y}
             if not changed.issubset(self.varied):
@@ -68,8 +68,8 @@ class Captured:
         self.trace, self.names = trace, names
         self._program: Program | None = None
         self._key: Any = None
-        self.numbers: tuple[tuple[int, ...], ...] = ()  # those that are inputs of its programs
-        self.literal = False  # none may be
+        self.numbers: tuple[tuple[int, ...], ...] = ()  # positions of those that are inputs
+        self.literal = False  # no number may be an input
         self.leaves, self.spec = flatten(result)
         self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
         if len(self.tensors) < len(self.leaves):
@@ -86,8 +86,8 @@ class Captured:
 
     @cached_property
     def seen(self) -> dict[int, Shown]:
-        """Find the memory that each value shows, see :func:`~aotfunc.trace.aliases.final_views`.
-        Memory that only Functions passed on counts as the value's own."""
+        """Find the memory that each value shows, see :func:`~aotfunc.trace.aliases.final_views`. A
+        value that Functions passed on has memory of its own, unless another shows it."""
         found = final_views(self.trace)
         paths = [found[r].path if r in found else [Shown(r)] for r in self.refs]
         for step in {step for path in paths for step in path if step.passed}:
@@ -106,25 +106,25 @@ class Captured:
 
     @property
     def roots(self) -> list[int]:
-        """Return, for each returned tensor, the value that it is a view of, or itself; a tensor
-        that a Function passed on is its own."""
+        """Return the value that each returned tensor is a view of, or itself; a tensor that a
+        Function passed on is its own."""
         return [next((s.ref for s in x.path[:0:-1] if s.passed), x.root) for x in self.returned]
 
     @property
     def enables(self) -> bool:
-        """Return whether the function ran with gradients off and turned them on in places, which
-        its marks tell."""
+        """Return whether the function ran with gradients off and turned them on inside, by its
+        marks."""
         off = not torch.is_grad_enabled() and forward_ad._current_level < 0  # see as_called
         return off and any(grad for _, _, grad, *_ in self.trace.records)
 
     def gradients(self) -> AbstractContextManager:
-        """Turn gradients on, around its program, if the function turned them on."""
+        """Turn gradients on around its program if the function turned them on."""
         on = self.enables and not torch.is_inference_mode_enabled()
         return torch.enable_grad() if on else _NONE
 
     @property
     def key(self) -> Any:
-        """Return the key of its programs. This decides which numbers are their inputs."""
+        """Return the key of its programs. Asking for it decides which numbers are inputs."""
         if self._key is None:
             self._key = self.keyed()
         return self._key
@@ -147,7 +147,7 @@ class Captured:
 
     @property
     def closed_over(self) -> list[Tensor]:
-        """Return the inputs of its programs behind the function's own."""
+        """Return the inputs of its programs after the function's own."""
         assert self.key
         return self.trace.lifted if not self.numbers else self.with_numbers
 
@@ -165,7 +165,7 @@ class Captured:
 
     def program(self, memory: tuple[tuple[int, bool], ...] | None = None) -> Program:
         """Return the functional program: inputs, then closed-over tensors, to the tensors among
-        the results. With ``memory``, pairs of a value and a flag, it computes these instead: the
+        the results. ``memory`` lists other results instead, pairs of a value and a flag: the
         value, or the whole memory that it was made with."""
         if memory is None and self._program is not None:
             return self._program
@@ -176,7 +176,7 @@ class Captured:
 
     def _build(self, memory: tuple[tuple[int, bool], ...] | None) -> Program:
         trace = self.trace
-        # torch.autograd.grad inside f tells equal nodes apart, so with it merging has to wait
+        # torch.autograd.grad inside f distinguishes equal nodes: merge later
         plain = any(r[0].__class__ is GradStep for r in trace.records)
         with paused_gc():
             b = Builder(None, merge=False) if plain else Builder(REWRITES)
@@ -201,8 +201,8 @@ class Captured:
         return Functionalizer(self.trace, b, inputs, numbers=numbers)
 
     def _memory(self, f: Functionalizer, ref: int) -> Node:
-        """Return the memory of a value, no part of what was copied into it; without a derivative
-        where all that is returned of it is detached."""
+        """Return the memory of a value, without what was copied into a part of it; cut off if all
+        returned views of it are detached."""
         node = f.memory(ref)
         if node.meta["val"].offset and f.trace.mutates and f.env[ref].storage.memory.version:
             node = f.fitted(f.b.call(aten.clone.default, node), f.env[ref].storage.sig)
@@ -215,7 +215,7 @@ class Captured:
         return f.detached(node) if alone and node.meta["val"].differentiable else node
 
     def as_recorded(self, memory: tuple[tuple[int, bool], ...]) -> Program:
-        """Return :meth:`program` op by op, nothing rewritten or merged; its last results are the
+        """Return :meth:`program` op by op, without rewriting or merging; its last results are the
         returned tensors, and values with hooks that autograd calls."""
         trace = self.trace
         with paused_gc():
@@ -227,10 +227,10 @@ class Captured:
             returned: dict[int, Node] = {}
             outs += [n for _, n in f.mutated()]
             for ref, n in {r: f.read(r) for r in self.refs}.items():
-                # tensors of their own
+                # one tensor for each result
                 returned[ref] = b.call(aten.alias.default, n) if n in returned.values() else n
             outs += [returned[r] for r in self.refs]
-            # that nothing reads any more, but what was computed before does
+            # (kept for earlier values, which depend on them)
             outs += [f.read(h.ref) for h in trace.live_hooks or () if isinstance(h, TensorHooks)]
             return Program(b.finish(outs), len(trace.inputs), len(outs), (), "capture")
 
@@ -245,7 +245,7 @@ class Captured:
         return tuple((i, r) for i, r in enumerate(roots) if r < count or roots.count(r) > 1)
 
     def results(self, tensors: Sequence[Tensor]) -> Any:
-        """Return the returned tree with these tensors in it."""
+        """Return the returned tree with these tensors."""
         leaves = list(self.leaves)
         for i, t in zip(self.tensors, tensors, strict=True):
             leaves[i] = t

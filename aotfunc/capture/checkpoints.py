@@ -1,4 +1,4 @@
-"""Checkpoints inside a recording: regions of it that the backward computes again."""
+"""Checkpoints inside a recording: regions of it that the backward recomputes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from .function_rules import Context
 
 @contextmanager
 def recorded_region(trace: Trace, policy: Callable[[Node], int] | None = None) -> Iterator[None]:
-    """Make what is recorded meanwhile a region of its own, to be computed again in the backward
-    but for what the policy lets be saved."""
+    """Record ops inside the block as a region that the backward recomputes, except values that the
+    policy lets be saved."""
     outer, trace.regions = trace.region, trace.regions + 1
     trace.region = trace.regions if policy is None else Region(trace.regions, policy)
     try:
@@ -39,7 +39,7 @@ def recorded_region(trace: Trace, policy: Callable[[Node], int] | None = None) -
 
 
 def name_value(x: Traced, name: str) -> None:
-    """Note what the user calls a value: the record that made it or wrote it last has that name."""
+    """Give the record that made a value, or wrote it last, the user's name for it."""
     trace = x.tracer
     end, root = trace.count, trace.root(x.ref)
     for k in reversed(range(len(trace.records))):
@@ -51,8 +51,8 @@ def name_value(x: Traced, name: str) -> None:
 
 
 def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
-    """Tag the ops inside, so that the backward computes them again: non-reentrant checkpointing
-    inside a recording."""
+    """Record the ops of ``fn`` as a region that the backward recomputes (non-reentrant
+    checkpoints)."""
     trace = recorder()
     if trace is None:
         yield from ORIGINALS["checkpoint"](fn, *args, **kwargs)
@@ -69,8 +69,8 @@ def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def keep_saved(trace: Trace, start: int, context: Any) -> None:
-    """Take out of a checkpointed region, whose records begin at ``start``, the ops that the policy
-    of ``create_selective_checkpoint_contexts`` says to save."""
+    """Remove from a region, whose records begin at ``start``, the ops that the policy of
+    ``create_selective_checkpoint_contexts`` saves."""
     if not hasattr(context, "policy_fn"):
         raise CaptureError(
             "checkpoint(context_fn=...) with contexts of your own is not "

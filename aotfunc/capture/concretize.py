@@ -1,10 +1,10 @@
-"""Values that ``f`` asks for and that differ between the samples of a batch: answered if all
-samples agree.
+"""Answer questions about values that differ between the samples of a batch, if all samples agree.
 
-``if (variance < 0).any(): raise …`` inside ``vmap`` asks for a truth value, and each sample
-has its own. What has been recorded so far is batched and run on the whole batch, in every
-recording from the asking one outwards; the question is put to each sample. One answer is right for
-all of them, for this call; two different ones are an error."""
+``if (variance < 0).any(): raise …`` inside ``vmap`` asks for a truth value, and each sample has
+its own. The recording so far is batched and run on the whole batch, in every recording from the
+asking one outwards; each sample answers. One common answer holds for this call; two different ones
+are an error.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from .followed import Unsteady, batched_program, follow_trace, followed_batches
 
 
 def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:
-    """Return ``question(*values)`` for the values of ``tensors``, which must be the same in all
-    samples."""
+    """Return ``question(*values)`` for the values of ``tensors``, on which all samples must
+    agree."""
     line = at(user_line())
     with as_if_outside(), paused_gc():
         values, count = followed_batches(trace, tensors) or batches(trace, tensors, what)
@@ -67,8 +67,8 @@ def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: st
 
 
 def batch_of(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int | None]]:
-    """Return real values of ``tensors``, which belong to an outermost ``vmap``: all samples, and
-    at which dimension; None for what is the same for all of them."""
+    """Return real values of ``tensors`` of an outermost ``vmap``, with all samples, and the batch
+    dimension of each, None for common values."""
     with as_if_outside(), paused_gc():
         try:
             return follow_trace(trace).batch_of(trace, [trace.ref_of(t)[0] for t in tensors])
@@ -87,13 +87,13 @@ def batch_of(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int 
 
 
 def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Tensor], int]:
-    """Return real values of ``tensors`` with all samples at dimension 0, and how many samples
-    there are."""
+    """Return real values of ``tensors`` with all samples at dimension 0, and the number of
+    samples."""
     if trace.concrete_inputs is None and not trace.may_ask_constants:
         raise trace.unanswered(what)
     program, samples = so_far(trace, tensors), trace.samples
     inputs = [*trace.origins, *trace.lifted]
-    # then closed-over tensors may still be asked, and what depends on them alone
+    # closed-over tensors, and values of these alone, may still be known
     if trace.concrete_inputs is None:
         if any(p.users for p in program.placeholders[: program.n_inputs]):
             raise trace.unanswered(what)
@@ -133,8 +133,8 @@ def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:
 
 
 def closed(program: Program) -> Program:
-    """Return the program as a function of one of its closed-over tensors alone, on which it
-    depends."""
+    """Return the program as a function of one of its closed-over tensors, the only one it depends
+    on."""
 
     inputs = program.placeholders[: program.n_inputs]
     return program.once(
@@ -147,7 +147,7 @@ _programs = Cache(1 << 16, weight)
 
 @contextmanager
 def aside(trace: Trace, program: Program, inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Return the results of a program run next in ``trace``, which does not remember it."""
+    """Return the results of a program run next in ``trace``, without recording it there."""
     records, count = len(trace.records), trace.count
     results = trace.record(CallStep(program, on_eager), inputs)
     try:
@@ -174,8 +174,7 @@ def run_once(program: Program, inputs: Sequence[Tensor], what: str) -> list[Tens
 
 
 def bit_patterns(x: Tensor) -> Tensor:
-    """Return bit patterns, which are equal exactly where the values are the same, NaN and signed
-    zeros included."""
+    """Return bit patterns, which are equal only if values are, NaN and signed zeros included."""
     if x.is_complex():
         return bit_patterns(torch.view_as_real(x.resolve_conj()))
     if x.is_floating_point():
@@ -185,7 +184,7 @@ def bit_patterns(x: Tensor) -> Tensor:
 
 
 def same_answer(a: Any, b: Any) -> bool:
-    """Return whether two answers are the same: ``nan`` is itself, and 0.0 is not -0.0."""
+    """Return whether two answers are the same: ``nan`` equals itself, and 0.0 is not -0.0."""
     if isinstance(a, tuple):
         return len(a) == len(b) and all(map(same_answer, a, b))
     if isinstance(a, Tensor):

@@ -1,4 +1,4 @@
-"""The values of tensors from outside, for numpy, lists, copies and pickles inside a recording."""
+"""Give numpy, lists, copies and pickles inside a recording the values of tensors from outside."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def deepcopy_of_a_constant(self: Tensor, memo: dict) -> Tensor:
 
 
 def unpickled(*parts: Any) -> Tensor:
-    """Return a tensor in memory that pickle has read, as a tensor from outside."""
+    """Return a tensor that pickle has read as a tensor from outside."""
     trace = current()
     if trace is None or under_way.quiet:
         return ORIGINALS["rebuild"](*parts)

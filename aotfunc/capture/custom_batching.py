@@ -25,8 +25,8 @@ from .tree import Operands
 
 
 class CustomBatching:
-    """The target of a node ``(results, operands) -> results`` that is batched by ``rule``, a
-    function of the operands. Of its arguments the ``n_inputs`` results have derivatives."""
+    """The target of a node ``(results, operands) -> results`` that ``rule``, a function of the
+    operands, batches. Of its arguments the ``n_inputs`` results have derivatives."""
 
     dissolved_with = "customs"
 
@@ -55,8 +55,8 @@ class CustomBatching:
 
 
 class BatchedBy(Step):
-    """The end of a function with a batching rule, ``(results, operands) -> results``; a Begin has
-    kept the operands as they were."""
+    """The end of a function with a batching rule, ``(results, operands) -> results``; a Begin
+    keeps the operands before it may write to them."""
 
     def __init__(self, target: CustomBatching, vals: tuple) -> None:
         super().__init__(vals)
@@ -80,9 +80,9 @@ class BatchedBy(Step):
 
 
 def with_batching(args: tuple, rule: Callable, call: Callable[[], tuple[Any, list]]) -> list:
-    """Return the leaves that ``owner, leaves = call()`` returns, recorded, with ``owner.vmap``,
-    which calls the user's ``rule``, as the rule by which the call on ``args`` is batched. Tensors
-    that ``rule`` closes over are operands, too."""
+    """Record ``owner, leaves = call()`` and return the leaves, batched by ``owner.vmap``, which
+    calls the user's ``rule`` for the call on ``args``. Tensors that ``rule`` closes over are
+    operands, too."""
     trace = current()
     assert trace is not None
     closed = closed_over(rule)

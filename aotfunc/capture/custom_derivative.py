@@ -26,8 +26,8 @@ aten = torch.ops.aten
 
 
 class RuleProgram(NamedTuple):
-    """One recorded rule: a program of its given values and of ``n_residuals`` residuals from
-    ``first`` on."""
+    """One recorded rule: a program of its given values and of ``n_residuals`` residuals, which
+    begin at ``first``."""
 
     program: Program
     first: int
@@ -35,8 +35,8 @@ class RuleProgram(NamedTuple):
 
 
 class Later:
-    """A RuleProgram that is recorded on demand: recording a backward that applies its own Function
-    would recurse for ever."""
+    """A RuleProgram recorded on demand: a backward that applies its own Function would recurse for
+    ever."""
 
     def __init__(self, make: Callable[[], Any], first: int, n_residuals: int) -> None:
         self.make, self.first, self.n_residuals = make, first, n_residuals
@@ -63,7 +63,7 @@ class CustomDerivative:
     gradient. ``unguarded`` are the residuals that autograd would let be written to until the
     backward reads them."""
 
-    #: autograd knows the first input by the result: an op that saves it saves this
+    #: autograd takes the result for the first input: an op that saves the input saves the result
     hooked = False
 
     def __init__(
@@ -101,7 +101,7 @@ class CustomDerivative:
         return list(n.args[:i]), list(n.args[i:o]), list(n.args[o:])
 
     def backward_for(self, wanted: Sequence[bool]) -> dict[Any, Any]:
-        """Return the backward for a gradient of these inputs."""
+        """Return the backward for gradients of these inputs."""
         if self.narrow is not None and all(
             m or not w for m, w in zip(self.narrow[0], wanted, strict=True)
         ):
@@ -173,7 +173,7 @@ class CustomDerivative:
         return [found.get(x) for x in inputs]
 
     def zeros(self, b: Builder) -> dict[int, Node] | None:
-        """Return the cotangents that the backward gets where autograd calls it without any."""
+        """Return the cotangents that the backward gets if autograd calls it without any."""
         if None not in self.backward:
             return None
         return {i: filled_node(b, 0, v) for i, v in enumerate(self.vals) if v.differentiable}
@@ -250,8 +250,8 @@ class CustomDerivative:
 
 
 def is_ours(part: Any) -> bool:
-    """Return whether this is an error of ours: raised at once. The user's are raised by the
-    backward."""
+    """Return whether this is an error of ours, raised at once. The backward raises the user's
+    errors."""
     return isinstance(part, AotfuncError) and not isinstance(part, OpError)
 
 

@@ -1,5 +1,6 @@
-"""A call of a function with rules of the user's, recorded: its results are marked as having the
-derivative, and the batching, that the rules say."""
+"""Record a call of a function with the user's rules: mark its results with the derivative, and the
+batching, of the rules.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ class CustomRules:
     batching ``batched(size, in_batched, *args) -> (output, out_batched)``. The arguments at the
     positions ``places`` are ``fixed``: they have no derivative."""
 
-    #: what a call depends on
+    #: the key of a call
     PARTS = ("f", "places", "forward", "backward", "symbolic_zeros", "tangents_of", "batched")
 
     def __init__(self, f: Callable, places: tuple[int, ...]) -> None:
@@ -64,7 +65,7 @@ class CustomRules:
         return unflatten_tree(list(leaves), context.spec)
 
     def run(self, context: Any, args: tuple) -> tuple:
-        """Return the leaves of the output; what the rules read goes into the context."""
+        """Return the leaves of the output, and put what the rules read into the context."""
         primals = Operands(args, opened=True)
         # without a derivative, or called by its own forward, it is its body; a backward that is
         # asked for after all asks the forward again
@@ -87,8 +88,8 @@ class CustomRules:
         return tuple(leaves)
 
     def output_and_residuals(self, args: tuple) -> tuple[Any, Any]:
-        """Return the results and residuals of the user's forward, inside of which the function is
-        its body."""
+        """Return the results and residuals of the user's forward, in which a call of the function
+        is its body."""
         _running.rules.append(self)
         try:
             result = self.forward(*args)  # type: ignore[misc]
@@ -123,8 +124,8 @@ class CustomRules:
 
 
 class Batched:
-    """The user's batching rule as that of an ``autograd.Function``, checked against ``sample``,
-    the output of one call, where that is known."""
+    """The user's batching rule in the form of an ``autograd.Function``'s, checked against
+    ``sample``, the output of one call, if that is known."""
 
     generate_vmap_rule = False
 
@@ -183,7 +184,7 @@ class Batched:
 
 @dataclass(frozen=True)
 class Pullback:
-    """The user's backward as that of an ``autograd.Function``: a gradient for each leaf."""
+    """The user's backward in the form of an ``autograd.Function``'s: a gradient for each leaf."""
 
     rules: CustomRules
 
@@ -241,7 +242,7 @@ def argument_gradients(
 
 @dataclass(frozen=True)
 class Pushforward:
-    """The user's jvp as that of an ``autograd.Function``: a tangent for each tensor of the
+    """The user's jvp in the form of an ``autograd.Function``'s: a tangent for each tensor of the
     output."""
 
     rules: CustomRules
@@ -273,7 +274,7 @@ class Pushforward:
 
 
 def check_shapes(what: str, leaves: Sequence[Any], shapes: Sequence[torch.Size | None]) -> None:
-    """Refuse a derivative that has not the shape of its value."""
+    """Refuse a derivative of another shape than its value's."""
     for x, shape in zip(leaves, shapes, strict=True):
         if isinstance(x, Tensor) and shape is not None and x.shape != shape:
             raise ArgumentError(f"{what} has shape {list(x.shape)}, and its value {list(shape)}")
@@ -281,7 +282,7 @@ def check_shapes(what: str, leaves: Sequence[Any], shapes: Sequence[torch.Size |
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        self.rules: list[CustomRules] = []  # those whose forward is running
+        self.rules: list[CustomRules] = []  # the functions whose forward is running
 
 
 _running = _Running()
@@ -296,8 +297,8 @@ def two_results(rules: CustomRules, which: str, what: str, result: Any) -> Any:
 
 @contextmanager
 def reads_checked(rules: CustomRules, context: Any, args: Sequence[Tensor]) -> Iterator[None]:
-    """Refuse a function that reads what requires grad and is no argument, for which there is no
-    rule; note whether it draws random numbers."""
+    """Refuse a function that closes over a tensor that requires grad, as no rule covers it; note
+    whether the function draws random numbers."""
     trace = current()
     assert trace is not None
     start, count, known = len(trace.records), trace.count, {trace.ref_of(t)[0] for t in args}

@@ -1,9 +1,9 @@
-"""When a backward is recorded. Autograd calls it after the function is over, and it reads Python's
-variables as they are by then; so the backwards of Functions and hooks wait until a gradient is
-taken.
+"""Record backwards when a gradient is taken: autograd calls the backwards of Functions and hooks
+after the function is over, and they read Python's variables as they are by then.
 
-What they read of tensors goes into their step, where the function was applied: a tensor that is
-made or written to later has no place there, and the derivative that reads it is refused."""
+Tensors that they read go into their step, where the function was applied. A tensor that is made or
+written to later has no place there, and the derivative that reads it is refused.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .live_hooks import LiveHooks
 
 
 def calls_late(*functions: Callable) -> None:
-    """Return whether autograd calls these after the function is over, when the Python variables
+    """Return whether autograd calls these functions after ``f`` is over, when the Python variables
     that they read may have changed."""
     for trace in under_way.traces:
         if not trace.may_ask_constants:
@@ -39,13 +39,13 @@ def calls_late(*functions: Callable) -> None:
 
 class Deferred:
     """A step whose backward waits. ``make(self)`` returns the step with its backward, and the
-    numbers of the further values that the backward reads."""
+    numbers of the other values that the backward reads."""
 
     def __init__(
         self, trace: Trace, name: str, raw: Sequence[Tensor], results: Sequence[Any], saved: Any
     ) -> None:
-        """Remember that ``raw`` became ``results`` by the last record; autograd itself guards the
-        tensors ``saved`` against writes."""
+        """Remember that the last record turned ``raw`` into ``results``; autograd itself guards
+        the tensors ``saved`` against writes."""
         self.trace, self.name, self.record = trace, name, len(trace.records) - 1
         self.count = trace.count - len(results)
         self.raw = {new.ref: trace.ref_of(o)[0] for o, new in zip(raw, results, strict=True)}
@@ -58,12 +58,12 @@ class Deferred:
         self.live = False
 
     def wait(self, make: Callable[[Deferred], tuple[Any, list[int]]]) -> None:
-        """Wait from here on: the backward would see later writes, and the recording cannot."""
+        """Defer the backward from here on: it would see later writes, and the recording cannot."""
         self.make, self.written_from = make, len(self.trace.records)
         self.trace.deferred.append(self)
 
     def refs(self, tensors: Sequence[Tensor]) -> list[int] | CaptureError:
-        """Return the values that a backward reads, as the step finds them."""
+        """Return the values that a backward reads, as they are before the step."""
         found: list[int] = []
         written: set[Any] = set()
         for t in tensors:
@@ -89,8 +89,8 @@ class Deferred:
         return next((s.old for s in self.trace.stand_ins if s.hooks and s.new == ref), None)
 
     def settle(self) -> None:
-        """Record the backward as it is now. It goes on waiting, and must be the same when it is
-        asked for again."""
+        """Record the present backward. It goes on waiting, and must be the same when it is settled
+        again."""
         step, refs = self.make(self)
         derivative = step.derivative
         rules = [p if isinstance(p, RuleProgram) else type(p) for p in derivative.rules]
@@ -113,7 +113,7 @@ def too_late(what: str, line: Line | None) -> CaptureError:
 
 
 def written_memory(trace: Trace, start: int, count: int | None = None) -> set[Any]:
-    """Return the memory that the ``count`` records from this one on, or all of them, write to."""
+    """Return the memory that ``count`` records from ``start`` on, or all of them, write to."""
     later = trace.records[start:][:count]
     return {
         memory_group(trace, refs[s]) for instr, refs, *_ in later for s in written_slots(instr)
@@ -131,9 +131,9 @@ def memory_group(trace: Trace, ref: int) -> Any:
 
 
 def check_checkpoints(trace: Trace) -> None:
-    """Refuse a write, before a gradient is taken, to what a checkpoint has read and reads again
-    when it computes again. What it writes itself, such as statistics, does not count: it is
-    written once, and not read."""
+    """Refuse a write, before a gradient is taken, to a tensor that a checkpoint reads and its
+    recomputation would read again. The checkpoint's own writes, such as statistics, do not count:
+    they are made once, and not read."""
     regions: dict[int, list[tuple[int, range]]] = {}
     number = len(trace.inputs)
     for k, (instr, _, _, region, _) in enumerate(
@@ -193,8 +193,8 @@ def check_calls(trace: Trace) -> None:
 
 
 def unguarded(program: Program, again: bool = False) -> tuple[list[int], list[int]]:
-    """Return the inputs and results that the backwards in a program read and that autograd would
-    let be written to; ``again``: those that its checkpoints read when they compute again."""
+    """Return the inputs and results that the backwards in a program read and autograd does not
+    guard against writes; ``again``: those that its checkpoints read when they recompute."""
 
     def find() -> tuple[list[int], list[int]]:
         read: set[Any] = set()
@@ -212,7 +212,7 @@ def unguarded(program: Program, again: bool = False) -> tuple[list[int], list[in
         outs = [shown_by(o) for o in program.outputs]
         finals = dict(zip(program.mutated, outs[program.n_outputs :], strict=True))
         own = [o for o in outs[: program.n_outputs] if isinstance(o, Node)]
-        # statistics that a checkpoint writes itself are read as they are by then
+        # a checkpoint reads its own statistics as they are by then
         seen = lambda i, p: p in read and i not in finals if again else {p, finals.get(i)} & read
         return (
             [i for i, p in enumerate(program.placeholders) if seen(i, p)],
@@ -223,7 +223,7 @@ def unguarded(program: Program, again: bool = False) -> tuple[list[int], list[in
 
 
 def shown_by(n: Any) -> Any:
-    """Return the node whose memory this shows: it is a view of it, or what a Function returned."""
+    """Return the node whose memory ``n`` shows, as a view of it or as a Function's result."""
     while isinstance(n, Node):
         source, item = n.args if n.target is operator.getitem else (n, 0)
         if isinstance(source.target, CustomDerivative):

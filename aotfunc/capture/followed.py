@@ -1,5 +1,6 @@
-"""The values of a recording so far, for all samples of the batches around it. Each step runs once,
-however often values are asked for."""
+"""Keep the values of a recording so far for all samples of the batches around it, so that each
+step runs once, however often values are asked for.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ class Unsteady(Exception):
 
 
 def followed_batches(trace: Trace, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int] | None:
-    """Return :func:`batches`, running each step once however often it is asked; None if that
-    cannot be done."""
+    """Return :func:`batches`, with each step run once however often it is called; None if that is
+    not possible."""
     try:
         follower = follow_trace(trace)
         return [follower.value(trace, trace.ref_of(t)[0]) for t in tensors], follower.count
@@ -59,14 +60,14 @@ def follow_trace(trace: Trace) -> Followed:
 
 
 class Followed:
-    """The values of a recording so far. Those that ``differ`` are there for all samples of all
+    """The values of a recording so far. Those that ``differ`` are kept for all samples of all
     batches around it, at dimension 0."""
 
     def __init__(self, trace: Trace) -> None:
         self.outer = samples_around(trace)
         self.count = samples_around(trace, itself=True)
         self.values: dict[int, Tensor] = {}
-        self.stale: set[int] = set()  # what shows memory that another value was written through
+        self.stale: set[int] = set()  # values whose memory was written through another value
         dims = () if trace.samples is None else trace.samples.dims
         self.differ = {i for i, d in enumerate(dims) if d is not None}  # between the samples
         # number of steps that have been run, and of values by then
@@ -89,7 +90,7 @@ class Followed:
                 self.run(trace, [*steps])
 
     def showing(self, trace: Trace, new: Sequence[Record]) -> set[int]:
-        """Return those of the existing values that show memory which these steps write to."""
+        """Return the existing values that show memory which these steps write to."""
         roots = trace.roots().of
         written = {refs[s] for instr, refs, *_ in new for s in written_slots(instr)}
         shown = {roots.get(r, r) for r in written}
@@ -98,7 +99,7 @@ class Followed:
         return {r for r in (*shown, *roots) if r < self.number and roots.get(r, r) in shown}
 
     def take(self, trace: Trace, rows: Sequence[Record]) -> None:
-        """Take rows of batches that are there already."""
+        """Take rows from batches that are already computed."""
         if self.outer != 1:
             raise Unsteady
         for _, (batch, _), *_ in rows:
@@ -147,7 +148,7 @@ class Followed:
             return x if ref in self.differ else x.expand(self.count, *x.shape)
 
     def one(self, trace: Trace, ref: int) -> Tensor:
-        """Return the value: for all samples if it differs, else the common one."""
+        """Return the value: all samples' if it differs, else the common one."""
         if ref in self.stale:
             raise Unsteady
         if ref not in self.values:
@@ -180,7 +181,7 @@ class Followed:
 
 
 def samples_around(trace: Trace, itself: bool = False) -> int:
-    """Return how many samples the batches around a recording have together."""
+    """Return the number of samples of all batches around a recording together."""
     traces = [*around(trace), trace] if itself else around(trace)
     return math.prod(t.samples.axis.size for t in traces if t.samples is not None)
 
@@ -190,8 +191,8 @@ def repeat_samples(x: Tensor, times: int) -> Tensor:
 
 
 def steady(instr: Any) -> bool:
-    """Return whether a step is nothing but a function of the tensors that it reads, and writes to
-    those alone."""
+    """Return whether a step is a function of the tensors that it reads, and writes to no
+    others."""
     facts = instr.facts
     if facts.random:
         return False
@@ -203,8 +204,8 @@ def steady(instr: Any) -> bool:
 def steps_as_program(
     records: Sequence[Record], number: int, numbers: Sequence[float], old: Collection[int]
 ) -> tuple[list[int], list[int], Program]:
-    """Return ``(read, written, program)`` of these steps: the program takes the values that they
-    ``read`` and do not make. It returns all that they make, from value ``number`` on, then the new
+    """Return ``(read, written, program)`` of these steps. The program takes the ``read`` values,
+    which they do not make. It returns all that they make, from value ``number`` on, then the new
     values of those among ``old`` that they read. The rounds of a loop give the same program. The
     Python ``numbers`` are literals."""
     read: dict[int, Sig] = {}

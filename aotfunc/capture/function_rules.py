@@ -1,7 +1,8 @@
 """Record the backward and the jvp of an ``autograd.Function`` as programs.
 
-A rule reads its context, and the programs what that keeps. A rule that is under way when it is
-asked for again, as its derivative calls its own Function, is recorded on demand."""
+A rule reads its context; a program takes the context's contents. A rule that is asked for while it
+is being recorded, because its derivative calls its own Function, is recorded on demand.
+"""
 
 from __future__ import annotations
 
@@ -61,12 +62,12 @@ def recorded_backward(
     trace: Trace, name: str, args: Any, ctx: Context, outs: Sequence[Any], backward: Callable
 ) -> Callable[[Callable, list[int]], tuple[tuple, Any]]:
     """Return ``record(refs, residuals)``, which records a Function's backward as programs: for all
-    inputs, and for those alone that require grad. It appends the values that they read."""
+    inputs, and for those that require grad. It appends the values that they read."""
     wanted = Gradients.of(args, backward)
     diff = [floating(o) for o in outs]
     sigs = [contiguous_sig(trace.ref_of(o)[1]) if floating(o) else None for o in outs]
     tensors, floats = [isinstance(a, Tensor) for a in args], tuple(map(floating, args))
-    # a derivative may be differentiated by any of its values
+    # any value of a derivative may be differentiated
     narrows = sum(floats) > 1 and not trace.of_a_rule
     requiring = tuple(map(requires_grad, args)) if narrows else floats
 
@@ -118,8 +119,8 @@ def rule_program(
     seen: Callable,
     residuals: list,
 ) -> Any:
-    """Return a rule recorded as a program, or the error that this raised; ``residuals`` get what
-    it reads as it is ``seen``."""
+    """Return a rule recorded as a program, or the error that it raised; append what it reads, as
+    ``seen``, to ``residuals``."""
     if calls in _recorded_now.rules:
         bare, read = held(ctx)
     else:
@@ -148,7 +149,7 @@ def patterns(count: int, materialize: bool) -> list[tuple[bool, ...] | None]:
 
 @dataclass(frozen=True)
 class Gaps:
-    """Calls the rule with ``None`` in the places of absent values."""
+    """A call of the rule with ``None`` for absent values."""
 
     rule: Callable
     given: tuple[bool, ...]
@@ -160,7 +161,7 @@ class Gaps:
 
 @dataclass(frozen=True)
 class Tangents:
-    """Calls the jvp and returns a list."""
+    """A call of the jvp that returns a list."""
 
     jvp: Callable
 
@@ -170,8 +171,8 @@ class Tangents:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Calls the backward and returns one gradient per tensor argument, as autograd takes it: of
-    the argument's shape and dtype, None for integers. It runs without autocast."""
+    """A call of the backward that returns one gradient per tensor argument, as autograd takes it:
+    of the argument's shape and dtype, None for integers. It runs without autocast."""
 
     backward: Callable
     places: tuple[int, ...]  # of the tensors
@@ -194,7 +195,7 @@ class Gradients:
 
 
 def fitting(g: Any, want: tuple[torch.Size, torch.dtype] | None, last: bool) -> Any:
-    """Return a gradient in this shape and dtype; the ``last`` one may not be differentiated
+    """Return a gradient of this shape and dtype; the ``last`` one may not be differentiated
     again."""
     if g is None or want is None:
         return None
@@ -211,14 +212,14 @@ def _once_differentiable(ctx: Any, g: Any) -> Any:
     return g
 
 
-#: the code that every function decorated with @once_differentiable has
+#: the code of every function decorated with @once_differentiable
 _ONCE = _once_differentiable.__code__  # type: ignore[attr-defined]
 
 
 class _RecordedNow(threading.local):
     def __init__(self) -> None:
-        self.rules: list[Any] = []  # derivatives that are being recorded
-        self.compared: list[Any] = []  # keys of those that are, to be compared
+        self.rules: list[Any] = []  # the derivatives being recorded
+        self.compared: list[Any] = []  # the keys of those recorded for a comparison
 
 
 _recorded_now = _RecordedNow()
@@ -229,7 +230,7 @@ class Held(int):
 
 
 def held(ctx: Context) -> tuple[Context, list[Tensor]]:
-    """Return a copy of a context that says Held where it keeps a tensor, and these tensors, each
+    """Return a copy of a context with Held in place of its tensors, and these tensors, each
     once."""
     kept = [*ctx.to_save, *ctx.saved_for_forward, *vars(ctx).values()]
     tensors = list({id(t): t for t in kept if isinstance(t, Tensor)}.values())
@@ -261,7 +262,7 @@ def later(
     calls: Any,
 ) -> Later:
     """Return the rule as a RuleProgram to be recorded on demand: a program of its given values
-    (``sigs``) and of what the context keeps (``more``). It holds no tensor."""
+    (``sigs``) and of the context's contents (``more``). It holds no tensor."""
 
     def on(*xs: Tensor) -> Any:
         given, kept = xs[: len(sigs)], xs[len(sigs) :]
@@ -337,7 +338,7 @@ def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) ->
     except NotImplementedError as e:
         return CaptureError(f"{name} has no derivative: {e}")
     except Exception as e:
-        # the user's error: raised where this derivative is asked for, as in eager
+        # the user's error is raised when this derivative is taken, as in eager
         return e.with_traceback(None)
     finally:
         _recorded_now.rules.pop()

@@ -1,8 +1,9 @@
-"""The ``vmap`` of an ``autograd.Function``: called on the real batch if there is one, otherwise
+"""The ``vmap`` of an ``autograd.Function``: called on the real batch if there is one, else
 recorded as the batching rule of the Function's node.
 
 On the real batch it may, as with torch.func, look at values, close over tensors and differentiate
-a graph from outside."""
+a graph from outside.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +37,15 @@ from .tree import Operands
 
 
 class Info(NamedTuple):
-    """The information about the batch that a Function's ``vmap`` gets."""
+    """What a Function's ``vmap`` is told about the batch."""
 
     batch_size: int
     randomness: str
 
 
 def call(cls: Any, info: Info, dims: Any, args: Any) -> tuple[list, TreeSpec, list]:
-    """Return the results of ``cls.vmap``, flat: the leaves of its output, their tree, and a dim
-    for each of them."""
+    """Return the flat results of ``cls.vmap``: the leaves of its output, their tree, and a dim for
+    each."""
     name = cls.__name__
     if cls.generate_vmap_rule:
         raise RuleError(
@@ -83,8 +84,8 @@ def call(cls: Any, info: Info, dims: Any, args: Any) -> tuple[list, TreeSpec, li
 
 def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
     """Return the results of ``cls.vmap`` on the real batched tensors that the arguments stand for,
-    as values of the recording. NotImplemented where the recording is not of an outermost ``vmap``
-    over real tensors, or none is batched."""
+    as values of the recording. Return NotImplemented if the recording is not of an outermost
+    ``vmap`` over real tensors, or none is batched."""
     trace = current()
     assert trace is not None
     if not may_be_real(trace):
@@ -148,8 +149,8 @@ def may_be_real(trace: Trace) -> bool:
 
 
 class LookedAt:
-    """What has been looked at of a recording: the tensors from outside and their ``memory``, and
-    the steps; each of them once."""
+    """What was looked at of a recording: the tensors from outside and their ``memory``, and the
+    steps, each once."""
 
     def __init__(self) -> None:
         self.tensors = self.steps = 0
@@ -182,7 +183,7 @@ def written_so_often(tensors: Sequence[Tensor]) -> list[int]:
     """Return the versions of the tensors."""
     try:
         return [*map(_version, tensors)]
-    except RuntimeError:  # some are made in inference mode
+    except RuntimeError:  # tensors of inference mode have none
         return [*map(version, tensors)]
 
 
@@ -190,8 +191,7 @@ _version = operator.attrgetter("_version")
 
 
 def unshared(trace: Trace, x: Tensor) -> Tensor:
-    """Return ``x`` in memory of its own: a write to it must not be seen before the recording
-    runs."""
+    """Return ``x`` in new memory: no write to it may be seen before the recording runs."""
     with quiet():
         return x.clone() if x.untyped_storage()._cdata in trace.looked_at.memory else x
 
@@ -213,7 +213,7 @@ def set_aside(trace: Trace) -> Iterator[None]:
 
 
 def part_of_sample(trace: Trace, x: Tensor, dim: int, sample: Tensor) -> Tensor:
-    """Return the part of the real batch ``x`` that belongs to the same sample as the batched value
+    """Return the part of the real batch ``x`` that belongs to the sample of the batched value
     ``sample``."""
     with quiet():
         x = x.movedim(dim, 0)
@@ -224,7 +224,7 @@ def part_of_sample(trace: Trace, x: Tensor, dim: int, sample: Tensor) -> Tensor:
 # ----- as a batching rule ------------------------------------------------------------------------
 
 
-#: rules by their operands, kept for as long as they record what they did before
+#: operands -> rule, kept as long as it records the same
 _rules = Cache(4096)
 
 
@@ -241,7 +241,7 @@ class OwnRule:
     ) -> None:
         self.cls, self.operands, self.surroundings = cls, operands, surroundings
         self.closed = list(map(weakref.ref, closed))
-        #: what it recorded, by how it was called; None if that differed, or cannot be compared
+        #: its call -> what it recorded; None if that differed, or cannot be compared
         self.recorded: dict[tuple, tuple | None] = {}
         self.running = False
         self.asked: Any = lambda: None  # refers to the outermost recording in which it was
@@ -249,7 +249,7 @@ class OwnRule:
     @classmethod
     def of(cls, owner: Any, args: Sequence[Any], closed: Sequence[Tensor] = ()) -> OwnRule:
         """Return the rule of an earlier call if it still records the same, so that programs that
-        hold it are equal, too. A rule that closes over tensors is a new one at each call."""
+        hold it are equal, too. A rule that closes over tensors is new at each call."""
         how = (owner, Operands(args).without_tensors(), Surroundings.now())
         if closed:
             return cls(*how, closed)
@@ -264,7 +264,7 @@ class OwnRule:
         return known
 
     def holds(self) -> bool:
-        """Return whether the rule records what it did before."""
+        """Return whether the rule still records the same."""
         if len(self.recorded) > 8:
             return False
         for (info, flags, sigs), before in list(self.recorded.items()):
@@ -280,16 +280,16 @@ class OwnRule:
         return True
 
     def body(self, info: Info, flags: tuple, sigs: tuple, tensors: Sequence[Tensor]) -> list:
-        """Return the batched results, the batch in front."""
+        """Return the batched results, with the batch in front."""
         count = len(self.operands.places)
         # a Function may write to its argument: the recorded call does so, too
         copies = [t.clone() for t in tensors[:count]]
         dims = self.operands.dims(flags[:count])
         for t, flag, closed in zip(tensors[count:], flags[count:], self.closed, strict=True):
-            # what the samples do not share is no tensor that the rule may read
+            # the rule may not read tensors that differ between samples
             if flag is None and (real := closed()) is not None:
                 current().stand_for(t, real)  # type: ignore[union-attr, arg-type]
-        before, self.running = self.running, True  # what the rule calls need not compare it
+        before, self.running = self.running, True  # nested rules need no comparison
         try:
             with self.surroundings.again():
                 leaves, _, out_dims = call(self.cls, info, dims, self.operands.rebuilt(copies))
@@ -328,8 +328,8 @@ class OwnRule:
 
 
 def as_recorded(results: Sequence[Tensor]) -> tuple | None:
-    """Return what the recording under way has recorded of these results; None if it holds tensors,
-    which are not compared."""
+    """Return the recorded steps of these results; None if they hold tensors, which are not
+    compared."""
     trace = current()
     assert trace is not None
     trace.settle()
@@ -338,7 +338,7 @@ def as_recorded(results: Sequence[Tensor]) -> tuple | None:
 
 
 class Told(CaptureError):
-    """An error that already names its Function."""
+    """An error whose text already names the Function."""
 
 
 def check_closed_over(outs: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The state of the default generator, set or read inside a recording."""
+"""Set or read the state of the default generator inside a recording."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from ..trace.tracer import Trace
 
 
 def has_drawn(trace: Trace) -> bool:
-    """Return whether random numbers were drawn already, as far as the recording goes: they are
-    drawn when it runs."""
+    """Return whether the recording has draws, which happen when it runs."""
     return any(r[0].facts.random for r in trace.records)
 
 
@@ -35,21 +34,20 @@ def random_seed() -> int:
 
 
 def get_rng_state() -> Tensor:
-    """Return the default generator's state, as long as it is the one that the program will
-    find."""
+    """Return the default generator's state, if it is the one that the program will find."""
     settable("torch.get_rng_state", None)
     return ORIGINALS["get_state"]()
 
 
 def initial_seed() -> int:
-    """Return the default generator's seed, as :func:`get_rng_state` its state."""
+    """Return the default generator's seed; allowed as in :func:`get_rng_state`."""
     settable("torch.initial_seed", None)
     return ORIGINALS["initial_seed"]()
 
 
 def settable(what: str, value: Any) -> Any:
-    """Return ``value``. Raises CaptureError where the state of the generator would be set, or
-    looked at, at another time than when the program runs."""
+    """Return ``value``. Raises CaptureError if the state of the generator would be set or read at
+    another time than when the program runs."""
     trace = current()
     if trace is not None:
         if has_drawn(trace):

@@ -1,5 +1,4 @@
-"""``torch.autograd.grad`` as a step of a recording: the reverse walk of what was recorded
-before."""
+"""Record ``torch.autograd.grad`` as a step: the reverse walk of what was recorded before."""
 
 from __future__ import annotations
 
@@ -25,8 +24,7 @@ aten = torch.ops.aten
 
 class GradStep(Step):
     """A call of ``torch.autograd.grad(outputs, inputs, grad_outputs)`` inside a function. With
-    ``size``, a call with ``is_grads_batched``: so many gradients are given for each output and
-    returned for each input."""
+    ``size`` it has ``is_grads_batched``: so many gradients per output and per input."""
 
     def __init__(
         self,
@@ -85,7 +83,7 @@ class GradStep(Step):
         self.bind(f, grads, grad and self.create_graph)
 
 
-#: views that only some layouts have
+#: views that only some layouts allow
 BY_LAYOUT = frozenset(
     (aten.view.default, aten.view.dtype, aten.view_as_complex.default, aten.as_strided.default)
 )
@@ -94,8 +92,7 @@ BY_LAYOUT = frozenset(
 def for_each(
     b: Builder, inputs: Sequence[Node], outs: Sequence[Any], batch: Sequence[Node], size: int
 ) -> list[Node]:
-    """Return ``outs``, which were computed from ``inputs``, for each of a batch of these
-    inputs."""
+    """Return ``outs``, which were computed from ``inputs``, for each of a batch of inputs."""
     _, nodes, residuals = cut(b.graph, inputs, (), outs)
     inner = builder()
     env = {n: inner.placeholder(n.name, n.meta["val"]) for n in (*inputs, *residuals)}

@@ -1,5 +1,6 @@
-"""The layouts of gradients taken inside a recording. They are known once the program is derived;
-whether ``g.reshape(-1)`` shares memory with ``g`` depends on them."""
+"""Find the layouts of gradients taken inside a recording: whether ``g.reshape(-1)`` shares memory
+with ``g`` depends on them, and only the derived program has them.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ _layouts = Cache(256)  # keys are whole recordings
 
 def computed_layouts(trace: Trace, step: GradStep, refs: tuple[int, ...]) -> tuple[Sig, ...]:
     """Return the signatures of the results of a gradient step that is about to be recorded for the
-    values ``refs``. Where its derivation is refused they are the step's own: the refusal comes
-    again when the program is derived."""
+    values ``refs``. If its derivation is refused they are the step's own: the program's derivation
+    will raise the refusal."""
 
     def found() -> tuple[Sig, ...]:
         if trace.mutates or not all(stands_alone(instr) for instr, *_ in trace.records):
             return derived_layouts(trace, step, refs)
-        part, given = path_from(trace, step, refs)  # other rounds of a loop have the same one
+        part, given = path_from(trace, step, refs)  # other rounds of a loop share it
         return _layouts.once((part.key(), step, given), lambda: derived_layouts(part, step, given))
 
     return _layouts.once((trace.key(), step, refs), found)
@@ -54,23 +55,22 @@ def derived_layouts(trace: Trace, step: GradStep, refs: tuple[int, ...]) -> tupl
 
 
 def dense_layout(sig: Sig) -> Sig:
-    """Return the signature that layout-keeping ops give the result for a tensor of this
-    signature."""
+    """Return the signature of the result of a layout-keeping op on a tensor of this signature."""
     with torch._C._DisableTorchDispatch():
         stride = sig.proto.clone().stride()  # empty_like would import sympy
     return make_sig(sig.shape, stride, sig.dtype, sig.device)
 
 
 def stands_alone(instr: Any) -> bool:
-    """Return whether a step is complete by itself, as the parts of a Function are not."""
+    """Return whether a step is complete by itself, unlike the parts of a Function."""
     return isinstance(instr, Instr | CallStep | GradStep)
 
 
 def path_from(
     trace: Trace, step: GradStep, refs: tuple[int, ...]
 ) -> tuple[Trace, tuple[int, ...]]:
-    """Return the part of the recording behind the differentiated values of the step, as a
-    recording of its own, and the names of ``refs`` in it."""
+    """Return the part of the recording after the differentiated values of the step, as a recording
+    of its own, and the numbers of ``refs`` in it."""
     wanted, sigs = refs[len(refs) - len(step.outs) :], dict(enumerate(trace.signatures()))
     count = len(trace.inputs)
     sigs |= {-1 - i: sigs[count + i] for i in range(len(trace.lifted))}

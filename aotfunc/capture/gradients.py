@@ -73,8 +73,8 @@ def gradients_inside(
     size: int | None,
     ins: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Return the gradients in ``ins``, as far as the recording goes: None for those that do not
-    lead to ``outs`` here."""
+    """Return the gradients in ``ins`` inside the recording; None for those that do not lead to
+    ``outs`` there."""
     refs = [trace.ref_of(o)[0] for o in outs]
     used = [trace.autograd.reaches(trace.ref_of(x)[0], refs) for x in ins]
     wanted = [x for x, yes in zip(ins, used, strict=True) if yes]
@@ -99,7 +99,7 @@ def gradients_inside(
 
 
 def as_list(tensors: Tensor | Iterable[Tensor]) -> list[Any]:
-    """List the tensors of an argument that is one or several."""
+    """Return the tensors of an argument of one or several as a list."""
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
@@ -111,7 +111,7 @@ def autograd_backward(
     grad_variables: Any = None,
     inputs: Any = None,
 ) -> None:
-    """Run ``.backward()`` inside a recording: take the gradients of the leaves that were made
+    """Run ``.backward()`` inside a recording: add the gradients of the leaves that were made
     inside."""
     trace = current()
     assert trace is not None

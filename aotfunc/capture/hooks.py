@@ -1,5 +1,4 @@
-"""Hooks of tensors inside a recording: values whose cotangents pass through functions of the
-user's."""
+"""Record hooks of tensors as values whose cotangents pass through functions of the user's."""
 
 from __future__ import annotations
 
@@ -30,8 +29,8 @@ from .live_hooks import Handle, Identity, Link, TensorHooks
 
 
 def register_multi_grad_hook(*_: Any, **__: Any) -> RemovableHandle:
-    """Refuse hooks of several tensors; those of FlopCounterMode, which follow modules backward, do
-    nothing."""
+    """Refuse hooks of several tensors. Ignore those of FlopCounterMode, which follow modules
+    backward."""
     if sys._getframe(2).f_code.co_filename == module_tracker.__file__:
         return RemovableHandle(OrderedDict())
     raise CaptureError(
@@ -41,7 +40,7 @@ def register_multi_grad_hook(*_: Any, **__: Any) -> RemovableHandle:
 
 
 class Hooked(CustomDerivative):
-    """``(value, value, residuals) -> value`` with hooks, which do not act on tangents."""
+    """``(value, value, residuals) -> value`` with hooks, which ignore tangents."""
 
     hooked = True
 
@@ -50,8 +49,7 @@ class Hooked(CustomDerivative):
 
 
 def reads(instr: Any, refs: Sequence[int], ref: int) -> bool:
-    """Return whether a step has a derivative with respect to ``ref`` as it was before: not the
-    value that it writes there."""
+    """Return whether a step has a derivative with respect to the value of ``ref`` before it."""
     return instr_op(instr) is not torch.ops.aten.detach.default and all(
         refs[s] != ref for s in written_slots(instr)
     )
@@ -59,7 +57,7 @@ def reads(instr: Any, refs: Sequence[int], ref: int) -> bool:
 
 def register_hook(t: Traced, hook: Callable) -> Any:
     """Register a tensor hook: from here on ``t`` is a value whose cotangent passes through the
-    hook. Refused where autograd's hook would see more: earlier uses of ``t``, or an input's
+    hook. Refuse it if autograd's hook would see more: earlier uses of ``t``, or an input's
     gradient after a write."""
     trace = t.tracer
     if not t.requires_grad:
@@ -105,7 +103,7 @@ def register_hook(t: Traced, hook: Callable) -> Any:
     value = old = source.ref = t.ref if before is None else before.old
 
     def backward(ctx: Any, g: Tensor) -> Tensor:
-        for each in mine.held:  # in this order
+        for each in mine.held:  # keep this order
             changed = each(g)
             g = g if changed is None else changed
         return g
@@ -141,8 +139,8 @@ def register_hook(t: Traced, hook: Callable) -> Any:
 
 
 def written_since(trace: Trace, ref: int, start: int) -> bool:
-    """Return whether a record from ``start`` on writes to the memory of a value, in view of
-    autograd."""
+    """Return whether a record from ``start`` on writes to the memory of a value where autograd
+    sees it."""
     return any(
         grad and trace.root(refs[s]) == trace.root(ref) and refs[s] in trace.autograd.active()
         for instr, refs, grad, *_ in trace.records[start:]
@@ -151,7 +149,7 @@ def written_since(trace: Trace, ref: int, start: int) -> bool:
 
 
 def made_before(trace: Trace, ref: int) -> bool:
-    """Return whether a value is older than the checkpoint that is being recorded."""
+    """Return whether a value is older than the checkpoint being recorded."""
     if trace.region is None:
         return False
     number, end = lambda r: r.number if isinstance(r, Region) else r or 0, len(trace.inputs)
@@ -163,16 +161,15 @@ def made_before(trace: Trace, ref: int) -> bool:
 
 
 def register_outside(t: Traced, hook: Callable) -> Handle:
-    """Let every call register the hook on its argument, whose gradient is that of other uses,
-    too."""
+    """Register the hook on the argument at every call: its gradient includes other uses."""
     handle = Handle(hook, at(debug.user_line()))
     t.tracer.given_hooks.append((t.ref, handle))
     return handle
 
 
 def before_hooks(t: Traced) -> Traced:
-    """Return the value that a tensor was before hooks were registered on it: its gradient has
-    passed them."""
+    """Return the value of a tensor before hooks were registered on it: its gradient has passed
+    them."""
     hooked = {s.new: s.old for s in t.tracer.stand_ins if s.hooks}
     twin = t.tracer.alias(t)
     while twin.ref in hooked:

@@ -25,8 +25,8 @@ from .plain_trees import flatten_plain, maker_of
 
 
 class Opened:
-    """The content of an instance: its attributes, then the items of a dictionary that are not the
-    attribute of their name, or the items of a tuple, by number."""
+    """The content of an instance: its attributes, then the items of a dictionary without those
+    equal to an attribute, or the items of a tuple, by number."""
 
     def __init__(self, x: Any) -> None:
         attributes = attributes_of(x)
@@ -53,7 +53,7 @@ def rebuild(children: Any, context: Any) -> Any:
 
 
 def is_whole(x: Any) -> bool:
-    """Return whether ``x`` is more than the tuple that PyTorch's trees would make of it: a shape,
+    """Return whether PyTorch's trees would take ``x`` for a plain tuple, which it is not: a shape,
     which is a value here, or a named tuple with attributes."""
     cls = type(x)
     return cls is Size or (
@@ -85,7 +85,7 @@ def attributes_of(x: Any) -> dict[str, Any]:
 
 
 def is_data(x: Any) -> bool:
-    """Return whether ``x`` is an instance of a class that is there to hold data."""
+    """Return whether ``x`` is an instance of a class whose purpose is to hold data."""
     try:
         cls = x.__class__
     except Exception as e:
@@ -116,7 +116,7 @@ def holds_tensor(x: Any, depth: int = 0) -> bool:
 
 
 def flatten_tree(tree: Any) -> tuple[list[Any], TreeSpec]:
-    """Return leaves and spec of a tree; instances that hold tensors are trees."""
+    """Return the leaves and the spec of a tree; instances that hold tensors are trees."""
     if (found := flatten_plain(tree)) is not None:
         return found
     leaves, spec = tree_flatten(tree)
@@ -130,7 +130,7 @@ def unflatten_tree(leaves: list[Any], spec: TreeSpec) -> Any:
 
 
 def opened_instance(x: Any, always: bool = False) -> Any:
-    """Return a leaf, or its content in PyTorch's kinds of trees if it holds a tensor."""
+    """Return a leaf, or, if it holds a tensor, its content in PyTorch's kinds of trees."""
     if not (is_data(x) and (always or holds_tensor(x))):
         return x
     found = Opened(x)
@@ -149,8 +149,7 @@ def opened_in(tree: Any, always: bool = False) -> Any:
 
 
 def containers(tree: Any) -> list[Any]:
-    """Return the lists, tuples, dictionaries and instances that a tree is made of, the outer ones
-    first."""
+    """Return the lists, tuples, dictionaries and instances of a tree, outer ones first."""
     if isinstance(tree, Tensor):
         return []
     children, spec = one_level(tree)
@@ -158,7 +157,7 @@ def containers(tree: Any) -> list[Any]:
 
 
 def remade(tree: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
-    """Return the tree of these leaves; a container that is in it twice is one container in the new
+    """Return the tree of these leaves; a container that occurs twice is one container in the new
     tree, too."""
     children, spec = one_level(tree)
     if spec.is_leaf():
@@ -176,8 +175,7 @@ def one_level(x: Any) -> tuple[list[Any], TreeSpec]:
 
 
 def reassigned(tree: Any, leaves: Sequence[Any]) -> bool:
-    """Return whether the instances in a tree that was made of these leaves hold something else by
-    now."""
+    """Return whether the instances in a tree made of these leaves hold anything else by now."""
     if flatten_plain(tree) is not None or not any(map(is_data, tree_flatten(tree)[0])):
         return False
     return list(map(id, flatten_tree(tree)[0])) != list(map(id, leaves))

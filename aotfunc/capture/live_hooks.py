@@ -1,5 +1,6 @@
 """Hooks of values inside a compiled function that autograd itself calls. The graph has an identity
-at each such value, and a call is cut there (see :mod:`aotfunc.runtime.chains`)."""
+at each such value, where a call is cut (see :mod:`aotfunc.runtime.chains`).
+"""
 
 from __future__ import annotations
 
@@ -17,15 +18,15 @@ from .custom_derivative import CustomDerivative
 
 
 class LiveHooks:
-    """Hooks that every call registers. Programs, which are kept for long, hold them weakly; the
-    entry of the capture keeps them alive."""
+    """Hooks that every call registers. Programs, which live long, hold them weakly; the entry of
+    the capture keeps them alive."""
 
-    #: the hooks, and the module that they are called with
+    #: the hooks, and the module passed to them
     held: Sequence[Any]
 
 
 class Handle:
-    """A hook of a tensor, and whether it is ``settled`` that the function has it."""
+    """A hook of a tensor; once ``settled`` it belongs to the function."""
 
     def __init__(self, hook: Callable, where: str) -> None:
         self.hook, self.where = hook, where
@@ -48,7 +49,7 @@ class Handle:
 
 
 class TensorHooks(LiveHooks):
-    """Hooks of one value, the last one registered here; ``ref`` is the value from then on."""
+    """Hooks of one value, the last one registered here; ``ref`` is the value after them."""
 
     def __init__(self, handles: Sequence[Handle]) -> None:
         self.handles = handles
@@ -80,7 +81,7 @@ class ModuleHooks(LiveHooks):
         return BackwardHook(self.module, self.hooks, self.pre_hooks)
 
     def front(self, values: Sequence[Tensor]) -> list[Any]:
-        """Return the values in front of the module, and what its results are to meet."""
+        """Return the values before the module, and what its results are to meet."""
         given: list[Any] = [None] * self.n_inputs
         for i, x in zip(self.inputs, values, strict=True):
             given[i] = x
@@ -89,8 +90,8 @@ class ModuleHooks(LiveHooks):
         return [*(found[i] for i in self.inputs), hook]
 
     def behind(self, values: Sequence[Any]) -> list[Any]:
-        """Return the values behind the module; the last of the given ones comes from its front,
-        if it has one."""
+        """Return the values after the module; the last given one is from its front, if there is
+        one."""
         given: list[Any] = [None] * self.n_outputs
         for i, x in zip(self.outputs, values, strict=False):
             given[i] = x
@@ -99,13 +100,13 @@ class ModuleHooks(LiveHooks):
         else:
             hook = self.begin()
             hook.setup_input_hook((None,) * self.n_inputs)
-            hook.input_tensors_index = self.inputs or None  # nothing reads those
+            hook.input_tensors_index = self.inputs or None  # no node reads them
         found = hook.setup_output_hook(tuple(given))
         return [*(found[i] for i in self.outputs), None]
 
 
 class Link:
-    """What the identities of one value, or of one call of a module, have in common."""
+    """The common part of the identities of one value, or of one call of a module."""
 
     def __init__(self) -> None:
         self._live: Callable[[], LiveHooks | None] | None = None
@@ -121,7 +122,7 @@ class Link:
 
 
 class Identity(CustomDerivative):
-    """``(values, values, closed-over tensors) -> values``; hooks do not act on tangents."""
+    """``(values, values, closed-over tensors) -> values``; hooks ignore tangents."""
 
     def __init__(self, name: str, vals: tuple, backward: tuple, link: Link) -> None:
         super().__init__(name, len(vals), vals, backward, None, (), None)
@@ -145,5 +146,5 @@ class Identity(CustomDerivative):
 
 
 def live_hooks(n: Any) -> LiveHooks | None:
-    """Return the hooks that autograd is to call where a graph has this node."""
+    """Return the hooks that autograd calls at this node."""
     return n.target.link.live if isinstance(n.target, Identity) else None

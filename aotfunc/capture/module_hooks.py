@@ -34,8 +34,8 @@ class HookedCall(Link):
 
     def __init__(self) -> None:
         super().__init__()
-        #: per reverse walk: the hooks' program for the gradients that are there, these gradients,
-        #: what it closes over
+        #: reverse walk -> (the hooks' program for the present gradients, these, what it closes
+        #: over)
         self.given: WeakKeyDictionary[Builder, tuple[Any, list, list]] = WeakKeyDictionary()
         self._batched: WeakKeyDictionary[Any, HookedCall] = WeakKeyDictionary()
 
@@ -55,7 +55,7 @@ class Front(Identity):
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
         inputs = self.parts(n)[0]
-        # a path to the input that does not pass the output
+        # the path to the input does not pass the output
         if (found := self.link.given.pop(b, None)) is None:
             return inputs, [g.get(i) for i in range(self.n_outputs)]
         part, cotangents, residuals = found
@@ -158,8 +158,8 @@ def setup_output_hook(hook: Any, args: Any) -> Any:
 def recorded_hooks(
     waiting: Deferred, hook: Any, name: str, count: int, places: list[int], vals: tuple
 ) -> tuple[End, list[int]]:
-    """Return the identity behind a module, which has ``count`` results, with its hooks as
-    programs; and the values that they read."""
+    """Return the identity behind a module with ``count`` results, with its hooks as programs, and
+    the values that they read."""
     residuals: list[int] = []
 
     def part(rule: Callable, sigs: Sequence[Any]) -> Any:
@@ -209,7 +209,7 @@ def tracked(values: Sequence[Any]) -> bool:
 
 
 def tensors_among(trace: Trace, values: Sequence[Any]) -> tuple[list[int], tuple]:
-    """Return the places and signatures of the tensors among these."""
+    """Return the positions and signatures of the tensors among ``values``."""
     places = [i for i, x in enumerate(values) if isinstance(x, Tensor)]
     return places, tuple(trace.ref_of(values[i])[1] for i in places)
 

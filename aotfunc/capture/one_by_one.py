@@ -1,4 +1,4 @@
-"""A batch of control flow that goes sample by sample."""
+"""Batch control flow sample by sample."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .scan import Scan
 
 
 def one_by_one(walk: Any, n: Node) -> tuple[list, list[bool]]:
-    """Return the results of the node ``n`` for a batch, as those of a loop over the samples, each
-    of which takes the way that it takes alone; and that all of them differ. Raises ArgumentError
-    where samples share a draw, RuleError where they tell each other something."""
+    """Return the results of the node ``n`` for a batch by a loop over the samples, each of which
+    takes its own way alone; and that all of them differ. Raises ArgumentError if samples share a
+    draw, RuleError if they exchange values."""
     target: Any = n.target
     if target.draws and not walk.once_each(n):
         raise ArgumentError(
@@ -51,7 +51,7 @@ def one_by_one(walk: Any, n: Node) -> tuple[list, list[bool]]:
 
 
 def tells(body: Program, axis: str | None) -> bool:
-    """Return whether an op in a body goes over the axis of this name."""
+    """Return whether a body has a collective over the axis of this name."""
     for n in body.graph.nodes:
         if n.target in axes.OPS and n.args[-1] == axis:
             return True

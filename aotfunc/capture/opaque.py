@@ -1,5 +1,6 @@
-"""The forward of an ``autograd.Function`` that needs values (of numpy, say), as one node of the
-graph."""
+"""Make the forward of an ``autograd.Function`` that needs values (of numpy, say) one node of the
+graph.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ aten = torch.ops.aten
 
 
 class ForwardCall(NamedTuple):
-    """``cls.forward(*args)``"""
+    """A call ``cls.forward(*args)``."""
 
     cls: Any
     operands: Operands
@@ -32,9 +33,8 @@ class ForwardCall(NamedTuple):
 
 
 class OpaqueForward(Step):
-    """A call of ``forward``, made with real tensors when the graph runs. It is not differentiated:
-    the derivative is that of the Function.
-    """
+    """A call of ``forward`` on real tensors when the graph runs. The derivative is the
+    Function's."""
 
     def __init__(self, call: ForwardCall, vals: tuple[Sig, ...]) -> None:
         super().__init__(vals)

@@ -1,5 +1,4 @@
-"""``autograd.grad`` inside a recording, where the gradient flows on through autograd's graph of
-outside tensors."""
+"""Continue ``autograd.grad`` of a recording through autograd's graph of outside tensors."""
 
 from __future__ import annotations
 
@@ -32,9 +31,8 @@ def gradients(
     create_graph: bool,
     batched: bool,
 ) -> list[Tensor | None]:
-    """Return the gradients of the values ``outs`` in ``ins``; ``inside`` gives those that the
-    recording knows. From where these reach tensors from outside, autograd goes on, on traced
-    gradients."""
+    """Return the gradients of the values ``outs`` in ``ins``; ``inside`` returns those in the
+    recording. At tensors from outside autograd continues, on traced gradients."""
     refs = [trace.ref_of(x)[0] for x in ins]
     real: dict[int, Any] = {
         r: from_outside(trace, r) for r in (*outs, *refs) if open_to_autograd(trace, r)
@@ -52,7 +50,7 @@ def gradients(
             f"a tensor from outside, of shape {shape}, was computed there from one that is "
             f"differentiated here{at(user_line())}: compute it inside, or detach() it"
         )
-    stops = graphs | known  # a gradient in one of these has a part inside, too
+    stops = graphs | known  # gradients in these have a part inside, too
     others = [x for x, ref in zip(ins, refs, strict=True) if ref not in known]
     found = inside([*(outside_value(trace, ref) for ref in stops), *others])
     parts = [(t, g) for t, g in zip(stops.values(), found, strict=False) if g is not None]
@@ -94,8 +92,8 @@ class Unpacking(TorchDispatchMode):
 
 
 def outside_ends(trace: Trace, outs: Sequence[int], ins: Sequence[int]) -> dict[int, Tensor]:
-    """Return the tensors from outside, by their numbers, that ``outs`` were computed from here,
-    and that were computed from one of ``ins`` there."""
+    """Return, by number, the tensors from outside that ``outs`` depend on here and that depend on
+    one of ``ins`` outside."""
     wanted = [t for ref in ins if (t := from_outside(trace, ref)) is not None]
     found = {}
     for ref in trace.given_refs() if wanted else ():
@@ -122,8 +120,8 @@ def from_outside(trace: Trace, ref: int) -> Tensor | None:
 
 
 def open_to_autograd(trace: Trace, ref: int) -> bool:
-    """Return whether a value is what it stands for outside: closed over, or passed by ``vmap`` to
-    all samples alike; and this runs once."""
+    """Return whether autograd may use the outside tensor of a value: it is closed over, or common
+    to all samples of a ``vmap``, and the function runs once."""
     t = source(trace, ref)
     alike = ref < 0 or (
         t is not None and trace.samples is not None and trace.samples.dims[ref] is None

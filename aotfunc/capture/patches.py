@@ -1,4 +1,4 @@
-"""The table of all that the first capture changes in torch, and its undoing."""
+"""The table of all that the first capture changes in torch, and how it is undone."""
 
 # The templates get the names that they lack here with the globals of the code they replace.
 # ruff: noqa: F821
@@ -32,7 +32,7 @@ from .hooks import register_hook, register_multi_grad_hook
 
 class Undisturbed:
     """A function ``f`` that PyTorch keeps Dynamo out of, exchanged without importing Dynamo any
-    sooner."""
+    earlier."""
 
     def __init__(self, f: Any) -> None:
         self.f, self.body = f, f.__wrapped__
@@ -64,7 +64,7 @@ def enter_saved_tensors_hooks(self: Any) -> None:
 
 
 def any_requires_grad(*args: Any, **kwargs: Any) -> bool:
-    """Answer a custom op's question whether to call its registered backward as an
+    """Return whether a custom op should call its registered backward as an
     ``autograd.Function``."""
     if recorder() is None:
         return ORIGINALS["any_requires_grad"](*args, **kwargs)
@@ -203,12 +203,12 @@ def _associative_scan_template(  # type: ignore[no-untyped-def]
 
 
 def above(name: str) -> Any:
-    """Return what a layer above does under this name."""
+    """Return the function of a higher layer with this name."""
     return lambda *args: HOOKS[name](*args)
 
 
 graph = torch.autograd.graph
-#: functions of torch's package have the names of their modules
+#: the names of torch's functions as attributes of their modules
 operators = {
     name: getattr(sys.modules[f"torch._higher_order_ops.{name}"], name)
     for name in ("while_loop", "scan", "map", "associative_scan")

@@ -1,6 +1,7 @@
-"""Trees of lists, tuples, dictionaries with names, tensors and plain values, as most calls have:
-flattened, and made again of other leaves, by a look-up. PyTorch's trees know many more kinds and
-ask every leaf for its kind."""
+"""Flatten and rebuild, by a look-up, trees of lists, tuples, dictionaries with names, tensors and
+plain values, as most calls have. PyTorch's trees know many more kinds and ask every leaf for its
+kind.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from ..trace.traced import Traced
 
 _LEAVES = frozenset({Tensor, nn.Parameter, Traced, int, float, bool, str, type(None)})
 _specs = Cache(4096)
-#: by the ``id`` of a spec: the spec, and the function that makes its tree of leaves
+#: ``id`` of a spec -> (the spec, the function from leaves to its tree)
 _makers = Cache(4096)
 
 
 def flatten_plain(tree: Any) -> tuple[list[Any], TreeSpec] | None:
-    """Return leaves and spec, as PyTorch says; None if there is another kind in the tree."""
+    """Return leaves and spec as PyTorch does; None if the tree has another kind."""
     leaves: list[Any] = []
     key: list[Any] = []
     if not describe_tree(tree, leaves, key):
@@ -60,7 +61,7 @@ def spec_of(tree: Any) -> TreeSpec:
 
 
 def expression(spec: TreeSpec, places: Any) -> str:
-    """Return the tree as Python, of the leaves ``x``."""
+    """Return Python text for the tree of the leaves ``x``."""
     if spec.is_leaf():
         return f"x[{next(places)}]"
     children = [expression(c, places) for c in spec.children()]
@@ -76,6 +77,6 @@ def expression(spec: TreeSpec, places: Any) -> str:
 
 
 def maker_of(spec: TreeSpec) -> Callable[[Sequence[Any]], Any] | None:
-    """Return the function that makes the tree of leaves, if its spec was met here."""
+    """Return the function from leaves to the tree, if its spec was met here."""
     found = _makers.get(id(spec))
     return found[1] if found is not None and found[0] is spec else None

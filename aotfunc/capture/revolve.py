@@ -1,7 +1,8 @@
-"""In which order steps are gone through backwards, where few of their states can be kept.
+"""Order the steps of a reverse walk that may keep few of their states.
 
 Source: Griewank and Walther, "Algorithm 799: revolve" (2000), who show that no other order
-computes fewer steps again."""
+recomputes fewer steps.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def backwards(
     visit: Callable[[State], None],
 ) -> None:
     """Call ``visit`` with the state before each of so many steps, the last step first. At most
-    ``slots`` states are kept, ``start`` among them; ``advance`` makes the others."""
+    ``slots`` states are kept, ``start`` among them; ``advance`` recomputes the others."""
     kept = [(0, start)]
     for wanted in reversed(range(steps)):
         while kept[-1][0] > wanted:
@@ -38,9 +39,8 @@ def backwards(
 
 
 def stride(steps: int, slots: int) -> int:
-    """Return after how many of these steps, at least two, the next state is kept: the steps before
-    it then need ``slots``, those behind it one less, and each is computed as often as it has to
-    be."""
+    """Return after how many of these steps, at least two, to keep the next state: the steps before
+    it need ``slots``, those after it one less, and none is computed more often than necessary."""
     times = 1
     while reach(slots, times) < steps:
         times += 1
@@ -48,6 +48,6 @@ def stride(steps: int, slots: int) -> int:
 
 
 def reach(slots: int, times: int) -> int:
-    """Return how many steps these slots suffice for, if each is computed at most so many times
-    before it is gone through backwards."""
+    """Return how many steps these slots suffice for, if each is computed at most ``times`` times
+    before it is visited."""
     return comb(slots + times, slots) if times >= 0 else 0

@@ -1,5 +1,6 @@
 """A loop as one node of a graph: its body is a program, and each transform makes another loop of
-another body. So a graph does not grow with the number of steps."""
+another body. So a graph does not grow with the number of steps.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from .scan_halves import Half, backward_body, linear_body
 from .series import Groups, body_series, emit_series, moved
 from .stacked import chosen
 
-#: number of rows that are kept as tensors of their own before they join their stack
+#: number of rows kept as separate tensors before they join their stack
 ROWS = 256
 
 
@@ -110,7 +111,7 @@ class Scan(Flow):
         return starts[::-1] if self.reverse else starts
 
     def form(self, args: Sequence[Any]) -> tuple[list, dict[str, Any]]:
-        """Return its arguments and options as the operator of its name takes them."""
+        """Return its arguments and options in the form of the operator of its name."""
         first, last = self.n_consts, self.n_consts + self.n_carry
         groups = [list(args[:first]), list(args[first:last]), list(args[last:])]
         return groups, {"length": self.length, "reverse": self.reverse}
@@ -118,17 +119,16 @@ class Scan(Flow):
     # ----- as a node -----------------------------------------------------------------------------
 
     def live(self, n: Node, active: Any) -> list[bool]:
-        """Return which results of the node ``n`` have a derivative where its ``active`` arguments
-        do."""
+        """Return which results of ``n`` have a derivative if its ``active`` arguments do."""
         return self.derivative([a in active for a in n.args])[1]
 
     def flat(self, n: Node) -> list[Node]:
-        """Return the arguments of the node ``n`` by which the loop is flat."""
+        """Return the arguments of ``n`` by which the loop is flat."""
         wrt = tuple(i for i, a in enumerate(n.args) if has_derivative(a.meta["val"]))
         return [n.args[i] for i in set().union(*flat_inputs(self.body, wrt))]  # type: ignore
 
     def derivative(self, given: Sequence[bool]) -> tuple[tuple[int, ...], list[bool]]:
-        """Return ``(inputs, results)`` of the body with a derivative in some step, where these
+        """Return ``(inputs, results)`` of the body with a derivative in some step if the ``given``
         arguments have one."""
         wrt = {i for i, yes in enumerate(given) if yes}
         while True:
@@ -139,7 +139,7 @@ class Scan(Flow):
             wrt |= carried
 
     def parts(self, wrt: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-        """Return these inputs of the body by what they are: constants, carry, rows."""
+        """Return these inputs of the body as constants, carry, rows."""
         first, last = self.n_consts, self.n_consts + self.n_carry
         return (
             [i for i in wrt if i < first],
@@ -223,7 +223,7 @@ class Scan(Flow):
         return emit_series(b, loop, given, inputs, results)
 
     def groups(self, given: Sequence[bool], order: int) -> tuple[Groups, Groups]:
-        """Return how coefficients stand beside inputs and results of the body, where these
+        """Return the positions of coefficients beside inputs and results of the body, if these
         arguments have some."""
         first, last = self.n_consts, self.n_consts + self.n_carry
         wrt, flags = self.derivative(given)
@@ -234,7 +234,7 @@ class Scan(Flow):
         return Groups(kinds, wrt, order), Groups(ends, tuple(moving), order)
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
-        """Batch the steps; what all samples share in every step stays unbatched."""
+        """Batch the steps; values common to all samples in every step stay unbatched."""
         b, first, last = walk.b, self.n_consts, self.n_consts + self.n_carry
         met, flags = self.met([walk.has(a) for a in n.args], walk.randomness == "different")
         args = []
@@ -259,7 +259,7 @@ class Scan(Flow):
 
     def met(self, given: Sequence[bool], apart: bool) -> tuple[list[bool], list[bool]]:
         """Return which inputs and results of the body differ between samples in some step; with
-        draws ``apart`` what they draw differs."""
+        draws ``apart`` the drawn values do."""
         found = list(given)
         while True:
             flags = differing(self.body, found, apart)
@@ -275,8 +275,8 @@ class Scan(Flow):
 
 
 def own_memory(body: Program, carry: Sequence[Tensor]) -> list[Tensor]:
-    """Return the values to be carried, with copies of those that may show the memory of an input
-    or of another result."""
+    """Return the values to carry, copied if they may show the memory of an input or of another
+    result."""
 
     def find() -> list[bool]:
         seen = set(body.placeholders)

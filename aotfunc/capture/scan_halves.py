@@ -1,5 +1,6 @@
-"""The derivative of a loop's body in two: the residuals that the loop computes for it, and the
-body of the loop that is linear in tangents or cotangents."""
+"""Cut the derivative of a loop's body in two: the residuals that the loop computes, and the body
+of the loop that is linear in tangents or cotangents.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +24,17 @@ aten = torch.ops.aten
 
 
 class Saved(NamedTuple):
-    """The residuals of a loop as arguments of another: those that are the same in every step, and
-    stacks of the others."""
+    """The residuals of a loop as arguments of another: constants for those common to every step,
+    stacks for the others."""
 
     consts: list[Node]
     rows: list[Node]
 
 
 class Half:
-    """A body's joint program in two: what it computes for its results and residuals, and what
-    depends on its last ``n_late`` inputs. A residual that is computed from constants alone is kept
-    once, and computed outside of the loop."""
+    """A body's joint program in two: its results and residuals, and what depends on its last
+    ``n_late`` inputs. A residual that depends on constants alone is computed outside of the loop
+    and kept once."""
 
     def __init__(
         self, scan: Scan, joint: Program, n_late: int, cuts: Callable[..., tuple] = halve
@@ -45,7 +46,7 @@ class Half:
         results, computed = list(early.outputs[:count]), list(early.outputs[count:])
         fixed = [r for r in computed if r not in varying and r.op != "placeholder"]
         self.fixed = part(early, [n for n in early.graph.nodes if n not in varying], fixed)
-        #: for each residual its kind, and its number among those
+        #: for each residual (kind, number within the kind)
         self.sources: list[tuple[str, int]] = []
         stacked: list[Node] = []
         for r in [*computed, *[inputs[i] for i in direct]]:
@@ -59,7 +60,7 @@ class Half:
             else:
                 self.sources.append(("stack", count + len(stacked)))
                 stacked.append(r)
-        #: for each residual whether it is the same in every step
+        #: for each residual whether every step has the same
         self.same = [
             k == "fixed" or (k == "argument" and i < scan.n_consts) for k, i in self.sources
         ]
@@ -72,7 +73,7 @@ class Half:
         return self.made[key]
 
     def saved(self, b: Builder, n: Node, scan: Scan) -> Saved:
-        """Make the node ``n`` a loop that stacks the residuals, too, and return these."""
+        """Make the node ``n`` a loop that also stacks the residuals, and return these."""
         n.target = scan.with_bodies([self.forward])
         n.meta["val"] = n.target.vals
         fixed = b.inlined(self.fixed, list(n.args))

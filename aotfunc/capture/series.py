@@ -1,4 +1,4 @@
-"""Taylor mode of loops and branches: their bodies carry the coefficients of series along."""
+"""Carry Taylor coefficients through the bodies of loops and branches."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from .bodies import dense, emit_flow
 
 
 class Groups(NamedTuple):
-    """How values and coefficients lie side by side: those ``wrt`` have coefficients up to
-    ``order``, which stand behind all values of their group."""
+    """The order of values and coefficients side by side: those ``wrt`` have coefficients up to
+    ``order``, after all values of their group."""
 
     groups: tuple[range, ...]
     wrt: tuple[int, ...]
     order: int
 
     def count(self, k: int) -> int:
-        """Return how many there are of a group, coefficients included."""
+        """Return the size of group ``k``, coefficients included."""
         group = self.groups[k]
         return len(group) + self.order * sum(i in group for i in self.wrt)
 
     def joined(self, values: Sequence[Any], coefficients: Any) -> list:
-        """Return them in order; ``coefficients(i)`` returns those of a value."""
+        """Return values and coefficients in order; ``coefficients(i)`` returns those of a
+        value."""
         found: list = []
         for group in self.groups:
             found += [values[i] for i in group]
@@ -53,8 +54,8 @@ def moved(given: Sequence[Sequence[Node | None]]) -> list[bool]:
 
 
 def body_series(body: Program, inputs: Groups, results: Groups) -> Program:
-    """Return the body with coefficients beside its inputs and its results; those of a result that
-    has none are zeros."""
+    """Return the body with coefficients of its inputs and results; absent ones of results are
+    zeros."""
 
     def make() -> Program:
         wrt, order, vals = inputs.wrt, inputs.order, body.vals

@@ -1,4 +1,4 @@
-"""Which values of a loop's body are stacked for the backward, and which it computes again."""
+"""Choose which values of a loop's body are stacked for the backward and which it recomputes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .bodies import drawn, part
 if TYPE_CHECKING:
     from .scan import Scan
 
-#: what it costs to keep a value that is there anyway: not worth holding for its sizes alone
+#: the cost of keeping a value that is there anyway: its sizes alone are not worth holding
 THERE = 8.0
 
 

@@ -67,15 +67,14 @@ class Switch(Flow):
     # ----- as a node -----------------------------------------------------------------------------
 
     def live(self, n: Node, active: Any) -> list[bool]:
-        """Return which results of the node ``n`` have a derivative where its ``active`` arguments
-        do."""
+        """Return which results of ``n`` have a derivative if its ``active`` arguments do."""
         wrt = tuple(i for i, a in enumerate(n.args[1:]) if a in active)
         return [
             any(flags) for flags in zip(*[live(body, wrt) for body in self.bodies], strict=True)
         ]
 
     def flat(self, n: Node) -> list[Node]:
-        """Return the arguments of the node ``n`` by which all branches are flat."""
+        """Return the arguments of ``n`` by which all branches are flat."""
         operands = n.args[1:]
         wrt = tuple(i for i, a in enumerate(operands) if has_derivative(a.meta["val"]))
         found = set().union(*[s for body in self.bodies for s in flat_inputs(body, wrt)])
@@ -151,7 +150,7 @@ def branch(body: Program) -> Program:
 def batched_body(
     walk: Any, body: Program, met: Sequence[bool], args: Sequence[Node], flags: Sequence[bool]
 ) -> Program:
-    """Return a body for a batch, where these arguments and results have its dimension."""
+    """Return a body for a batch; these arguments and results have the batch dimension."""
     sigs = tuple([a.meta["val"] for a in args])
     dims, outs = ([0 if yes else None for yes in found] for found in (met, flags))
     key = ("vmap", tuple(met), tuple(flags), sigs, walk.axis)
@@ -162,8 +161,8 @@ def chosen_rows(
     b: Builder, index: Node, bodies: Sequence[Program], met: Sequence[bool], args: Sequence[Node]
 ) -> list[Node]:
     """Return the results of a choice that each sample of a batch makes for itself. A branch runs
-    where a sample takes it. The other samples go through it as copies of one that does, without a
-    derivative: so no NaN can come of them."""
+    if a sample takes it. The other samples pass it as copies of one that does, without a
+    derivative, so that no NaN comes of them."""
     results: list[Node] = []
     for k, body in enumerate(bodies):
         mask = b.call(aten.eq.Scalar, index, k)
@@ -202,13 +201,13 @@ def on_rows(body: Program, mask: Node, met: Sequence[bool]) -> tuple[Program, Pr
 
 
 def own_or_copied(b: Builder, mask: Node, x: Node, row: Node) -> Node:
-    """Return the rows of ``x`` in the mask, and copies of one of them for the others."""
+    """Return the rows of ``x`` in the mask, with copies of one of them for the others."""
     copy = b.call(aten.detach.default, b.call(aten.index_select.default, x, 0, row))
     return b.call(aten.where.self, beside(b, mask, x), x, copy)
 
 
 def beside(b: Builder, mask: Node, x: Node) -> Node:
-    """Return a mask of rows, to broadcast with ``x``."""
+    """Return a mask of rows in a shape that broadcasts with ``x``."""
     rank = x.meta["val"].ndim
     return b.call(aten.view.default, mask, [-1, *[1] * (rank - 1)]) if rank > 1 else mask
 
@@ -217,8 +216,8 @@ def beside(b: Builder, mask: Node, x: Node) -> Node:
 
 
 class BranchHalves(NamedTuple):
-    """Branches that also return residuals, and the branches of what is linear: programs of the
-    operands ``read``, the residuals and the late inputs."""
+    """Branches that also return residuals, and their linear halves: programs of the operands
+    ``read``, the residuals and the late inputs."""
 
     forwards: list[Program]
     backs: list[Program]
@@ -240,9 +239,9 @@ class BranchHalves(NamedTuple):
 def cut_branches(
     switch: Switch, joints: Sequence[Program], n_late: int, wanted: Sequence[Sig | None]
 ) -> BranchHalves:
-    """Cut the joint programs of the branches in two. What a branch keeps lies in places that it
-    shares with the others; those that it does not need are zeros. ``wanted``: the signatures of
-    the late results, None for those that are left out."""
+    """Cut the joint programs of the branches in two. The branches share the places of residuals; a
+    place that a branch does not need holds zeros. ``wanted``: the signatures of the late results,
+    None for those left out."""
     count = len(switch.vals)
     parts = [halve(joint, count, n_late) for joint in joints]
     read = sorted({i for _, _, direct in parts for i in direct})

@@ -1,4 +1,4 @@
-"""Pytrees in and out of a capture: arguments to leaves, leaves to arguments."""
+"""Turn the pytrees of a capture into leaves and back."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Arguments:
         self.leaves = list(map(ordinary_tensor, self.leaves))
 
     def with_leaves(self, leaves: list[Any]) -> Arguments:
-        """Return the same trees of other leaves."""
+        """Return the same trees with other leaves."""
         other = copy.copy(self)
         other.leaves = leaves
         return other
 
     def rebuilt(self, leaves: list[Any]) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments with these leaves instead."""
+        """Return the arguments with these leaves."""
         args = [
             leaves[span.start]
             if spec is None
@@ -79,8 +79,7 @@ class Arguments:
 
 
 def in_order_of(template: Any, tree: Any) -> Any:
-    """Return ``tree`` with the keys of its dictionaries in the order that they have in
-    ``template``."""
+    """Return ``tree`` with the keys of its dictionaries in the order of ``template``."""
     if is_data(tree) or is_whole(tree):
         return tree
     if isinstance(tree, dict) and isinstance(template, dict) and tree.keys() == template.keys():
@@ -101,9 +100,9 @@ def in_order_of(template: Any, tree: Any) -> Any:
 
 
 class Operands:
-    """The arguments of an ``autograd.Function`` as torch.func sees them, as PyTorch's trees
-    (``opened``: instances that hold tensors are trees, too): ``plain`` are the leaves with None
-    for each tensor, ``places`` are the tensors' places. Two are equal if only their tensors
+    """The arguments of an ``autograd.Function`` as torch.func sees them, in PyTorch's trees
+    (``opened``: instances that hold tensors are trees, too). ``plain`` are the leaves with None
+    for each tensor, ``places`` the tensors' positions. Two are equal if only their tensors
     differ."""
 
     def __init__(self, args: Sequence[Any], opened: bool = False) -> None:
@@ -114,7 +113,8 @@ class Operands:
         self.plain = tuple(None if isinstance(x, Tensor) else x for x in leaves)
 
     def without_tensors(self) -> Operands:
-        """Return the operands without their tensors, to keep without keeping these alive."""
+        """Return the operands without their tensors, so that keeping them keeps no tensor
+        alive."""
         other = copy.copy(self)
         other.tensors = []
         return other
@@ -127,7 +127,8 @@ class Operands:
         return unflatten_tree(leaves, self.spec)
 
     def dims(self, values: Sequence[int | None]) -> tuple:
-        """Return the same trees of dimensions: ``values`` for the tensors, None for all else."""
+        """Return the same trees of dimensions: ``values`` for the tensors, None for other
+        leaves."""
         leaves: list[int | None] = [None] * len(self.plain)
         for i, d in zip(self.places, values, strict=True):
             leaves[i] = d
@@ -156,8 +157,7 @@ def unflatten(leaves: Sequence[Any], spec: TreeSpec | None) -> Any:
 
 
 def parameter(f: Callable | None, i: int) -> str | None:
-    """Return the name of the parameter that positional argument ``i`` is for; ``args[1]`` of a
-    variadic one."""
+    """Return the parameter's name of positional argument ``i``; ``args[1]`` of a variadic one."""
     try:
         parameters = list(inspect.signature(f).parameters.values()) if f is not None else []
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""A loop with several steps in one body: fewer steps, each of which is longer."""
+"""Put several steps of a loop in one body: fewer steps, each of which is longer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ aten = torch.ops.aten
 
 
 def emit_unrolled(b: Builder, loop: Scan, args: Sequence[Any], unroll: int) -> list:
-    """Add ``loop`` as a loop over blocks of ``unroll`` steps; the steps that are left over follow
-    it. If all steps are in one block, there is no loop. Return its results."""
+    """Add ``loop`` as a loop over blocks of ``unroll`` steps, and the remaining steps after it. If
+    all steps are in one block, there is no loop. Return its results."""
     count, left = divmod(loop.length, unroll)
     if count == 1:
         count, left = 0, loop.length
@@ -49,8 +49,8 @@ def emit_unrolled(b: Builder, loop: Scan, args: Sequence[Any], unroll: int) -> l
 
 
 def steps_of(loop: Scan, steps: int) -> Program:
-    """Return ``(constants, carry, so many rows of each stack) -> (carry, so many rows of each
-    result)``: the body of ``loop``, again and again."""
+    """Return ``(constants, carry, rows of several steps) -> (carry, rows of several steps)``: the
+    body of ``loop``, repeated ``steps`` times."""
 
     def make() -> Program:
         with paused_gc():

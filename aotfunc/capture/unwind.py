@@ -1,9 +1,10 @@
-"""The backward of a loop that keeps few of its steps, as one node of a graph: it computes the
-others again.
+"""The backward of a loop that keeps few of its steps, as one node of a graph: it recomputes the
+others.
 
 Its derivatives are nodes of its kind. With the Jacobian ``J`` of the loop it is ``Jᵀa``, for
 cotangents ``a``, and ``<v, Jᵀa> = <a, Jv>``: so its pull along ``v`` is the backward of the loop
-that carries the tangents ``v``. As second derivatives are symmetric, so is its tangent."""
+that carries the tangents ``v``. As second derivatives are symmetric, so is its tangent.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +86,7 @@ class Unwind(Flow):
         def visit(carry: Sequence[Tensor]) -> None:
             found[:] = back(*consts, *carry, *found)
 
-        count = max(steps.flatten().tolist(), default=0)  # samples stop at steps of their own
+        count = max(steps.flatten().tolist(), default=0)  # each sample stops at its own step
         slots = self.loop.slots
         assert slots is not None
         backwards(count, slots, start, lambda carry: body(*consts, *carry), visit)
@@ -121,8 +122,8 @@ class Unwind(Flow):
         return args, [*[found.get(i) for i in read], *[pushed.get(i) for i in self.carries]]
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Go back through the loop that carries tangents, too; or, where only cotangents have
-        some, through the same loop along these."""
+        """Go back through the loop that also carries tangents; or, if only cotangents have some,
+        through the same loop along these."""
         _, inputs, given = self.parts(n.args)
         steps, values, cts = self.parts(new.args)
         ts = {i: tangents[a] for i, a in enumerate(inputs) if a in tangents}
@@ -151,8 +152,8 @@ class Unwind(Flow):
         return [found[i] for i in self.wrt], [True] * len(self.wrt)
 
     def check_rules(self, n: Node, symmetric: bool) -> None:
-        """Refuse derivatives of the backward where a rule of the user's may differ from the
-        transpose of another, or, for ``symmetric`` second derivatives, from the derivative."""
+        """Refuse derivatives of the backward if a rule of the user's may differ from the transpose
+        of another, or, for ``symmetric`` second derivatives, from the derivative."""
         body = self.loop.body
         rule = body.once((own_rule, symmetric), lambda: own_rule(body, symmetric))
         if rule:
@@ -185,7 +186,7 @@ class Dual:
         return {i: outs[place - self.loop.n_consts] for i, place in self.tangents.items()}
 
     def of_tangents(self, carries: Sequence[int], cts: Sequence[Node]) -> dict[int, Node]:
-        """Return the cotangents of what is carried as those of its tangents."""
+        """Return the cotangents of the carried values as those of their tangents."""
         pairs = zip(carries, cts, strict=True)
         return {self.tangents[i]: ct for i, ct in pairs if i in self.tangents}
 
@@ -245,8 +246,8 @@ def backward_step(loop: While, wrt: tuple[int, ...]) -> Program:
 
 
 def own_rule(body: Program, symmetric: bool) -> str:
-    """Return the name of an op in a body with a rule of the user's for both modes, or, where
-    ``symmetric``, for any; or ""."""
+    """Return the name of an op in a body with rules of the user's for both modes, or, if
+    ``symmetric``, for any mode; else ""."""
     for n in lowered(body, CALLS).graph.nodes:
         target: Any = n.target
         if n.op != "call_function" or target is operator.getitem:

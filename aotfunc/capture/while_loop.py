@@ -31,9 +31,10 @@ aten = torch.ops.aten
 
 class While(Flow):
     """The target of a node ``(constants, carry) -> carry``: the ``body`` is called while the
-    ``condition`` holds, at most ``max_steps`` times. Both are programs of all arguments; what is
-    carried is contiguous. With ``slots`` the first value that it carries counts the steps, and the
-    backward keeps so many of them."""
+    ``condition`` holds, at most ``max_steps`` times.
+
+    Both are programs of all arguments; carried values are contiguous. With ``slots`` the first
+    carried value counts the steps, and the backward keeps so many carries."""
 
     __name__ = "while_loop"
 
@@ -64,7 +65,7 @@ class While(Flow):
         return self.of(condition, body, self.n_consts)
 
     def of(self, condition: Program, body: Program, n_consts: int) -> While:
-        """Return a loop of other bodies, as long as this one."""
+        """Return a loop of other bodies with the same bound."""
         return While(condition, body, n_consts, self.max_steps, self.slots)
 
     def reading(self, read: set[int]) -> tuple[While, list[int]]:
@@ -89,8 +90,7 @@ class While(Flow):
     # ----- as a node -----------------------------------------------------------------------------
 
     def live(self, n: Node, active: Any) -> list[bool]:
-        """Return which results of the node ``n`` have a derivative where its ``active`` arguments
-        do."""
+        """Return which results of ``n`` have a derivative if its ``active`` arguments do."""
         wrt = self.derivative([a in active for a in n.args])
         return [self.n_consts + k in wrt for k in range(len(self.vals))]
 
@@ -101,8 +101,8 @@ class While(Flow):
         return [n.args[i] for i in set().union(*flat_inputs(self.body, wrt))]  # type: ignore
 
     def derivative(self, given: Sequence[bool]) -> tuple[int, ...]:
-        """Return the inputs of the body with a derivative in some step, where these arguments have
-        one."""
+        """Return the inputs of the body with a derivative in some step if the ``given`` arguments
+        have one."""
         return Scan(self.body, self.n_consts, len(self.vals), 1).derivative(given)[0]
 
     def pull(
@@ -131,7 +131,8 @@ class While(Flow):
         return loop.pull(b, n, g, active, again)
 
     def guarded(self) -> Program:
-        """Return ``(constants, carry) -> carry``: a step if the condition holds, else none."""
+        """Return ``(constants, carry) -> carry``: a step if the condition holds, else the same
+        carry."""
 
         def make() -> Program:
             with paused_gc():
@@ -226,8 +227,8 @@ class While(Flow):
     def batched(
         self, walk: Any, given: Sequence[Any], met: Sequence[bool]
     ) -> tuple[While, list[Node], list[bool]]:
-        """Return the loop of a batch, where at least the arguments ``met`` differ between samples;
-        its arguments for those ``given``; and which results differ."""
+        """Return the loop of a batch, in which at least the arguments ``met`` differ between
+        samples; its arguments, from the ``given`` ones; and which results differ."""
         b, k, body = walk.b, self.n_consts, self.body
         met, several = self.met(walk, met)
         if several:
@@ -252,7 +253,7 @@ class While(Flow):
         return self.of(condition, make(body, dims[k:]), k), args, met[k:]
 
     def met(self, walk: Any, given: Sequence[bool]) -> tuple[list[bool], bool]:
-        """Return which inputs differ between samples in some step, where these arguments do, and
+        """Return which inputs differ between samples in some step if the ``given`` ones do, and
         whether the condition does."""
         apart = walk.randomness == "different"
         met = Scan(self.body, self.n_consts, len(self.vals), 1).met(given, apart)[0]
@@ -261,7 +262,7 @@ class While(Flow):
 
 
 def counted(loop: While, slots: int) -> While:
-    """Return the loop with ``slots``, where the number of steps is carried before all else."""
+    """Return the loop with ``slots``, whose first carried value is the number of steps."""
     k, [holds] = loop.n_consts, loop.condition.vals
     sig = make_sig((), (), torch.int64, holds.device)
 
@@ -295,7 +296,7 @@ def without_coefficients(condition: Program, body: Program, inputs: Groups) -> P
 
 
 def as_condition(program: Program) -> Program:
-    """Return the program with its one result as a bool without dimensions."""
+    """Return the program with its one result as a 0-dim bool."""
 
     def make() -> Program:
         with paused_gc():
