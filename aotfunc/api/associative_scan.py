@@ -1,4 +1,4 @@
-"""All prefixes of a stack by an associative function, in batched steps."""
+"""Compute all prefixes of a stack by an associative function, in batched steps."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def associative_scan(f: Callable, xs: Any, reverse: bool = False, dim: int = 0) 
     at once.
 
     ``xs`` is a tree of tensors, and ``f`` maps two trees of elements to a third. ``reverse``
-    starts at the last element. Raises ArgumentError where ``f`` changes the tree, a shape or a
-    dtype.
+    starts at the last element. Raises ArgumentError if ``f`` changes the tree, a shape or a dtype,
+    or ``xs`` has no dimension ``dim``.
 
     >>> associative_scan(torch.maximum, torch.tensor([1, 3, 2, 5, 4]))
     tensor([1, 3, 3, 5, 5])

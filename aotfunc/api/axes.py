@@ -1,5 +1,6 @@
-"""What the samples of a ``vmap`` tell each other: sums, means, maxima and gathered values over an
-axis that ``vmap(axis_name=…)`` has named."""
+"""Exchange values between the samples of a ``vmap``: sums, means, maxima and gathered values over
+an axis that ``vmap(axis_name=…)`` has named.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from ..transforms.rules import axes as ops
 
 
 def axis_size(axis_name: str) -> int:
-    """Return how many samples there are. Raises ArgumentError, as all functions of this page,
-    where no ``vmap`` around the call has this ``axis_name``; inside of a compiled function these
-    are the ``vmap``s in the function.
+    """Return how many samples there are. Raises ArgumentError, as all functions of this page, if
+    no ``vmap`` around the call has this ``axis_name``; a compiled function sees only the ``vmap``s
+    inside of it.
 
     >>> vmap(lambda x: x / axis_size("i"), axis_name="i")(torch.ones(4))
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
@@ -52,8 +53,8 @@ def each(f: Callable[[Tensor], Tensor], x: Any, axis_name: str) -> Any:
 
 def psum(x: Any, axis_name: str) -> Any:
     """Return the sum of ``x``, a tensor or a tree of tensors, over all samples: the same for each
-    of them. Derivatives are those of what all samples compute together, so that the cotangent of
-    ``x`` is the sum of the cotangents of the result. Bools are counted.
+    of them. Derivatives are those of all samples' results together: the cotangent of ``x`` is the
+    sum of the cotangents of the result. Bools are counted.
 
     >>> vmap(lambda x: x / psum(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0]))
     tensor([0.2500, 0.7500])
@@ -72,8 +73,8 @@ def pmean(x: Any, axis_name: str) -> Any:
 
 
 def pmax(x: Any, axis_name: str) -> Any:
-    """Return the elementwise maximum over all samples; its gradient is shared equally by those
-    that have it.
+    """Return the elementwise maximum over all samples; the samples that have it share its gradient
+    equally.
 
     >>> vmap(lambda x: pmax(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0]))
     tensor([3., 3.])

@@ -1,5 +1,6 @@
-"""One call of a transform: its differentiated or batched leaves, what the function did on them,
-and its results as trees."""
+"""One call of a transform: its differentiated or batched leaves, the recording of the function on
+them, and its results as trees.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ Dims = int | None | tuple | list | dict
 
 
 def positions(name: str, args: Arguments, argnums: int | tuple[int, ...]) -> list[int]:
-    """Find the leaf positions of the differentiated arguments; each must be a floating or complex
-    tensor."""
+    """Return the leaf positions of the differentiated arguments. Raises ArgumentError for a leaf
+    that is no floating or complex tensor."""
     count = len(args.spans)
     if not isinstance(argnums, int) and not (
         isinstance(argnums, tuple) and all(isinstance(i, int) for i in argnums)
@@ -64,7 +65,7 @@ def not_differentiable(name: str, x: Any, where: str) -> ArgumentError:
 
 
 def chosen_tree(args: Arguments, argnums: int | tuple[int, ...], values: Sequence[Any]) -> Any:
-    """Return ``values`` of the differentiated leaves in the shape of the arguments: one tree, or a
+    """Return ``values`` of the differentiated leaves in the trees of the arguments: one tree, or a
     tuple of them."""
     chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     feed = iter(values)
@@ -80,11 +81,10 @@ def tensors_of(args: Arguments) -> list[Tensor]:
 
 
 class Call:
-    """One call of ``f`` by a transform: the arguments, the recording, and the results back in
-    trees.
+    """One call of ``f`` by a transform: the arguments, the recording, and the results in trees.
 
-    With ``has_aux`` the function returns ``(output, aux)``; the leaves of the output come first.
-    """
+    With ``has_aux`` the function returns ``(output, aux)``; the leaves of the output come
+    first."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Call:
         return result
 
     def check_tensors(self) -> None:
-        """Check that every leaf of the output is a tensor."""
+        """Raise ArgumentError unless every leaf of the output is a tensor."""
         for k, x in enumerate(self.rec.leaves[: self.n_out]):
             if not isinstance(x, Tensor):
                 raise ArgumentError(
@@ -167,8 +167,8 @@ class Call:
         return self.program.derived((self.name, self.wrt, *key), make)
 
     def results(self, tensors: Sequence[Tensor], first: int = 0) -> tuple[Any, ...]:
-        """Return ``(output, aux)`` with these tensors for the leaves from ``first`` on; aux where
-        there is one."""
+        """Return ``(output, aux)`` with these tensors for the leaves from ``first`` on; aux is
+        None without ``has_aux``."""
         Changes(self.rec).after(self.inputs, self.wrt)
         leaves = self.leaves(tensors, first)
         output = unflatten(leaves[: self.n_out], self.spec)
@@ -183,7 +183,7 @@ class Call:
         return unflatten(self.leaves(tensors), self.spec)
 
     def leaves(self, tensors: Sequence[Tensor], first: int = 0) -> list:
-        """Return what the function returned, flat, with these tensors from leaf ``first`` on."""
+        """Return the flat result of the function with these tensors from leaf ``first`` on."""
         leaves = list(self.rec.leaves)
         for i, t in zip([i for i in self.rec.tensors if i >= first], tensors, strict=True):
             leaves[i] = t
@@ -233,7 +233,7 @@ def unlike(primals: Any, tangents: Any) -> str:
 
 
 def like_tangent(t: Tensor, p: Tensor) -> Tensor:
-    """Return ``t`` with the dtype and the memory layout that a tangent of ``p`` is expected in."""
+    """Return ``t`` with the dtype and the strides of a tangent of ``p``."""
     want = tangent_sig(signature(p))
     t = t.to(p.dtype)
     if t.stride() != want.stride or t.storage_offset():
@@ -285,7 +285,7 @@ def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | N
 
 
 def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list:
-    """Return the leaves of ``prefix`` repeated for the leaves of ``tree`` below them."""
+    """Return the leaves of ``prefix``, each repeated for all leaves of ``tree`` below it."""
     flat: list = []
     prefix = in_order_of(tree, prefix)
     try:

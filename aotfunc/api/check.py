@@ -1,4 +1,4 @@
-"""Compare derivatives with finite differences, and an op's rules with what they stand for."""
+"""Compare derivatives with finite differences, and an op's rules with differences and loops."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def check_grads(
     random directions.
 
     ``args``: trees of float64 (or complex128) tensors, all differentiated. ``modes``: forward and
-    reverse, each alone and of one another. Raises AssertionError naming order and mode where the
-    numbers differ, ArgumentError for other dtypes.
+    reverse; each is checked alone and, for higher orders, on the other. Raises AssertionError with
+    the order and the mode if the numbers differ, ArgumentError for other dtypes.
 
     >>> check_grads(torch.sin, (torch.ones(3, dtype=torch.float64),), order=2)
     """
@@ -50,12 +50,12 @@ def check_grads(
 def check_rule(
     op: OpOverload | OpOverloadPacket, *samples: Sequence[Any], order: int = 2, batch: int = 3
 ) -> None:
-    """Check what the transforms make of ``op`` at samples of its positional arguments.
+    """Check the rules of ``op`` under each transform at samples of its positional arguments.
 
     Derivatives are compared with central differences up to ``order`` (see :func:`check_grads`;
     tensors are converted to float64), batching with a loop over ``batch`` samples, for each choice
-    of the tensors that are batched. Raises AssertionError naming what is wrong, RuleError where an
-    op has no rule.
+    of batched tensors. Raises AssertionError naming the wrong result, RuleError for an op without
+    a rule.
 
     >>> check_rule(torch.ops.aten.atan2, (torch.ones(3), torch.arange(1.0, 4.0)))
     """

@@ -1,5 +1,6 @@
-"""``checkpoint`` and ``checkpoint_name``: values that the backward computes again, and values that
-it may keep."""
+"""``checkpoint`` and ``checkpoint_name``: choose which values the backward recomputes and which it
+may keep.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +21,12 @@ T = TypeVar("T")
 
 
 def checkpoint(f: Callable | None = None, policy: Policy | None = None) -> Any:
-    """Return ``f`` with values that the backward computes again from the arguments, except draws,
+    """Return ``f`` with values that the backward recomputes from the arguments, except draws,
     results, and values that ``policy`` (see :mod:`aotfunc.partition.policies`) lets be saved.
 
     It works inside every transform and compiled function. Outside of them it is
     ``torch.utils.checkpoint``, which saves nothing inside. Without ``f`` it is a decorator. Each
-    policy that is not equal to one before makes another program.
+    policy that equals no earlier one makes another program.
 
     >>> from aotfunc import grad
     >>> from aotfunc.partition import save_dots
@@ -51,8 +52,8 @@ def checkpoint(f: Callable | None = None, policy: Policy | None = None) -> Any:
 
 def checkpoint_name(x: T, name: str) -> T:
     """Return ``x``, a tensor or a tree of tensors, which policies know by this name: see
-    :func:`aotfunc.partition.save_only_these`. It is given to the op that made ``x`` or wrote it
-    last; arguments of the captured function, which are kept anyway, get none.
+    :func:`aotfunc.partition.save_only_these`. The op that made ``x``, or wrote it last, gets the
+    name; arguments of the captured function, which are kept anyway, get none.
 
     >>> checkpoint_name(torch.ones(2), "ones")
     tensor([1., 1.])

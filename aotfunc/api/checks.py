@@ -1,4 +1,4 @@
-"""What the first result of each transform is compared with, where it is to be validated."""
+"""The references with which ``validate=True`` compares the first result of each transform."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from .validate import Check, called, dot, values
 
 
 class Derivatives(Check):
-    """Transforms that differentiate: an op alone becomes a number, by random weights."""
+    """Base of the transforms that differentiate. A single op becomes a number, by random
+    weights."""
 
     def alone(self, n: Node, values: dict[Node, Any]) -> None:
         xs = [values[i] for i in n.all_input_nodes]
@@ -68,8 +69,8 @@ class Gradients(Derivatives):
 
 
 class Maps(Derivatives):
-    """``vjp``, ``linearize``, ``jvp``, which take the arguments of the function, too. What the
-    first two return is compared on random vectors."""
+    """``vjp``, ``linearize``, ``jvp``, which also take the arguments of the function. The maps
+    that the first two return are compared on random vectors."""
 
     tangents: Any = None
 
@@ -141,7 +142,7 @@ class Batches(Check):
         return [x if d is None else x.select(d, i) for x, d in pairs]
 
     def reference(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function for each sample. What it writes to its arguments stays."""
+        """Call the function for each sample. Its writes to arguments stay."""
         leaves, found = Arguments(args, kwargs).leaves, []
         for i in range(self.size):
             given, named = self.arguments.rebuilt(self.sample(i, leaves))

@@ -1,5 +1,6 @@
-"""Loops and branches as users call them: trees in, trees out; what ``f`` does in one step is
-recorded once."""
+"""Loops and branches as users call them, trees in, trees out; ``f`` is recorded once for all
+steps.
+"""
 
 from __future__ import annotations
 
@@ -144,9 +145,10 @@ def scan(
 def map(f: Callable, xs: Any, batch_size: int | None = None) -> Any:
     """Return ``f`` of each row of the tensors in ``xs``, one after another: the results as stacks.
 
-    It takes the memory of one row at a time where :func:`vmap` takes that of all, and ``f`` may
-    branch (:func:`cond`) on each row. With ``batch_size`` so many rows at a time go through
-    ``vmap(f)``. Errors are those of :func:`scan`.
+    It takes the memory of one row at a time, unlike :func:`vmap`, which takes that of all, and
+    ``f`` may branch (:func:`cond`) on each row. With ``batch_size`` so many rows at a time go
+    through ``vmap(f)``. Errors are those of :func:`scan`; ArgumentError for a ``batch_size`` below
+    1.
 
     >>> map(lambda x: x.sum() * x, torch.arange(6).view(3, 2))
     tensor([[ 0,  1],
@@ -174,15 +176,15 @@ def map(f: Callable, xs: Any, batch_size: int | None = None) -> Any:
 
 @entry
 def cond(pred: Any, true_fn: Callable, false_fn: Callable, *operands: Any) -> Any:
-    """Return ``true_fn(*operands)`` where ``pred`` holds, else ``false_fn(*operands)``, as one op
-    of a graph; only the one that is taken runs.
+    """Return ``true_fn(*operands)`` if ``pred`` holds, else ``false_fn(*operands)``, as one op of
+    a graph; only the chosen function runs.
 
     ``pred`` is a tensor with one element, or a bool. Operands may be any trees; the functions may
     close over tensors, and return trees of tensors of equal structure, shapes and dtypes. Under
-    ``vmap`` with a ``pred`` that differs between samples both run, and each sample gets its own:
-    neither values nor derivatives of the branch that it does not take reach it, be they infinite
-    or NaN. Raises ArgumentError for another ``pred`` and for results that differ, CaptureError
-    where a branch writes to a tensor from outside.
+    ``vmap`` with a ``pred`` that differs between samples both run, and each sample gets its own
+    result: neither values nor derivatives of the other branch reach it, be they infinite or NaN.
+    Raises ArgumentError for another ``pred`` and for results that differ, CaptureError if a branch
+    writes to a tensor from outside.
 
     >>> f = lambda x: cond(x > 0, torch.log, lambda x: x * 0, x)
     >>> vmap(grad(f))(torch.tensor([2.0, 0.0]))
@@ -199,7 +201,8 @@ def cond(pred: Any, true_fn: Callable, false_fn: Callable, *operands: Any) -> An
 def switch(index: Any, branches: Sequence[Callable], *operands: Any) -> Any:
     """Return ``branches[index](*operands)``, as one op of a graph: :func:`cond` for any number of
     branches. An ``index`` (an integer tensor with one element, or an int) below 0 or too large
-    means the first or the last.
+    means the first or the last. Raises ArgumentError for no branches, for another ``index``, and
+    otherwise as :func:`cond`.
 
     >>> switch(torch.tensor(1), [torch.sin, torch.neg, torch.cos], torch.tensor(2.0))
     tensor(-2.)
@@ -281,8 +284,8 @@ def while_loop(
         raise ArgumentError(f"while_loop: max_steps must be a positive int, not {max_steps!r}")
     if checkpoint not in (None, "revolve") or (checkpoint is None) != (slots is None):
         raise ArgumentError(
-            "while_loop: checkpoint='revolve' and slots=… are said together, not "
-            f"{checkpoint!r} and {slots!r}{at(user_line())}"
+            "while_loop: checkpoint must be None or 'revolve', and slots an int with 'revolve' "
+            f"alone, not checkpoint={checkpoint!r}, slots={slots!r}{at(user_line())}"
         )
     if slots is not None and (not isinstance(slots, int) or slots < 1):
         raise ArgumentError(
@@ -290,7 +293,7 @@ def while_loop(
         )
 
     def limit(inputs: Sequence[Tensor], draws: bool) -> int | None:
-        if max_steps is not None or slots or draws:  # counting would draw, too
+        if max_steps is not None or slots or draws:  # a run that counts draws, too
             return max_steps
         return step_bound(cond_fn, body_fn, init, inputs)
 
@@ -300,7 +303,8 @@ def while_loop(
 def while_loop_up_to(
     cond_fn: Callable, body_fn: Callable, init: Any, limit: Callable, slots: int | None = None
 ) -> Any:
-    """Run :func:`while_loop` with ``limit(inputs, whether it draws)`` for the most steps."""
+    """Run :func:`while_loop` with ``limit(inputs, draws)`` as the most steps; ``draws``: whether
+    it draws."""
     carry, spec = flatten(init)
     carry = tensors("while_loop", "init", carry, spec)
 
@@ -338,8 +342,8 @@ def while_loop_up_to(
 def step_bound(
     cond_fn: Callable, body_fn: Callable, init: Any, inputs: Sequence[Tensor]
 ) -> int | None:
-    """Return a bound for the number of steps, if one is needed and known: something may be
-    differentiated, and a value may be asked for."""
+    """Return a bound for the number of steps, if one is needed and known: an input may be
+    differentiated, and values may be asked for."""
     hidden = any(t.why_not is not None for t in under_way.traces)
     if hidden or inside_torch_func() or not any(x.requires_grad for x in inputs):
         return None

@@ -1,5 +1,6 @@
-"""Which step of the look-up answers for each op, per transform: a rule of ours, PyTorch's formula,
-a decomposition, a loop, or nothing."""
+"""Tell which step of the look-up answers for each op, per transform: our rule, PyTorch's formula,
+a decomposition, a loop, or nothing.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from ..transforms.vmap import TRANSPARENT
 aten = torch.ops.aten
 
 TRANSFORMS = ("vjp", "jvp", "vmap")
-#: the steps in the order in which they are tried; what each column of the table counts
+#: the steps, in the order of the look-up; the table has a column for each
 KINDS = {
     "rule": "a rule of ours",
     "zero": "no derivative: integers, comparisons, factories",
@@ -32,7 +33,7 @@ KINDS = {
     "none": "an error that names op, transform and line",
 }
 
-#: ops on tensors that are not dense, and ops private to a device or to PyTorch's own tests
+#: ops on tensors that are not dense, ops of one device, and ops of PyTorch's own tests
 _ELSEWHERE = re.compile(
     r"sparse|coalesce|_co[ol]_|c?c?(col|row)_indices|_?(indices|values)(_copy)?$|_(bs|cs)[cr]"
     r"|_to_dense|dense_dim|spdiags|nested|jagged|padded|quant(?!ile)|qparams|per_channel|int[48]"
@@ -49,7 +50,7 @@ _ELSEWHERE = re.compile(
 def ops() -> tuple[OpOverload, ...]:
     """Return the overloads that a derivative or a batch can meet in a captured graph: those of
     aten that write to nothing, take and return tensors, and run on dense tensors of this build's
-    CPU or GPU. Composite ops are left out: PyTorch takes them apart before they are recorded."""
+    CPU or GPU. Composite ops are left out: PyTorch decomposes them before they are recorded."""
     return tuple(sorted(_found(), key=str))
 
 
@@ -126,9 +127,9 @@ def said_of(op: OpOverload) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def step(op: OpOverload, transform: str) -> str:
-    """Return the step that answers for ``op`` under ``transform``, one of ``KINDS``: what the
-    walkers would do first. (A rule may decline rare arguments, and a formula fail on some, and
-    then the next step is tried.)
+    """Return the step that answers for ``op`` under ``transform``, one of ``KINDS``: the walkers'
+    first choice. (A rule may decline rare arguments, and a formula fail on some; then the next
+    step is tried.)
 
     >>> step(torch.ops.aten.sin.default, "vjp")
     'rule'
@@ -166,7 +167,7 @@ def coverage() -> dict[str, dict[str, int]]:
     """Print and return the number of op overloads that each step of the look-up answers, per
     transform.
 
-    Counted are the overloads that :func:`ops` lists: aten's functional, dense, not composite ones,
+    The overloads are those that :func:`ops` lists: aten's functional, dense, not composite ones,
     differentiated or not. :func:`step` answers for a single op.
 
     >>> counts = coverage()  # doctest: +ELLIPSIS

@@ -1,4 +1,4 @@
-"""Functions with rules of the user's: ``custom_vjp``, ``custom_jvp``, ``custom_vmap``."""
+"""Functions with the user's rules: ``custom_vjp``, ``custom_jvp``, ``custom_vmap``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .func import functionalize
 
 
 class CustomFunction(CustomRules):
-    """A function with rules of its own. Made by :func:`custom_vjp`, :func:`custom_jvp` or
-    :func:`custom_vmap`, which all take all rules: ``defvjp``, ``defjvp``, ``def_vmap``."""
+    """A function with rules of its own. :func:`custom_vjp`, :func:`custom_jvp` and
+    :func:`custom_vmap` make it; each takes all rules: ``defvjp``, ``defjvp``, ``def_vmap``."""
 
     def __init__(self, f: Callable, places: tuple[int, ...]) -> None:
         functools.update_wrapper(self, f)
@@ -36,26 +36,25 @@ class CustomFunction(CustomRules):
         cotangents) -> gradients``, a tuple with one for each argument that is not fixed, None for
         zero.
 
-        The cotangents have the output's tree; None stands for what has none, and with
-        ``symbolic_zeros`` for zeros, too. Residuals are any tree. ``fwd`` is differentiated in
-        its turn for higher orders, and forward mode is the transpose of ``bwd`` where there is no
-        ``defjvp``."""
+        The cotangents have the output's tree; None stands for an output without a cotangent, and
+        with ``symbolic_zeros`` for zeros, too. Residuals are any tree. Higher orders differentiate
+        ``fwd``, and without ``defjvp`` forward mode is the transpose of ``bwd``."""
         self.forward, self.backward = fwd, bwd
         self.symbolic_zeros = symbolic_zeros
 
     def defjvp(self, jvp: Callable) -> Callable:
-        """State the forward mode: ``jvp(*fixed, primals, tangents) -> (output, tangents of it)``;
-        both are tuples over the arguments that are not fixed. A tangent is None where its argument
-        is no floating tensor; a returned one may be None for zero. Reverse mode is the transpose
-        of it where there is no ``defvjp``."""
+        """State the forward mode: ``jvp(*fixed, primals, tangents) -> (output, output tangents)``;
+        both are tuples over the arguments that are not fixed. A tangent is None if its argument is
+        no floating tensor; a returned one may be None for zero. Without ``defvjp`` reverse mode is
+        the transpose."""
         self.tangents_of = jvp
         return jvp
 
     def def_vmap(self, rule: Callable) -> Callable:
         """State the batching: ``rule(size, in_batched, *args) -> (output, out_batched)``.
-        ``in_batched`` and ``out_batched`` are trees of truth values like the arguments and the
-        output; what is batched has its batch in dimension 0. Tensors that the rule closes over,
-        by variables, are the same for all samples."""
+        ``in_batched`` and ``out_batched`` are trees of bools like the arguments and the output; a
+        batched tensor has its batch in dimension 0. Tensors that the rule closes over, by
+        variables, are the same for all samples."""
         self.batched = rule
         return rule
 
@@ -130,9 +129,9 @@ def custom_vjp(
     protocol is JAX's.
 
     Arguments and results are trees. Those named in ``nondiff_argnums`` or ``nondiff_argnames``
-    have no derivative, may be any Python values, and come first in ``bwd``. What ``f`` closes over
-    has no rule: CaptureError if it requires grad. ArgumentError where a rule returns another
-    structure.
+    have no derivative, may be any Python values, and come first in ``bwd``. Raises CaptureError if
+    ``f`` closes over a tensor that requires grad, which has no rule, ArgumentError if a rule
+    returns another structure.
 
     >>> import torch
     >>> from aotfunc import grad
@@ -172,7 +171,7 @@ def custom_jvp(
 
 def custom_vmap(f: Callable | None = None) -> Any:
     """Return ``f`` with a batching rule of your own, see :meth:`CustomFunction.def_vmap`. Its
-    derivative is that of ``f``, under ``vmap`` that of the rule, unless it has rules for that,
+    derivative is that of ``f``, under ``vmap`` that of the rule, unless derivatives are stated,
     too.
 
     >>> import torch

@@ -88,7 +88,7 @@ prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def enter(x: Tensor, differentiated: bool) -> Tensor:
-    """Return the stand-ins that ``f`` is called on. Only their metadata counts."""
+    """Return the stand-ins for tensors in the call of ``f``. Only their metadata counts."""
     if differentiated:
         return x.detach().requires_grad_().clone()
     sample = x.view_as(x)
@@ -99,7 +99,7 @@ def enter(x: Tensor, differentiated: bool) -> Tensor:
     return sample
 
 
-#: the dtypes of a tensor without dimensions that is an index
+#: dtypes of 0-dim tensors that may be an index
 INDICES = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
@@ -150,8 +150,8 @@ def run(transform: Callable, runs: Callable, graph: Any) -> Callable:
 
 
 def of_one_size(x: Any) -> Any:
-    """Return an operand with numbers for symbolic ones; the compiled function is guarded on them
-    from here on."""
+    """Return an operand with numbers in place of symbolic ones; from here on the compiled function
+    is guarded on them."""
     if isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool):
         return {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(x)](x)
     if isinstance(x, Tensor) and any(isinstance(s, torch.SymInt) for s in (*x.shape, *x.stride())):
@@ -160,7 +160,7 @@ def of_one_size(x: Any) -> Any:
 
 
 class SubgraphBody:
-    """``f`` as a function of the tensors that enter, and then of all that the subgraph takes, to
+    """``f`` as a function of the tensors that enter, then of all inputs of the subgraph, to
     ``(outs, aux)``."""
 
     def __init__(self, graph: GraphModule) -> None:
@@ -194,11 +194,10 @@ class SubgraphBody:
 
 
 class Checked(Interpreter):
-    """The index of each sample, where Dynamo has read 0 for it: it may only be used as an
-    index."""
+    """The index of each sample, which Dynamo has read as 0; it may only serve as an index."""
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        if target is operator.getitem:  # an index is known by the brackets around it
+        if target is operator.getitem:  # brackets around it make it an index
             x, index = args
             return x[index]
         return super().call_function(target, args, kwargs)
@@ -223,7 +222,7 @@ def example_value(n: Node) -> Any:
 
 
 def nodes_behind(nodes: Sequence[Node], stop: Sequence[Node]) -> set[Node]:
-    """Return these nodes and all that they are computed from, up to ``stop``."""
+    """Return these nodes and all that they depend on, up to ``stop``."""
     found: set[Node] = set()
     queue = list(nodes)
     while queue:

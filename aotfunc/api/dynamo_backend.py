@@ -20,7 +20,8 @@ def compiled_graph(
 ) -> Callable:
     """Return a graph of Dynamo's (torch functions, which may write; sizes among its inputs) under
     :func:`jit`: its forward and backward are captured at the first call, and again for other
-    sizes. ``options`` are :func:`jit`'s, ``mode`` has no meaning.
+    sizes. ``options`` are :func:`jit`'s; ``mode`` is ignored. Raises ArgumentError for another
+    option.
 
     >>> f = torch.compile(torch.sin, backend="aotfunc", options={"backend": "eager"})
     >>> f(torch.zeros(2))  # doctest: +SKIP

@@ -43,7 +43,7 @@ from ..transforms.fresh import fresh
 from .jit import CompiledModule
 from .onnx import to_onnx
 
-#: of the file's format
+#: the version of the file's format
 VERSION = 1
 
 
@@ -52,13 +52,13 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
     saved: ``export(f, x).save("f.aot")``, and ``load("f.aot")`` in another process.
 
     The :class:`Exported` takes arguments of the same trees, shapes, dtypes, devices and Python
-    values, in any layout. Tensors that ``f`` closes over, or the parameters and buffers of the
-    module under their names, are its own. It holds the captured graph, and where something
-    requires grad the joint graph and its forward and backward half, too; of a compiled function
-    they are cut as that one cuts them. Gradients are taken on: modes (training, autocast) are
-    those of now. Raises CaptureError where ``f`` asks for values, leaves tensors outside or runs
-    Python code at each call, ArgumentError for arguments or results that are neither tensors,
-    plain values, nor containers and instances that hold such.
+    values, in any layout. It owns the tensors that ``f`` closes over, or the parameters and
+    buffers of the module under their names. It holds the captured graph, and if a tensor requires
+    grad the joint graph with its forward and backward half; those of a compiled function are cut
+    as that one cuts them. Gradients are on; other modes (training, autocast) are the present ones.
+    Raises CaptureError if ``f`` asks for values, leaves tensors outside or runs Python code at
+    each call, ArgumentError for arguments or results that are neither tensors, plain values, nor
+    containers and instances of these.
 
     >>> double = export(lambda x, scale: {"y": x * scale}, torch.ones(2), 2.0)
     >>> double(torch.arange(2.0), 2.0)
@@ -69,7 +69,7 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
     if isinstance(compiled, Compiled):
         f, partition = compiled.f, compiled.pipeline.partition
     arguments = Arguments(args, kwargs, f)
-    # a tensor that is in two places here may be two tensors at the next call
+    # a tensor in two places here may be two at the next call
     arguments.leaves = [detached_copy(x) if isinstance(x, Tensor) else x for x in arguments.leaves]
     inputs = [x for x in arguments.leaves if isinstance(x, Tensor)]
     given, keywords = arguments.rebuilt(arguments.leaves)
@@ -130,15 +130,15 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
 
 
 class Exported(nn.Module):
-    """A captured function with the tensors that it needs, called as the function was;
-    :func:`export` and :func:`load` return it.
+    """A captured function with its tensors, called as the function was; :func:`export` and
+    :func:`load` return it.
 
     It is compiled for its ``backend`` at the first call, differentiable to any order, and may be
-    transformed. Its parameters and buffers have the names of the module that it was made from, so
-    that the ``state_dict`` of one fits the other. Raises ArgumentError for arguments that it was
-    not exported for. Mappings among the results are dictionaries, other instances namespaces;
-    results that share memory with an argument do so here, too, those that share it only with one
-    another do not.
+    transformed. Its parameters and buffers have the names of the original module, so that the
+    ``state_dict`` of one fits the other. Raises ArgumentError for arguments unlike those of the
+    export. Mappings among the results are dictionaries, other instances namespaces. Results that
+    share memory with an argument do so here, too; those that share it only with one another do
+    not.
 
     >>> linear = export(nn.Linear(2, 1), torch.ones(3, 2))
     >>> list(linear.state_dict()), linear(torch.ones(3, 2)).shape
@@ -218,7 +218,7 @@ class Exported(nn.Module):
                     )
 
     def _cut(self, partition: Partition) -> None:
-        """Cut the joint program, for derivatives by what requires grad now."""
+        """Cut the joint program, for derivatives with respect to what requires grad now."""
         state = [tensor_at(self, n) for n in self._data["state"]]
         flags = [*self._data["differentiated"], *(t.requires_grad for t in state)]
         wrt = tuple(i for i, yes in enumerate(flags) if yes)
@@ -229,15 +229,15 @@ class Exported(nn.Module):
 
     @property
     def graphs(self) -> dict[str, fx.GraphModule]:
-        """Return its graphs, as modules to read and to run: "function", and where something
-        requires grad "joint", "forward" and "backward"."""
+        """Return its graphs, as modules to read and to run: "function", and if a tensor requires
+        grad "joint", "forward" and "backward"."""
         programs = {"function": self._program, **self._pipeline.halves}
         return {name: graph_module(p, name) for name, p in programs.items()}
 
     def to_torch(self) -> Any:
         """Return the ``torch.export.ExportedProgram`` of the function, op by op, without
-        derivatives that the user wrote. Raises what ``torch.export`` raises where it refuses the
-        graph."""
+        derivatives that the user wrote. Raises the errors of ``torch.export`` for a graph that it
+        refuses."""
         examples = [torch.empty_like(s.proto, device=s.device) for s in self._signatures]
         args, keywords = self._arguments(examples)
         return torch.export.export(OpByOp(self), args, keywords, strict=False)

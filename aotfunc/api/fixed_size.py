@@ -1,5 +1,6 @@
-"""Ops whose results would have as many elements as the values say, with a size that is given
-instead: ``nonzero``, ``masked_select``, ``unique``."""
+"""Ops whose number of results depends on values, with a given size instead: ``nonzero``,
+``masked_select``, ``unique``.
+"""
 
 from __future__ import annotations
 
@@ -59,10 +60,10 @@ def unique(
     """Return the ``size`` least of the values that are elements of ``x``, in order, a vector;
     elements beyond the last one are ``fill_value``, by default the least value.
 
-    With ``return_inverse`` also where each element of ``x`` stands in it (``size`` or more for
+    With ``return_inverse`` also the position of each element of ``x`` in it (``size`` or more for
     values that it leaves out), with ``return_counts`` how many elements have each value, as
-    ``torch.unique``. A cotangent goes to the first of equal elements. ArgumentError for an empty
-    ``x`` without ``fill_value``.
+    ``torch.unique``. The first of equal elements gets the cotangent. Raises ArgumentError for an
+    empty ``x`` without ``fill_value``.
 
     >>> unique(torch.tensor([3, 1, 3, 2]), size=4, fill_value=0, return_counts=True)
     (tensor([1, 2, 3, 0]), tensor([1, 1, 2, 0]))
@@ -83,7 +84,7 @@ def unique(
 
 
 def chosen(x: Tensor, mask: Tensor, size: int, fill_value: Any) -> Tensor:
-    """Return the elements of a vector where ``mask`` is true. What fills stands behind them."""
+    """Return the elements of a vector where ``mask`` is true, followed by the fill value."""
     filler = torch.as_tensor(fill_value, dtype=x.dtype, device=x.device).reshape(1)
     places = torch.nonzero_static(mask, size=size, fill_value=len(x)).flatten()
     return torch.cat([x, filler]).index_select(0, places)

@@ -1,4 +1,4 @@
-"""A user's function recorded as a body of control flow, and what is looped over."""
+"""Record a user's function as a body of control flow, and check what it loops over."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tensors(name: str, what: str, leaves: Sequence[Any], spec: Any) -> list[Tens
 
 
 def one_element(name: str, what: str, x: Any) -> Tensor:
-    """Return a tensor with one element, without dimensions."""
+    """Return a tensor with one element as a 0-dim tensor."""
     if not isinstance(x, Tensor) or x.numel() != 1:
         shown = structure(x) if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise ArgumentError(
@@ -71,7 +71,7 @@ def trip_count(name: str, rows: Sequence[Tensor], spec: Any, length: int | None)
 
 
 def one(x: Tensor) -> Sig:
-    """Return the signature of what is carried."""
+    """Return the signature of a carried value."""
     return dense(signature(x))
 
 
@@ -82,8 +82,8 @@ def row(x: Tensor) -> Sig:
 
 class Body:
     """A function recorded once, on values of the signatures ``sigs``, as the body of control flow
-    called ``name``. ``rebuilt`` makes its arguments of their leaves, ``arranged`` puts what it
-    returns in the order that is wanted."""
+    called ``name``. ``rebuilt`` makes its arguments from their leaves; ``arranged`` puts its
+    results in order."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class Body:
         )
 
     def check_like(self, other: Body) -> None:
-        """Refuse a body that does not return what the ``other`` did."""
+        """Refuse a body whose results are unlike the ``other``'s."""
         (mine, spec), (theirs, their_spec) = flatten(self.returned), flatten(other.returned)
         if spec != their_spec or not all(map(alike, mine, theirs)):
             raise ArgumentError(
@@ -139,7 +139,7 @@ class Body:
 
     def body(self) -> Program:
         """Return the body as a program ``(closed-over tensors, arguments) -> results``. Raises
-        CaptureError where it writes to one of these."""
+        CaptureError if it writes to one of these."""
         program = self.rec.program()
         if program.mutated:
             raise CaptureError(
@@ -155,7 +155,7 @@ class Body:
 
 
 def inside_torch_func() -> bool:
-    """Return whether a transform of torch.func's is under way, and no recording of ours inside of
+    """Return whether a transform of torch.func's is under way, with no recording of ours inside
     it."""
     return current() is None and torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -180,7 +180,7 @@ def consts_first(program: Program) -> Program:
 
 def sharing_constants(steps: Sequence[Body]) -> tuple[list[Tensor], list[Program]]:
     """Return the tensors that several functions close over, each once, and their bodies as
-    programs of these and of their arguments."""
+    programs of these tensors and their arguments."""
     found: dict[int, Tensor] = {}
     for step in steps:
         found |= {id(t): t for t in step.rec.closed_over}
@@ -200,7 +200,7 @@ def run_flow(
     inputs: Sequence[Tensor],
 ) -> tuple:
     """Build a program from ``body`` by ``build(builder, nodes)`` and return its results for these
-    inputs; ``key`` says what else the program depends on."""
+    inputs; ``key`` has all else that the program depends on."""
     sigs = tuple([signature(x) for x in inputs])
 
     def program() -> Program:

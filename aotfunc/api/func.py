@@ -59,10 +59,11 @@ def grad_and_value(
     (value, aux))`` with ``has_aux``.
 
     The gradient has the tree of the argument (a tuple of trees for a tuple ``argnums``), each leaf
-    the shape and dtype of its primal. Arguments that do not matter get zeros. Raises ArgumentError
-    if a differentiated leaf is not a floating or complex tensor, or the output not a real tensor
-    with zero dimensions. ``validate=True`` compares the first call with eager autograd and with
-    differences, and raises ValidationError, as for the other transforms (``docs/errors.md``).
+    the shape and dtype of its primal. An argument that the output does not depend on gets zeros.
+    Raises ArgumentError if a differentiated leaf is not a floating or complex tensor, or the
+    output not a real tensor with zero dimensions. ``validate=True`` compares the first call with
+    eager autograd and with differences, and raises ValidationError, as for the other transforms
+    (``docs/errors.md``).
 
     >>> grad_and_value(lambda x: (x * x).sum())(torch.tensor([1.0, 2.0]))
     (tensor([2., 4.]), tensor(5.))
@@ -126,8 +127,8 @@ def _gradient(
 
 
 def _halves(joint: Program, call: Call, n_late: int) -> tuple[Program, Program, list[int]]:
-    """Return a joint program cut by what depends on its late inputs; the early results have memory
-    of their own."""
+    """Cut a joint program by dependence on its late inputs; the early results have memory of their
+    own."""
 
     def make() -> Any:
         early, late, direct = halve(joint, call.program.n_outputs, n_late)
@@ -144,8 +145,8 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     cotangents of the output to a tuple of cotangents of the primals.
 
     ``vjp_fn`` takes one tree like the output, or its parts as separate arguments; it may be called
-    often, and under ``vmap``. Raises ArgumentError for non-floating primals, or cotangents that do
-    not fit the output.
+    often, and under ``vmap``. Raises ArgumentError for non-floating primals, or cotangents unlike
+    the output.
 
     >>> out, vjp_fn = vjp(torch.sin, torch.zeros(2))
     >>> vjp_fn(torch.ones(2))
@@ -221,7 +222,7 @@ def jvp(
     derivative along ``tangents``.
 
     ``primals`` and ``tangents`` are tuples of equal trees; the tangent has the output's tree,
-    shapes and dtypes (zeros for integer outputs). Raises ArgumentError where they do not fit, for
+    shapes and dtypes (zeros for integer outputs). Raises ArgumentError if they do not match, for
     integer primals, and with ``strict`` if an output does not depend on the primals.
 
     >>> jvp(torch.sin, (torch.zeros(2),), (torch.ones(2),))
@@ -251,7 +252,8 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     """Return ``(output, jvp_fn)``: the function's value and its linear map at ``primals``;
     ``jvp_fn(*tangents)`` does only the linear work.
 
-    ``f`` is evaluated once. ``jvp_fn`` may be called often, nested, differentiated and batched.
+    ``func`` is evaluated once. ``jvp_fn`` may be called often, nested, differentiated and batched.
+    Raises ArgumentError for non-floating primals, or tangents unlike the primals.
 
     >>> out, jvp_fn = linearize(torch.sin, torch.zeros(2))
     >>> jvp_fn(torch.ones(2))

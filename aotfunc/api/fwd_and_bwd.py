@@ -39,8 +39,8 @@ def fwd_and_bwd(
     shapes, dtypes and Python values; the residuals are a tuple of tensors, to keep, to send or to
     stack. ``backward(residuals, cotangents)`` maps cotangents of the output, in its tree, to the
     gradient by argument ``argnums`` (a tuple of them for several). Both may be transformed, and
-    batched residuals go into a batched backward. Raises CaptureError where ``f`` writes to an
-    argument, ArgumentError where a differentiated leaf is no floating tensor, or for arguments,
+    batched residuals go into a batched backward. Raises CaptureError if ``f`` writes to an
+    argument, ArgumentError if a differentiated leaf is no floating tensor, or for arguments,
     residuals and cotangents of other shapes.
 
     >>> forward, backward = fwd_and_bwd(lambda x: torch.sin(x), torch.zeros(2))

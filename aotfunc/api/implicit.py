@@ -1,8 +1,8 @@
-"""Functions that are known by an equation: their derivatives are those of the equation, whatever
-solves it.
+"""Differentiate functions that an equation defines by that equation, whatever solves it.
 
 Formulas: implicit function theorem, as in Blondel et al., "Efficient and Modular Implicit
-Differentiation" (2022)."""
+Differentiation" (2022).
+"""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Solve = Callable[[Callable, Any], Any]
 
 @entry
 def custom_root(f: Callable, guess: Any, solve: Solve, tangent_solve: Solve) -> Any:
-    """Return the ``x`` that ``solve(f, guess)`` finds with ``f(x) = 0``, differentiable by all
-    that ``f`` closes over.
+    """Return the ``x`` that ``solve(f, guess)`` finds with ``f(x) = 0``, differentiable with
+    respect to all that ``f`` closes over.
 
     ``x`` and ``f(x)`` have the tree of ``guess``. ``tangent_solve(g, y)`` solves ``g(x) = y`` for
-    the linear ``g``, the Jacobian of ``f`` at the root or its transpose. What ``solve`` does is
-    not differentiated, and the guess has no derivative. As ``jax.lax.custom_root``, under every
-    transform and to any order.
+    the linear ``g``, the Jacobian of ``f`` at the root or its transpose. ``solve`` is not
+    differentiated, and the guess has no derivative. The protocol is ``jax.lax.custom_root``'s; it
+    works under every transform and to any order.
 
     >>> def newton(f, x):
     ...     for _ in range(10):
@@ -86,12 +86,13 @@ def custom_linear_solve(
     transpose_solve: Solve | None = None,
     symmetric: bool = False,
 ) -> Any:
-    """Return the ``x`` that ``solve(matvec, b)`` finds with ``matvec(x) = b``, differentiable by
-    ``b`` and by all that ``matvec`` closes over.
+    """Return the ``x`` that ``solve(matvec, b)`` finds with ``matvec(x) = b``, differentiable with
+    respect to ``b`` and all that ``matvec`` closes over.
 
     ``matvec`` is linear; ``x`` has the tree of ``b``. ``transpose_solve(vecmat, b)`` solves with
-    the transpose, for reverse mode; with ``symmetric`` (Hermitian) it is ``solve``. What they do
-    is not differentiated. As ``jax.lax.custom_linear_solve``.
+    the transpose, for reverse mode; with ``symmetric`` (Hermitian) it is ``solve``. The solvers
+    are not differentiated. The protocol is ``jax.lax.custom_linear_solve``'s. Raises ArgumentError
+    in reverse mode without ``transpose_solve`` and ``symmetric``.
 
     >>> a = torch.tensor([[2.0, 1.0], [0.0, 4.0]])
     >>> def solve(matvec, b):  # any solver: here by the matrix
@@ -158,7 +159,7 @@ _solution.defjvp(_solution_tangents)
 
 
 def pulled(f: Callable, tensors: Sequence[Tensor], cotangent: Any) -> list[Tensor | None]:
-    """Return the gradients of ``f(*tensors)`` by those that have one."""
+    """Return the gradients of ``f(*tensors)`` with respect to the tensors that have one."""
     places = [i for i, t in enumerate(tensors) if floating(t)]
     grads: list[Tensor | None] = [None] * len(tensors)
     if places:
@@ -169,7 +170,7 @@ def pulled(f: Callable, tensors: Sequence[Tensor], cotangent: Any) -> list[Tenso
 
 
 def of_some(f: Callable, tensors: Sequence[Tensor], places: Sequence[int]) -> Callable:
-    """Return ``f(*tensors)`` as a function of those at these places."""
+    """Return ``f(*tensors)`` as a function of the tensors at these places."""
 
     def call(*some: Tensor) -> Any:
         given = list(tensors)
@@ -192,12 +193,12 @@ def check_structure(name: str, x: Any, value: Any) -> Any:
 
 @entry
 def linear_transpose(f: Callable, *primals: Any) -> Callable:
-    """Return the transpose of a linear ``f``, for arguments like ``primals``, whose values do not
-    matter: ``transposed(cotangents)`` is a tuple with a tree like each primal.
+    """Return the transpose of a linear ``f``, for arguments like ``primals``, whose values are not
+    used: ``transposed(cotangents)`` is a tuple with a tree like each primal.
 
-    Complex functions are conjugated, too, as all cotangents of PyTorch's are: it is the adjoint.
-    Raises ArgumentError where the derivative of ``f`` depends on the primals. (What ``f`` adds to
-    a linear map, it has no derivative of.)
+    Of complex functions it is the adjoint, conjugated as all of PyTorch's cotangents. Raises
+    ArgumentError if the derivative of ``f`` depends on the primals. (A constant that ``f`` adds to
+    a linear map has no derivative, and is ignored.)
 
     >>> a = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
     >>> linear_transpose(lambda x: a @ x, torch.ones(2))(torch.tensor([1.0, 0.0]))

@@ -43,9 +43,9 @@ def jacrev(
     which torch.func has for them, decides nothing).
 
     With ``holomorphic`` arguments and outputs are complex, and the entries are the derivatives of
-    a function that has one in the complex plane (``z * z``, not ``z.abs()``), as in JAX. Without
-    it complex ones are refused, as a Jacobian of such numbers would need two entries for each:
-    ``vjp`` and ``jvp`` take them. ArgumentError for others.
+    a function that has one in the complex plane (``z * z``, not ``z.abs()``), as in JAX. Raises
+    ArgumentError for complex tensors without it, whose Jacobian would need two entries for each
+    (``vjp`` and ``jvp`` take them), and for tensors that are not floating.
 
     >>> jacrev(torch.sin)(torch.zeros(2))
     tensor([[1., 0.],
@@ -104,11 +104,12 @@ def hessian(
     """Return the Hessian, forward over reverse: ``jacfwd(jacrev(func))``; for a scalar function of
     shape ``I`` a tensor of shape ``I + I``. ``holomorphic`` as in :func:`jacrev`.
 
-    ``structure``: which entries are computed, of one tensor argument: "diagonal", of shape ``I``
-    (by Taylor mode, as :func:`diag_hessian`); "blocks", the square blocks of the slices along its
+    ``structure``: the entries to compute, for one tensor argument: "diagonal", of shape ``I`` (by
+    Taylor mode, as :func:`diag_hessian`); "blocks", the square blocks of the slices along its
     first dimension, ``[B, *I]``, of shape ``[B, *I, *I]``; "sparse", those that the graph has, as
-    a sparse tensor (:func:`sparse_hessian`). Whatever the Hessian is, these are its entries. The
-    last two raise CaptureError inside of other transforms, as they look at values.
+    a sparse tensor (:func:`sparse_hessian`). No structure is assumed: these are entries of any
+    Hessian. The last two raise CaptureError inside of other transforms, as they look at values;
+    ArgumentError for another ``structure``.
 
     >>> hessian(lambda x: (x ** 3).sum())(torch.ones(2))
     tensor([[6., 0.],

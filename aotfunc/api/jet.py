@@ -36,7 +36,7 @@ def jet(
     shapes of its primal, or of the output. Without ``factorial_scaled`` they are coefficients of
     the Taylor polynomial, k-th derivatives divided by ``k!``. The protocol is
     ``jax.experimental.jet``'s. The cost grows with the square of the order. Raises ArgumentError
-    for series that do not fit.
+    for series unlike the primals.
 
     >>> x, one = torch.tensor(0.0), torch.tensor(1.0)
     >>> jet(lambda x: torch.exp(2 * x), (x,), ([one, None, None],))
@@ -85,7 +85,7 @@ def by_leaf(arguments: Arguments, primals: tuple, i: int, terms: Sequence) -> li
             if spec != arguments.specs[i]:
                 raise ArgumentError(
                     f"jet: derivative {k} of {arguments.said(arguments.spans[i].start)} is "
-                    f"{structure(term)}, which has not the structure of its primal"
+                    f"{structure(term)}, which does not have the structure of its primal"
                 )
         for row, x, t in zip(rows, leaves, flat, strict=True):
             if isinstance(t, Tensor) and t.shape != x.shape:
@@ -128,7 +128,7 @@ def diag_hessian(f: Callable, *, chunk_size: int | None = None) -> Callable:
     """Return ``diagonal(x)``, the second derivative of ``f(x)`` by each element of the tensor
     ``x`` of shape ``I``; for an output of shape ``O`` a tensor of shape ``I + O``.
 
-    By Taylor mode of order 2 along each axis, ``chunk_size`` at a time: no Hessian is made.
+    It uses Taylor mode of order 2 along ``chunk_size`` axes at a time, without the Hessian.
 
     >>> diag_hessian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
     tensor([ 6., 12.])
@@ -147,9 +147,9 @@ def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -
     """Return ``sums(*args)``, the sum of the second derivatives of ``f(*args)`` by each element of
     the tensor ``args[argnums]``, in the output's tree and shapes.
 
-    By Taylor mode of order 2 along ``chunk_size`` axes at a time, whose second derivatives are
-    added up before what is linear in them: no Hessian is made. Raises CaptureError where ``f``
-    writes to an argument.
+    It uses Taylor mode of order 2 along ``chunk_size`` axes at a time, without the Hessian, and
+    sums second derivatives before linear ops read them. Raises CaptureError if ``f`` writes to an
+    argument, ArgumentError if ``args[argnums]`` is no tensor.
 
     >>> laplacian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
     tensor(18.)

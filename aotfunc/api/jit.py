@@ -24,7 +24,7 @@ from .validate import validated
 
 MemoryBudget: TypeAlias = float | int | str | Budget | None
 
-#: options of functorch's aot_function that are accepted and have no meaning here
+#: options of functorch's aot_function that are accepted and ignored
 FUNCTORCH_OPTIONS = frozenset(
     {
         "num_params_buffers",
@@ -77,27 +77,27 @@ def jit(
 ) -> Any:
     """Return ``f`` captured once per signature and compiled by ``backend``, a name (see
     ``aotfunc.backends``) or a ``compiler(gm, example_inputs) -> callable``. "auto" is "cpp" on the
-    CPU where there is a C++ compiler, else "eager".
+    CPU if there is a C++ compiler, else "eager".
 
     The signature: tree, shapes, strides, dtypes, devices and requires_grad of the arguments,
     values of Python arguments, grad and autocast mode, default dtype and device, and the Python
-    state that ``f`` and what it calls read (:mod:`aotfunc.runtime.guards.state`): closures,
-    globals, attributes, containers, modes and hooks of modules. Tensors among it are inputs.
-    Results are differentiable to any order, and transforms of the jitted function stay compiled.
-    ``static_argnums`` and ``static_argnames`` are accepted for compatibility: Python arguments
-    are always static. Raises
-    CaptureError if ``f`` asks for values or changes a list or dictionary that is an argument,
-    ArgumentError for a Python argument that can neither be hashed nor be described by its
-    attributes, BackendError, which keeps the graph, if the compiler fails. Copies and pickled ones
-    are captured again. Without ``f`` it is a decorator, of functions and of methods.
+    state that ``f`` and the functions that it calls read (:mod:`aotfunc.runtime.guards.state`):
+    closures, globals, attributes, containers, modes and hooks of modules. Tensors in this state
+    are inputs. Results are differentiable to any order, and transforms of the jitted function stay
+    compiled. ``static_argnums`` and ``static_argnames`` are accepted for compatibility: Python
+    arguments are always static. Raises CaptureError if ``f`` asks for values or changes a list or
+    dictionary that is an argument, ArgumentError for a Python argument that can neither be hashed
+    nor be described by its attributes, BackendError, which keeps the graph, if the compiler fails.
+    Copies and unpickled functions are captured again. Without ``f`` it is a decorator, of
+    functions and of methods.
 
     ``backend="cpp"`` computes sums of products in the order that costs least, which changes
     results by rounding; with ``exact`` it keeps the function's, see ``docs/contractions.md``.
 
     ``memory_budget`` and ``policy`` say how much is saved for the backward, as for
-    :func:`aotfunc.partition`; by default what is cheap beside the memory that it takes is computed
-    again. With ``validate=True`` the first call, and its gradients, are compared with eager
-    PyTorch's; ValidationError names the first op that differs.
+    :func:`aotfunc.partition`; by default the backward recomputes values that are cheap beside the
+    memory that they take. With ``validate=True`` the first call, and its gradients, are compared
+    with eager PyTorch's; ValidationError names the first op that differs.
 
     >>> jit(lambda x: torch.sin(x) * 2)(torch.zeros(2))
     tensor([0., 0.])
@@ -116,8 +116,8 @@ def jit(
 
 
 def budgeted(default: Partition, memory_budget: MemoryBudget, policy: Policy | None) -> Partition:
-    """Return the partition function within a budget and by a policy, or the default without
-    both."""
+    """Return the partition function within a budget and by a policy; the default if both are
+    None."""
     if memory_budget is None and policy is None:
         return default
     return Budgeted(1.0 if memory_budget is None else memory_budget, policy)
@@ -178,7 +178,7 @@ def aot_function(
     return Compiled(fn, pipeline) if fn is not None else lambda fn: Compiled(fn, pipeline)
 
 
-#: tables that a compiled module shares with the original: an entry of one is an entry of the other
+#: tables that a compiled module shares with the original: an entry in one is an entry in the other
 SHARED = (
     *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
@@ -186,7 +186,7 @@ SHARED = (
 
 
 def without_global_hooks(f: Any) -> Any:
-    """Return a method of ``nn.Module`` that sees no hooks of all modules."""
+    """Return a method of ``nn.Module`` that ignores the hooks of all modules."""
     scope = {
         name: OrderedDict() if name.startswith("_global_") and name.endswith("_hooks") else x
         for name, x in f.__globals__.items()
@@ -195,9 +195,9 @@ def without_global_hooks(f: Any) -> Any:
 
 
 class CompiledModule(nn.Module):
-    """A module whose forward is compiled and which is the original in all else: parameters,
-    buffers, submodules and their names, state, mode, attributes and methods. Hooks registered here
-    run around the compiled call."""
+    """A module with a compiled forward and everything else of the original: parameters, buffers,
+    submodules and their names, state, mode, attributes and methods. Hooks registered here run
+    around the compiled call."""
 
     def __init__(self, module: nn.Module, compiled: Compiled) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class CompiledModule(nn.Module):
     def extra_repr(self) -> str:
         return repr(self._compiled)
 
-    # the original module calls those
+    # the original calls its own hooks
     _call_impl = without_global_hooks(nn.Module._call_impl)
     _get_backward_hooks = without_global_hooks(nn.Module._get_backward_hooks)
     _get_backward_pre_hooks = without_global_hooks(nn.Module._get_backward_pre_hooks)
@@ -256,9 +256,9 @@ class CompiledModule(nn.Module):
 
 
 def aot_module(mod: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """Compile the forward of a module, as :func:`aot_function` does. The result has all that
-    ``mod`` has: parameters, state and attributes under the same names. The options are those of
-    :func:`aot_function`.
+    """Compile the forward of a module, as :func:`aot_function` does. The result has all of
+    ``mod``: parameters, state and attributes under the same names. The options and errors are
+    those of :func:`aot_function`.
 
     >>> net = aot_module(torch.nn.Linear(2, 1), "eager")
     >>> list(net.state_dict()), net.in_features

@@ -44,13 +44,13 @@ def make_fx(
     """Return the function ``(*args, **kwargs) -> GraphModule`` that captures ``f`` for these
     arguments as readable aten ops.
 
-    The module is called as ``f`` is and returns ``f``'s tree; it is functional, but for final
-    ``copy_``s where ``f`` writes to its inputs. ``f`` is specialised to the arguments' shapes,
+    The module is called as ``f`` is and returns ``f``'s tree; it is functional, except for final
+    ``copy_``s if ``f`` writes to its inputs. ``f`` is specialised to the arguments' shapes,
     dtypes, devices and Python values: the module raises ArgumentError for others, unless
     ``check_inputs`` is False. ``decomposition_table`` maps overloads to functions to use instead.
     ``tracing_mode``: "real" lets ``f`` ask for values, whose answers (a branch taken, ``.item()``)
-    the module keeps for all inputs; "fake" does not. With ``verbose`` the code carries the user's
-    lines as comments. Raises CaptureError where ``f`` cannot be captured, ArgumentError for
+    the module keeps for all inputs; "fake" does not. With ``verbose`` the code has the user's
+    lines as comments. Raises CaptureError if ``f`` cannot be captured, ArgumentError for
     ``tracing_mode="symbolic"``.
 
     >>> print(make_fx(lambda x: torch.sin(x) * 2)(torch.ones(3)).code.strip())
@@ -150,7 +150,7 @@ def make_fx(
 def _as_called(
     gm: fx.GraphModule, f: Callable, arguments: Arguments, args: tuple, kwargs: dict, rec: Any
 ) -> None:
-    """Let the module take ``f``'s arguments and return ``f``'s tree."""
+    """Make the module take ``f``'s arguments and return ``f``'s tree."""
     plain_in = not kwargs and all(s is None for s in arguments.specs)
     out = output_node(gm.graph)
     if plain_in:
@@ -171,7 +171,7 @@ def _as_called(
             with graph.inserting_before(first) if last is None else graph.inserting_after(last):
                 p = graph.placeholder("static")
             p.meta["val"] = x
-            if isinstance(x, torch.Generator):  # unlike a number it is read, by reference
+            if isinstance(x, torch.Generator):  # it is read by reference, unlike a number
                 for n in graph.find_nodes(op="get_attr"):
                     if getattr(getattr(gm, n.target), "_cdata", None) == x._cdata:
                         n.replace_all_uses_with(p)

@@ -1,4 +1,4 @@
-"""An exported function as an ONNX model, compared with the function."""
+"""Convert an exported function to an ONNX model, and compare that with the function."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..trace.shapes.sig import Sig
 if TYPE_CHECKING:
     from .export import Exported
 
-#: how far onnxruntime may be off, as a part of the largest value
+#: the largest error allowed to onnxruntime, relative to the largest value
 TOLERANCE = {torch.float64: 1e-9, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -65,7 +65,7 @@ def example(sig: Sig, generator: torch.Generator) -> Tensor:
 
 
 def near(x: Tensor, y: Tensor) -> bool:
-    """Return whether the model's output ``x`` is the function's ``y`` but for rounding."""
+    """Return whether the model's output ``x`` equals the function's ``y`` up to rounding."""
     if (x.shape, x.dtype) != (y.shape, y.dtype):
         return False
     part = TOLERANCE.get(y.dtype, 1e-4)

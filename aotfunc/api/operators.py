@@ -1,5 +1,6 @@
-"""Control flow as a graph module's code calls it, by functions that take modules as bodies, run,
-and can be captured again; and torch's own operators on functions."""
+"""Control flow as a graph module's code calls it: functions that take modules as bodies, run, and
+can be captured again; and torch's own operators on functions.
+"""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from .dynamo import enter, leave, node
 
 
 def paired(template: Any, tree: Any, prefix: bool = False) -> list:
-    """Return the leaves of ``tree`` that stand where ``template`` has its leaves; with ``prefix``
-    a leaf that stands in the place of a whole tree is repeated."""
+    """Return the leaves of ``tree`` at the positions of the leaves of ``template``; with
+    ``prefix`` a leaf in place of a whole tree is repeated."""
     if prefix and (tree is None or isinstance(tree, int)):
         return [tree] * len(tree_flatten(template)[0])
     if isinstance(template, dict) and isinstance(tree, dict) and template.keys() == tree.keys():
@@ -198,7 +198,7 @@ def run_jacobian(jac: Callable, body: Callable, given: list, more: list, options
 
 
 def pushed(jvp: Callable) -> Callable:
-    """Let Dynamo read this in place of ``jvp``."""
+    """Return the reading of ``jvp``."""
 
     def push(
         func: Callable, primals: tuple, tangents: tuple, strict: bool, has_aux: bool
@@ -237,8 +237,8 @@ def run_push(jvp: Callable, body: Callable, given: list, more: list, strict: boo
 
 
 def in_two_steps(linear: Callable, run_linear: Callable) -> Callable:
-    """Let Dynamo read this in place of ``vjp`` or ``linearize``. The linear function that these
-    return computes the value again, as its residuals are not known before the graph runs."""
+    """Return the readings of ``vjp`` or ``linearize``. Their linear function computes the value
+    again, as its residuals are not known before the graph runs."""
 
     def decorate(transform: Callable) -> Callable:
         def reads(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
@@ -300,8 +300,8 @@ def run_push_again(linearize: Callable, body: Callable, given: list, more: list)
 
 
 def repeatable(body: Callable) -> Callable:
-    """Return ``body``, which runs once more often than in eager. It may neither draw random
-    numbers nor write to what is outside."""
+    """Return ``body``, which runs once more than in eager. Refuse one that draws random numbers or
+    writes to outside tensors."""
 
     def call(*tensors: Tensor) -> Any:
         result, trace = body(*tensors), current()

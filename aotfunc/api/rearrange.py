@@ -11,18 +11,18 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 
-Group = list[str]  # the names of the axes that are one dimension together
+Group = list[str]  # names of the axes merged in one dimension
 REST: Group = ["..."]  # stands for any number of dimensions
 
 
 def rearrange(tensor: Tensor | Sequence[Tensor], pattern: str, **axes_lengths: int) -> Tensor:
     """Return ``tensor`` with its dimensions as in ``pattern``, ``"left -> right"``: each side
-    names the axes, ``...`` stands for any, those in parentheses are one dimension together, ``1``
+    names the axes, ``...`` stands for any, those in parentheses are merged in one dimension, ``1``
     is a dimension of size 1. Several tensors are stacked first. ``axes_lengths``: the sizes of
-    axes that the shape does not tell.
+    axes that do not follow from the shape.
 
-    Raises ArgumentError where the pattern is none, its sides name different axes, or it does not
-    fit the shape.
+    Raises ArgumentError if the pattern is malformed, its sides name different axes, or it does not
+    match the shape.
 
     >>> rearrange(torch.zeros(2, 12), "b (h c) -> b c h", h=3).shape
     torch.Size([2, 4, 3])
@@ -59,7 +59,7 @@ def rearrange(tensor: Tensor | Sequence[Tensor], pattern: str, **axes_lengths: i
 
 
 def parse_side(side: str) -> list[Group] | None:
-    """Return the dimensions of one side; None where it has something else than axes."""
+    """Return the dimensions of one side; None if it has anything but axes."""
     found: list[Group] = []
     for merged, dots, name, other in re.findall(r"(\([^()]*\))|(\.\.\.)|(\w+)|(\S)", side):
         inner = merged[1:-1].split()
@@ -70,7 +70,7 @@ def parse_side(side: str) -> list[Group] | None:
 
 
 def spelled_out(side: list[Group], rest: list[str]) -> list[Group]:
-    """Return a side with the names of ``rest`` for the dots: dimensions of their own, or within
+    """Return a side with the names of ``rest`` in place of the dots: as dimensions, or within
     parentheses."""
     found: list[Group] = []
     for g in side:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..trace.traced import HOOKS
 from .control_flow import scan
 
-State = tuple[Tensor, ...]  # what a step gives to the next one, its output first
+State = tuple[Tensor, ...]  # a step's state, its output first
 
 
 def tanh(state: State, x: Tensor, h: Tensor) -> State:
@@ -36,7 +36,8 @@ def lstm(state: State, x: Tensor, h: Tensor) -> State:
     return o.sigmoid() * c.tanh(), c
 
 
-#: the next state, from the last one and from the products of the weights with inputs and outputs
+#: layer -> its next state, from the last one and the products of the weights with inputs and
+#: outputs
 STEPS = {"rnn_tanh": tanh, "rnn_relu": relu, "gru": gru, "lstm": lstm}
 
 

@@ -54,7 +54,7 @@ class Rehearsal(TorchDispatchMode):
 
 
 def widened(x: Any) -> Any:
-    """Return a tensor, or a dtype, of more digits."""
+    """Return a tensor, or a dtype, with more digits."""
     if isinstance(x, torch.dtype):
         return WIDE.get(x, x)
     return x.to(WIDE[x.dtype]) if isinstance(x, Tensor) and x.dtype in WIDE else x
@@ -62,8 +62,8 @@ def widened(x: Any) -> Any:
 
 @contextlib.contextmanager
 def rehearsed(wide: bool = False, spared: Sequence[Any] = ()) -> Iterator[Rehearsal]:
-    """Undo, at the end of the block, what the function in it draws and writes, to all tensors but
-    those in the memory of ``spared``."""
+    """Undo, at the end of the block, all draws and writes inside it, except writes to the memory
+    of ``spared``."""
     mode = Rehearsal(wide)
     memories = {x.untyped_storage()._cdata for x in spared if isinstance(x, Tensor)}
     mode.kept |= {id(g): (g.set_state, g.get_state()) for g in device_generators()}
@@ -77,15 +77,15 @@ def rehearsed(wide: bool = False, spared: Sequence[Any] = ()) -> Iterator[Rehear
 
 
 class Run:
-    """An eager run of ``f`` on copies of ``leaves``: ``outs`` and ``aux``, the leaves of what it
-    returned, ``given``, the copies as it left them, and ``pulled``, the cotangents of those of the
-    leaves ``wrt``, then of tensors that ``f`` closes over."""
+    """An eager run of ``f`` on copies of ``leaves``: ``outs`` and ``aux``, the leaves of its
+    result, ``given``, the copies after it, and ``pulled``, the cotangents of the leaves ``wrt``
+    among these, then of tensors that ``f`` closes over."""
 
     def __init__(self, check: Any, leaves: Sequence[Any], wide: bool = False) -> None:
         widen = widened if wide else lambda x: x
         copies = {id(x): widen(x.detach().clone()) for x in leaves if isinstance(x, Tensor)}
         roots = [copies[id(leaves[k])].requires_grad_() for k in check.wrt]
-        # a leaf that requires grad may not be written to
+        # eager refuses writes to a leaf that requires grad
         given = {k: x.clone() if x.requires_grad else x for k, x in copies.items()}
         self.given = [given.get(id(x), x) for x in leaves]
         grad_mode = torch.set_grad_enabled(check.derives or torch.is_grad_enabled())
@@ -97,7 +97,7 @@ class Run:
             if check.closed is None:
                 check.closed = check.more(outs, roots)
             found = pulled(outs, [*roots, *check.closed], check.cotangents(outs))
-            # what is made inside may have been written to there
+            # ``f`` may have written to tensors that it made
             kept = lambda xs: [x.detach().clone() if isinstance(x, Tensor) else x for x in xs]
             self.outs, self.aux, self.pulled = kept(outs), kept(flatten(aux)[0]), kept(found)
             self.eps = mode.eps
@@ -115,7 +115,7 @@ def pulled(outs: Sequence[Any], wrt: Sequence[Tensor], w: Sequence[Tensor]) -> l
 
 
 def leaves_behind(outs: Sequence[Any], known: Sequence[Tensor]) -> list[Tensor]:
-    """Return the leaves of autograd's graph that results depend on, but for the known ones."""
+    """Return the leaves of autograd's graph that results depend on, without the known ones."""
     found, seen, queue = [], set(), [x.grad_fn for x in outs if isinstance(x, Tensor)]
     while queue:
         step = queue.pop()

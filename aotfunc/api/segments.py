@@ -1,4 +1,4 @@
-"""Loops in segments: the backward of each runs its steps again."""
+"""Run loops in segments: the backward of each runs its steps again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def scan_in_segments(
     every: int,
 ) -> tuple[Any, Any]:
     """Run ``scan`` on segments of ``every`` steps, of which reverse mode keeps the first carry
-    alone, and on the steps that are left over, of which it keeps each carry."""
+    only, and on the remaining steps, of which it keeps each carry."""
     if every == 1:
         return scan(checkpoint(f), init, xs, length, reverse, unroll)
     count, rest = divmod(length, every)

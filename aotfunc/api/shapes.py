@@ -1,5 +1,4 @@
-"""The results of a function without running it, and its graph as a function of the tensors that it
-reads."""
+"""The results of a function without running it, and the function of all tensors that it reads."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ from .call import Call, tensors_of
 
 @entry
 def eval_shape(f: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Return the tree that ``f(*args, **kwargs)`` returns, of tensors on the meta device: shapes,
-    strides and dtypes. Nothing is computed, and the arguments may be on the meta device, too.
+    """Return the tree of ``f(*args, **kwargs)`` with tensors on the meta device: shapes, strides
+    and dtypes. Nothing is computed, and the arguments may be on the meta device, too.
 
     >>> eval_shape(lambda x: x @ x.mT, torch.empty(3, 5, device="meta")).shape
     torch.Size([3, 3])
@@ -38,8 +37,8 @@ def closure_convert(f: Callable, *args: Any) -> tuple[Callable, list[Tensor]]:
     tensors that ``f`` closes over.
 
     ``pure`` takes arguments of the trees, shapes and Python values of ``args``, and is ``f`` as it
-    was captured: for a rule that must differentiate what a function given by the user reads.
-    Raises CaptureError where ``f`` writes to a tensor from outside.
+    was captured, for a rule that must differentiate what the user's function closes over. Raises
+    CaptureError if ``f`` writes to a tensor from outside.
 
     >>> w = torch.tensor(3.0)
     >>> pure, tensors = closure_convert(lambda x: x * w, torch.tensor(2.0))

@@ -1,4 +1,4 @@
-"""Jacobians and Hessians with few entries, computed by few products."""
+"""Compute Jacobians and Hessians with few entries by few products."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def sparse_jacobian(
     """Return ``jacobian(*args)``, the Jacobian of ``f(*args)``, a tensor of shape ``O``, by the
     tensor ``args[argnums]`` of shape ``I``, as a sparse COO tensor of shape ``O + I``.
 
-    Which entries there are is read off the graph of ``f``; some of them may be zero. Columns that
-    share no row have one colour, and one product with the Jacobian computes them all; rows
-    likewise, where they need fewer colours (Gebremedhin et al., "What Color Is Your Jacobian?",
-    2005). ``chunk_size`` products are made at a time. The entries are differentiable by autograd.
-    Raises ArgumentError for an output or argument that is no floating real tensor, CaptureError
-    inside of other transforms, which take no sparse tensors.
+    The graph of ``f`` tells which entries there are; some of them may be zero. Columns that share
+    no row have one colour, and one product with the Jacobian computes them all; rows likewise, if
+    they need fewer colours (Gebremedhin et al., "What Color Is Your Jacobian?", 2005).
+    ``chunk_size`` products are made at a time. The entries are differentiable by autograd. Raises
+    ArgumentError for an output or argument that is no floating real tensor, CaptureError inside of
+    other transforms, which take no sparse tensors.
 
     >>> f = lambda x: x[1:] * x[:-1]
     >>> sparse_jacobian(f)(torch.tensor([1.0, 2.0, 3.0])).to_dense()
@@ -58,8 +58,8 @@ def sparse_hessian(
 
     As the matrix is symmetric, an entry may be read from either of two products: columns are
     coloured so that one of them holds it alone (a star colouring). An arrow takes two products,
-    where each of its columns would take one. Not so where ``f`` states derivatives itself
-    (``detach``, custom rules), which need not be symmetric.
+    where each of its columns would take one. Symmetry is not assumed if ``f`` states derivatives
+    itself (``detach``, custom rules).
 
     >>> sparse_hessian(lambda x: (x[1:] * x[:-1]).sum())(torch.ones(3)).to_dense()
     tensor([[0., 1., 0.],
@@ -85,9 +85,10 @@ def sparse_hessian(
 def hessian_blocks(
     f: Callable, argnums: int = 0, *, chunk_size: int | None = None
 ) -> Callable[..., Tensor]:
-    """Return ``blocks(*args)``, the Hessian of a scalar ``f`` by the elements of each slice along
-    the first dimension of ``args[argnums]``, of shape ``[B, *I]``: of shape ``[B, *I, *I]``. No
-    other entry is computed; where there are none, one product for each element of ``I``."""
+    """Return ``blocks(*args)``, the Hessian of a scalar ``f`` by the elements of each slice
+    along the first dimension of ``args[argnums]``, of shape ``[B, *I]``: of shape ``[B, *I,
+    *I]``. Only these entries are computed; if there are no others, by one product for each
+    element of ``I``."""
 
     @entry
     @functools.wraps(f)
@@ -117,8 +118,8 @@ def hessian_blocks(
 
 
 class Plan(NamedTuple):
-    """The entries of a Jacobian that are computed, by columns (or rows) of one colour together,
-    and for each the product that it is read from, and the place there."""
+    """The computed entries of a Jacobian, by columns (or rows) of one colour together, with the
+    product and the position there that each is read from."""
 
     row: np.ndarray
     col: np.ndarray
@@ -171,7 +172,7 @@ class Entries:
     def plan(self, name: str, make: Callable[[Any], Plan]) -> Plan:
         """Return the plan for the pattern of the function, kept under ``name`` for as long as the
         values that the pattern depends on (indices, zeros of matrices) are the same."""
-        from ..transforms.sparsity import Dependence  # which imports scipy
+        from ..transforms.sparsity import Dependence  # .colouring imports scipy
 
         program, key = self.call.program, ("pattern", name, self.call.wrt)
         plan, read = program.cache.get(key, (None, ()))

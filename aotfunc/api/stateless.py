@@ -15,7 +15,7 @@ from ..errors import ArgumentError
 
 
 def _emptied(model: nn.Module) -> nn.Module:
-    """Return a copy of the module whose tensors are on the meta device: only its structure
+    """Return a copy of the module with its tensors on the meta device: only its structure
     counts."""
     memo: dict[int, Any] = {}
     for t in (*model.parameters(), *model.buffers()):
@@ -29,8 +29,8 @@ def _emptied(model: nn.Module) -> nn.Module:
 def make_functional_with_buffers(
     model: nn.Module, disable_autograd_tracking: bool = False
 ) -> tuple[Callable, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return ``(fmodel, params, buffers)`` with ``fmodel(params, buffers, *args, **kwargs)`` doing
-    what ``model(*args, **kwargs)`` does.
+    """Return ``(fmodel, params, buffers)``: ``fmodel(params, buffers, *args, **kwargs)`` computes
+    ``model(*args, **kwargs)``.
 
     ``params`` and ``buffers`` are the model's own tensors in order of their names; with
     ``disable_autograd_tracking`` the parameters are detached.

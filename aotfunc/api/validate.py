@@ -1,10 +1,10 @@
-"""Is this result right? ``validate=True`` compares the first call with eager PyTorch.
+"""Validate results: ``validate=True`` compares the first call with eager PyTorch.
 
-Values are compared with what the function itself gives (under ``vmap``, for each sample),
-derivatives with autograd's, after a product with random cotangents where there are many, and with
-central differences in float64. Where a result differs, each op of the function goes through the
-same transform alone, and the first that differs is named. :mod:`.checks` has what is asked of
-each transform."""
+Values are compared with the function's own (under ``vmap``, for each sample), derivatives with
+autograd's, after a product with random cotangents if there are many, and with central differences
+in float64. If a result differs, each op of the function goes through the same transform alone, and
+the first that differs is named. :mod:`.checks` has the comparison for each transform.
+"""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def validated(kind: type[Check]) -> Callable:
 
 
 class Check:
-    """A transform of ``f``, and how its first result is compared."""
+    """A transform of ``f``, and the comparison of its first result."""
 
-    #: whether it differentiates, whatever grad mode is on around it
+    #: whether it differentiates in any grad mode
     derives = True
-    #: whether to look for the op
+    #: whether to search for the op that differs
     locates = True
 
     def __init__(self, transform: Callable, f: Callable, options: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ class Check:
     # ----- what is expected ----------------------------------------------------------------------
 
     def expect(self) -> None:
-        """Run the function, as it is and in float64, and take its differences."""
+        """Run the function, as it is and in float64, and compute its differences."""
         leaves = self.arguments.leaves
         self.wrt = self.differentiated()
         self.run = Run(self, leaves)
@@ -151,14 +151,14 @@ class Check:
         try:
             self.wide = Run(self, leaves, wide=True)
             pairs = zip(self.wrt, self.d, strict=True)
-            # of symmetric matrices some functions read one half
+            # some functions read one half of symmetric matrices
             if all(symmetric(d) or not symmetric(leaves[k]) for k, d in pairs):
                 self.slopes = self.differences()
-        except Exception:  # not every function runs in float64, which says how much is rounded
+        except Exception:  # not every function runs in float64, which measures the rounding
             self.wide, self.eps = self.run, max(self.eps, self.run.eps)
 
     def differentiated(self) -> list[int]:
-        """Return which leaves of the arguments are differentiated."""
+        """Return the positions of the differentiated leaves of the arguments."""
         every = tuple(range(len(self.arguments.spans)))
         return positions(self.name, self.arguments, self.options.get("argnums", every))
 
@@ -183,8 +183,8 @@ class Check:
         return torch.randn(x.shape, dtype=widened(x.dtype), generator=generator).to(x.device)
 
     def differences(self) -> list[tuple[Tensor, Tensor]]:
-        """Return central differences of the floating results along ``d``, in float64, and how far
-        they may be off: as far as differences to both sides, and of another step, do."""
+        """Return central differences of the floating results along ``d``, in float64, and their
+        error: as much as one-sided differences, and another step, differ."""
 
         def at(step: float) -> list[Tensor]:
             leaves = list(self.arguments.leaves)
@@ -203,7 +203,7 @@ class Check:
     # ----- whether it is so ----------------------------------------------------------------------
 
     def check(self, result: Any) -> None:
-        """Raise ValidationError if the result is not as expected."""
+        """Raise ValidationError if the result differs from the expected one."""
         raise NotImplementedError
 
     def equal(
@@ -214,8 +214,8 @@ class Check:
         wide: Sequence[Any] | None = None,
         size: float = 0.0,
     ) -> None:
-        """Check that tensors are equal but for rounding: what float64 changes, ten times, and some
-        of the largest number. ``size``: that of numbers which these are sums of."""
+        """Raise ValidationError unless tensors are equal up to rounding: ten times the change by
+        float64, and a fraction of the largest number. ``size``: that of the terms of a sum."""
         for i, (g, x, y) in enumerate(zip(got, want, want if wide is None else wide, strict=True)):
             if not isinstance(g, Tensor) or not isinstance(x, Tensor):
                 continue
@@ -242,7 +242,7 @@ class Check:
                 )
 
     def floor(self, largest: Any) -> Any:
-        """Return how much rounding may do to numbers of this size."""
+        """Return the rounding allowed to numbers of this size."""
         return self.eps**0.5 * largest + (1e-7 if self.eps < 1e-10 else 1e-5)
 
     def derivative(
@@ -254,8 +254,8 @@ class Check:
         size: float = 0.0,
     ) -> None:
         """Check a derivative against autograd's. Differences, with ``along(derivative)``, decide
-        where the two are not the same, and whether both are wrong; not where the function says
-        itself what its derivative is."""
+        if the two differ, and whether both are wrong, unless the function states its own
+        derivative."""
         wrong = None
         try:
             self.equal("the derivative", got, want, wide, size)
@@ -269,8 +269,8 @@ class Check:
             raise self.differs("the derivative, though it is autograd's, is not differences'")
 
     def fits(self, noise: float, value: float, size: float) -> bool:
-        """Return whether a product with the derivative agrees with differences, as far as these
-        can say. ``noise``: how far rounding has moved it; ``size``: that of its terms."""
+        """Return whether a product with the derivative agrees with differences, within their
+        error. ``noise``: its rounding; ``size``: that of its terms."""
         if self.slopes is None:
             return True
         pairs = [(w, *s) for w, s in zip(self.cotangents(()), self.slopes, strict=True)]
@@ -285,7 +285,7 @@ class Check:
         return sum(p[0] for p in parts), sum(p[1] for p in parts)
 
     def has_rules(self) -> bool:
-        """Return whether the function has derivatives of its own: ``detach``, custom rules."""
+        """Return whether the function states derivatives of its own: ``detach``, custom rules."""
         return marked(lowered(self.captured(self.arguments.leaves)[0], CALLS))
 
     def differs(self, what: str) -> ValidationError:
@@ -300,7 +300,7 @@ class Check:
         return lowered(call.program, CALLS), call.inputs
 
     def first_op(self) -> str:
-        """Say which op is the first that differs when it is transformed alone."""
+        """Return text that names the first op that differs when it is transformed alone."""
         program, values = self.values()
         for n in program.graph.nodes:
             if not isinstance(n.target, OpOverload):
@@ -309,7 +309,7 @@ class Check:
                 self.alone(n, values)
             except ValidationError:
                 return f"the first op that differs by itself is {n.target}{at(n.meta.get('line'))}"
-            except Exception:  # alone it may not take the transform
+            except Exception:  # an op alone may refuse the transform
                 continue
         return "no op of the function differs by itself"
 
@@ -319,7 +319,7 @@ class Check:
         return program, values(program, inputs)
 
     def alone(self, n: Node, values: dict[Node, Any]) -> None:
-        """Compare the op of a node as the function was."""
+        """Compare the op of a node under the transform as the function was."""
         raise NotImplementedError
 
     def again(self, f: Callable, *args: Any, **options: Any) -> Any:
@@ -332,7 +332,7 @@ class Check:
 
 
 def called(n: Node, *xs: Any) -> Any:
-    """Call the op of a node on values for the nodes that it reads."""
+    """Call the op of a node on values of the nodes that it reads."""
     env = dict(zip(n.all_input_nodes, xs, strict=True))
     op: Any = n.target
     return op(*remap(n.args, env), **remap_dict(n.kwargs, env))

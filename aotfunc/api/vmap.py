@@ -47,28 +47,28 @@ def vmap(
     axis_name: str | None = None,
     cond: str = "select",
 ) -> Callable:
-    """Return ``func`` over batches: each tensor argument has a batch dimension where ``in_dims``
-    says, each result where ``out_dims`` says.
+    """Return ``func`` over batches: ``in_dims`` says which dimension of each tensor argument is
+    the batch, ``out_dims`` where each result has it.
 
     ``in_dims`` and ``out_dims``: an int, ``None`` (not batched) or a tree of these that is a
     prefix of the arguments' (the results') tree. Keyword arguments are not batched.
     ``randomness``: "error", "same" or "different" draws per sample. ``chunk_size``: samples at a
-    time (all at once where they share a draw). ``axis_name``: by which ``psum`` and its kind
-    inside of ``func`` know the batch; it excludes ``chunk_size``. Raises ArgumentError if dims and
-    arguments do not fit, or sizes differ.
+    time (all at once if they share a draw). ``axis_name``: the name of the batch for ``psum`` and
+    its kind inside of ``func``; it excludes ``chunk_size``. Raises ArgumentError if dims do not
+    match the arguments, or sizes differ.
 
-    ``cond``: where samples differ in the branch of ``cond`` and ``switch`` that they take, or in
-    the steps of a ``while_loop``, "select" goes each way for the whole batch and selects, "map"
-    goes sample by sample, each its own way alone.
+    ``cond``: what to do if samples take different branches of ``cond`` and ``switch``, or
+    different numbers of steps of a ``while_loop``. "select" goes each way for the whole batch and
+    selects; "map" goes sample by sample, each its own way alone.
 
-    A few ops can only be batched by a loop over the samples: those whose result's shape depends on
-    values, and ops of your own without ``torch.library.register_vmap``. They are called once per
-    sample in the graph, and a LoopWarning (once for each op) names the op and your line.
-    ``strict`` raises RuleError instead.
+    A few ops can only be batched by a loop over the samples: ops whose result's shape depends on
+    values, and your own without ``torch.library.register_vmap``. The graph calls them once per
+    sample, and a LoopWarning (once for each op) names the op and your line. ``strict`` raises
+    RuleError instead.
 
-    Where ``func`` asks for a value (``if x.sum() > 0``, ``.item()``, ``x[mask]``, a validation of
-    the arguments), the samples are asked, anew at each call: what all of them answer alike holds.
-    Raises CaptureError, with the line, if they do not agree: use ``torch.where``, ``x[mask] = v``,
+    If ``func`` asks for a value (``if x.sum() > 0``, ``.item()``, ``x[mask]``, a validation of the
+    arguments), all samples answer, anew at each call, and a common answer holds. Raises
+    CaptureError, with the line, if they do not agree: use ``torch.where``, ``x[mask] = v``,
     ``nonzero_static``.
 
     >>> vmap(torch.dot)(torch.ones(3, 2), torch.ones(3, 2))
@@ -108,7 +108,7 @@ def vmap(
 
 
 def dims_of_results(out_dims: Dims, leaves: list, spec: Any) -> list[int | None]:
-    """Return the dimension of the batch in each leaf of a result."""
+    """Return the batch dimension of each leaf of a result."""
     if isinstance(out_dims, int):
         return [out_dims] * len(leaves)
     return broadcast_prefix(out_dims, unflatten(leaves, spec), "out_dims")
@@ -120,9 +120,9 @@ def _run(
     inputs: list[Tensor],
     dims: Sequence[tuple[int | None, int | None]],
 ) -> Any:
-    """Run a batched program. A written input that is returned is itself, and a view of it is its
-    view. ``dims``: for each result the batch dimension in the input whose memory it shows, and in
-    the result."""
+    """Run a batched program. A written input that is returned stays itself, and a returned view of
+    it stays its view. ``dims``: for each result the batch dimension in the input whose memory it
+    shows, and in the result."""
     rec = changes.rec
     with rec.gradients():
         outs = list(execute(program, inputs))
@@ -145,7 +145,7 @@ def _run(
 
 
 def batched_view(rec: Captured, ref: int, x: Tensor, old: int | None, new: int | None) -> Program:
-    """Return the view of a written input ``x`` that a result is, for the whole batch."""
+    """Return the view of a written input ``x`` that a result shows, for the whole batch."""
     view = view_program(rec, ref)
     size = 1 if old is None else x.shape[old]
     return vmap_pass(view, (old,), (signature(x),), Axis(size), (new,))

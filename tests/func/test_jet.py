@@ -243,7 +243,7 @@ def test_products_with_hessians():
         ((numbers(2),), (), "series must hold a list for each primal"),
         ((numbers(2), numbers(2)), ([None], [None, None]), "must have one length"),
         ((numbers(2),), ([numbers(3)],), r"derivative 1 of x \(argument 0\) has shape \[3\]"),
-        ((numbers(2),), ([[numbers(2)]],), "has not the structure of its primal"),
+        ((numbers(2),), ([[numbers(2)]],), "does not have the structure of its primal"),
         ((torch.arange(2),), ([None],), "dtype torch.int64"),
     ],
 )
