@@ -191,7 +191,7 @@ class Call:
 
 
 def primals_and_tangents(
-    name: str, primals: Any, tangents: Any, f: Callable | None = None
+    name: str, primals: Any, tangents: Any, f: Callable
 ) -> tuple[Arguments, list[Tensor]]:
     if not isinstance(primals, tuple) or not primals:
         raise ArgumentError(

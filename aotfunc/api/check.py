@@ -41,8 +41,8 @@ def check_grads(
     for i, x in enumerate(arguments.leaves):
         if not isinstance(x, Tensor) or x.dtype not in (torch.float64, torch.complex128):
             raise ArgumentError(
-                f"check_grads: leaf {i} must be a float64 or complex128 tensor; differences are "
-                "no good in less"
+                f"check_grads: leaf {i} must be a float64 or complex128 tensor, as differences "
+                "lose too many digits in less; convert it, say by x.double()"
             )
     _check(f, tuple(args), order, tuple(modes), eps, atol, rtol, "")
 

@@ -173,7 +173,7 @@ class SubgraphBody:
         if not all(n.target is operator.getitem and n.args[0] is end for n in results):
             raise CaptureError(
                 "under torch.compile a tensor leaves a transformed function otherwise than as a "
-                "result"
+                "result; return it, or call the transform outside of torch.compile"
             )
         self.results = [n.args[1] for n in results]
         for_show = nodes_behind([*examples, *entered], (*outs, *aux, *operands))

@@ -44,7 +44,7 @@ class StepFacts:
     pure = False
     untracked = False
 
-    def __init__(self, writes: Sequence[int] = (), results: int = 0) -> None:
+    def __init__(self, writes: Sequence[int], results: int) -> None:
         self.writes = tuple(writes)
         self.same = (None,) * results
 

@@ -172,7 +172,9 @@ class Batched:
             raise ArgumentError(f"{name} is {structure(output)}, of another structure than f's")
         for x, want, yes in zip(leaves, self.like, flags, strict=True):
             if isinstance(x, Tensor) != (want is not None):
-                raise ArgumentError(f"{name} is {structure(output)}, and f's is not so")
+                raise ArgumentError(
+                    f"{name} is {structure(output)}, with tensors in other places than f's"
+                )
             if want is not None:
                 whole = (*([size] if yes else []), *want[0])
                 if (tuple(x.shape), x.dtype) != (whole, want[1]):

@@ -129,8 +129,9 @@ def unflatten_tree(leaves: list[Any], spec: TreeSpec) -> Any:
     return tree_unflatten(leaves, spec) if make is None else make(leaves)
 
 
-def opened_instance(x: Any, always: bool = False) -> Any:
-    """Return a leaf, or, if it holds a tensor, its content in PyTorch's kinds of trees."""
+def opened_instance(x: Any, always: bool) -> Any:
+    """Return a leaf, or, if it holds a tensor (or ``always``), an instance's content in PyTorch's
+    kinds of trees."""
     if not (is_data(x) and (always or holds_tensor(x))):
         return x
     found = Opened(x)

@@ -110,7 +110,7 @@ def record_collective(trace: Trace, func: Any, args: tuple) -> Any:
             if (out.dtype, out.numel()) != (value.dtype, value.numel()):
                 raise CaptureError(
                     f"{what} gives {value.numel()} elements of {value.dtype} to a tensor of "
-                    f"{out.numel()} of {out.dtype}"
+                    f"{out.numel()} of {out.dtype}; pass one of the same dtype and size"
                 )
             out.copy_(value.view(out.shape))
     work = torch._C._distributed_c10d.FakeWork().boxed()

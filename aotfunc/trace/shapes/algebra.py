@@ -27,7 +27,7 @@ aten = torch.ops.aten
 # ----- the same shape ----------------------------------------------------------------------------
 
 
-def like_strides(x: Sig, memory_format: Any = None) -> tuple:
+def like_strides(x: Sig, memory_format: Any) -> tuple:
     """Return the strides of ``empty_like``."""
     if memory_format in (None, torch.preserve_format):
         sure(1 not in x.shape or x.stride == contiguous_stride(x.shape))
@@ -144,7 +144,7 @@ def _cumulate(x, dim, *, dtype=None):
 # ----- reductions --------------------------------------------------------------------------------
 
 
-def reduced_shape(x: Sig, dims: Any, keepdim: bool = False) -> tuple:
+def reduced_shape(x: Sig, dims: Any, keepdim: bool) -> tuple:
     """Return the shape after a reduction over ``dims``; over all dimensions if none is named."""
     if dims is None or (isinstance(dims, list | tuple) and not dims):
         gone = set(range(x.ndim))

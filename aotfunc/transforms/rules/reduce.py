@@ -29,7 +29,7 @@ def dims_of(x: Tensor, dim: Any) -> tuple[int, ...]:
     return tuple(d % x.dim() for d in dim) if dim and x.dim() else tuple(range(x.dim()))
 
 
-def unreduced(g: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+def unreduced(g: Tensor, x: Tensor, dim: Any, keepdim: bool) -> Tensor:
     """Return ``g`` with the reduced dimensions of ``x`` put back as 1."""
     if keepdim or x.dim() == 0:
         return g
