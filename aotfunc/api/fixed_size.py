@@ -32,9 +32,10 @@ def nonzero(x: Tensor, *, size: int, fill_value: int = 0, as_tuple: bool = False
 
 
 def masked_select(x: Tensor, mask: Tensor, *, size: int, fill_value: float | Tensor = 0) -> Tensor:
-    """Return the first ``size`` elements of ``x`` where ``mask``, which is broadcast with it, is
-    true, a vector; elements beyond the last one are ``fill_value``, a number or a tensor of one
-    element. The derivative is that of ``x[mask]``, and by ``fill_value``.
+    """Return a vector of the first ``size`` elements of ``x`` where ``mask``, which is broadcast
+    with it, is true; elements beyond the last one are ``fill_value``, a number or a tensor of one
+    element. The derivative is that of ``x[mask]``, and with respect to ``fill_value``. Raises
+    ArgumentError for a ``mask`` that is not bool, and as :func:`nonzero`.
 
     >>> x, mask = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, True])
     >>> masked_select(x, mask, size=3)
@@ -57,8 +58,8 @@ def unique(
     return_inverse: bool = False,
     return_counts: bool = False,
 ) -> Any:
-    """Return the ``size`` least of the values that are elements of ``x``, in order, a vector;
-    elements beyond the last one are ``fill_value``, by default the least value.
+    """Return a vector of the ``size`` least values among the elements of ``x``, in order; elements
+    beyond the last one are ``fill_value``, by default the least value.
 
     With ``return_inverse`` also the position of each element of ``x`` in it (``size`` or more for
     values that it leaves out), with ``return_counts`` how many elements have each value, as

@@ -35,7 +35,8 @@ def custom_root(f: Callable, guess: Any, solve: Solve, tangent_solve: Solve) -> 
     ``x`` and ``f(x)`` have the tree of ``guess``. ``tangent_solve(g, y)`` solves ``g(x) = y`` for
     the linear ``g``, the Jacobian of ``f`` at the root or its transpose. ``solve`` is not
     differentiated, and the guess has no derivative. The protocol is ``jax.lax.custom_root``'s; it
-    works under every transform and to any order.
+    works under every transform and to any order. Raises ArgumentError if ``f(x)`` has another
+    structure than ``x``.
 
     >>> def newton(f, x):
     ...     for _ in range(10):

@@ -73,7 +73,7 @@ def jacfwd(
     chunk_size: int | None = None,
     holomorphic: bool = False,
 ) -> Callable:
-    """Return the Jacobian by forward mode; results, and complex ones, as in :func:`jacrev`.
+    """Return the Jacobian by forward mode; results, complex ones and errors as in :func:`jacrev`.
     ``chunk_size``: columns at a time.
 
     >>> jacfwd(torch.sin)(torch.zeros(2))

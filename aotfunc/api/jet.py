@@ -99,7 +99,8 @@ def by_leaf(arguments: Arguments, primals: tuple, i: int, terms: Sequence) -> li
 
 def hvp(f: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     """Return ``(gradient, Hessian times tangents)`` of a scalar ``f``, forward over reverse: trees
-    like the primal, or tuples of them for several.
+    like the primal, or tuples of them for several. Errors are those of :func:`grad` and
+    :func:`jvp`.
 
     >>> hvp(lambda x: (x ** 3).sum(), (torch.ones(2),), (torch.tensor([1.0, 2.0]),))
     (tensor([3., 3.]), tensor([ 6., 12.]))
@@ -113,7 +114,8 @@ def ggn(f: Callable, loss: Callable, params: Any, tangent: Any) -> Any:
     like ``params``: ``J^T H J v``, with the Jacobian ``J`` of ``f`` and the Hessian ``H`` of the
     scalar ``loss`` by its argument.
 
-    Source: Schraudolph, "Fast Curvature Matrix-Vector Products" (2002).
+    Errors are those of :func:`jvp` and :func:`grad`. Source: Schraudolph, "Fast Curvature
+    Matrix-Vector Products" (2002).
 
     >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     >>> ggn(lambda w: x @ w, lambda y: (y ** 2).sum(), torch.zeros(2), torch.tensor([1.0, 0.0]))
@@ -128,7 +130,8 @@ def diag_hessian(f: Callable, *, chunk_size: int | None = None) -> Callable:
     """Return ``diagonal(x)``, the second derivative of ``f(x)`` by each element of the tensor
     ``x`` of shape ``I``; for an output of shape ``O`` a tensor of shape ``I + O``.
 
-    It uses Taylor mode of order 2 along ``chunk_size`` axes at a time, without the Hessian.
+    It uses Taylor mode of order 2 along ``chunk_size`` axes at a time, without the Hessian. Errors
+    are those of :func:`jet` and :func:`vmap`.
 
     >>> diag_hessian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
     tensor([ 6., 12.])

@@ -29,7 +29,7 @@ class Rehearsal(TorchDispatchMode):
         super().__init__()
         self.wide = wide
         self.kept: dict[int, tuple[Callable, Any]] = {}
-        self.eps = 0.0  # of the dtype with the fewest digits
+        self.eps = 0.0  # eps of the least precise dtype
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None

@@ -19,7 +19,8 @@ from .call import Call, tensors_of
 @entry
 def eval_shape(f: Callable, *args: Any, **kwargs: Any) -> Any:
     """Return the tree of ``f(*args, **kwargs)`` with tensors on the meta device: shapes, strides
-    and dtypes. Nothing is computed, and the arguments may be on the meta device, too.
+    and dtypes. Nothing is computed, and the arguments may be on the meta device, too. Raises
+    CaptureError if ``f`` cannot be captured.
 
     >>> eval_shape(lambda x: x @ x.mT, torch.empty(3, 5, device="meta")).shape
     torch.Size([3, 3])

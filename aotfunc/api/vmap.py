@@ -210,7 +210,7 @@ def _batched_program(
         lambda: resized_program(base, *how, own, lambda: fresh(vmap_pass(base, *how), own)),
     )
     places: list[tuple[int | None, int | None]] = []
-    if program.mutated:  # only then results may be inputs
+    if program.mutated:  # without writes no result is an input
         sources = (tensor_dims[r] if 0 <= r < len(tensor_dims) else None for r in rec.roots)
         places += zip(sources, results_dims, strict=True)
     return changes, program, [*tensors, *rec.closed_over], places
@@ -278,7 +278,8 @@ def chunk_vmap(
     randomness: str = "error",
     chunks: int = 2,
 ) -> Callable:
-    """Run :func:`vmap` in ``chunks`` parts, one after another, to use less memory.
+    """Run :func:`vmap` in ``chunks`` parts, one after another, to use less memory. Errors are
+    those of :func:`vmap`.
 
     >>> chunk_vmap(torch.dot, chunks=2)(torch.ones(6, 3), torch.ones(6, 3))
     tensor([3., 3., 3., 3., 3., 3.])

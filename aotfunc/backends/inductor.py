@@ -205,7 +205,7 @@ def prepared(gm: fx.GraphModule, failing: set) -> fx.GraphModule:
         unrounded = low and n.target is aten.nextafter.default
         if n.target in failing or misplaced(n) or unrounded or may_end_the_process(n):
             n.meta["should_fallback"] = True
-        if n.kwargs.get("generator", 0) is None:  # not all of Inductor's functions take one
+        if n.kwargs.get("generator", 0) is None:  # some of Inductor's functions take none
             n.kwargs = {k: v for k, v in n.kwargs.items() if k != "generator"}
         if len(n.args) == 3 and n.target in ALPHA:  # some take it by keyword only
             n.args, n.kwargs = n.args[:2], {"alpha": n.args[2]}

@@ -55,8 +55,8 @@ class CustomBatching:
 
 
 class BatchedBy(Step):
-    """The end of a function with a batching rule, ``(results, operands) -> results``; a Begin
-    keeps the operands before it may write to them."""
+    """The end of a function with a batching rule, ``(results, operands) -> results``; a Begin has
+    kept the operands from before the function may write to them."""
 
     def __init__(self, target: CustomBatching, vals: tuple) -> None:
         super().__init__(vals)

@@ -30,8 +30,8 @@ from .live_hooks import LiveHooks
 
 
 def calls_late(*functions: Callable) -> None:
-    """Return whether autograd calls these functions after ``f`` is over, when the Python variables
-    that they read may have changed."""
+    """Note that autograd calls these functions after ``f`` is over, when the Python variables that
+    they read may have changed."""
     for trace in under_way.traces:
         if not trace.may_ask_constants:
             trace.late += functions

@@ -175,7 +175,7 @@ class Gradients:
     of the argument's shape and dtype, None for integers. It runs without autocast."""
 
     backward: Callable
-    places: tuple[int, ...]  # of the tensors
+    places: tuple[int, ...]  # positions of the tensors
     wanted: tuple[tuple[torch.Size, torch.dtype] | None, ...]
 
     @classmethod

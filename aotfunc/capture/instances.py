@@ -66,7 +66,7 @@ def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
 
 
 def stored_names(context: Any) -> list[str]:
-    """Name the children."""
+    """Return a name for each child."""
     _, attributes, more, _ = context
     return list(map(str, (*attributes, *more)))
 

@@ -113,7 +113,7 @@ class Link:
 
     @property
     def live(self) -> LiveHooks | None:
-        """The hooks that autograd is to call; None where they are recorded."""
+        """Return the hooks that autograd calls; None if they are recorded."""
         return None if self._live is None else self._live()
 
     @live.setter

@@ -124,8 +124,8 @@ def _set_state_template(new_state):  # type: ignore[no-untyped-def]
 
 
 def _fastpath_template() -> bool:
-    """Tell that nn's fused layers are off while recording: they have no derivative. (Torch's
-    look-ups are spelled out, as Dynamo looks into this function.)"""
+    """Return False while recording, as nn's fused layers have no derivative. (Torch's look-ups are
+    spelled out, as Dynamo looks into this function.)"""
     return _is_fastpath_enabled and _aotfunc_recording() is None
 
 

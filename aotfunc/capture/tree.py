@@ -62,7 +62,7 @@ class Arguments:
         return args, unflatten_tree(list(leaves[start:]), self.kw_spec)
 
     def said(self, k: int) -> str:
-        """Name leaf ``k`` for an error: ``batch['x'] (argument 1)``."""
+        """Return the name of leaf ``k`` for an error: ``batch['x'] (argument 1)``."""
         for i, (span, spec) in enumerate(zip(self.spans, self.specs, strict=True)):
             if k in span:
                 path = leaf_paths(spec)[k - span.start] if spec is not None else ""

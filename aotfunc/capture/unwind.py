@@ -174,7 +174,7 @@ class Dual:
         self.loop, self.args, self.wrt = loop.dual(b, args, ts)
         n = loop.n_consts
         shift = self.loop.n_consts - n
-        #: where it takes the inputs of the loop, and the tangents that it carries
+        #: input of the loop -> its position here; carried input -> the position of its tangent
         self.places = {i: i if i < n else i + shift for i in range(len(args))}
         carried = [i for i in self.wrt if i >= n]
         first = self.loop.n_consts + self.n_values

@@ -278,7 +278,7 @@ def counted(loop: While, slots: int) -> While:
 
 
 def of_any(condition: Program) -> Program:
-    """Return whether a condition holds for any sample of a batch."""
+    """Return a condition that holds if ``condition`` does for any sample of a batch."""
     with paused_gc():
         b = builder()
         [holds] = b.inlined(condition, b.inputs(condition.placeholders))

@@ -54,9 +54,8 @@ class Autograd:
         self.overwritten: set[int] = set()
         #: records in which an argument that requires grad gets a value that does, too
         self.copied: list[tuple[int, int]] = []
-        self.settled: list[bool] | None = (
-            None  # which lifted tensors required grad when the recording was over
-        )
+        #: which lifted tensors required grad when the recording was over
+        self.settled: list[bool] | None = None
         self._reached: Reach | None = None  # see active
 
     def mark_leaf(self, t: Traced, value: bool) -> None:

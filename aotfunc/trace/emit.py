@@ -44,7 +44,7 @@ def base_name(target: Any) -> str:
     return name
 
 
-_names: dict[OpOverload, str] = {}  # of ops only: compiled calls come and go
+_names: dict[OpOverload, str] = {}  # for ops only, which never go
 #: names that have a meaning in the code of an fx.GraphModule
 _BUILTIN = frozenset(
     (*dir(builtins), "self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree")

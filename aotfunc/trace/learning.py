@@ -62,7 +62,7 @@ def learn(
     except CaptureError as e:
         raise CaptureError(f"{e}{at(user_line())}") from None
     except (RuntimeError, IndexError, TypeError, ValueError) as e:
-        if facts.dynamic and outs is None:  # by_value asked for a value, and knows the shape now
+        if facts.dynamic and outs is None:  # inference has found just now that it is
             return learn(trace, key, func, args, kwargs, sigs)
         said = f"{func}({', '.join(map(str, sigs))}): {e}{at(user_line())}"
         raise OpError.like(e, said) from None
@@ -82,8 +82,8 @@ def by_value(
     args: tuple,
     kwargs: dict,
 ) -> Any:
-    """Return the result's signature of an op whose shape depends on data: static if the meta
-    kernel can, else by running."""
+    """Return the result's signature of an op whose shape depends on data: by the meta kernel if it
+    tells one, else by a run on real values."""
     if _by_values_alone.get(key) is None:
         try:
             return infer(func, targs, tkwargs, sigs)

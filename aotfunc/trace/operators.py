@@ -78,7 +78,7 @@ def binary(name: str, op: OpOverload) -> Callable:
     def method(self: Traced, other: Any) -> Any:
         trace, ask, kind, found = self.tracer, getattr(Tensor, name), type(other), None
         if reflected and isinstance(other, Tensor):
-            return NotImplemented  # Python asked the left operand first
+            return NotImplemented  # let the left operand go first
         if ask is not of_torch or not is_open(trace) or _recorded_by_autograd(self):
             return ask(self, other)
         if kind is Traced:

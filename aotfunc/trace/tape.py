@@ -97,7 +97,8 @@ class Tape:
         self.autograd = Autograd(self.inputs, self.lifted, self.records, self.rewritten)
         self.stand_ins: list[Any] = []  # see outside.py
         self.deferred: list[Any] = []  # backwards that are recorded later, see deferred.py
-        #: functions that autograd calls after the backward; names by which they read values
+        #: functions that autograd calls after the function is over; names by which they read
+        #: values
         self.late: list[Any] = []
         self.seeds = Seeds()
         self.caches_casts: bool = torch.is_autocast_cache_enabled()

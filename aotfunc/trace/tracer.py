@@ -43,7 +43,7 @@ _default_dtype = torch.get_default_dtype
 class Trace(Answering, TorchDispatchMode):
     """One recording: PyTorch hands it every op while it is entered."""
 
-    supports_higher_order_operators = True  # they come here, to be refused
+    supports_higher_order_operators = True  # so that they are refused here
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -122,7 +122,7 @@ def as_declared(b: Builder, out: Any, val: Any, op: OpOverload) -> Any:
             else None
         )
         if source is not None and source.meta["val"].dtype is val.dtype:
-            out = source  # not rounded on the way
+            out = source  # skip the rounding on the way
         else:
             out = b.call(aten._to_copy.default, out, dtype=val.dtype)
     if out.meta["val"].shape != val.shape:

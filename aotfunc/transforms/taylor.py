@@ -40,11 +40,11 @@ class Series:
 
     def __init__(self, order: int) -> None:
         self.b, self.ops, self.order = builder(), builder(), order
-        self.given: dict[Node, Sequence[Node | None]] = {}  # of inputs
-        self.derivatives: dict[Node, Node] = {}  # an input that is the derivative of a value
-        self.integrals: dict[Node, Node] = {}  # the value that an input is the derivative of
-        self.aliases: dict[Node, Node] = {}  # an input that has the series of a value
-        self.originals: dict[Node, Node] = {}  # the value that an input is an alias of
+        self.given: dict[Node, Sequence[Node | None]] = {}  # input -> its derivatives
+        self.derivatives: dict[Node, Node] = {}  # value -> the input that is its derivative
+        self.integrals: dict[Node, Node] = {}  # input -> the value whose derivative it is
+        self.aliases: dict[Node, Node] = {}  # value -> the input with its series
+        self.originals: dict[Node, Node] = {}  # input -> the value with its series
         self.known: dict[tuple[Node, int], Any] = {}
         self.moves: dict[Node, bool] = {}
         self.slopes: dict[Node, tuple[list, bool]] = {}

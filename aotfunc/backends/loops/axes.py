@@ -60,7 +60,7 @@ class Axes:
         )
 
     def root(self, shape: tuple[int, ...]) -> Place:
-        """Place a result that no node of this kernel reads."""
+        """Place a result that no node of this kernel reads; return its place."""
         sizes = [size for size in shape if size != 1]
         if not self.extents:
             self.axes(sizes)

@@ -64,7 +64,7 @@ class Groups:
         self.before.append(before)
 
     def merge(self, p: int, q: int) -> bool:
-        """Merge the second unit into the first, if they can be one kernel."""
+        """Merge the second unit into the first; return whether they can be one kernel."""
         one, other = self.units[p], self.units[q]
         if not (one.kernel and other.kernel) or len(one.nodes) + len(other.nodes) > MOST:
             return False

@@ -190,7 +190,7 @@ class Lowering(Axes):
             elif d not in dims:
                 axis = next(rest)
             where.append((next(bound) if size != 1 else FIRST) if d in dims else axis)
-        truth = asked.fn in ("any", "all")  # of bytes these are bytes, 0 or 1
+        truth = asked.fn in ("any", "all")  # any and all of uint8 are uint8
         if (out is torch.bool and not truth) or (out in ROUNDED and asked.fn == "prod"):
             raise Unfit(f"{n.target} of {out}")
         dtype = torch.bool if truth else wide(out)

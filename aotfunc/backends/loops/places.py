@@ -42,7 +42,7 @@ class Index:
 
 Place = tuple[Index, ...]
 
-#: that of a dimension of size 1, or one that is broadcast
+#: the index of a dimension of size 1, or of a broadcast one
 FIRST = Index()
 
 

@@ -44,8 +44,8 @@ def widest(kernel: Kernel) -> list[int]:
 
 
 def order_axes(kernel: Kernel) -> Kernel:
-    """Order axes by their steps, larger ones first; an access that does not vary along two axes
-    leaves their order to the next."""
+    """Return the kernel with axes ordered by their steps, larger ones first; an access that does
+    not vary along two axes leaves their order to the next."""
     columns = [kernel.accesses[i].strides for i in widest(kernel)]
 
     def steps(k: int) -> tuple:
@@ -62,7 +62,8 @@ def order_axes(kernel: Kernel) -> Kernel:
 
 
 def merged(kernel: Kernel) -> Kernel:
-    """Merge neighbouring axes that every access walks in equal steps."""
+    """Return the kernel with neighbouring axes merged if every access walks them in equal
+    steps."""
     groups: list[list[int]] = []
     for k in range(len(kernel.extents)):
         if groups and k != kernel.outer and can_merge(kernel, groups[-1][-1], k):

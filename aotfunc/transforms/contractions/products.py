@@ -123,7 +123,8 @@ class Algebra:
         )
 
     def unify(self, mine: tuple, other: tuple, same: dict[int, tuple[int, ...]]) -> bool:
-        """Match the labels of two equal dimensions, alone or together."""
+        """Match the labels of two equal dimensions, alone or together; return whether they
+        match."""
         xs, ys = list(reversed(mine)), list(reversed(other))
         while xs and ys:
             x, y = xs.pop(), ys.pop()

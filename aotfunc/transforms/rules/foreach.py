@@ -11,8 +11,8 @@ from torch._ops import OpOverload
 from .schema import aten
 from .table import decompose_as
 
-#: ``_foreach_<name>`` is ``aten.<name>`` on each element; numbers and single tensors are for all
-#: of them
+#: ``_foreach_<name>`` is ``aten.<name>`` on each element; all elements share numbers and single
+#: tensors
 NAMES = """
 abs acos add addcdiv addcmul asin atan ceil clamp_max clamp_min clone copy cos cosh div erf erfc
 exp expm1 floor frac lerp lgamma log log10 log1p log2 max maximum minimum mm mul neg norm pow
@@ -26,7 +26,7 @@ def bounded(best: Any) -> Any:
     )
 
 
-#: those whose one-tensor form is not ``aten.<name>``
+#: name -> the form on one tensor, if that is not ``aten.<name>``
 OTHERWISE = {
     "max": lambda x: aten.max(x),
     "maximum": bounded(aten.maximum),

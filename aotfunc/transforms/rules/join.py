@@ -160,8 +160,8 @@ for kind in ("reflection", "replication"):
 
 
 def batch_patches(op: Any, rank: int) -> Formula:
-    """Fold the batch of ``im2col`` or ``col2im`` into theirs, if they have one (``rank``
-    dimensions: they do not)."""
+    """Return the vmap rule of ``im2col`` or ``col2im``: fold the batch into theirs, if they have
+    one (with ``rank`` dimensions they do not)."""
 
     def batch(x: Tensor, *rest: Any) -> Tensor:
         return (

@@ -89,7 +89,7 @@ def with_pivots(op: OpOverloadPacket) -> None:
         factors, pivots, b = all_batched((factors, pivots, b), batched, size)
         rank = max(factors.dim(), b.dim()) - 1
         factors, b, pivots = align(factors, rank), align(b, rank), align(pivots, rank - 1)
-        if op is aten.linalg_ldl_solve:  # it does not broadcast
+        if op is aten.linalg_ldl_solve:  # the op does not broadcast
             lead = broadcast_shapes(factors.shape[:-2], b.shape[:-2])
             factors, pivots, b = (
                 x.expand(*lead, *x.shape[len(lead) :]).contiguous() for x in (factors, pivots, b)

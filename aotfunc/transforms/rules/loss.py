@@ -275,11 +275,10 @@ def _(g, out, x, y, weight, pos_weight, reduction, *, needs):
     return of_x, of_y, of_weight, of_pos
 
 
-# ----- negative log-likelihood
-# ---------------------------------------------------------------------------------------- x is
-# (C,) or (N, C) or (N, C, H, W), the target the same without C. Batched, the loss of each element
-# is taken with the batch folded into N, and reduced by hand with the weights that the targets
-# pick.
+# ----- negative log-likelihood -------------------------------------------------------------------
+#
+# x is (C,) or (N, C) or (N, C, H, W), the target the same without C. A batch is folded into N
+# for the loss of each element, which is then reduced by hand with the weights of the targets.
 
 
 def picked_weights(
@@ -301,7 +300,7 @@ def nll(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
     @vjp_of(op, diff_outputs=(0,))
     def _(g, out, x, target, weight, reduction, ignore, *, needs):
         unweighted(needs[2:], op)
-        x = x.contiguous()  # the kernel for images takes no other rank
+        x = x.contiguous()  # the kernel for images takes no other layout
         return backward(g[0], x, target, weight, reduction, ignore, out[1]), None, None
 
     @jvp_of(op)

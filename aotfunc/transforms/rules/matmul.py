@@ -117,14 +117,14 @@ linear(aten.dot, lambda g, a, b: g * conj(b), lambda g, a, b: g * conj(a), batch
 linear(aten.vdot, lambda g, a, b: conj(g) * b, lambda g, a, b: g * a, batch=batch_vdot)
 
 
-# ----- beta * c + alpha * (a @ b)
-# ------------------------------------------------------------------------------------- A product
-# of zero and the summand c is not computed: with beta == 0, PyTorch ignores even a NaN in c.
+# ----- beta * c + alpha * (a @ b) ----------------------------------------------------------------
+#
+# With beta == 0 the term of c is left out: PyTorch ignores even a NaN in c.
 
 
 def fused(op: Any, product: Any, left: Any, right: Any, batch: Any) -> None:
-    """Return the lines of ``op(c, a, b, *, beta, alpha) = beta * c + alpha * product(a, b)`` from
-    those of its product."""
+    """Register the rules of ``op(c, a, b, *, beta, alpha) = beta * c + alpha * product(a, b)``,
+    made of those of its product."""
 
     @vjp_of(op)
     def vjp(

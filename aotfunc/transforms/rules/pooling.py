@@ -23,7 +23,7 @@ def max_pooling(
     """Register a pooling ``(x, ...) -> (values, indices)`` and its backward op, which takes the
     indices last. ``batch`` is the pooling's vmap rule, if not all of its tensors are images."""
     vmap_of(op)(batch or planes(op, spatial))
-    geometry = len(overload(backward)._schema.arguments) - 3  # none: it is read off the shapes
+    geometry = len(overload(backward)._schema.arguments) - 3  # the shapes tell it
 
     @vjp_of(op, diff_outputs=(0,))
     def _(g, out, x, *rest):

@@ -90,8 +90,8 @@ nondiff(aten.randperm, aten.randperm.generator, batch=permutations)
 
 
 def of_shape(op: OpOverload) -> Callable[..., Tensor]:
-    """Batch a draw whose first tensor argument gives only shape and dtype; a 0-dim bound must not
-    be batched."""
+    """Return the vmap rule of a draw whose first tensor argument gives only shape and dtype; a
+    0-dim bound must not be batched."""
     names = [a.name for a in op._schema.arguments]
     where = tensor_args(op)
 
@@ -132,7 +132,7 @@ nondiff(
 
 
 def of_parameters(op: OpOverload) -> Callable[..., Tensor]:
-    """Batch draws whose tensor arguments are their parameters, and broadcast."""
+    """Return the vmap rule of a draw whose tensor arguments are its parameters, and broadcast."""
     where = tensor_args(op)
 
     def batch(*args: Any, batched: tuple[bool, ...], size: int, randomness: str) -> Tensor:

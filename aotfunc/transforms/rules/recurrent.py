@@ -65,7 +65,7 @@ class Steps:
         x, w_x, w_h, b_x, b_h, h, c = tensors
         self.reverse = reverse
         self.x, left = self.ordered(x), self.ordered(out)
-        self.h = torch.cat([h.unsqueeze(0), left[:-1]])  # that each step starts with
+        self.h = torch.cat([h.unsqueeze(0), left[:-1]])  # before each step
         sums = self.x @ w_x.mT + self.h @ w_h.mT
         i, self.f, g, o = gates(sums + b_x + b_h if has_biases else sums)
         cells = [c]
@@ -73,8 +73,8 @@ class Steps:
             cells.append(f * cells[-1] + i_g)
         start, tanh_c = torch.stack(cells[:-1]), torch.stack(cells[1:]).tanh()
         slopes = g * i * (1 - i), start * self.f * (1 - self.f), i * (1 - g * g)
-        #: derivatives of the cell state by the sums of three gates, and of the hidden state by
-        #: that of the output gate
+        #: derivatives of the cell state by the sums of three gates, and of the hidden state by the
+        #: sum of the output gate
         self.by_sums = torch.cat([*slopes, tanh_c * o * (1 - o)], -1)
         #: the derivative of the hidden state by the cell state
         self.by_c = o * (1 - tanh_c * tanh_c)

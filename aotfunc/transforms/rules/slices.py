@@ -79,7 +79,7 @@ def batch_unfold(x: Tensor, dim: int, size: Any, step: Any) -> Tensor:
 def batch_unfold_backward(
     g: Tensor, sizes: Sequence[Any], dim: int, size: Any, step: Any
 ) -> Tensor:
-    if not sizes:  # of a number: a window of one element, or of none
+    if not sizes:  # x is 0-dim: windows have one element, or none
         return g.sum(1)
     return aten.unfold_backward(g, [g.shape[0], *sizes], dim % len(sizes) + 1, size, step)
 

@@ -82,7 +82,7 @@ def avg_pool(
             return NotImplemented
         x = torch.constant_pad_nd(x, (pw, pw, ph, ph))
     first, *windows = slices(x, (kh, kw), (sh, sw))
-    total = x[first] + 0.0  # of negative zeros it is 0
+    total = x[first] + 0.0  # a sum of negative zeros is 0
     for window in windows:
         total = total + x[window]
     return (total / (divisor or kh * kw)).contiguous()
