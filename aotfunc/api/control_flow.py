@@ -57,17 +57,17 @@ def scan(
     """Return ``(final carry, ys)`` of the loop ``carry, ys[t] = f(carry, xs[t])``, as one op of a
     graph.
 
-    ``init``, ``xs`` and what ``f`` returns are trees of tensors. Those in ``xs`` have one row for
-    each step along dimension 0, as have those in ``ys``; with ``xs=None`` there are ``length``
-    steps. The carry keeps its tree, shapes and dtypes. ``reverse`` goes from the last row to the
-    first. ``f`` is recorded once: graphs and compilation do not grow with the number of steps. It
-    may close over tensors and write to what it makes. With ``unroll=k`` the body of the loop is
-    ``k`` steps. With ``checkpoint=k`` reverse mode keeps every ``k``-th carry, and runs the steps
-    from there again; without it keeps what the backward reads of each step. A policy (see
-    :mod:`aotfunc.partition.policies`) says which values of a step may be kept, and a minimum cut
-    chooses among them. Raises ArgumentError for a carry that changes between steps, stacks of
-    several lengths and leaves that are not tensors, CaptureError where ``f`` writes to a tensor
-    from outside.
+    ``init``, ``xs`` and the results of ``f`` are trees of tensors. Tensors in ``xs`` and ``ys``
+    have one row for each step along dimension 0; with ``xs=None`` there are ``length`` steps. The
+    carry keeps its tree, shapes and dtypes. ``reverse`` goes from the last row to the first. ``f``
+    is recorded once: graphs and compilation do not grow with the number of steps. It may close
+    over tensors and write to tensors that it makes. With ``unroll=k`` the body of the loop is
+    ``k`` steps. By default reverse mode keeps what the backward reads of each step; with
+    ``checkpoint=k`` it keeps every ``k``-th carry, and runs the steps from there again. A policy
+    (see :mod:`aotfunc.partition.policies`) says which values of a step may be kept, and a minimum
+    cut chooses among them. Raises ArgumentError for a carry that changes between steps, stacks of
+    several lengths and leaves that are not tensors, CaptureError if ``f`` writes to a tensor from
+    outside.
 
     >>> total, sums = scan(lambda c, x: (c + x, c + x), torch.tensor(0), torch.arange(4))
     >>> total, sums
@@ -260,17 +260,16 @@ def while_loop(
     slots: int | None = None,
 ) -> Any:
     """Return the last carry of ``while cond_fn(carry): carry = body_fn(carry)``, which starts with
-    ``init`` and goes at most ``max_steps`` steps; as one op of a graph.
+    ``init`` and takes at most ``max_steps`` steps; as one op of a graph.
 
     Trees, closures and errors are those of :func:`scan`; ``cond_fn`` returns a tensor with one
-    element. Under ``vmap`` each sample stops at its own step. Reverse mode keeps what it needs of
-    each step and so has to know a bound: ``max_steps``, or where a transform is not compiled the
-    number of steps, which is then counted first. The backward takes the time of all ``max_steps``,
-    of which those that are too many do nothing. With ``checkpoint="revolve"`` it needs no bound:
-    the backward keeps ``slots`` carries, that before the first step among them, and computes the
-    others again, as few steps as that takes (Griewank and Walther, 2000). Raises RuleError for
-    derivatives of such a loop that draws random numbers, and for second derivatives through rules
-    of the user's.
+    element. Under ``vmap`` each sample stops at its own step. Reverse mode keeps values of each
+    step and so needs a bound: ``max_steps``, or, in a transform that is not compiled, the number
+    of steps, which it counts first. The backward takes the time of all ``max_steps``; surplus
+    steps do nothing. With ``checkpoint="revolve"`` it needs no bound: the backward keeps ``slots``
+    carries, that before the first step among them, and recomputes the others in the fewest steps
+    (Griewank and Walther, 2000). Raises RuleError for derivatives of such a loop that draws random
+    numbers, and for second derivatives through the user's rules.
 
     >>> while_loop(lambda x: x < 100, lambda x: x * x, torch.tensor(3.0))
     tensor(6561.)
