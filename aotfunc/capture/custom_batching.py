@@ -1,7 +1,8 @@
 """The batching rule that a user wrote for a function, as a graph node.
 
-Such a node passes the function's results through, with the derivatives that they have. Under
-``vmap`` it is what the rule makes of the batched arguments."""
+Such a node passes the function's results through, with their derivatives. Under ``vmap`` it
+becomes the rule's results on the batched arguments.
+"""
 
 from __future__ import annotations
 

@@ -137,8 +137,8 @@ class Identity(CustomDerivative):
         return super().part(backward, have)
 
     def call(self, hooks: Any) -> Callable[[Sequence[Any]], list[Any]]:
-        """Return the function that lets autograd call the hooks of the values that it is given.
-        It returns the values, and what the link's other identity is to get."""
+        """Return the function that lets autograd call the hooks on its values. It returns the
+        values, and the inputs of the link's other identity."""
         return hooks.register
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:

@@ -106,8 +106,8 @@ def record(cls: Any, args: Sequence[Any], batching: Callable | None, why: Except
     """Record ``cls.forward(*args)`` as one step and return its results. Their shapes are those of
     a run on zeros.
 
-    Raises ``why`` where that run fails, where a result that is no tensor may depend on values, and
-    where it writes to an argument that it does not return."""
+    Raises ``why`` if that run fails, if a result other than a tensor may depend on values, or if
+    the forward writes to an argument that it does not return."""
     trace = current()
     assert trace is not None
     operands = Operands(args)

@@ -39,9 +39,9 @@ class Scan(Flow):
 
     ``body`` maps ``(constants, carry, one row of each stack)`` to ``(carry, one row of each
     result)`` and is called ``length`` times, at least once; with ``reverse`` from the last row to
-    the first. A stack has its rows along dimension 0; what is carried or stacked is contiguous.
-    With a ``policy`` a partition chooses what reverse mode stacks, among what that lets be
-    saved."""
+    the first. A stack has its rows along dimension 0; carries and stacks are contiguous. With a
+    ``policy`` a partition chooses, among the values that it lets be saved, those that reverse mode
+    stacks."""
 
     __name__ = "scan"
 

@@ -22,10 +22,11 @@ THERE = 8.0
 def chosen(
     scan: Scan, joint: Program, n_early: int, n_late: int
 ) -> tuple[Program, Program, list[int]]:
-    """Return the joint program of a loop's body as :func:`halve` does, cut where "bytes stacked +
-    traffic of what is computed again" is least among the values that the loop's policy lets be
-    saved. Rows of stacks and what is the same in every step are kept anyway; what is carried is
-    not. A view is stacked without the rest of the memory that it shows."""
+    """Cut the joint program of a loop's body in two as :func:`halve` does, where "bytes stacked +
+    traffic of recomputation" is least among the values that the loop's policy lets be saved.
+
+    Rows of stacks, and values common to every step, are kept anyway; the carry is not. A view is
+    stacked without the rest of its memory."""
     inputs = joint.placeholders
     first, last = scan.n_consts, scan.n_consts + scan.n_carry
     carry, stacked = inputs[first:last], joint.outputs[scan.n_carry : n_early]

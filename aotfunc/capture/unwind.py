@@ -41,7 +41,7 @@ aten = torch.ops.aten
 
 class Unwind(Flow):
     """The target of a node ``(steps, constants, carry, cotangents) -> cotangents``: those of the
-    inputs ``wrt`` of ``loop``, for those of what it carries, after so many ``steps`` from
+    inputs ``wrt`` of ``loop``, for those of its last carry, after ``steps`` steps from
     ``carry``."""
 
     __name__ = "unwind"
@@ -220,8 +220,9 @@ def emit_unwind(
 
 
 def backward_step(loop: While, wrt: tuple[int, ...]) -> Program:
-    """Return ``(constants, carry, sums, cotangents) -> (sums, cotangents)``: what one step adds to
-    the cotangents of the constants, and those of what it got, for those of what it made."""
+    """Return ``(constants, carry, sums, cotangents) -> (sums, cotangents)`` for one step: add to
+    ``sums`` the cotangents of the constants, and map the cotangents of the new carry to those of
+    the old one."""
 
     def make() -> Program:
         n, inputs = loop.n_consts, loop.body.placeholders
