@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..capture.tree import Arguments, flatten, in_order_of, structure, unflatten
+from ..debug import at, user_line
 from ..errors import ArgumentError, CaptureError
 from ..runtime.execute import execute
 from ..trace.entering import entry
@@ -167,18 +168,18 @@ def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -
             raise ArgumentError(f"laplacian: argument {argnums} must be a tensor")
         call = Call("laplacian", f, arguments, chosen, False)
         call.check_tensors()
-        base, at, n_out = call.program, call.wrt[0], call.n_out
+        base, wrt, n_out = call.program, call.wrt[0], call.n_out
         if base.mutated:
             raise CaptureError(
-                "laplacian: the function writes to an argument, or to what it closes over; return "
-                "the new value instead"
+                "laplacian: the function writes to an argument, or to what it closes over"
+                f"{at(user_line())}; return the new value instead"
             )
         x = arguments.leaves[chosen[0]]
         axes = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
         found: list = [None] * n_out
         for rows in axes.split(chunk_size or max(x.numel(), 1)):
             sig = signature(rows)
-            program = call.derived((sig,), partial(laplacian_pass, base, at, n_out, sig))
+            program = call.derived((sig,), partial(laplacian_pass, base, wrt, n_out, sig))
             parts = execute(program, [*tensors_of(arguments), rows, *call.rec.closed_over])
             found = [sum_of(t, part) for t, part in zip(found, parts, strict=True)]
         vals = [v for v in base.vals if isinstance(v, Sig)]

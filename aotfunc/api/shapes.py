@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..capture.tree import Arguments
+from ..debug import at, user_line
 from ..errors import CaptureError
 from ..runtime.execute import execute
 from ..trace.entering import entry
@@ -50,8 +51,8 @@ def closure_convert(f: Callable, *args: Any) -> tuple[Callable, list[Tensor]]:
     call = Call("closure_convert", f, arguments, (), False)
     if call.program.mutated:
         raise CaptureError(
-            "closure_convert: the function writes to an argument or to a tensor from outside; "
-            "return the new value instead"
+            "closure_convert: the function writes to an argument or to a tensor from outside"
+            f"{at(user_line())}; return the new value instead"
         )
     count = len(args)
 
