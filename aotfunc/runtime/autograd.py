@@ -19,17 +19,18 @@ from torch.autograd import forward_ad
 
 from ..capture.calls import CompiledCall
 from ..debug import outside_dynamo
-from ..errors import AotfuncError
+from ..trace.emit import remap
 from ..trace.memory import version
 from ..trace.modes import any_modes, without_modes
 from ..transforms.lower import CALLS, lowered
 from .aliasing import with_own_memory
 from .batched import call_batched, older_levels
-from .execute import execute, lay_cotangents, strided_copy, write_back
+from .execute import before_writes, execute, lay_cotangents, strided_copy, write_back
 from .halves import Halves
 from .late_reads import Versions, check_memory, check_unwritten, storages, versions
 from .late_state import at_moment, moment
 from .redraw import generator_states, redrawn
+from .refused import check_alone, check_met, unchanged
 
 aten = torch.ops.aten
 _inside_functorch = torch._C._functorch.peek_interpreter_stack
@@ -137,8 +138,12 @@ def unviewed(outs: Sequence) -> Sequence:
 def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence, Versions | None]:
     """Return the results of a call and the new values of written inputs, if some of them have a
     derivative; where its backward looks for what is not to be written to."""
+    nodes = halves.parts(tensors)
+    shared = frozenset([n for outs, _ in nodes[1:] for n in halves.shared(outs)])
+    if shared and (steps := halves.stages(shared)):
+        return staged(halves, steps, tensors), None
     read_late: Versions | None = None if halves.late_reads is None else []
-    count = halves.count
+    count, tasks = halves.count, dict[Any, int]()
     given, before = halves.unwritten(tensors), generator_states(halves.call.program)
     torch._C._set_grad_enabled(False)  # a tenth of the time of torch.no_grad()
     try:
@@ -147,7 +152,6 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
     finally:
         torch._C._set_grad_enabled(True)
     needed = [given[i] for i in halves.needed]
-    nodes = halves.parts(tensors)
     if len(nodes) > 1:  # residuals may be results of another node: they must not hold each other
         residuals = [r.detach() if isinstance(r, Tensor) else r for r in residuals]
     every = dict(enumerate(residuals))
@@ -157,7 +161,7 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
         shown = [results[count + i] for i in met or ()]
         kept = every if len(nodes) == 1 else {i: every[i] for i in halves.residuals_of(mine)}
         new = apply(
-            facts(halves, part, kept, before, read_late, met),
+            facts(halves, part, kept, before, read_late, met, tasks),
             [*[results[i] for i in mine], *shown],
             [*[r for r in kept.values() if isinstance(r, Tensor)], *shown],
             needed,
@@ -170,6 +174,22 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
     return results[:count], read_late
 
 
+def staged(
+    halves: Halves, steps: Sequence[tuple[CompiledCall, list, list]], tensors: Sequence[Tensor]
+) -> Sequence:
+    """Return the results of a call in stages, with memory of their own."""
+    program = halves.program
+    given = before_writes(halves.call.program, tensors, range(len(tensors)))
+    values = dict(zip(program.placeholders, given, strict=True))
+    for call, reads, outs in steps:
+        values.update(zip(outs, call_compiled(call, [values[i] for i in reads]), strict=True))
+    found = list(remap(program.outputs, values))
+    for k, o in enumerate(found):
+        if isinstance(o, Tensor) and any(o is x for x in (*tensors, *given, *found[:k])):
+            found[k] = o.clone()
+    return found
+
+
 def facts(
     halves: Halves,
     part: tuple[list[int], list[int]],
@@ -177,12 +197,15 @@ def facts(
     states: list,
     read_late: Versions | None,
     met: tuple[int, ...] | None = (),
+    tasks: dict[Any, int] | None = None,
 ) -> dict[str, Any]:
-    """Return what a node knows beside tensors, by name."""
+    """Return what a node knows beside tensors, by name. ``tasks`` are the last backwards of the
+    Functions that the nodes of a call have in common."""
     return {
         "halves": halves,
         "part": part,
         "met": met,
+        "tasks": tasks,
         "residuals": {i: None if isinstance(r, Tensor) else r for i, r in residuals.items()},
         "states": states,
         "read_late": read_late,
@@ -264,6 +287,8 @@ class CompiledFunction(torch.autograd.Function):
             ctx.moment.check(halves.call.__name__)
         if inputs is not None:
             check_memory(inputs, ctx.memory, halves.call.__name__)
+        if ctx.met is None:
+            check_alone(ctx)
         # reading them raises an error the second time, unless the graph was retained, even if
         # there are none
         outs, inputs = ctx.part
@@ -350,31 +375,6 @@ class Lift(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
         return g
-
-
-def check_met(ctx: Any) -> tuple[int, ...]:
-    """Return the further results of this node; refuse a second derivative where another node has
-    cotangents for the same Function."""
-    if ctx.met is None:
-        raise AotfuncError(
-            f"several results of {ctx.halves.call.__name__} have gradients of their own, and a "
-            "Function or hook in common whose backward is not linear; it cannot be differentiated "
-            "twice (create_graph=True): return one result"
-        )
-    return ctx.met
-
-
-def unchanged(ctx: Any, gradient: CompiledCall) -> list[Tensor]:
-    """Return the inputs, those that this gradient reads as autograd would have saved them."""
-    for t, before, p in zip(ctx.inputs, ctx.versions, gradient.program.placeholders, strict=False):
-        if version(t) != before and p.users:
-            raise AotfuncError(
-                f"an input of {ctx.halves.call.__name__} of shape {list(t.shape)} was modified by "
-                "an inplace operation after the call; its backward can neither be differentiated "
-                "(create_graph=True) nor be run for another result any more: pass it a clone(), "
-                "or write after the backward"
-            )
-    return ctx.inputs
 
 
 #: ``CompiledFunction.apply`` without the look for torch.func's wrappers: there are none here

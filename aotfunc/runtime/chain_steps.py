@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..backends.eager import compile_graph
-from ..graph import Program
+from ..graph import Program, needed_for
 from ..trace.emit import Builder, paused_gc, remap
 from ..trace.modes import without_modes
 from ..trace.nested import leaves
@@ -25,6 +25,50 @@ def write(values: Sequence[Tensor]) -> Sequence[Tensor]:
     t, new = values
     t.copy_(new)
     return [t]
+
+
+def numbered(
+    nodes: Sequence[Node], cuts: Collection[Node], lone: Collection[Node] = ()
+) -> dict[Node, int]:
+    """Return the stage that computes each node: a new one begins where something reads a value
+    that is to be cut at. The ``lone`` ones are stages of their own."""
+    stage: dict[Node, int] = {}
+    number, pending, alone = 0, set[Node](), False
+    for n in nodes:
+        if n.target is operator.getitem:  # an op with several outputs crosses as its items
+            stage[n] = stage[n.args[0]]  # type: ignore[index]
+        else:
+            if alone or n in lone or not pending.isdisjoint(n._input_nodes):
+                number += 1
+                pending.clear()
+            stage[n], alone = number, n in lone
+        if n in cuts:
+            pending.add(n)
+    return stage
+
+
+def stages(
+    program: Program, cuts: Sequence[Node]
+) -> list[tuple[Program, list[Node], list[Node]]] | None:
+    """Return the program cut at these values, ``(program, what it reads, results)`` of each stage;
+    None if nothing reads them."""
+    nodes = [n for n in program.graph.nodes if n.op == "call_function"]
+    stage = numbered(nodes, cuts)
+    if not any(stage.values()):
+        return None
+    wanted = {o for o in program.outputs if isinstance(o, Node)}
+    wanted |= {i for n in nodes for i in n._input_nodes if stage.get(i, stage[n]) < stage[n]}
+    found: list[tuple[Program, list[Node], list[Node]]] = []
+    said: dict[Node, Any] = {}
+    for k in range(max(stage.values()) + 1):
+        mine = [n for n in nodes if stage[n] == k]
+        outs = [n for n in mine if n in wanted]
+        reach = needed_for(mine, outs)
+        body = [n for n in mine if n in reach]
+        read = dict.fromkeys(i for n in body for i in n._input_nodes)
+        reads = [i for i in read if stage.get(i, -1) < k]
+        found.append((stage_of(body, reads, outs, said), reads, outs))
+    return found
 
 
 def stage_of(

@@ -31,7 +31,7 @@ from ..transforms.activity import active_nodes, sources
 from ..transforms.tidy import rebuilt
 from .aliasing import memory_program
 from .autograd import call_compiled, op_by_op
-from .chain_steps import by_autograd, op_of, saves_a_result, stage_of, write
+from .chain_steps import by_autograd, numbered, op_of, saves_a_result, stage_of, write
 from .execute import before_writes, write_back
 
 
@@ -222,7 +222,7 @@ class CallCuts:
             if isinstance(hooks, TensorHooks):  # those of all that reads the value
                 self.cuts.update(self.shown(n))
                 self.saving.update(filter(saves_a_result, map(op_of, self.shown(n))))
-        self.stage = self.numbered()
+        self.stage = numbered(self.nodes, self.cuts, self.saving)
 
     def shown(self, n: Node) -> list[Node]:
         """Return the values that a node with hooks passes on."""
@@ -253,23 +253,6 @@ class CallCuts:
                 found |= masks[n]
             masks[n] |= bits.get(n, 0)
         return {n for n, bit in bits.items() if found & bit}
-
-    def numbered(self) -> dict[Node, int]:
-        """Return the stage that computes each node: a new one begins where something reads a
-        result that is to be cut at."""
-        stage: dict[Node, int] = {}
-        number, pending, alone = 0, set[Node](), False
-        for n in self.nodes:
-            if n.target is operator.getitem:  # an op with several outputs crosses as its items
-                stage[n] = stage[n.args[0]]  # type: ignore[index]
-            else:
-                if alone or n in self.saving or not pending.isdisjoint(n._input_nodes):
-                    number += 1
-                    pending.clear()
-                stage[n], alone = number, n in self.saving
-            if n in self.cuts:
-                pending.add(n)
-        return stage
 
     def chain(self) -> Chain | None:
         if not self.cuts:

@@ -21,6 +21,7 @@ from ..transforms.activity import active_nodes, flat_inputs, live, sources
 from ..transforms.tidy import rebuilt
 from ..transforms.vjp import contiguous_sig, vjp
 from ..transforms.walk import builder
+from .chain_steps import stages
 from .execute import before_writes
 from .late_reads import late_reads
 from .late_state import reads_state
@@ -176,21 +177,51 @@ class Halves:
         return torch.zeros(sig.shape, dtype=sig.dtype, device=sig.device)
 
     def met_by(self, outs: Sequence[int]) -> tuple[int, ...] | None:
-        """Return which of ``met`` the results ``outs`` are computed from; None if others are
-        computed from these, too, in a node of their own."""
+        """Return which of ``met`` the results ``outs`` are computed from; None if results of other
+        nodes are computed by the same Functions."""
 
         def find() -> tuple[int, ...] | None:
+            if self.shared(outs):
+                return None
+            calls = [n for n in self.program.graph.nodes if n.op == "call_function"]
+            mine = needed_for(calls, [self.program.outputs[k] for k in outs])
+            return tuple([i for i, n in enumerate(self.met) if n in mine])
+
+        if not self.met:
+            return ()
+        return self.program.once(("met by", self.wrt, tuple(outs)), find)
+
+    def shared(self, outs: Sequence[int]) -> list[Any]:
+        """Return the Functions of ``met`` that both ``outs`` and other live results are computed
+        by."""
+
+        def find() -> list[Any]:
             calls = [n for n in self.program.graph.nodes if n.op == "call_function"]
             mine, others = set[Any](), set[Any]()
             for k, (o, yes) in enumerate(zip(self.program.outputs, self.live, strict=True)):
                 if yes:
                     (mine if k in outs else others).update(needed_for(calls, [o]))
-            found = [i for i, n in enumerate(self.met) if n in mine]
-            return None if any(self.met[i] in others for i in found) else tuple(found)
+            return [n for n in {u.args[0] for u in self.met} if n in mine and n in others]
 
         if not self.met:
-            return ()
-        return self.program.once(("met by", self.wrt, tuple(outs)), find)
+            return []
+        return self.program.once(("shared", self.wrt, tuple(outs)), find)
+
+    def stages(self, shared: frozenset[Node]) -> list[tuple[CompiledCall, list, list]] | None:
+        """Return the call cut behind these Functions, for autograd to add the cotangents of their
+        results: ``(call, what it reads, results)`` of each stage. Identities in front of a module
+        stay with the one behind it."""
+
+        def find() -> list[tuple[CompiledCall, list, list]] | None:
+            last = {getattr(n.target, "link", n): n for n in self.program.graph.nodes}.values()
+            cuts = [u for u in self.met if u.args[0] in shared and u.args[0] in last]
+            old = self.call
+            return (found := stages(self.program, cuts)) and [
+                (CompiledCall(program, old.compile, old.split, old.__name__), reads, outs)
+                for program, reads, outs in found
+            ]
+
+        return self.program.once(("stages", self.wrt, shared), find)
 
     def gradient(
         self,

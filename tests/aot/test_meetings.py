@@ -119,17 +119,75 @@ def test_compiled_otherwise_and_the_third_derivative(name, way):
     assert_same(derivatives(WAYS[way](PROGRAMS[name]), True), derivatives(PROGRAMS[name], True))
 
 
-def test_of_two_nodes_it_is_refused():
-    def f(x, y):
-        h = soft(x.sin())
-        return h.exp(), h.cos() * y
+def between_hooks(x, y):
+    h = (x * y).sin()
+    h.register_hook(lambda g: g * 2)
+    h = clipped(h)
+    k = h * x
+    k.register_hook(lambda g: g * 3)
+    return k * h, h.exp()
 
-    def second(f):
-        x, y = (torch.full((3,), k, requires_grad=True) for k in (0.5, 0.7))
-        a, b = f(x * 1, y * 1)
-        g = torch.autograd.grad((a * b).sum(), x)
-        (h,) = torch.autograd.grad((f(x * 1, y * 1)[0]).sum(), x, create_graph=True)
-        return g, torch.autograd.grad(h.sum(), x)
 
-    with pytest.raises(AotfuncError, match=r"create_graph=True.: return one result"):
-        second(jit(f))
+class Leaky(nn.Module):
+    def forward(self, x):
+        self.x = x
+        return x.tanh()
+
+
+def module_of_two(x, y, leak=False):
+    m = Leaky()
+    m.register_full_backward_hook(lambda m, gi, go: ((gi[0] * x.detach()).clamp(-0.3, 0.3),))
+    h = m(x * 2)
+    return h.exp(), (m.x if leak else h) * y
+
+
+def written(x, y):
+    h = soft(x.sin())
+    y.mul_(h)
+    return h.exp(), y * h
+
+
+#: their results are nodes of their own, as ``y`` has a graph, and have a Function in common
+OF_TWO = {
+    "a Function": lambda x, y: (lambda h: (h.exp(), h.cos() * y))(soft(x.sin())),
+    "the result too": lambda x, y: (lambda h: (h, h.cos() * y))(own(x.sin())),
+    "one after another": lambda x, y: (
+        lambda h: (lambda k: (k * h, k.cos() * y))(clipped(h.exp()))
+    )(soft(x.sin())),
+    "two results of it": lambda x, y: (lambda a, b: (a * 1, b * y))(*two(x.sin())),
+    "between hooks": between_hooks,
+    "a module": module_of_two,
+    "a written argument": written,
+}
+
+
+def derivatives_of_two(f):
+    x, y = (torch.full((3,), k, dtype=torch.float64, requires_grad=True) for k in (0.5, 0.7))
+    a, b = f(x * 1, y * 1)
+    first = torch.autograd.grad((a * b).sum(), (x, y), retain_graph=True)
+    one = torch.autograd.grad(a.sum(), x)
+    a, b = f(x * 1, y * 1)
+    (g,) = torch.autograd.grad((a * b).sin().sum(), x, create_graph=True)
+    return (a, b), first, one, torch.autograd.grad(g.square().sum(), (x, y))
+
+
+@pytest.mark.filterwarnings("ignore:.*ull backward hook is firing")
+@pytest.mark.parametrize("name", OF_TWO)
+def test_of_two_nodes(name):
+    assert_same(derivatives_of_two(jit(OF_TWO[name])), derivatives_of_two(OF_TWO[name]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_of_two_nodes_compiled_otherwise(way):
+    f = OF_TWO["a Function"]
+    assert_same(derivatives_of_two(WAYS[way](f)), derivatives_of_two(f))
+
+
+@pytest.mark.filterwarnings("ignore:.*ull backward hook is firing")
+def test_of_two_nodes_that_cannot_be_cut():
+    f = jit(lambda x, y: module_of_two(x, y, leak=True))
+    x, y = (torch.full((3,), k, requires_grad=True) for k in (0.5, 0.7))
+    a, b = f(x * 1, y * 1)
+    torch.autograd.grad(a.sum(), x, retain_graph=True)
+    with pytest.raises(AotfuncError, match=r"whose backward is not linear.*return one result"):
+        torch.autograd.grad((a * b).sum(), x)
