@@ -66,6 +66,15 @@ def module_hook(x):
     return m(x * 2).exp()
 
 
+def linear_module_hook(module):
+    def f(x):
+        m = module()
+        m.register_full_backward_hook(lambda m, gi, go: (gi[0] * 0.5,))
+        return m(x * 1.0)
+
+    return f
+
+
 def a_result_too(x):
     h = soft(x.sin())
     return h, h.exp() * x
@@ -94,6 +103,8 @@ PROGRAMS = {
     "a hook of a saved result": hooked_and_saved,
     "a hook beside one that autograd calls": beside_a_hook,
     "a hook of a module": module_hook,
+    "a linear hook of a module": linear_module_hook(nn.Tanh),
+    "a linear hook of another": linear_module_hook(nn.Softplus),
 }
 
 
