@@ -18,7 +18,7 @@ from ..errors import AotfuncError, CaptureError, OpError
 from ..graph import Program
 from ..trace.emit import Builder, remap
 from ..trace.marks import fail, number_of
-from ..transforms.vjp import behind_hooks, reverse
+from ..transforms.vjp import behind_hooks, output, reverse
 from ..transforms.vmap import inserted, vmap
 from ..transforms.walk import filled_node, unknown
 
@@ -124,7 +124,7 @@ class CustomDerivative:
         inputs, _, _ = self.parts(n)
         _, _, residuals = self.parts(again)
         residuals = [
-            r if k is None else behind_hooks(b, b.item(n, k), b.item(again, k))
+            r if k is None else behind_hooks(b, output(b, n, k), output(b, again, k))
             for r, k in zip(residuals, self.saved, strict=True)
         ]
         if not self.backward and (forward := self.forward_rule()) is not None:

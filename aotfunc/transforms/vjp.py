@@ -129,7 +129,7 @@ def reverse(
         if n.target is operator.getitem:
             parent, i = n.args
             parts = ct.setdefault(parent, {})
-            parts[i] = g
+            parts[i] = b.call(aten.add.Tensor, parts[i], g) if i in parts else g
             continue
         again = regions.recomputed(n) if regions is not None else n
         b.meta = {**line_of(n), "of": n.name}
@@ -181,9 +181,15 @@ def behind_hooks(b: Builder, n: Any, again: Any) -> Any:
     saves it there."""
     for u in reversed(getattr(n, "users", ())):
         if getattr(u.target, "hooked", False) and u.args[0] is n:
-            behind = b.item(u, 0)
+            behind = output(b, u, 0)
             return behind_hooks(b, behind, behind)
     return again
+
+
+def output(b: Builder, n: Node, i: int) -> Any:
+    """Return output ``i`` of a node: the value that others read, which has its hooks."""
+    read = [u for u in n.users if u.target is operator.getitem and u.args == (n, i)]
+    return read[0] if read else b.item(n, i)
 
 
 def by_output(g: Any, val: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from aotfunc import aot_function, jit
+from aotfunc import aot_function, jit, make_fx
 from aotfunc.errors import AotfuncError
 from tests.reference import assert_same
 
@@ -202,3 +202,33 @@ def test_of_two_nodes_that_cannot_be_cut():
     torch.autograd.grad(a.sum(), x, retain_graph=True)
     with pytest.raises(AotfuncError, match=r"whose backward is not linear.*return one result"):
         torch.autograd.grad((a * b).sum(), x)
+
+
+def hooked_result(op):
+    def f(x):
+        h = op(x)
+        h.register_hook(lambda g: g * 0.5)
+        return h.sin()
+
+    return f
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        hooked_result(torch.exp),
+        hooked_result(torch.tanh),
+        hooked_result(lambda x: x * x),
+        hooked_result(own),
+        lambda x: own(x).sin(),
+        lambda x: (lambda a, b: a.sin() * b.exp() * a)(*two(x)),
+    ],
+)
+def test_of_two_gradients_inside(f):
+    def second(x):
+        (g,) = torch.autograd.grad(f(x).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), x)[0]
+
+    x = torch.linspace(0.3, 1.1, 3, dtype=torch.float64).requires_grad_()
+    for compiled in (jit(second), make_fx(second)(x)):
+        assert_same(compiled(x), second(x))
