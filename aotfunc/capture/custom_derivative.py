@@ -18,9 +18,9 @@ from ..errors import AotfuncError, CaptureError, OpError
 from ..graph import Program
 from ..trace.emit import Builder, remap
 from ..trace.marks import fail, number_of
-from ..transforms.vjp import behind_hooks, output, reverse
+from ..transforms.vjp import behind_hooks, reverse
 from ..transforms.vmap import inserted, vmap
-from ..transforms.walk import filled_node, unknown
+from ..transforms.walk import filled_node, output, unknown
 
 aten = torch.ops.aten
 

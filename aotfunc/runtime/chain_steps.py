@@ -47,15 +47,13 @@ def numbered(
     return stage
 
 
-def stages(
-    program: Program, cuts: Sequence[Node]
-) -> list[tuple[Program, list[Node], list[Node]]] | None:
+def stages(program: Program, cuts: Sequence[Node]) -> list[tuple[Program, list[Node], list[Node]]]:
     """Return the program cut at these values, ``(program, what it reads, results)`` of each stage;
-    None if nothing reads them."""
+    none if nothing reads them."""
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
     stage = numbered(nodes, cuts)
     if not any(stage.values()):
-        return None
+        return []
     wanted = {o for o in program.outputs if isinstance(o, Node)}
     wanted |= {i for n in nodes for i in n._input_nodes if stage.get(i, stage[n]) < stage[n]}
     found: list[tuple[Program, list[Node], list[Node]]] = []

@@ -207,18 +207,18 @@ class Halves:
             return []
         return self.program.once(("shared", self.wrt, tuple(outs)), find)
 
-    def stages(self, shared: frozenset[Node]) -> list[tuple[CompiledCall, list, list]] | None:
+    def stages(self, shared: frozenset[Node]) -> list[tuple[CompiledCall, list, list]]:
         """Return the call cut behind these Functions, for autograd to add the cotangents of their
-        results: ``(call, what it reads, results)`` of each stage. Identities in front of a module
-        stay with the one behind it."""
+        results: ``(call, what it reads, results)`` of each stage, none where it cannot be cut.
+        Identities in front of a module stay with the one behind it."""
 
-        def find() -> list[tuple[CompiledCall, list, list]] | None:
+        def find() -> list[tuple[CompiledCall, list, list]]:
             last = {getattr(n.target, "link", n): n for n in self.program.graph.nodes}.values()
             cuts = [u for u in self.met if u.args[0] in shared and u.args[0] in last]
             old = self.call
-            return (found := stages(self.program, cuts)) and [
+            return [
                 (CompiledCall(program, old.compile, old.split, old.__name__), reads, outs)
-                for program, reads, outs in found
+                for program, reads, outs in stages(self.program, cuts)
             ]
 
         return self.program.once(("stages", self.wrt, shared), find)

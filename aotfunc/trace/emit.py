@@ -120,9 +120,9 @@ class Builder:
             self.placeholder(p.name, p.meta["val"], role=p.meta.get("role")) for p in placeholders
         ]
 
-    def node(self, target: Any, args: tuple, kwargs: dict, val: Any) -> Any:
+    def node(self, target: Any, args: tuple, kwargs: dict, val: Any, hooked: bool = False) -> Any:
         """Return the value of ``target(*args, **kwargs)``: rewritten, or an equal earlier node, or
-        a new one."""
+        a new one. An op whose result is ``hooked`` stays apart: it saves that behind the hooks."""
         apart = not self.final and adds_apart(target, args, val)
         for rewrite in self.rewrites.get(target, ()):
             better = rewrite(self, val, *args, **kwargs)
@@ -133,7 +133,7 @@ class Builder:
             if drawn not in self.seen:
                 self.seen[drawn] = self.make("call_function", target, args, kwargs, val)
             return self.seen[drawn]
-        if apart or not self.merge or not mergeable(target):
+        if apart or hooked or not self.merge or not mergeable(target):
             return self.make("call_function", target, args, kwargs, val)
         key = node_key(target, args, kwargs, self.meta.get("region"))
         if target in COMMUTATIVE and len(args) == 2 and not kwargs:
@@ -189,7 +189,7 @@ class Builder:
         elif moved and isinstance(n.target, OpOverload):
             if any([displaced(i.meta["val"], env[i]) for i in n._input_nodes]):
                 args, val = self.again(n.target, args, kwargs, val)
-        return self.node(n.target, args, kwargs, val)
+        return self.node(n.target, args, kwargs, val, not self.final and has_hooks(n))
 
     def item(self, node: Any, i: int) -> Any:
         """Return output ``i`` of a node that has several."""
@@ -303,6 +303,15 @@ def mergeable(target: Any) -> bool:
 
 
 _mergeable: dict[Any, bool] = {}
+
+
+def has_hooks(n: Node) -> bool:
+    """Return whether a result of this op has hooks."""
+    for u in n.users:
+        item = u.target is operator.getitem
+        if has_hooks(u) if item else getattr(u.target, "hooked", False) and u.args[0] is n:
+            return True
+    return False
 
 
 def adds_apart(target: Any, args: Sequence[Any], val: Any) -> bool:

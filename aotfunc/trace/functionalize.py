@@ -17,7 +17,7 @@ from ..debug import Line
 from ..progress import along
 from .emit import Builder, displaced
 from .marks import hidden_write
-from .records import flat_tensors
+from .records import flat_tensors, results_of, written_slots
 from .scalars import FORMS, NUMBER
 from .shapes.instr import Instr
 from .shapes.sig import Sig, fill
@@ -42,10 +42,16 @@ class Functionalizer(ValueNodes):
 
     def run(self) -> None:
         records = along("ops written as a graph", self.trace.records)
+        merge, hooked = self.b.merge, {s.old for s in self.trace.stand_ins if s.hooks}
         for i, (instr, refs, grad, region, line) in enumerate(records):
             self.b.meta = {"line": line} if region is None else {"line": line, "region": region}
             if i in self.trace.named:
                 self.b.meta["named"] = self.trace.named[i]
+            if hooked:  # ops with hooks stay apart, see Builder.node
+                made = range(self.number, self.number + results_of(instr))
+                self.b.merge = merge and hooked.isdisjoint(
+                    [*made, *(refs[s] for s in written_slots(instr))]
+                )
             if instr.__class__ is not Instr:
                 instr.lower(self, refs, grad, line)
             elif instr.facts.writes:
@@ -57,7 +63,7 @@ class Functionalizer(ValueNodes):
                 self._results(
                     self._call(instr, nodes), instr.outs, grad, self.how_cut(instr, refs)
                 )
-        self.b.meta = {}
+        self.b.meta, self.b.merge = {}, merge
 
     def _nodes(self, instr: Instr, refs: Sequence[int], grad: bool) -> list[Any]:
         """Return the nodes of an op's tensors, and of its number unless it is a literal."""

@@ -32,7 +32,7 @@ from .activity import active_nodes, has_derivative
 from .rules.schema import full_args, tensor_args
 from .rules.table import entry_for, zeros
 from .tidy import rebuilt
-from .walk import apply, builder, errors_of, filled_node, node_outputs, traced
+from .walk import apply, builder, errors_of, filled_node, node_outputs, output, traced
 
 aten = torch.ops.aten
 
@@ -184,12 +184,6 @@ def behind_hooks(b: Builder, n: Any, again: Any) -> Any:
             behind = output(b, u, 0)
             return behind_hooks(b, behind, behind)
     return again
-
-
-def output(b: Builder, n: Node, i: int) -> Any:
-    """Return output ``i`` of a node: the value that others read, which has its hooks."""
-    read = [u for u in n.users if u.target is operator.getitem and u.args == (n, i)]
-    return read[0] if read else b.item(n, i)
 
 
 def by_output(g: Any, val: Any) -> Any:

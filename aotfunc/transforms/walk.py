@@ -8,6 +8,7 @@ that fragment.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -189,6 +190,12 @@ def node_outputs(b: Builder, n: Node) -> Any:
     if not isinstance(val, tuple):
         return n
     return [
-        node_outputs(b, b.item(n, i)) if isinstance(v, Sig | tuple) else v
+        node_outputs(b, output(b, n, i)) if isinstance(v, Sig | tuple) else v
         for i, v in enumerate(val)
     ]
+
+
+def output(b: Builder, n: Node, i: int) -> Any:
+    """Return output ``i`` of a node: the value that others read, which has its hooks."""
+    read = [u for u in n.users if u.target is operator.getitem and u.args == (n, i)]
+    return read[0] if read else b.item(n, i)

@@ -60,6 +60,21 @@ def beside_a_hook(x):
     return k.sin()
 
 
+def weighted(h):
+    d = h.detach()
+    h.register_hook(lambda g: g * d)
+    return h
+
+
+def an_equal_op_before(x):
+    k, h = x.exp(), x.exp()
+    return weighted(h).sin() * k
+
+
+def an_equal_write(x):
+    return weighted((x * 1).exp_()).sin() * (x * 1).exp()
+
+
 def module_hook(x):
     m = nn.Tanh()
     m.register_full_backward_hook(lambda m, gi, go: ((gi[0] * x.detach()).clamp(-0.3, 0.3),))
@@ -102,6 +117,17 @@ PROGRAMS = {
     "a hook": hooked,
     "a hook of a saved result": hooked_and_saved,
     "a hook beside one that autograd calls": beside_a_hook,
+    "a hook of an op with an equal": lambda x: weighted(x.exp()).sin() * x.exp(),
+    "a hook of an op with an equal before": an_equal_op_before,
+    "a hook of a write with an equal": an_equal_write,
+    "hooks of both": lambda x: weighted(x.tanh()).sin() * weighted(x.tanh()).cos(),
+    "a hook, and results": lambda x: (weighted(x.tanh()).sin(), x.tanh()),
+    "hooks of hooked values": lambda x: (lambda h: (own(weighted(h.exp())).tanh(), h.exp()))(
+        weighted(x.tanh())
+    ),
+    "a hook of one of several": lambda x: (
+        lambda a, b: weighted(a[0]).sin() * b[0] + a[1] * b[1] * x
+    )(torch.std_mean(x), torch.std_mean(x)),
     "a hook of a module": module_hook,
     "a linear hook of a module": linear_module_hook(nn.Tanh),
     "a linear hook of another": linear_module_hook(nn.Softplus),
@@ -220,6 +246,8 @@ def hooked_result(op):
         hooked_result(torch.tanh),
         hooked_result(lambda x: x * x),
         hooked_result(own),
+        PROGRAMS["a hook of an op with an equal"],
+        PROGRAMS["a hook of an op with an equal before"],
         lambda x: own(x).sin(),
         lambda x: (lambda a, b: a.sin() * b.exp() * a)(*two(x)),
     ],
