@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -29,6 +30,7 @@ class Rehearsal(TorchDispatchMode):
         super().__init__()
         self.wide = wide
         self.kept: dict[int, tuple[Callable, Any]] = {}
+        self.made: dict[int, StorageWeakRef] = {}
         self.eps = 0.0  # eps of the least precise dtype
 
     def __torch_dispatch__(
@@ -45,12 +47,27 @@ class Rehearsal(TorchDispatchMode):
                 if not writes:
                     continue
                 memory = x.untyped_storage()
-                if memory._cdata not in self.kept:
+                if memory._cdata not in self.kept and not self.is_made(memory):
                     self.kept[memory._cdata] = memory.copy_, memory.clone()
-        if not self.wide:
-            return op(*args, **given[1])
-        args, kwargs = tree_map(widened, given)
-        return tree_map(widened, op(*args, **kwargs))
+        before = {memory._cdata for memory in memories(given)}
+        more = widened if self.wide else lambda x: x
+        args, kwargs = tree_map(more, given)
+        result = tree_map(more, op(*args, **kwargs))
+        for memory in memories(result):
+            if memory._cdata not in before:
+                self.made[memory._cdata] = StorageWeakRef(memory)
+        return result
+
+    def is_made(self, memory: Any) -> bool:
+        """Return whether the memory was made in this block, before which it held nothing."""
+        made = self.made.get(memory._cdata)
+        return made is not None and not made.expired()
+
+
+def memories(x: Any) -> list[Any]:
+    """Return the memory of each tensor in a tree; sparse ones have none of their own."""
+    tensors = [e for e in tree_leaves(x) if isinstance(e, Tensor)]
+    return [t.untyped_storage() for t in tensors if t.layout is torch.strided]
 
 
 def widened(x: Any) -> Any:
@@ -65,14 +82,14 @@ def rehearsed(wide: bool = False, spared: Sequence[Any] = ()) -> Iterator[Rehear
     """Undo, at the end of the block, all draws and writes inside it, except writes to the memory
     of ``spared``."""
     mode = Rehearsal(wide)
-    memories = {x.untyped_storage()._cdata for x in spared if isinstance(x, Tensor)}
+    places = {memory._cdata for memory in memories(list(spared))}
     mode.kept |= {id(g): (g.set_state, g.get_state()) for g in device_generators()}
     try:
         with mode:
             yield mode
     finally:
         for key, (restore, before) in mode.kept.items():
-            if key not in memories:
+            if key not in places:
                 restore(before)
 
 

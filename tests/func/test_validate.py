@@ -151,6 +151,37 @@ def test_no_trace_is_left():
     torch.testing.assert_close(y, 8 * x)
 
 
+class Positions(torch.nn.Module):
+    """Make a table at the first call."""
+
+    table = None
+
+    def forward(self, x):
+        if self.table is None:
+            table = torch.zeros(5)
+            table[::2] = 3
+            self.table = table
+        return (x * self.table).sum()
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jit"])
+def test_memory_made_inside_keeps_what_is_written_to_it(transform):
+    net = Positions()
+    found = TRANSFORMS[transform](net, X, validate=True)
+    assert torch.equal(net.table, torch.tensor([3.0, 0, 3, 0, 3]))
+    for a, b in zip(
+        *map(torch.utils._pytree.tree_leaves, (found, TRANSFORMS[transform](net, X))), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_lazy_modules_keep_their_weights():
+    net = torch.nn.LazyLinear(3)
+    found = jit(net, backend="eager", validate=True)(X)
+    assert 0.01 < net.weight.abs().max() <= 5**-0.5 and net.in_features == 5
+    torch.testing.assert_close(found, net(X))
+
+
 def test_what_cannot_be_compared():
     with pytest.raises(ArgumentError, match="give validate to the outermost"):
         vmap(grad(torch.sin, validate=True))(X)
