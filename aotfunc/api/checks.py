@@ -146,7 +146,7 @@ class Batches(Check):
         leaves, found = Arguments(args, kwargs).leaves, []
         for i in range(self.size):
             given, named = self.arguments.rebuilt(self.sample(i, leaves))
-            with rehearsed(spared=leaves):
+            with self.outside.kept(), rehearsed(spared=leaves):
                 result = self.f(*given, **named)
                 found.append([x.clone() for x in flatten(result)[0] if isinstance(x, Tensor)])
         outs, spec = flatten(result)

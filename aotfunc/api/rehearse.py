@@ -1,4 +1,5 @@
-"""Run a function in eager PyTorch, as it is or in float64, and undo what it writes and draws."""
+"""Run a function in eager PyTorch, as it is or in float64, and undo what it writes, draws and
+binds."""
 
 from __future__ import annotations
 
@@ -13,6 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..capture.tree import flatten
+from ..errors import CaptureError
+from ..runtime.guards.reads import Names
+from ..runtime.guards.state import look
+from ..runtime.guards.stores import undo_changes
 from ..trace.modes import device_generators
 from ..trace.shapes.sig import floating
 
@@ -93,6 +98,35 @@ def rehearsed(wide: bool = False, spared: Sequence[Any] = ()) -> Iterator[Rehear
                 restore(before)
 
 
+class Outside:
+    """The Python state that ``f`` and the objects among ``leaves`` reach. With a lazy module among
+    it nothing is undone until the module has its shapes, as parameters keep the memory that they
+    get."""
+
+    def __init__(self, f: Callable, leaves: Sequence[Any]) -> None:
+        self.f, self.leaves = f, leaves
+        self.remember()
+
+    def remember(self) -> None:
+        """Take the state of now for the one to return to."""
+        objects = [x for x in self.leaves if not isinstance(x, Tensor)]
+        labels = [f"object {i}" for i in range(len(objects))]
+        self.state = None
+        with contextlib.suppress(CaptureError):
+            self.state = look(self.f, objects, labels, Names())
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Undo, at the end of the block, all changes of the state."""
+        try:
+            yield
+        finally:
+            if self.state is None:
+                self.remember()
+            else:
+                undo_changes(self.state)
+
+
 class Run:
     """An eager run of ``f`` on copies of ``leaves``: ``outs`` and ``aux``, the leaves of its
     result, ``given``, the copies after it, and ``pulled``, the cotangents of the leaves ``wrt``
@@ -106,7 +140,7 @@ class Run:
         given = {k: x.clone() if x.requires_grad else x for k, x in copies.items()}
         self.given = [given.get(id(x), x) for x in leaves]
         grad_mode = torch.set_grad_enabled(check.derives or torch.is_grad_enabled())
-        with grad_mode, rehearsed(wide, self.given) as mode:
+        with grad_mode, check.outside.kept(), rehearsed(wide, self.given) as mode:
             args, kwargs = check.arguments.rebuilt(self.given)
             result = check.reference(*args, **kwargs)
             output, aux = result if check.has_aux else (result, ())

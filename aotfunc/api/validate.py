@@ -28,7 +28,7 @@ from ..trace.shapes.sig import floating
 from ..trace.traced import current
 from ..transforms.lower import CALLS, lowered, marked
 from .call import Call, positions
-from .rehearse import Run, rehearsed, widened
+from .rehearse import Outside, Run, rehearsed, widened
 
 #: the step of differences, in float64
 STEP = 1e-5
@@ -74,18 +74,18 @@ class Check:
 
     def __init__(self, transform: Callable, f: Callable, options: dict[str, Any]) -> None:
         self.transform, self.f, self.options = transform, f, options
+        self.done = False
         self.name, self.has_aux = transform.__name__, options.get("has_aux", False)
 
     def first(self, f: Callable, *args: Any, **options: Any) -> Callable:
         """Return the transformed function, whose first call is compared."""
-        made, done, self.how = self.transform(f, *args, **options), False, (args, options)
+        made, self.how = self.transform(f, *args, **options), (args, options)
 
         @entry
         @functools.wraps(made, updated=())
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal done
-            result = made(*args, **kwargs) if done else self.compared(made, args, kwargs)
-            done = True
+            result = made(*args, **kwargs) if self.done else self.compared(made, args, kwargs)
+            self.done = True
             return result
 
         for method in ("lower", "explain"):
@@ -106,6 +106,7 @@ class Check:
         self.arguments = arguments = Arguments(args, kwargs, self.f)
         before = [x.detach().clone() if isinstance(x, Tensor) else x for x in arguments.leaves]
         failed = None
+        self.outside = Outside(self.f, arguments.leaves)
         try:
             self.expect()
         except AotfuncError:
@@ -113,6 +114,7 @@ class Check:
         except Exception as e:
             failed = e
         result = made(*args, **kwargs)
+        self.outside.remember()
         if failed is not None:
             raise ArgumentError(
                 f"{self.name}(validate=True): there is nothing to compare with, as eager PyTorch "
@@ -296,8 +298,9 @@ class Check:
     def captured(self, leaves: Sequence[Any]) -> tuple[Program, list[Tensor]]:
         """Return the function as a program, and its inputs."""
         arguments = self.arguments.with_leaves([*leaves])
-        call = Call(self.name, self.f, arguments, self.wrt, self.has_aux)
-        return lowered(call.program, CALLS), call.inputs
+        with self.outside.kept():
+            call = Call(self.name, self.f, arguments, self.wrt, self.has_aux)
+            return lowered(call.program, CALLS), call.inputs
 
     def first_op(self) -> str:
         """Return text that names the first op that differs when it is transformed alone."""

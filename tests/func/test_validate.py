@@ -175,6 +175,35 @@ def test_memory_made_inside_keeps_what_is_written_to_it(transform):
         assert torch.equal(a, b)
 
 
+class Mean(torch.nn.Module):
+    """Bind a buffer anew, count in Python, and fill a cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5))
+        self.cache, self.calls = {}, 0
+
+    def forward(self, x):
+        self.mean = self.mean * 0.5 + x * 0.5
+        self.calls += 1
+        table = self.cache.setdefault(5, torch.ones(5))
+        return (x * self.mean * table * self.calls).sum()
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "jit"])
+def test_state_that_python_holds_is_that_after_one_call(transform):
+    nets = Mean(), Mean()
+    found = [
+        torch.utils._pytree.tree_leaves(TRANSFORMS[transform](net, X, **how))
+        for net, how in zip(nets, ({}, {"validate": True}), strict=True)
+    ]
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    assert nets[1].calls == 1 and nets[1].mean.dtype == torch.float32
+    assert torch.equal(nets[0].mean, nets[1].mean)
+    assert nets[1].cache[5].dtype == torch.float32
+
+
 def test_lazy_modules_keep_their_weights():
     net = torch.nn.LazyLinear(3)
     found = jit(net, backend="eager", validate=True)(X)
