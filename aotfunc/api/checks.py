@@ -196,7 +196,7 @@ class Compilations(Check):
     derives = False
 
     def differentiated(self) -> list[int]:
-        leaves = self.arguments.leaves
+        leaves = self.arguments.leaves if torch.is_grad_enabled() else []
         return [k for k, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
 
     def more(self, outs: Sequence[Any], roots: Sequence[Tensor]) -> list[Tensor]:

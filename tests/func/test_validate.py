@@ -211,6 +211,13 @@ def test_lazy_modules_keep_their_weights():
     torch.testing.assert_close(found, net(X))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_derivative_is_compared_where_none_is_recorded(mode):
+    with mode():
+        found = jit(torch.sin, backend="eager", validate=True)(torch.nn.Parameter(X))
+    assert torch.equal(found, X.sin()) and not found.requires_grad
+
+
 def test_what_cannot_be_compared():
     with pytest.raises(ArgumentError, match="give validate to the outermost"):
         vmap(grad(torch.sin, validate=True))(X)
