@@ -133,8 +133,7 @@ class Run:
     among these, then of tensors that ``f`` closes over."""
 
     def __init__(self, check: Any, leaves: Sequence[Any], wide: bool = False) -> None:
-        widen = widened if wide else lambda x: x
-        copies = {id(x): widen(x.detach().clone()) for x in leaves if isinstance(x, Tensor)}
+        copies = copied(leaves, [id(leaves[k]) for k in check.wrt], wide)
         roots = [copies[id(leaves[k])].requires_grad_() for k in check.wrt]
         # eager refuses writes to a leaf that requires grad
         given = {k: x.clone() if x.requires_grad else x for k, x in copies.items()}
@@ -152,6 +151,28 @@ class Run:
             kept = lambda xs: [x.detach().clone() if isinstance(x, Tensor) else x for x in xs]
             self.outs, self.aux, self.pulled = kept(outs), kept(flatten(aux)[0]), kept(found)
             self.eps = mode.eps
+
+
+def copied(leaves: Sequence[Any], apart: Sequence[int], wide: bool) -> dict[int, Tensor]:
+    """Return copies of the tensors by their ids. They share memory where these do, so that a write
+    to one is seen in the others, except those ``apart``, by id, which become leaves of
+    autograd."""
+    copies, groups = {}, dict[Any, dict[int, Tensor]]()
+    for x in filter(lambda x: isinstance(x, Tensor), leaves):
+        alone = id(x) in apart or x.layout is not torch.strided or x.is_conj() or x.is_neg()
+        place = id(x) if alone else (x.untyped_storage()._cdata, x.dtype)
+        groups.setdefault(place, {})[id(x)] = x
+    more = widened if wide else lambda x: x
+    for group in groups.values():
+        x, *others = group.values()
+        if not others:
+            copies[id(x)] = more(x.detach().clone())
+            continue
+        size = x.untyped_storage().nbytes() // x.itemsize
+        whole = more(x.detach().as_strided((size,), (1,), 0).clone())
+        for x in group.values():
+            copies[id(x)] = whole.as_strided(x.shape, x.stride(), x.storage_offset())
+    return copies
 
 
 def pulled(outs: Sequence[Any], wrt: Sequence[Tensor], w: Sequence[Tensor]) -> list[Tensor]:

@@ -218,6 +218,17 @@ def test_no_derivative_is_compared_where_none_is_recorded(mode):
     assert torch.equal(found, X.sin()) and not found.requires_grad
 
 
+@pytest.mark.parametrize("look", [lambda z: z[1], lambda z: z, lambda z: z.t()[1:]])
+def test_arguments_that_share_memory(look):
+    def f(a, b):
+        b.mul_(3)
+        return a.sum()
+
+    z, plain = torch.ones(3, 4), torch.ones(3, 4)
+    found = jit(f, backend="eager", validate=True)(z, look(z))
+    assert torch.equal(found, f(plain, look(plain))) and torch.equal(z, plain)
+
+
 def test_what_cannot_be_compared():
     with pytest.raises(ArgumentError, match="give validate to the outermost"):
         vmap(grad(torch.sin, validate=True))(X)
