@@ -4,9 +4,11 @@ binds."""
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -88,6 +90,10 @@ def rehearsed(wide: bool = False, spared: Sequence[Any] = ()) -> Iterator[Rehear
     of ``spared``."""
     mode = Rehearsal(wide)
     places = {memory._cdata for memory in memories(list(spared))}
+    mode.kept |= {
+        id(random): (random.setstate, random.getstate()),
+        id(np.random): (np.random.set_state, np.random.get_state()),
+    }
     mode.kept |= {id(g): (g.set_state, g.get_state()) for g in device_generators()}
     try:
         with mode:

@@ -30,8 +30,10 @@ from ..transforms.lower import CALLS, lowered, marked
 from .call import Call, positions
 from .rehearse import Outside, Run, rehearsed, widened
 
-#: the step of differences, in float64
-STEP = 1e-5
+#: the steps of differences, in float64, in fractions of the largest number
+STEPS = (1e-5, 1e-7, 1e-9)
+#: of each floating result its slope and the error of that
+Slopes = list[tuple[Tensor, Tensor]]
 
 
 def validated(kind: type[Check]) -> Callable:
@@ -147,9 +149,10 @@ class Check:
         self.wrt = self.differentiated()
         self.run = Run(self, leaves)
         self.d = self.directions([leaves[k] for k in self.wrt])
-        self.slopes: list[tuple[Tensor, Tensor]] | None = None
+        self.slopes: Slopes | None = None
         floats = [x for x in (*leaves, *self.run.outs) if floating(x)]
         self.eps = max([torch.finfo(x.dtype).eps for x in floats], default=0.0)
+        self.repeats(leaves)
         try:
             self.wide = Run(self, leaves, wide=True)
             pairs = zip(self.wrt, self.d, strict=True)
@@ -157,6 +160,7 @@ class Check:
             if all(symmetric(d) or not symmetric(leaves[k]) for k, d in pairs):
                 self.slopes = self.differences()
         except Exception:  # not every function runs in float64, which measures the rounding
+            self.slopes = None
             self.wide, self.eps = self.run, max(self.eps, self.run.eps)
 
     def differentiated(self) -> list[int]:
@@ -184,22 +188,50 @@ class Check:
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(x.shape, dtype=widened(x.dtype), generator=generator).to(x.device)
 
-    def differences(self) -> list[tuple[Tensor, Tensor]]:
+    def repeats(self, leaves: Sequence[Any]) -> None:
+        """Raise ArgumentError unless another run gives the same."""
+        again = Run(self, leaves)
+        try:
+            for name in ("outs", "aux", "pulled"):
+                self.equal("it", getattr(again, name), getattr(self.run, name))
+        except ValidationError as e:
+            raise ArgumentError(
+                f"{self.name}(validate=True): there is nothing to compare with, as the function "
+                "gives another result in a second run: it changes what it reads (an iterator, a "
+                "clock); pass that as an argument"
+            ) from e
+
+    def differences(self) -> Slopes | None:
+        """Return the slopes with the first step that autograd's derivative fits, or with the
+        largest one. Those with a smaller one count where their error is small."""
+        if not self.wrt:
+            return None
+        value, size = self.along(self.wide.pulled)
+        noise = 10 * abs(self.along(self.run.pulled)[0] - value)
+        first: Slopes | None = None
+        for step in STEPS:
+            self.slopes = self.slopes_at(step)
+            sharp = first is None or self.slope()[1] <= 1e-2 * size
+            if sharp and self.fits(noise, value, size):
+                return self.slopes
+            first = first or self.slopes
+        return first
+
+    def slopes_at(self, step: float) -> Slopes:
         """Return central differences of the floating results along ``d``, in float64, and their
         error: as much as one-sided differences, and another step, differ."""
 
-        def at(step: float) -> list[Tensor]:
+        def at(k: int) -> list[Tensor]:
             leaves = list(self.arguments.leaves)
-            for k, d in zip(self.wrt, self.d, strict=True):
-                leaves[k] = widened(leaves[k].detach()) + step * d
+            for i, d in zip(self.wrt, self.d, strict=True):
+                leaves[i] = widened(leaves[i].detach()) + k * step * d
             return list(filter(floating, Run(self, leaves, wide=True).outs))
 
         found = []
         here = list(filter(floating, self.wide.outs))
-        sides = [at(k * STEP) for k in (-2, -1, 1, 2)]
-        for c, a, b, d, e in zip(here, *sides, strict=True):
-            slope, bend = (d - b) / (2 * STEP), (d - 2 * c + b) / STEP
-            found.append((slope, bend.abs() + (slope - (e - a) / (4 * STEP)).abs()))
+        for c, a, b, d, e in zip(here, *map(at, (-2, -1, 1, 2)), strict=True):
+            slope, bend = (d - b) / (2 * step), (d - 2 * c + b) / step
+            found.append((slope, bend.abs() + (slope - (e - a) / (4 * step)).abs()))
         return found
 
     # ----- whether it is so ----------------------------------------------------------------------
@@ -275,11 +307,17 @@ class Check:
         error. ``noise``: its rounding; ``size``: that of its terms."""
         if self.slopes is None:
             return True
-        pairs = [(w, *s) for w, s in zip(self.cotangents(()), self.slopes, strict=True)]
-        slope = sum(dot(w, s)[0] for w, s, _ in pairs)
-        doubt = sum(dot(w.abs(), doubt)[0] for w, _, doubt in pairs)
+        slope, doubt = self.slope()
         size = max(size, abs(slope))
         return not abs(value - slope) > doubt + noise + 1e-6 * size + self.floor(size)
+
+    def slope(self) -> tuple[float, float]:
+        """Return the product of the slopes with the cotangents, and its error."""
+        pairs = [(w, *s) for w, s in zip(self.cotangents(()), self.slopes or (), strict=True)]
+        return (
+            sum(dot(w, slope)[0] for w, slope, _ in pairs),
+            sum(dot(w.abs(), doubt)[0] for w, _, doubt in pairs),
+        )
 
     def along(self, pulled: Sequence[Tensor]) -> tuple[float, float]:
         """Return the product of cotangents with ``d``, and the size of its terms."""

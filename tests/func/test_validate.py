@@ -1,8 +1,10 @@
 """``validate=True``: what is right passes, leaving no trace; what is wrong names the op and the
 line."""
 
+import random
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -227,6 +229,52 @@ def test_arguments_that_share_memory(look):
     z, plain = torch.ones(3, 4), torch.ones(3, 4)
     found = jit(f, backend="eager", validate=True)(z, look(z))
     assert torch.equal(found, f(plain, look(plain))) and torch.equal(z, plain)
+
+
+# differences with the first step say nothing of these
+FAST = {
+    "of large numbers": lambda x: (x * 1e6).sin().sum(),
+    "of many waves": lambda x: (x.exp() * 3e5).sin().sum(),
+    "of fine stairs": lambda x: ((x * 1e7).round() / 1e7).sum(),
+    "of stairs on a slope": lambda x: (x * x + (x * 1e6).round() / 1e6).sum(),
+}
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_smaller_steps_where_differences_say_otherwise(name):
+    x = torch.linspace(0.3, 1, 5)
+    assert torch.equal(grad(FAST[name], validate=True)(x), grad(FAST[name])(x))
+
+    class Tripled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 3
+
+    def wrong(x):
+        x = Tripled.apply(x)
+        return FAST[name](x) + x.sum()
+
+    check = aotfunc.api.checks.Gradients(grad, wrong, {"argnums": 0})
+    check.has_rules = lambda: False
+    with pytest.raises(ValidationError, match="though it is autograd's"):
+        check.first(wrong)(x)
+
+
+def test_a_function_that_changes_what_it_reads():
+    numbers = iter(range(100))
+    with pytest.raises(ArgumentError, match="gives another result in a second run"):
+        grad(lambda x: (x * next(numbers)).sum(), validate=True)(X)
+    assert next(numbers) == 2
+    random.seed(0), np.random.seed(0)
+    found = grad(lambda x: (x * random.random() * np.random.rand()).sum(), validate=True)(X)
+    after = random.random(), np.random.rand()
+    random.seed(0), np.random.seed(0)
+    torch.testing.assert_close(found, torch.full((5,), random.random() * np.random.rand()))
+    assert after == (random.random(), np.random.rand())
 
 
 def test_what_cannot_be_compared():
