@@ -27,6 +27,7 @@ from ..trace.entering import entry
 from ..trace.shapes.sig import floating
 from ..trace.traced import current
 from ..transforms.lower import CALLS, lowered, marked
+from .by_definition import defines_derivative
 from .call import Call, positions
 from .rehearse import Outside, Run, rehearsed, widened
 
@@ -325,8 +326,9 @@ class Check:
         return sum(p[0] for p in parts), sum(p[1] for p in parts)
 
     def has_rules(self) -> bool:
-        """Return whether the function states derivatives of its own: ``detach``, custom rules."""
-        return marked(lowered(self.captured(self.arguments.leaves)[0], CALLS))
+        """Return whether derivatives are stated: by ``detach``, custom rules, or definition."""
+        program, _ = self.captured(self.arguments.leaves)
+        return marked(program) or defines_derivative(program)
 
     def differs(self, what: str) -> ValidationError:
         return ValidationError(f"{self.name}(validate=True): {what}")

@@ -231,6 +231,27 @@ def test_arguments_that_share_memory(look):
     assert torch.equal(found, f(plain, look(plain))) and torch.equal(z, plain)
 
 
+IDS = torch.tensor([0, 1, 2, 0])
+# functions whose gradient by the weight is not that of their values
+BY_DEFINITION = {
+    "padding": lambda w: F.embedding(IDS, w, padding_idx=0),
+    "frequency": lambda w: F.embedding(IDS, w, scale_grad_by_freq=True),
+    "frequency, in bags": lambda w: F.embedding_bag(IDS[None], w, scale_grad_by_freq=True),
+    "quantised": lambda w: torch.fake_quantize_per_tensor_affine(w, 0.1, 0, -128, 127),
+    "quantised, by scales": lambda w: torch.fake_quantize_per_channel_affine(
+        w, torch.full((5,), 0.1), torch.zeros(5, dtype=torch.int), 0, -128, 127
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_DEFINITION)
+def test_derivatives_by_definition(name):
+    f = lambda w: BY_DEFINITION[name](w).square().sum()
+    w = torch.linspace(-1, 1, 15).view(5, 3) + 0.02
+    assert torch.equal(grad(f, validate=True)(w), grad(f)(w))
+    of_compiled(jit(f, backend="eager", validate=True), w)
+
+
 # differences with the first step say nothing of these
 FAST = {
     "of large numbers": lambda x: (x * 1e6).sin().sum(),
