@@ -15,11 +15,11 @@ from ..errors import ArgumentError
 def nonzero(x: Tensor, *, size: int, fill_value: int = 0, as_tuple: bool = False) -> Any:
     """Return the indices of the first ``size`` elements of ``x`` that are not zero, of shape
     ``[size, x.dim()]``; rows beyond the last one are ``fill_value``. ``as_tuple``: a column for
-    each dimension, as an index takes them.
+    each dimension, as an index takes them; one for a tensor without dimensions.
 
     This and the other functions of fixed size are captured, compiled and batched, where
     ``torch.nonzero`` has no shape to capture; the options are those of ``jax.numpy``. Raises
-    ArgumentError for a size that is no number of elements.
+    ArgumentError for a size that is no number of elements, and a ``fill_value`` that is no index.
 
     >>> nonzero(torch.tensor([0.0, 3.0, 0.0, 5.0]), size=3, fill_value=-1)
     tensor([[ 1],
@@ -27,6 +27,10 @@ def nonzero(x: Tensor, *, size: int, fill_value: int = 0, as_tuple: bool = False
             [-1]])
     """
     check("nonzero", size)
+    if not isinstance(fill_value, int):
+        kind = type(fill_value).__name__
+        raise ArgumentError(f"nonzero: fill_value must be an int, an index, not of type {kind}")
+    x = x.unsqueeze(0) if as_tuple and not x.dim() else x
     found = torch.nonzero_static(x, size=size, fill_value=fill_value)
     return found.unbind(1) if as_tuple else found
 
@@ -35,7 +39,8 @@ def masked_select(x: Tensor, mask: Tensor, *, size: int, fill_value: float | Ten
     """Return a vector of the first ``size`` elements of ``x`` where ``mask``, which is broadcast
     with it, is true; elements beyond the last one are ``fill_value``, a number or a tensor of one
     element. The derivative is that of ``x[mask]``, and with respect to ``fill_value``. Raises
-    ArgumentError for a ``mask`` that is not bool, and as :func:`nonzero`.
+    ArgumentError for a ``mask`` that is not bool, a ``fill_value`` of more elements or complex
+    beside a real ``x``, and a size as in :func:`nonzero`.
 
     >>> x, mask = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, True])
     >>> masked_select(x, mask, size=3)
@@ -47,7 +52,7 @@ def masked_select(x: Tensor, mask: Tensor, *, size: int, fill_value: float | Ten
     if mask.dtype is not torch.bool:
         raise ArgumentError(f"masked_select: mask has dtype {mask.dtype}; it must be bool")
     x, mask = torch.broadcast_tensors(x, mask)
-    return chosen(x.flatten(), mask.flatten(), size, fill_value)
+    return chosen("masked_select", x.flatten(), mask.flatten(), size, fill_value)
 
 
 def unique(
@@ -64,17 +69,20 @@ def unique(
     With ``return_inverse`` also the position of each element of ``x`` in it (``size`` or more for
     values that it leaves out), with ``return_counts`` how many elements have each value, as
     ``torch.unique``. The first of equal elements gets the cotangent. Raises ArgumentError for an
-    empty ``x`` without ``fill_value``.
+    empty ``x`` without ``fill_value``, a complex ``x``, and as :func:`masked_select`.
 
     >>> unique(torch.tensor([3, 1, 3, 2]), size=4, fill_value=0, return_counts=True)
     (tensor([1, 2, 3, 0]), tensor([1, 1, 2, 0]))
     """
     check("unique", size)
+    if x.is_complex():
+        raise ArgumentError(f"unique: x has dtype {x.dtype}, whose elements have no order")
     if fill_value is None and not x.numel():
         raise ArgumentError("unique: x is empty, and has no least value; give a fill_value")
     values, order = x.flatten().sort(stable=True)
     first = torch.cat([torch.ones_like(values[:1], dtype=torch.bool), values[1:] != values[:-1]])
-    found = [chosen(values, first, size, values[0] if fill_value is None else fill_value)]
+    fill_value = values[0] if fill_value is None else fill_value
+    found = [chosen("unique", values, first, size, fill_value)]
     place = first.cumsum(0) - 1
     if return_inverse:
         found.append(torch.zeros_like(place).scatter(0, order, place).view(x.shape))
@@ -84,8 +92,16 @@ def unique(
     return tuple(found) if len(found) > 1 else found[0]
 
 
-def chosen(x: Tensor, mask: Tensor, size: int, fill_value: Any) -> Tensor:
+def chosen(name: str, x: Tensor, mask: Tensor, size: int, fill_value: Any) -> Tensor:
     """Return the elements of a vector where ``mask`` is true, followed by the fill value."""
+    given = isinstance(fill_value, Tensor)
+    if given and fill_value.numel() != 1:
+        raise ArgumentError(
+            f"{name}: fill_value has shape {list(fill_value.shape)}; it must have one element"
+        )
+    is_complex = fill_value.is_complex() if given else isinstance(fill_value, complex)
+    if is_complex and not x.is_complex():
+        raise ArgumentError(f"{name}: fill_value is complex, and x has dtype {x.dtype}")
     filler = torch.as_tensor(fill_value, dtype=x.dtype, device=x.device).reshape(1)
     places = torch.nonzero_static(mask, size=size, fill_value=len(x)).flatten()
     return torch.cat([x, filler]).index_select(0, places)

@@ -8,6 +8,7 @@ from aotfunc.errors import ArgumentError
 
 D = torch.float64
 G = torch.Generator().manual_seed(0)
+X = torch.tensor(1.0)
 XS = torch.randint(-2, 3, (4, 3, 4), generator=G).to(D)  # samples with other counts
 
 
@@ -117,3 +118,35 @@ def test_errors():
         masked_select(x, x, size=2)
     with pytest.raises(ArgumentError, match="unique: x is empty"):
         unique(x[:0], size=2)
+    with pytest.raises(ArgumentError, match=r"unique: x has dtype torch\.complex64"):
+        unique(x + 1j, size=2)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: jit(f, backend="eager"), vmap])
+@pytest.mark.parametrize(
+    "fill, said", [(torch.ones(2), r"has shape \[2\]"), (1j, "is complex"), (X * 1j, "is complex")]
+)
+def test_fill_values_that_do_not_fit(wrap, fill, said):
+    x = torch.ones(2, 3)
+    for name, f in {
+        "masked_select": lambda x: masked_select(x, x > 0, size=2, fill_value=fill),
+        "unique": lambda x: unique(x, size=2, fill_value=fill),
+    }.items():
+        with pytest.raises(ArgumentError, match=f"{name}: fill_value {said}"):
+            wrap(f)(x)
+    for index in (fill, 1.5):
+        with pytest.raises(ArgumentError, match="nonzero: fill_value must be an int"):
+            wrap(lambda x, index=index: nonzero(x, size=2, fill_value=index))(x)
+    assert masked_select(x + 1j, x > 0, size=7, fill_value=2j)[-1] == 2j
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0])
+def test_the_column_of_a_number(value):
+    x = torch.tensor(value)
+    f = lambda x: nonzero(x, size=1, as_tuple=True, fill_value=-1)
+    (want,) = x.nonzero(as_tuple=True)
+    want = filled(want, 1, -1)
+    for (found,) in (f(x), jit(f, backend="eager")(x), f(x[None])):
+        assert torch.equal(found, want)
+    (found,) = vmap(f)(torch.stack([x, x]))
+    assert torch.equal(found, torch.stack([want, want]))
