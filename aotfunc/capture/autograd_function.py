@@ -24,7 +24,8 @@ from .calls import Step, interned
 from .custom_derivative import CustomDerivative
 from .deferred import Deferred, calls_late
 from .function_rules import Context, recorded_backward, recorded_jvp
-from .function_vmap import OwnRule, on_real_batch
+from .function_vmap import on_real_batch
+from .own_rule import OwnRule
 from .tree import Operands
 
 

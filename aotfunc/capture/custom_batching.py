@@ -21,7 +21,7 @@ from ..trace.functionalize import Functionalizer
 from ..trace.traced import current
 from .autograd_function import BEGIN
 from .calls import Step, interned
-from .function_vmap import OwnRule
+from .own_rule import OwnRule
 from .tree import Operands
 
 

@@ -58,7 +58,7 @@ class CustomDerivative:
     recording it raised; ``forward`` is one ``(tangents, residuals) -> tangents``, an error or
     None.
     ``saved[k]`` is the output that residual k is, or None. ``batching`` is the Function's own
-    :class:`~aotfunc.capture.function_vmap.OwnRule`, and the node's last arguments are its
+    :class:`~aotfunc.capture.own_rule.OwnRule`, and the node's last arguments are its
     operands. ``narrow`` is ``(mask, backward)``, recorded for where only inputs of the mask need a
     gradient. ``unguarded`` are the residuals that autograd would let be written to until the
     backward reads them."""

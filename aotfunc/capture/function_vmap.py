@@ -7,9 +7,7 @@ a graph from outside.
 
 from __future__ import annotations
 
-import functools
 import operator
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,20 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.fx import Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_, tree_unflatten
 
-from ..cache import Cache
-from ..debug import Line, at, user_line
+from ..debug import at, user_line
 from ..errors import ArgumentError, CaptureError, RuleError
 from ..trace.kinds import has_values
 from ..trace.memory import version
-from ..trace.modes import Surroundings
-from ..trace.recording import record_into
 from ..trace.shapes.sig import make_sig
 from ..trace.traced import Traced, current, no_recording, quiet, under_way
 from ..trace.tracer import Trace
-from ..transforms.walk import traced
 from .calls import Row, interned
 from .concretize import batch_of
 from .tree import Operands
@@ -219,133 +212,3 @@ def part_of_sample(trace: Trace, x: Tensor, dim: int, sample: Tensor) -> Tensor:
         x = x.movedim(dim, 0)
     sig = make_sig(tuple(x.shape[1:]), tuple(x.stride()[1:]), x.dtype, x.device)
     return trace.record(interned(Row, (sig,)), [x, sample])[0]
-
-
-# ----- as a batching rule ------------------------------------------------------------------------
-
-
-#: operands -> rule, kept as long as it records the same
-_rules = Cache(4096)
-
-
-class OwnRule:
-    """``cls.vmap`` as the batching rule of a node, for the tensors among the operands of its
-    call, and behind them those that the rule closes over."""
-
-    def __init__(
-        self,
-        cls: Any,
-        operands: Operands,
-        surroundings: Surroundings,
-        closed: Sequence[Tensor] = (),
-    ) -> None:
-        self.cls, self.operands, self.surroundings = cls, operands, surroundings
-        self.closed = list(map(weakref.ref, closed))
-        #: its call -> what it recorded; None if that differed, or cannot be compared
-        self.recorded: dict[tuple, tuple | None] = {}
-        self.running = False
-        self.asked: Any = lambda: None  # refers to the outermost recording in which it was
-
-    @classmethod
-    def of(cls, owner: Any, args: Sequence[Any], closed: Sequence[Tensor] = ()) -> OwnRule:
-        """Return the rule of an earlier call if it still records the same, so that programs that
-        hold it are equal, too. A rule that closes over tensors is new at each call."""
-        how = (owner, Operands(args).without_tensors(), Surroundings.now())
-        if closed:
-            return cls(*how, closed)
-        try:
-            known = _rules.get(how)
-        except TypeError:  # an argument without a hash
-            return cls(*how)
-        recording = under_way.traces[0]
-        if known is None or not (known.running or known.asked() is recording or known.holds()):
-            _rules.put(how, known := cls(*how))
-        known.asked = weakref.ref(recording)
-        return known
-
-    def holds(self) -> bool:
-        """Return whether the rule still records the same."""
-        if len(self.recorded) > 8:
-            return False
-        for (info, flags, sigs), before in list(self.recorded.items()):
-            inner = Trace("a rule may not look at values", constants=False)
-            inner.of_a_rule = True
-            values = [inner.input_like(sig) for sig in sigs]
-            try:
-                record_into(inner, functools.partial(self.body, info, flags, sigs, values))
-            except Exception:
-                return False
-            if before is None or self.recorded[info, flags, sigs] != before:
-                return False
-        return True
-
-    def body(self, info: Info, flags: tuple, sigs: tuple, tensors: Sequence[Tensor]) -> list:
-        """Return the batched results, with the batch in front."""
-        count = len(self.operands.places)
-        # a Function may write to its argument: the recorded call does so, too
-        copies = [t.clone() for t in tensors[:count]]
-        dims = self.operands.dims(flags[:count])
-        for t, flag, closed in zip(tensors[count:], flags[count:], self.closed, strict=True):
-            # the rule may not read tensors that differ between samples
-            if flag is None and (real := closed()) is not None:
-                current().stand_for(t, real)  # type: ignore[union-attr, arg-type]
-        before, self.running = self.running, True  # nested rules need no comparison
-        try:
-            with self.surroundings.again():
-                leaves, _, out_dims = call(self.cls, info, dims, self.operands.rebuilt(copies))
-        finally:
-            self.running = before
-        outs = [(o, d) for o, d in zip(leaves, out_dims, strict=True) if isinstance(o, Tensor)]
-        check_closed_over([o for o, _ in outs])
-        results = [
-            o.movedim(d, 0) if d is not None else o.expand(info.batch_size, *o.shape)
-            for o, d in outs
-        ]
-        how, now = (info, flags, sigs), as_recorded(results)
-        self.recorded[how] = now if self.recorded.get(how, now) == now else None
-        return results
-
-    def __call__(self, walk: Any, inputs: Sequence[Node], line: Line | None) -> tuple[Any, Any]:
-        flags = tuple([0 if walk.has(x) else None for x in inputs])
-        info, nodes = Info(*walk.axis[:2]), [walk.env[x] for x in inputs]
-        sigs = tuple([n.meta["val"] for n in nodes])
-        try:
-            outs = traced(lambda *tensors: self.body(info, flags, sigs, tensors))(walk.b, *nodes)
-        except (RuleError, CaptureError) as error:
-            if isinstance(error, Told) or self.cls.generate_vmap_rule:
-                raise
-            name = self.cls.__name__
-            of_a_function = isinstance(self.cls, type)
-            rule = f"{name}.vmap" if of_a_function else f"the batching rule of {name}"
-            applied = f"{name}.apply" if of_a_function else name
-            raise Told(
-                f"{rule} is recorded here, not called on the real batch, and cannot "
-                f"be{at(line)}: {error}. Pass what it needs as arguments of {applied}, or call "
-                "vmap outside of other transforms and of compiled functions, on tensors that do "
-                "not require grad"
-            ) from error
-        return outs, [True] * len(outs)
-
-
-def as_recorded(results: Sequence[Tensor]) -> tuple | None:
-    """Return the recorded steps of these results; None if they hold tensors, which are not
-    compared."""
-    trace = current()
-    assert trace is not None
-    trace.settle()
-    refs = tuple([trace.ref_of(x)[0] for x in results])
-    return None if trace.lifted else (trace.key(), refs)
-
-
-class Told(CaptureError):
-    """An error whose text already names the Function."""
-
-
-def check_closed_over(outs: Sequence[Tensor]) -> None:
-    """Refuse tensors from outside: the graph has no place for them."""
-    trace = current()
-    assert trace is not None
-    for o in outs:
-        trace.ref_of(o)
-    for t in trace.foreign():
-        raise CaptureError(f"it closes over a tensor of shape {list(t.shape)}")

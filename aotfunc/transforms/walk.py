@@ -102,28 +102,36 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
         wrapped = [map_nested(wrap, a) for a in args]
         with off():
             results = record_into(trace, lambda: fn(*wrapped))
-        with quiet():  # a rule may look at the values of its own constants
-            known = {r: constant_node(b, trace.lifted[-1 - r]) for r in trace.made_inside}
-        consts = [known.get(-1 - i) or constant_node(b, t) for i, t in enumerate(trace.lifted)]
-        f = Functionalizer(trace, b, [*nodes, *consts], intent)
-        kept, b.meta = b.meta, {}
-        f.run()
-        b.meta = kept
-        for index, _ in f.mutated():
-            raise RuleError(f"{fn} writes to its argument {index}")
-
-        def unwrap(r: Any) -> Any:
-            if isinstance(r, Tensor):
-                return (
-                    f.read(r.ref, intent)
-                    if r.__class__ is Traced and r.tracer is trace
-                    else constant_node(b, r)
-                )
-            return r
-
-        return mapped(unwrap, results)
+        return placed(b, fn, trace, results, nodes, intent)
 
     return make
+
+
+def placed(
+    b: Builder, fn: Callable, trace: Trace, results: Any, nodes: list[Node], intent: bool = True
+) -> Any:
+    """Put the functional graph of ``results``, which ``fn`` recorded in ``trace``, into the
+    builder, on these nodes."""
+    with quiet():  # a rule may look at the values of its own constants
+        known = {r: constant_node(b, trace.lifted[-1 - r]) for r in trace.made_inside}
+    consts = [known.get(-1 - i) or constant_node(b, t) for i, t in enumerate(trace.lifted)]
+    f = Functionalizer(trace, b, [*nodes, *consts], intent)
+    kept, b.meta = b.meta, {}
+    f.run()
+    b.meta = kept
+    for index, _ in f.mutated():
+        raise RuleError(f"{fn} writes to its argument {index}")
+
+    def unwrap(r: Any) -> Any:
+        if isinstance(r, Tensor):
+            return (
+                f.read(r.ref, intent)
+                if r.__class__ is Traced and r.tracer is trace
+                else constant_node(b, r)
+            )
+        return r
+
+    return mapped(unwrap, results)
 
 
 def as_graph(make: Make, args: Any) -> tuple[Builder, Any, dict[Node, Node]]:

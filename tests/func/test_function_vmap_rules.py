@@ -1,11 +1,13 @@
 """The vmap staticmethod of an autograd.Function: what it is given and may do on the real batch, as
 with torch.func, and what it is refused where it is recorded."""
 
+import threading
+
 import pytest
 import torch
 from torch.autograd import Function
 
-from aotfunc import custom_vmap, grad, graph, jit, make_fx, vmap
+from aotfunc import custom_vmap, grad, grad_and_value, graph, jit, jvp, make_fx, vjp, vmap
 from aotfunc.capture import captured
 from aotfunc.errors import AotfuncError, ArgumentError, CaptureError, LoopWarning, RuleError
 from tests.reference import assert_same
@@ -462,6 +464,118 @@ def test_a_rule_that_records_the_same_is_one_program(name, f, monkeypatch):
         for x in found[1:]:
             assert_same(x, found[0])
     assert not torch.equal(results[2.0][0], results[3.0][0])
+
+
+STATE = {"k": 1.0}
+
+
+class Read(Function):
+    """The identity, whose batching rule multiplies by what a dictionary says."""
+
+    @staticmethod
+    def forward(x):
+        return x * 1.0
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        STATE["calls"] = STATE.get("calls", 0) + 1
+        return x * STATE["k"], in_dims[0]
+
+
+read = custom_vmap(lambda x: x * 1.0)
+read.def_vmap(lambda size, batched, x: Read.vmap(None, batched, x))
+
+
+def read_twice(f, x, layout=lambda x: x):
+    STATE["k"] = 2.0
+    a = f(layout(x))
+    STATE["k"] = 3.0
+    return a - f(layout(x * 1))
+
+
+WHEN = {
+    "between two vmaps": lambda f: jvp(lambda x: read_twice(vmap(f), x), (X,), (X,))[0],
+    "in a vmap": lambda f: vjp(vmap(lambda r: read_twice(f, r)), X)[0],
+    "in a vmap in jit": lambda f: jit(vmap(lambda r: read_twice(f, r)))(X),
+    "in jit in a vmap": lambda f: vmap(jit(lambda r: read_twice(f, r)))(X),
+    "in grad in a vmap": lambda f: vmap(grad_and_value(lambda r: read_twice(f, r).sum()))(X)[1],
+    "in two vmaps": lambda f: vmap(vmap(lambda r: read_twice(f, r)))(X[None]),
+    "a batch behind": lambda f: make_fx(vmap(lambda r: read_twice(f, r), 1))(X)(X),
+    "another layout": lambda f: jit(vmap(lambda r: read_twice(f, r.view(3, 1), torch.t), 1))(X),
+    "written to": lambda f: jit(
+        vmap(lambda r: read_twice(f, r, lambda x: torch.zeros(4)[None].view(4).copy_(x)))
+    )(X),
+}
+
+
+@pytest.mark.parametrize("f", [Read.apply, read], ids=["Function", "custom_vmap"])
+@pytest.mark.parametrize("name", WHEN)
+def test_a_rule_reads_what_is_so_where_it_is_applied(name, f):
+    for _ in range(2):
+        torch.testing.assert_close(WHEN[name](f).sum(), -X.sum())
+
+
+def test_a_rule_runs_once_each_time_it_is_applied():
+    f = grad_and_value(lambda x: vmap(lambda r: Read.apply(r).sum())(x).sum())
+    for k in (1.0, 1.0, 2.0, 2.0, 1.0):
+        STATE["k"], before = k, STATE.get("calls", 0)
+        torch.testing.assert_close(f(X)[1], X.sum() * k)
+        assert STATE["calls"] == before + 1
+
+
+def test_a_rule_reads_what_is_so_in_its_thread():
+    local, wrong = threading.local(), []
+    F = rule(lambda x: x * local.k, lambda x: x)
+
+    def work(k):
+        local.k = k
+        for _ in range(15):
+            got = grad_and_value(lambda x: vmap(F.apply)(x).sum())(X)[1]
+            if not torch.allclose(got, X.sum() * k):
+                wrong.append((k, got))
+
+    threads = [threading.Thread(target=work, args=(float(k),)) for k in (2, 3, 5)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_a_late_rule_whose_state_has_changed_is_refused():
+    """The batch is innermost in memory and each sample transposed, which is not expected where
+    the rule is applied. Where it has been batched so before it is."""
+    x = torch.arange(24.0).view(4, 2, 3)
+    want = -x.permute(2, 1, 0)
+    F = rule(lambda x: x * STATE["k"], lambda x: x * 1.0)
+    f = vmap(lambda r: read_twice(F.apply, r, lambda x: x.t() * 1), 2)
+    with pytest.raises(CaptureError, match=r"Ruled.*what it reads has changed since"):
+        jit(f)(x)
+    STATE["k"] = 3.0
+    torch.testing.assert_close(jit(vmap(lambda r: F.apply(r.t() * 1), 2))(x), -3 * want)
+    torch.testing.assert_close(jit(f)(x), want)
+
+
+def test_a_rule_that_closes_over_tensors_is_found_again():
+    w = torch.rand(4)
+    f = custom_vmap(lambda x: x * w)
+    f.def_vmap(lambda size, batched, x: (x * w, batched[0]))
+    call = grad(lambda x: vmap(f)(x).sin().sum())
+    first = call(X)
+    known = len(captured._programs), len(graph._derived)
+    for _ in range(3):
+        assert_same(call(X), first)
+    assert (len(captured._programs), len(graph._derived)) == known
+    w = torch.rand(4)
+    torch.testing.assert_close(call(X), (X * w).cos() * w)
 
 
 # ----- a graph from outside, inside --------------------------------------------------------------
