@@ -95,6 +95,8 @@ class Dependence:
 
         def rows(some: Sequence[Any], places: Tensor) -> list[Pattern]:
             own = [a for a in some if isinstance(a, Node) and a in self.active]
+            if len(places):  # statistics that a mode does not use have no elements
+                own = [a for a in own if a.meta["val"].numel]
             return [picks(places, a.meta["val"].numel) @ self.of(a) for a in own]
 
         size = n.meta["val"].numel

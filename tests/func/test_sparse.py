@@ -114,6 +114,13 @@ HESSIANS = {
         lambda x: F.batch_norm(x.view(4, 3), None, None, training=True).exp().sum(),
         48,
     ),
+    "batch norm of a trained net": (
+        lambda x: (
+            F.batch_norm(x.view(4, 3), X[:3], X[:3].exp(), x[:3], x[3:6]).pow(3).sum()
+            + F.batch_norm(x.view(4, 3), X[:3], X[:3].exp()).pow(3).sum()
+        ),
+        None,
+    ),
     "log softmax": (lambda x: x.view(3, 4).log_softmax(1).square().sum(), 48),
 }
 
@@ -123,7 +130,7 @@ def test_hessians(name):
     f, entries = HESSIANS[name]
     found = sparse_hessian(f)(X)
     torch.testing.assert_close(found.to_dense(), hessian(f)(X))
-    assert found._nnz() == entries
+    assert entries is None or found._nnz() == entries
 
 
 @pytest.mark.parametrize(
