@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from ..graph import Program
+from ..graph import Program, draws
 from ..trace.nested import leaves, mapped
 from .activity import active_nodes
 from .lower import lowered
@@ -41,6 +41,11 @@ class Dependence:
         self.values: dict[Node, Any] = dict(zip(self.placeholders, tensors, strict=True))
         self.input = self.placeholders[wrt]
         self.active = active_nodes(program.graph.nodes, [self.input])
+        #: what depends on random numbers: a value that no other run repeats, so it is never read
+        self.drawn: set[Node] = set()
+        for n in program.graph.nodes:
+            if n.op == "call_function" and (draws(n) or not self.drawn.isdisjoint(n._input_nodes)):
+                self.drawn.add(n)
         self.patterns: dict[Any, Pattern] = {}
         #: the arguments whose values the pattern depends on: indices, and factors with zeros
         self.read: set[int] = set()
@@ -80,7 +85,7 @@ class Dependence:
             found = self.normalised(n, *NORMALISED[op](*args))
             return self.everything(call, n) if found is None else found
         places = [i for i in tensor_args(op) if any(a in self.active for a in leaves(args[i]))]
-        if not rules.linear_in(places):
+        if not rules.linear_in(places) or draws(call) or any(map(self.hidden, leaves(args))):
             return self.everything(call, n)
         parts = [self.linear(op, args, item, a) for a in dict.fromkeys(moving)]
         if any(p is None for p in parts):
@@ -139,9 +144,13 @@ class Dependence:
         picked = selection_pattern(run, x)
         return None if picked is None else picked @ self.of(x)
 
+    def hidden(self, a: Any) -> bool:
+        """Return whether an argument is random, and none that the pattern follows."""
+        return a in self.drawn and a not in self.active
+
     def value(self, n: Any) -> Any:
-        """Return the value of a node that does not depend on the input; floating numbers are
-        float64."""
+        """Return the value of a node that does not depend on the input, nor on random numbers;
+        floating numbers are float64."""
         if not isinstance(n, Node):
             return n
         if n.op == "placeholder":
@@ -154,8 +163,9 @@ class Dependence:
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
     def nonzero(self, n: Any) -> Any:
-        """Return where a factor may be nonzero: everywhere, if it depends on the input."""
-        if n in self.active:
+        """Return where a factor may be nonzero: everywhere, if it depends on the input or on
+        random numbers."""
+        if n in self.active or n in self.drawn:
             return np.ones(n.meta["val"].shape, bool)
         return (self.value(n) != 0).numpy(force=True)
 
@@ -341,7 +351,7 @@ def matrix_product_and_sum(d: Dependence, x: Node, a: Node, b: Node, *_: Any) ->
 def convolution_taps(d: Dependence, x: Node, w: Node, bias: Any, *how: Any) -> Pattern | None:
     """Return the pattern of a convolution: the union of those of its taps, each of which moves
     elements."""
-    if w in d.active or (bias is not None and bias in d.active):
+    if w in d.active or w in d.drawn or (bias is not None and bias in d.active):
         return None
     weight, outputs = d.value(w), 1 if how[3] else 0
     found = []

@@ -239,6 +239,44 @@ def test_patterns_follow_values():
         matrix[0, 2] = 5
 
 
+def grad_of(f):
+    return lambda x: f(x).square().sum()
+
+
+RANDOM = {
+    "a random matrix": (lambda x: F.dropout(torch.ones(12, 12, dtype=D), 0.7) @ x, 144),
+    "its products": (lambda x: (F.dropout(FEW, 0.3) * 2).T @ x.sin() + x, 144),
+    "dropout": (lambda x: F.dropout(x, 0.5) * x, 12),
+    "factors": (lambda x: x * torch.rand(12, dtype=D) * x.roll(1), 24),
+    "random places": (lambda x: x[torch.randperm(12)] * x, 144),
+    "random branches": (lambda x: torch.where(torch.rand(12, dtype=D) > 0.5, x, x.roll(1)), 24),
+    "a random filter": (lambda x: F.conv1d(x[None], torch.rand(1, 1, 3, dtype=D).round()), 120),
+    "random scales": (lambda x: torch.bernoulli(torch.rand(12, 12, dtype=D)).mv(x), 144),
+    "random places to write": (
+        lambda x: torch.zeros(5, dtype=D).index_add(0, torch.randint(5, (12,)), x * x),
+        60,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_patterns_hold_for_every_draw(name):
+    """A pattern does not depend on what is drawn, and finding it draws nothing."""
+    f, entries = RANDOM[name]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        expected, after = jacrev(f)(X), torch.get_rng_state()
+        torch.manual_seed(seed)
+        found = sparse_jacobian(f)(X)
+        torch.testing.assert_close(found.to_dense(), expected)
+        assert found._nnz() == entries
+        assert torch.equal(torch.get_rng_state(), after)
+        torch.manual_seed(seed)
+        expected = hessian(grad_of(f))(X)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(sparse_hessian(grad_of(f))(X).to_dense(), expected)
+
+
 def test_patterns_follow_the_argument():
     f = lambda x: x.cummax(0)[0].sum()
     for x in (X, -X, X.flip(0)):

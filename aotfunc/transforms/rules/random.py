@@ -283,7 +283,7 @@ def _(
     return aten.native_dropout_backward(tangents[0], outs[1], dropout_scale(p, train)), None
 
 
-@vmap_of(aten.native_dropout)
+@vmap_of(aten.native_dropout, elementwise=True)
 def _(
     x: Tensor, p: float, train: bool | None, *, batched: tuple[bool], size: int, randomness: str
 ) -> tuple[Tensor, Tensor]:

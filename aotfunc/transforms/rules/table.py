@@ -173,10 +173,12 @@ def jvp_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]:
     return stating("jvp", ops, 2)
 
 
-def vmap_of(*ops: OpOverload | OpOverloadPacket) -> Callable[[Formula], Formula]:
+def vmap_of(
+    *ops: OpOverload | OpOverloadPacket, elementwise: bool = False
+) -> Callable[[Formula], Formula]:
     """Make a decorator: the function is the batching rule ``(*args) -> outputs``, batch at
-    dimension 0, of ``ops``."""
-    return stating("vmap", ops, 0)
+    dimension 0, of ``ops``; ``elementwise`` says that they are (:attr:`OpRules.elementwise`)."""
+    return stating("vmap", ops, 0, **({"elementwise": True} if elementwise else {}))
 
 
 def pointwise(
