@@ -128,9 +128,9 @@ class Dependence:
         mixes elements."""
 
         def run(t: Tensor) -> Tensor:
-            zero = lambda a: t.new_zeros(a.meta["val"].shape)
+            zero = lambda a: t.new_zeros(a.meta["val"].shape, dtype=wide(a.meta["val"].dtype))
             put = lambda a: (
-                a
+                wide(a)
                 if not isinstance(a, Node)
                 else t
                 if a is x
@@ -150,7 +150,7 @@ class Dependence:
 
     def value(self, n: Any) -> Any:
         """Return the value of a node that does not depend on the input, nor on random numbers;
-        floating numbers are float64."""
+        floating numbers are float64, complex ones complex128."""
         if not isinstance(n, Node):
             return n
         if n.op == "placeholder":
@@ -160,7 +160,7 @@ class Dependence:
             args = mapped(self.value, list(n.args))
             self.values[n] = op(*args, **{k: self.value(v) for k, v in n.kwargs.items()})
         x = self.values[n]
-        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        return x.to(wide(x.dtype)) if isinstance(x, Tensor) else x
 
     def nonzero(self, n: Any) -> Any:
         """Return where a factor may be nonzero: everywhere, if it depends on the input or on
@@ -168,6 +168,14 @@ class Dependence:
         if n in self.active or n in self.drawn:
             return np.ones(n.meta["val"].shape, bool)
         return (self.value(n) != 0).numpy(force=True)
+
+
+def wide(a: Any) -> Any:
+    """Return the dtype that tells elements apart by their names, for ``a``; other values as they
+    are."""
+    if not isinstance(a, torch.dtype) or not (a.is_floating_point or a.is_complex):
+        return a
+    return torch.complex128 if a.is_complex else torch.float64
 
 
 def joined(parts: Sequence[Pattern]) -> Pattern:
@@ -196,36 +204,39 @@ def named_rows(a: Node, n: Node) -> Pattern:
 def selection_pattern(run: Any, x: Node) -> Pattern | None:
     """Return the pattern of a linear map of tensors like ``x`` whose every result is a multiple of
     one element, or whose every element goes to one result; None for other maps."""
-    shape, count = x.meta["val"].shape, x.meta["val"].numel
-    found = sources_of(run, shape)
+    shape, count, dtype = x.meta["val"].shape, x.meta["val"].numel, wide(x.meta["val"].dtype)
+    found = sources_of(run, shape, dtype)
     if found is not None:
         return picks(found, count)
-    start = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    start = torch.zeros(shape, dtype=dtype, requires_grad=True)
     with torch.enable_grad():
         out = run(start)
     pull = lambda g: torch.autograd.grad(out, start, g, retain_graph=True)[0]
-    targets = sources_of(pull, out.shape)
+    targets = sources_of(pull, out.shape, out.dtype)
     return None if targets is None else picks(targets, out.numel()).T.tocsr()
 
 
-def sources_of(run: Any, shape: Sequence[int]) -> Tensor | None:
-    """Return, for each result of a linear map, the number of the one element that it is a multiple
-    of, -1 where it is zero; None for other maps. Elements have random numbers as names."""
+def sources_of(apply: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+    """Return, for each result of a map that is linear over the reals, the number of the one
+    element that it depends on, -1 where it is zero; None for other maps. Elements have random
+    numbers as names: complex ones have one phase, so that the ratio of two is real."""
+    phase = 1 + 0.7j if dtype.is_complex else 1
+    run = lambda names: apply((names * phase).view(shape))
     generator = torch.Generator().manual_seed(0)
     count = int(np.prod(shape))
     names, *checks = torch.rand(3, count, generator=generator, dtype=torch.float64) + 1
     ordered = torch.arange(1, count + 1, dtype=torch.float64)
-    first = run(names.view(shape))
-    ratio = run((names * ordered).view(shape)) / first
+    first = run(names)
+    ratio = (run(names * ordered) / first).real
     number = torch.where(first == 0, 0, ratio).round().long() - 1
     known = number >= 0
     if not count or bool((number >= count).any()):
         return number.fill_(-1) if not count else None
     for other in checks:
         expected = first * (other / names)[number.clamp(min=0)]
-        if not torch.allclose(run(other.view(shape))[known], expected[known], rtol=1e-9, atol=0):
+        if not torch.allclose(run(other)[known], expected[known], rtol=1e-9, atol=0):
             return None
-        if bool((run(other.view(shape))[~known] != 0).any()):
+        if bool((run(other)[~known] != 0).any()):
             return None
     return number
 

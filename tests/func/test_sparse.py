@@ -11,7 +11,7 @@ from aotfunc.api.sparse import Entries, star
 from aotfunc.errors import ArgumentError, CaptureError
 from tests.sweeps import seeds
 
-D = torch.float64
+D, C = torch.float64, torch.complex128
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(12, dtype=D, generator=GENERATOR)
 FEW = torch.randn(12, 12, dtype=D, generator=GENERATOR) * (
@@ -82,6 +82,13 @@ JACOBIANS = {
     ),
     "constant": (lambda x: torch.ones(3, dtype=D), 0),
     "written": (lambda x: x.clone().index_put_((PLACES[:3],), x[:3] * x[3:6]), None),
+    "a part of complex values": (lambda x: torch.complex(x, x.flip(0)).imag * 2, 12),
+    "conjugates": (lambda x: torch.complex(x, x.roll(1)).conj()[:5].resolve_conj().imag, 5),
+    "complex products": (lambda x: (torch.complex(x, x.flip(0)) * (1 + 2j)).real, 0),
+    "pairs as complex values": (lambda x: torch.view_as_complex(x.view(6, 2)).roll(1).abs(), 0),
+    "complex squares": (lambda x: torch.view_as_real((x + 1j * x.roll(1)) ** 2), None),
+    "a complex matrix": (lambda x: torch.view_as_real((FEW + 1j * FEW.T) @ x.to(C)), None),
+    "a spectrum": (lambda x: torch.fft.rfft(x).abs(), None),
     "a compiled function": (lambda x: jit(lambda x: x[1:] * x[:-1])(x), 0),
     "a batch of gradients": (lambda x: vmap(grad(lambda x: x**3))(x), 0),
 }
@@ -120,6 +127,10 @@ HESSIANS = {
             + F.batch_norm(x.view(4, 3), X[:3], X[:3].exp()).pow(3).sum()
         ),
         None,
+    ),
+    "absolute values of complex ones": (
+        lambda x: torch.complex(x[:6], x[6:]).abs().exp().sum(),
+        24,
     ),
     "log softmax": (lambda x: x.view(3, 4).log_softmax(1).square().sum(), 48),
 }
@@ -237,6 +248,14 @@ def test_patterns_follow_values():
             torch.testing.assert_close(sparse_jacobian(g)(x).to_dense(), jacrev(f)(x))
         index += 1
         matrix[0, 2] = 5
+
+
+@pytest.mark.parametrize("make", [sparse_jacobian, lambda f: sparse_hessian(grad_of(f))])
+def test_single_inside_of_double(make):
+    """A function may compute in float32 where its argument is float64."""
+    f = lambda x: x[1:].float() * 2 * x[:-1].float()
+    dense = jacrev(f) if make is sparse_jacobian else hessian(grad_of(f))
+    torch.testing.assert_close(make(f)(X).to_dense(), dense(X), check_dtype=False)
 
 
 def grad_of(f):

@@ -71,4 +71,4 @@ def _(tangents: tuple[Tensor], out: Tensor, z: Tensor) -> Tensor:
 
 
 for op in (aten.complex.default, aten.polar.default, aten.angle.default, aten.sgn.default):
-    vmap_of(op)(elementwise(op))
+    vmap_of(op, elementwise=True)(elementwise(op))
