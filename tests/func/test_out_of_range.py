@@ -44,6 +44,11 @@ INDICES = {
     "index_add": (lambda x, i: x.index_add(0, i, x[:2]), ROW, GOOD, BAD),
     "index_copy": (lambda x, i: x.index_copy(0, i, x[:2]), ROW, GOOD, BAD),
     "index_fill": (lambda x, i: x.index_fill(0, i, 1.0), ROW, GOOD, BAD),
+    "index_fill, negative": (lambda x, i: x.index_fill(0, i, 1.0), ROW, [0, -4], [0, -5]),
+    "index_fill of columns": (
+        lambda x, i: x.index_fill(-1, i, x[0, 0]),
+        *(TABLE, [1, -3], [1, -4]),
+    ),
     "put": (lambda x, i: x.put(i, x[:2], accumulate=True), ROW, GOOD, BAD),
     "scatter": (lambda x, i: x.scatter(0, i, x[:2]), ROW, GOOD, BAD),
     "scatter_add": (lambda x, i: x.scatter_add(0, i, x[:2]), ROW, GOOD, BAD),

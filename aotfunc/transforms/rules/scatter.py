@@ -274,6 +274,7 @@ def batch_fill(
         return aten.index_fill(x, dim, index, value).reshape(size, *shape)
     index = index.unsqueeze(-1) if index.dim() == batched[1] else index
     target = [*x.shape[:dim], index.shape[-1], *x.shape[dim + 1 :]]
+    index = torch.where(index < 0, index + x.shape[dim], index)  # scatter takes no negative ones
     index = every_position(index, target, dim)
     if isinstance(value, Tensor):
         value = value.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1)).expand(target)
