@@ -105,16 +105,25 @@ def record_collective(trace: Trace, func: Any, args: tuple) -> Any:
             "had. The functions of torch.distributed._functional_collectives have derivatives",
             stacklevel=2,
         )
+    written = []
     with trace, torch.no_grad():
         for out, value in TABLE[name](*plain):
+            written.append(out)
             if (out.dtype, out.numel()) != (value.dtype, value.numel()):
                 raise CaptureError(
                     f"{what} gives {value.numel()} elements of {value.dtype} to a tensor of "
                     f"{out.numel()} of {out.dtype}; pass one of the same dtype and size"
                 )
             out.copy_(value.view(out.shape))
-    work = torch._C._distributed_c10d.FakeWork().boxed()
+    work = finished(written)
     return work if len(func._schema.returns) == 1 else (args[0], work)
+
+
+def finished(written: list[Tensor]) -> Any:
+    """Return work that is completed, with the result ``written``."""
+    future: Any = torch.futures.Future()
+    future.set_result(written)
+    return torch._C._distributed_c10d._create_work_from_future(future).boxed()
 
 
 def described(a: Any) -> Any:

@@ -104,6 +104,15 @@ def ordered(x):
     return (y * z).sum()
 
 
+def polled(x):
+    """A sum that is asked for until it is there, and taken from its future."""
+    y = x.sin()
+    work = dist.all_reduce(y, async_op=True)
+    while not work.is_completed():
+        pass
+    return (y * work.get_future().wait()[0]).sum()
+
+
 def logged(x):
     """A value that is shown, and summed in place out of autograd's sight."""
     with torch.no_grad():
@@ -136,6 +145,7 @@ IN_PLACE = {
     ),
     "all_to_all_single": written(torch.empty_like, lambda out, h: dist.all_to_all_single(out, h)),
     "ordered": ordered,
+    "polled": polled,
     "logged": logged,
     "argument": argument,
 }
