@@ -251,7 +251,8 @@ class Exported(nn.Module):
         runs the model once, on random numbers and on zeros for integers, beside the function.
         Raises BackendError without onnxscript or onnxruntime, and ArgumentError for ops that
         torch.onnx cannot convert or converts to others, and for a function that writes to its
-        arguments or buffers or draws random numbers."""
+        arguments or buffers, draws random numbers, or has ``cond``, ``switch`` or ``while_loop``.
+        """
         return to_onnx(self, options)
 
     def _arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..capture.bodies import Flow
+from ..capture.scan import Scan
 from ..debug import at, user_line
 from ..errors import ArgumentError, BackendError
-from ..graph import draws
+from ..graph import Program, draws
 from ..trace.shapes.sig import Sig
 
 if TYPE_CHECKING:
@@ -32,6 +34,12 @@ def to_onnx(exported: Exported, options: dict[str, Any]) -> Any:
         raise ArgumentError(
             f"{name} {does}{at(user_line(2))}, as modules do in training, and what an ONNX model "
             "returns depends on its inputs alone: export it in eval() mode"
+        )
+    if by_values(program):
+        raise ArgumentError(
+            f"{name} has branches or loops (cond, switch, while_loop) that values decide on"
+            f"{at(user_line(2))}, and torch.onnx converts one sequence of ops: take torch.where "
+            "for branches, and scan, of a fixed length, for loops"
         )
     inputs = program.placeholders[: program.n_inputs]
     generator = torch.Generator().manual_seed(0)
@@ -57,6 +65,13 @@ def to_onnx(exported: Exported, options: dict[str, Any]) -> Any:
                 f"{x.flatten()[:3].tolist()}… for {y.flatten()[:3].tolist()}…"
             )
     return model
+
+
+def by_values(program: Program) -> bool:
+    """Return whether a program, or the body of a loop in it, has control flow that depends on
+    values."""
+    flows = [n.target for n in program.graph.nodes if isinstance(n.target, Flow)]
+    return any(not isinstance(f, Scan) or any(map(by_values, f.bodies)) for f in flows)
 
 
 def example(sig: Sig, generator: torch.Generator) -> Tensor:

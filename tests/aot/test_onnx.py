@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from aotfunc import export, grad, vmap
+from aotfunc import cond, export, grad, scan, vmap, while_loop
 from aotfunc.errors import ArgumentError, BackendError
 
 x = torch.randn(3, 4)
@@ -46,6 +46,14 @@ def test_models(tmp_path):
         export(lambda a: torch.linalg.solve(a, a), x[:, :3]).to_onnx()
 
 
+def branch(c, x):
+    return cond(c > 0, torch.sin, torch.cos, x)
+
+
+def doubled(x):
+    return while_loop(lambda x: x.sum() < 100, lambda x: x * 2, x.abs(), max_steps=20)
+
+
 @pytest.mark.parametrize(
     "f, words",
     [
@@ -54,6 +62,13 @@ def test_models(tmp_path):
         (lambda x: x.mul_(2), "writes to an argument or a buffer"),
         (lambda x: (x * 2, 3), "returns Python values"),
         (lambda x: x * 2, "a model whose output 0 is another"),
+        (lambda x: branch(x.sum(), x), "that values decide on .*torch.where for branches"),
+        (doubled, "that values decide on .*a fixed length, for loops"),
+        (grad(lambda x: doubled(x).sum()), "that values decide on"),
+        (
+            lambda x: scan(lambda c, y: (branch(c, y).sum(), y), x.sum(), x)[0],
+            "that values decide on",
+        ),
         (lambda x: x.expand(2, 3, 4) * 3, "a model whose output 0 is another"),
     ],
 )
