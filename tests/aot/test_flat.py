@@ -101,6 +101,20 @@ def test_zeros_of_second_derivatives(act, order, way):
         assert_equal(outcome(f, WAYS[way], order, nested=True), want)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("op", [torch.nextafter, torch.copysign])
+def test_zeros_of_first_derivatives(op, way):
+    """The result does not change with the second argument, but for jumps."""
+
+    def of(way):
+        x = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
+        y = torch.tensor([2.0, -2.0, -1.0], requires_grad=True)
+        (way(op)(x * 1, y * 1) * x).sum().backward()
+        return [x.grad, y.grad]
+
+    assert_equal(of(WAYS[way]), of(lambda f: f))
+
+
 @pytest.mark.parametrize("act", FLAT)
 def test_a_module(act):
     def of(way):

@@ -77,7 +77,7 @@ for op in (aten.clamp_max.default, aten.clamp_max.Tensor):
 for op in functional(aten.copysign):
     signs = (zeros,) if len(tensor_args(op)) > 1 else ()
     pointwise(op, lambda g, out, x, y: g * (out / x).masked_fill(x == 0, 0), *signs)
-pointwise(aten.nextafter, lambda g, out, x, y: keep(x != y, g))
+pointwise(aten.nextafter, lambda g, out, x, y: keep(x != y, g), zeros)
 pointwise(aten.nan_to_num, lambda g, out, x: g * (x - x == 0))
 pointwise(
     aten.where.self,
