@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..capture.tree import flatten
 from ..errors import CaptureError
-from ..runtime.guards.reads import Names
+from ..runtime.guards.reads import CLOSED, Names, library_of_module
 from ..runtime.guards.state import look
 from ..runtime.guards.stores import undo_changes
 from ..trace.modes import device_generators
@@ -107,7 +108,7 @@ def rehearsed(wide: bool = False, spared: Sequence[Any] = ()) -> Iterator[Rehear
 class Outside:
     """The Python state that ``f`` and the objects among ``leaves`` reach. With a lazy module among
     it nothing is undone until the module has its shapes, as parameters keep the memory that they
-    get."""
+    get; nor after a run that imports the user's modules, which happens once."""
 
     def __init__(self, f: Callable, leaves: Sequence[Any]) -> None:
         self.f, self.leaves = f, leaves
@@ -124,10 +125,12 @@ class Outside:
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """Undo, at the end of the block, all changes of the state."""
+        modules = set(sys.modules)
         try:
             yield
         finally:
-            if self.state is None:
+            new = sys.modules.keys() - modules
+            if self.state is None or any(library_of_module(m) not in CLOSED for m in new):
                 self.remember()
             else:
                 undo_changes(self.state)

@@ -1,6 +1,7 @@
 """``validate=True``: what is right passes, leaving no trace; what is wrong names the op and the
 line."""
 
+import importlib
 import random
 from itertools import product
 
@@ -204,6 +205,21 @@ def test_state_that_python_holds_is_that_after_one_call(transform):
     assert nets[1].calls == 1 and nets[1].mean.dtype == torch.float32
     assert torch.equal(nets[0].mean, nets[1].mean)
     assert nets[1].cache[5].dtype == torch.float32
+
+
+def test_what_is_imported_inside_stays(tmp_path, monkeypatch):
+    (tmp_path / "some_package").mkdir()
+    (tmp_path / "some_package" / "__init__.py").write_text("TABLE = {}")
+    part = "import some_package\nsome_package.TABLE[1] = 2.0"
+    (tmp_path / "some_package" / "part.py").write_text(part)
+    monkeypatch.syspath_prepend(tmp_path)
+    package = importlib.import_module("some_package")
+
+    def f(x):
+        importlib.import_module("some_package.part")
+        return (x * package.TABLE[1] * len(package.part.__name__)).sum()
+
+    assert torch.equal(grad(f, validate=True)(X), grad(f)(X))
 
 
 def test_lazy_modules_keep_their_weights():
