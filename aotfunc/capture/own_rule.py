@@ -182,9 +182,19 @@ class OwnRule:
         expected it is recorded now, if the rule still does what it did then."""
         if call not in self.recorded:
             for other, before in [*self.recorded.items()][:1]:
-                if before.key is not None and self.record(*other).key != before.key:
+                if before.key is not None and ops_of(self.record(*other)) != ops_of(before):
                     raise CaptureError("what it reads has changed since it was applied")
         return self.does(call)
+
+
+def ops_of(did: Recorded) -> tuple | None:
+    """Return the ops that a rule called itself, with their literals: the Functions that it
+    applies may find other rules of their own."""
+    if did.key is None:
+        return None
+    instrs = [r[0] for r in did.trace.records]
+    own = [(i.anywhere or i) if instr_op(i) is not None else None for i in instrs]
+    return tuple(own), did.key[1:]
 
 
 def contiguous(b: Any, n: Node) -> Node:
