@@ -248,7 +248,8 @@ def backward_step(loop: While, wrt: tuple[int, ...]) -> Program:
 
 def own_rule(body: Program, symmetric: bool) -> str:
     """Return the name of an op in a body with rules of the user's for both modes, or, if
-    ``symmetric``, for any mode; else ""."""
+    ``symmetric``, for any mode; else "". Hooks act on cotangents alone, so forward mode is no
+    transpose of theirs."""
     for n in lowered(body, CALLS).graph.nodes:
         target: Any = n.target
         if n.op != "call_function" or target is operator.getitem:
@@ -256,7 +257,7 @@ def own_rule(body: Program, symmetric: bool) -> str:
         if isinstance(target, OpOverload):
             own = target in (no_tangent, fail) or (symmetric and target.namespace not in TRUSTED)
         elif isinstance(target, CustomDerivative):
-            own = symmetric or target.forward is not None
+            own = symmetric or target.forward is not None or target.hooked
         else:
             inner = getattr(target, "bodies", None)
             own = inner is None or any(own_rule(p, symmetric) for p in inner)

@@ -260,6 +260,32 @@ def test_rules_of_the_users():
         grad(lambda x: grad(lambda x: f(while_loop, x, Forward))(x).sum())(H)
 
 
+def test_hooks_of_steps():
+    """A hook acts on cotangents, so the backward is no transpose of a loop that carries
+    tangents."""
+
+    def f(loop, x):
+        def body(c):
+            y = c[0] * x
+            y.register_hook(lambda g: g * 2)
+            return y.sin(), c[1] + 1
+
+        start = x, torch.tensor(0)
+        return loop(lambda c: c[1] < 3, body, start, checkpoint="revolve", slots=2)[0].sum()
+
+    ours, leaf = functools.partial(f, while_loop), X.clone().requires_grad_()
+    first = torch.func.grad(functools.partial(f, by_loop))(X)
+    for run in (ours, jit(ours)):
+        assert_same(grad(run)(X), first, **TIGHT)
+        assert_same(torch.autograd.grad(run(leaf), leaf), (first,), **TIGHT)
+        with pytest.raises(RuleError, match=r"through hook, whose own rule.*max_steps"):
+            [found] = torch.autograd.grad(run(leaf), leaf, create_graph=True)
+            torch.autograd.grad(found.sum(), leaf)
+    for second in (hessian(ours), jit(jacrev(grad(ours)))):
+        with pytest.raises(RuleError, match=r"through hook, whose own rule.*max_steps"):
+            second(X)
+
+
 def test_draws_are_refused():
     f = lambda x: while_loop(
         lambda x: x < 3, lambda x: x + torch.rand(()), x, checkpoint="revolve", slots=2
