@@ -31,7 +31,7 @@ from ..transforms.activity import has_derivative
 from ..transforms.fresh import ANYTHING, fresh
 from ..transforms.jvp import jvp as jvp_pass
 from ..transforms.linearize import halve, linear_program
-from ..transforms.vjp import unhooked
+from ..transforms.unhooked import unhooked
 from ..transforms.vjp import vjp as vjp_pass
 from .call import Call, chosen_tree, positions, primals_and_tangents, tensors_of
 from .checks import Gradients, Maps

@@ -19,7 +19,8 @@ from .fresh import ANYTHING, fresh
 from .linearize import halve, linear_program
 from .lower import lowered
 from .tidy import rebuilt
-from .vjp import unhooked, vjp
+from .unhooked import unhooked
+from .vjp import vjp
 from .vmap import Axis, vmap
 from .walk import builder, filled_node
 

@@ -20,7 +20,7 @@ from ..debug import at
 from ..errors import RuleError
 from ..graph import Program, draws
 from ..progress import along
-from ..trace.emit import Builder, paused_gc, remap
+from ..trace.emit import Builder, paused_gc
 from ..trace.kernels import images
 from ..trace.marks import check_gradient, dead_end, fail, hidden_write, no_tangent, once
 from ..trace.nested import leaves, mapped
@@ -31,7 +31,6 @@ from . import fallback
 from .activity import active_nodes, has_derivative
 from .rules.schema import full_args, tensor_args
 from .rules.table import entry_for, zeros
-from .tidy import rebuilt
 from .walk import apply, builder, errors_of, filled_node, node_outputs, output, traced
 
 aten = torch.ops.aten
@@ -340,19 +339,6 @@ def vjp(
         mutated = [i if i < program.n_inputs else i + count for i in program.mutated]
         graph = b.finish([*first, *outs[program.n_outputs :]])
         return Program(graph, program.n_inputs + count, len(first), mutated, "vjp")
-
-
-def unhooked(joint: Program) -> Program:
-    """Return a joint program whose hooks have acted: hooks of a value inside of a transform belong
-    to that transform, and outer ones differentiate without them, as torch.func's do."""
-
-    def is_hook(n: Node) -> bool:
-        return getattr(n.target, "hooked", False)
-
-    def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
-        return remap(n.target.parts(n)[1], env) if is_hook(n) else NotImplemented  # type: ignore
-
-    return rebuilt(joint, joint.name, visit) if any(map(is_hook, joint.graph.nodes)) else joint
 
 
 def primals(b: Builder, placeholders: Sequence[Node]) -> list[Node]:
