@@ -128,11 +128,13 @@ def returning(program: Program, chosen: Sequence[int]) -> Program:
 
 
 def as_planned(t: Tensor, sig: Sig) -> Tensor:
-    """Return an argument in the layout that a body was captured for."""
+    """Return an argument in the layout that a body was captured for. The rows of a value that was
+    expanded are equal, wherever they were copied to: the first stands for all."""
     if t.stride() == sig.stride:
         return t
-    planned = torch.empty_strided(sig.shape, sig.stride, dtype=t.dtype, device=t.device)
-    return planned.copy_(t)
+    own = t[tuple([slice(None if step else 1) for step in sig.stride])] if 0 in sig.stride else t
+    planned = torch.empty_strided(own.shape, sig.stride, dtype=t.dtype, device=t.device)
+    return planned.copy_(own).expand(sig.shape)
 
 
 def dense(sig: Sig) -> Sig:
