@@ -167,8 +167,7 @@ def weight(made: Any) -> int:
     these."""
     if isinstance(made, tuple):
         return sum(map(weight, made))
-    program = getattr(made, "program", made)
-    return program.weight if isinstance(program, Program) else 1
+    return getattr(getattr(made, "program", made), "weight", 1)
 
 
 _derived = Cache(1 << 16, weight)

@@ -157,7 +157,8 @@ class Scan(Flow):
         cuts = halve if self.policy is None else functools.partial(chosen, self)
         given = [j for j in range(k, len(flags)) if flags[j] and j in g]
         have = tuple([flags[j] if j < k else j in given for j in range(len(flags))])
-        half = self.body.once(
+        kept = self.body.once if self.policy is None else self.body.derived  # there may be many
+        half = kept(
             ("pull", self.n_consts, k, wrt, have, self.policy),
             lambda: Half(
                 self, vjp(self.body, wrt, have, recompute=cuts is halve), sum(have), cuts

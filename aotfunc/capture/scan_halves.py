@@ -67,6 +67,11 @@ class Half:
         self.forward = part(early, early.graph.nodes, [*results, *stacked])
         self.made: dict[Any, Any] = {}
 
+    @property
+    def weight(self) -> int:
+        """Return its number of nodes, as a measure of memory."""
+        return self.fixed.weight + self.forward.weight + self.late.weight
+
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self.made:
             self.made[key] = make()

@@ -145,7 +145,7 @@ class While(Flow):
                 outs = emit_flow(b, Switch([none, self.body]), [holds, *args])
                 return Program(b.finish(outs), len(args), len(outs), (), "guarded")
 
-        return self.body.once(("guarded", self.condition), make)
+        return self.body.derived(("guarded", self.condition), make)
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
         """Add a loop beside this one that carries the tangents with the values."""
@@ -164,7 +164,9 @@ class While(Flow):
         wrt = self.derivative([i in ts for i in range(len(args))])
         k, count = self.n_consts, len(self.vals)
         consts, carries = [i for i in wrt if i < k], [i for i in wrt if i >= k]
-        condition, body = self.body.once(("pushed", self.condition, wrt), lambda: self.pushed(wrt))
+        condition, body = self.body.derived(
+            ("pushed", self.condition, wrt), lambda: self.pushed(wrt)
+        )
         sigs = [p.meta["val"] for p in body.placeholders]
 
         def tangent(i: int, place: int) -> Node:

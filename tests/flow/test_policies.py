@@ -1,12 +1,15 @@
 """``scan(checkpoint=policy)``: a partition chooses what is stacked; results stay what they are."""
 
 import functools
+import gc
+import itertools
 
 import pytest
 import torch
 
 import aotfunc
-from aotfunc import grad, hessian, jit, scan, vmap
+from aotfunc import cache, grad, hessian, jit, jvp, scan, vmap, while_loop
+from aotfunc.graph import Program
 from aotfunc.partition.policies import (
     everything_saveable,
     must_save,
@@ -18,6 +21,7 @@ from tests.flow.test_scan import INTENT, PLAIN, XS, H, W, by_loop, kept, same
 from tests.reference import assert_same, grads, hess
 from tests.sweeps import every
 
+NUMBERS = itertools.count()
 POLICIES = {
     "nothing": nothing_saveable,
     "dots": save_dots,
@@ -81,3 +85,26 @@ def test_what_policies_keep():
     # of a product the part that is read
     part = lambda h, x: (torch.sin((torch.cat([W, W]) @ h)[:3]), None)
     assert kept(lambda h: scan(part, h, XS, checkpoint=save_dots)[0].sum(), H) == [[3], [5, 3]]
+
+
+def of_policy(x, k):
+    return scan(lambda c, y: ((c * y).sin(), None), x, XS, checkpoint=lambda n: 1)[0].sum()
+
+
+def of_condition(x, k):
+    return while_loop(lambda c: c.sum() < k, lambda c: c + 1, x, max_steps=3).sum()
+
+
+@pytest.mark.parametrize("f", [of_policy, of_condition])
+def test_what_no_one_has_again_is_forgotten(f, monkeypatch):
+    for each in cache.EVERY:
+        monkeypatch.setattr(each, "limit", 60)
+    counts = []
+    for _ in range(2):
+        for _ in range(25):
+            k = next(NUMBERS) * 0.01
+            grad(lambda x, k=k: f(x, k))(H)
+            jvp(lambda x, k=k: f(x, k), (H,), (H,))
+        gc.collect()
+        counts.append(sum(isinstance(p, Program) for p in gc.get_objects()))
+    assert counts[1] < counts[0] + 25
