@@ -63,6 +63,11 @@ class Unwind(Flow):
         sigs = [p.meta["val"] for p in self.loop.body.placeholders]
         return tuple([dense(sigs[i]) for i in self.wrt])
 
+    @property
+    def draws(self) -> bool:
+        """Return False: loops whose steps draw are refused, and no condition is run again."""
+        return False
+
     def with_bodies(self, bodies: Sequence[Program]) -> Unwind:
         return Unwind(self.loop, self.wrt, bodies)
 
@@ -152,8 +157,15 @@ class Unwind(Flow):
         return [found[i] for i in self.wrt], [True] * len(self.wrt)
 
     def check_rules(self, n: Node, symmetric: bool) -> None:
-        """Refuse derivatives of the backward if a rule of the user's may differ from the transpose
-        of another, or, for ``symmetric`` second derivatives, from the derivative."""
+        """Refuse derivatives of the backward if the condition draws, or if a rule of the user's
+        may differ from the transpose of another, or, for ``symmetric`` second derivatives, from
+        the derivative."""
+        if self.loop.draws:
+            raise RuleError(
+                "a second derivative of while_loop(checkpoint='revolve') whose condition draws "
+                f"random numbers{at(n.meta.get('line'))}: the loop of tangents would draw others; "
+                "draw them before the loop, and let it read them"
+            )
         body = self.loop.body
         rule = body.once((own_rule, symmetric), lambda: own_rule(body, symmetric))
         if rule:

@@ -19,7 +19,7 @@ from ..transforms.activity import flat_inputs, has_derivative
 from ..transforms.jvp import jvp
 from ..transforms.vmap import vmap
 from ..transforms.walk import builder, filled_node
-from .bodies import Flow, as_planned, dense, differing, emit_flow, results_as
+from .bodies import Flow, as_planned, dense, differing, drawn, emit_flow, results_as
 from .one_by_one import one_by_one
 from .scan import Scan, own_memory
 from .series import Groups, body_series, emit_series, moved
@@ -111,7 +111,7 @@ class While(Flow):
         """Make the loop one of ``max_steps`` steps, in which surplus steps do nothing. With
         ``slots`` leave it, and add a node that goes back from step to step."""
         if self.slots:
-            if self.draws:
+            if drawn(self.body):
                 raise RuleError(
                     "reverse mode through while_loop(checkpoint='revolve') that draws random "
                     f"numbers{at(n.meta.get('line'))}: steps that are computed again would draw "

@@ -16,6 +16,7 @@ from aotfunc import (
     jacfwd,
     jacrev,
     jit,
+    jvp,
     make_fx,
     scan,
     vmap,
@@ -294,6 +295,28 @@ def test_draws_are_refused():
     with pytest.raises(RuleError, match=r"draws random numbers.*draw them before the loop") as e:
         grad(f)(torch.tensor(0.0))
     assert "test_revolve.py" in str(e.value)
+
+
+def test_draws_of_the_condition():
+    """The backward runs no condition: it goes back from the step where the loop ended."""
+
+    def f(x, loop=while_loop):
+        test = lambda c: (c[1] < 9) & (torch.rand(()) < 0.8)
+        body = lambda c: ((c[0] * x).sin(), c[1] + 1)
+        start = x, torch.tensor(0)
+        return loop(test, body, start, checkpoint="revolve", slots=2)[0].sum()
+
+    for seed in range(3):
+        found = []
+        for derivative in (torch.func.grad(lambda x: f(x, by_loop)), grad(f), jit(grad(f))):
+            torch.manual_seed(seed)
+            found.append((derivative(X), torch.rand(())))
+        assert_same(found[1], found[0], **TIGHT)
+        assert_same(found[2], found[0], **TIGHT)
+    slope = lambda x: grad(f)(x).sum()
+    for second in (grad(slope), jit(grad(slope)), lambda x: jvp(slope, (x,), (x,))):
+        with pytest.raises(RuleError, match=r"whose condition draws.*draw them before the loop"):
+            second(X)
 
 
 WRONG = {"often": 2}, {"checkpoint": "revolve"}, {"checkpoint": 3, "slots": 2}, {"slots": 2}
