@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..capture.checkpoints import name_value, recorded_region
 from ..capture.deferred import calls_late
-from ..partition.policies import Policy
+from ..partition.policies import Policy, check_policy
 from ..trace.patches import recorder
 from ..trace.traced import Traced
 
@@ -35,6 +35,7 @@ def checkpoint(f: Callable | None = None, policy: Policy | None = None) -> Any:
     tensor([[1., 1.],
             [1., 1.]])
     """
+    check_policy(policy)
     if f is None:
         return functools.partial(checkpoint, policy=policy)
 

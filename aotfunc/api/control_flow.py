@@ -19,7 +19,7 @@ from ..capture.unrolled import emit_unrolled
 from ..capture.while_loop import While, as_condition, counted
 from ..debug import at, user_line, where_defined
 from ..errors import ArgumentError
-from ..partition.policies import Policy
+from ..partition.policies import Policy, check_policy
 from ..trace.emit import Builder
 from ..trace.entering import entry
 from ..trace.traced import under_way
@@ -79,7 +79,8 @@ def scan(
     rows = tensors("scan", "xs", rows, x_spec)
     steps = trip_count("scan", rows, x_spec, length)
     policy, every = (checkpoint, 0) if callable(checkpoint) else (None, checkpoint)
-    if not isinstance(every, int) or every < 0:
+    check_policy(policy)
+    if not isinstance(every, int) or isinstance(every, bool) or every < 0:
         raise ArgumentError(
             "scan: checkpoint is a number of steps, 0, or a policy, not "
             f"{checkpoint!r}{at(user_line())}"
@@ -279,16 +280,17 @@ def while_loop(
     >>> vmap(grad(root))(torch.tensor([4.0, 9.0]))
     tensor([0.2500, 0.1667])
     """
-    if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 1):
-        raise ArgumentError(f"while_loop: max_steps must be a positive int, not {max_steps!r}")
+    for name, value in (("max_steps", max_steps), ("slots", slots)):
+        if value is not None and (
+            not isinstance(value, int) or isinstance(value, bool) or value < 1
+        ):
+            raise ArgumentError(
+                f"while_loop: {name} must be a positive int, not {value!r}{at(user_line())}"
+            )
     if checkpoint not in (None, "revolve") or (checkpoint is None) != (slots is None):
         raise ArgumentError(
             "while_loop: checkpoint must be None or 'revolve', and slots an int with 'revolve' "
             f"alone, not checkpoint={checkpoint!r}, slots={slots!r}{at(user_line())}"
-        )
-    if slots is not None and (not isinstance(slots, int) or slots < 1):
-        raise ArgumentError(
-            f"while_loop: slots must be a positive int, not {slots!r}{at(user_line())}"
         )
 
     def limit(inputs: Sequence[Tensor], draws: bool) -> int | None:

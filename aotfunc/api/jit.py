@@ -14,6 +14,7 @@ from ..errors import ArgumentError
 from ..partition import Policy, default_partition, min_cut_rematerialization_partition
 from ..partition.budget import Budget
 from ..partition.partitions import Budgeted
+from ..partition.policies import check_policy
 from ..runtime.compiled import Compiled
 from ..runtime.guards.explain import Explanation
 from ..runtime.guards.parallel import check_parallel
@@ -118,6 +119,7 @@ def jit(
 def budgeted(default: Partition, memory_budget: MemoryBudget, policy: Policy | None) -> Partition:
     """Return the partition function within a budget and by a policy; the default if both are
     None."""
+    check_policy(policy)
     if memory_budget is None and policy is None:
         return default
     return Budgeted(1.0 if memory_budget is None else memory_budget, policy)

@@ -16,6 +16,8 @@ from typing import TypeAlias
 
 from torch.fx import Node
 
+from ..debug import at, user_line
+from ..errors import ArgumentError
 from .cost import flops
 from .ops import is_view
 
@@ -34,6 +36,17 @@ class Verdict(IntEnum):
 
 
 Policy: TypeAlias = Callable[[Node], int]
+
+
+def check_policy(policy: Policy | None) -> None:
+    """Raise ArgumentError for a policy that cannot be a key of what is made for it."""
+    try:
+        hash(policy)
+    except TypeError:
+        raise ArgumentError(
+            f"a policy must be hashable, not {policy!r}{at(user_line())}; make it a "
+            "function, or give its class a __hash__"
+        ) from None
 
 
 def names(n: Node) -> set[str]:

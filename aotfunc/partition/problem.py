@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from ..debug import at
 from ..errors import PartitionError
 from ..trace.records import saves
 from .cost import Cost, nbytes
@@ -95,6 +96,11 @@ class Problem:
         if inside and not saves(maker(n)):
             return Verdict.RECOMPUTE
         given = Verdict.FREE if policy is None else policy(maker(n))
+        if not isinstance(given, int) or not Verdict.RECOMPUTE <= given <= Verdict.SAVE:
+            raise PartitionError(
+                f"a policy returns a Verdict, not {given!r}, as {policy!r} does for "
+                f"{maker(n).name}{at(n.meta.get('line'))}"
+            )
         if given == Verdict.OFFLOAD and is_single(n) and not off_host(n):
             given = Verdict.SAVE
         single = is_single(n) and not is_view(n)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import aotfunc
-from aotfunc import cache, grad, hessian, jit, jvp, scan, vmap, while_loop
+from aotfunc import cache, checkpoint, grad, hessian, jit, jvp, scan, vmap, while_loop
+from aotfunc.errors import ArgumentError, PartitionError
 from aotfunc.graph import Program
 from aotfunc.partition.policies import (
     everything_saveable,
@@ -108,3 +109,32 @@ def test_what_no_one_has_again_is_forgotten(f, monkeypatch):
         gc.collect()
         counts.append(sum(isinstance(p, Program) for p in gc.get_objects()))
     assert counts[1] < counts[0] + 25
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, n):
+        return 1
+
+
+def test_policies_are_checked():
+    def f(policy):
+        step = lambda c, x: ((c * x).sin().exp(), None)
+        return lambda h: scan(step, h, XS, checkpoint=policy)[0].sum()
+
+    with pytest.raises(PartitionError, match=r"returns a Verdict, not None.*test_policies.py"):
+        grad(f(lambda n: None))(H)
+    with pytest.raises(PartitionError, match="returns a Verdict, not None"):
+        jit(lambda h: (h.sin() * h).exp().sum(), policy=lambda n: None)(H.clone().requires_grad_())
+    for run in (
+        lambda: grad(f(Unhashable()))(H),
+        lambda: checkpoint(torch.sin, policy=Unhashable()),
+        lambda: jit(torch.sin, policy=Unhashable()),
+    ):
+        with pytest.raises(ArgumentError, match=r"policy must be hashable.*test_policies.py"):
+            run()
+    with pytest.raises(ArgumentError, match="checkpoint is a number of steps"):
+        f(True)(H)
+    with pytest.raises(ArgumentError, match="max_steps must be a positive int, not True"):
+        while_loop(lambda h: h.sum() < 0, torch.sin, H, max_steps=True)

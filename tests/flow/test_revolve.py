@@ -324,6 +324,7 @@ WRONG = [
     *WRONG[1:],
     {"checkpoint": "revolve", "slots": 0},
     {"checkpoint": "revolve", "slots": 1.5},
+    {"checkpoint": "revolve", "slots": True},
 ]
 
 
