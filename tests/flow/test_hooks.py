@@ -59,7 +59,7 @@ def test_second_derivatives(name):
         assert_same(vmap(jacrev(grad(f)))(batch), both, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["scan", "while_loop", "cond", "call"])
+@pytest.mark.parametrize("name", ["scan", "every carry", "policy", "while_loop", "cond", "call"])
 def test_autograd_calls_them_again(name):
     """A second derivative by autograd passes through them, as through eager's."""
     found = []
