@@ -43,7 +43,8 @@ lint: $(STAMP) ## ruff: rules and format
 types: $(STAMP) ## mypy over aotfunc/
 	$(PY) -m mypy
 
-docs: $(STAMP) ## build the documentation site into build/site
+docs: $(STAMP) ## run the examples of all pages, and build the documentation site into build/site
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) tests/test_docs.py -k "examples"
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "build/site/index.html: look at it in a browser; to search: $(PY) -m http.server -d build/site"
 
