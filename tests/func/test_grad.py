@@ -352,22 +352,3 @@ def test_repeated_grad(order):
 def test_jit_of_the_same_function_agrees():
     x = f64(3)
     assert_same(aotfunc.jit(grad(lambda x: (x.sin() * x).sum()))(x), x.cos() * x + x.sin())
-
-
-@pytest.mark.parametrize("by_freq", [False, True])
-@pytest.mark.parametrize("padding_idx", [None, 2])
-def test_second_derivatives_of_gradients_that_an_embedding_scales_or_drops(by_freq, padding_idx):
-    """Such gradients are no derivatives, so that only eager says what theirs are."""
-    table, v, mix = f64(4, 3), f64(4, 3), f64(7, 7)
-    indices = torch.tensor([1, 2, 2, 1, 3, 3, 3])
-
-    def loss(table):
-        rows = torch.nn.functional.embedding(
-            indices, table, padding_idx, scale_grad_by_freq=by_freq
-        )
-        return (mix @ rows).sin().sum()
-
-    along = lambda gradient: lambda table: (gradient(loss, create_graph=True)(table) * v).sum()
-    want = grads(along(grads))(table)
-    got = grad(along(lambda f, create_graph: grad(f)))(table)
-    assert_same(got, want, rtol=1e-12, atol=1e-12)
