@@ -19,7 +19,7 @@ from ..errors import CaptureError, RuleError
 from ..trace.modes import Surroundings, off, outside_inference_mode
 from ..trace.recording import record_into
 from ..trace.records import instr_op, results_of, written_slots
-from ..trace.shapes.sig import Sig, contiguous_stride, make_sig
+from ..trace.shapes.sig import Sig, contiguous_stride, make_sig, reach
 from ..trace.traced import Traced, current, no_recording, quiet, under_way
 from ..trace.tracer import Trace
 from ..transforms.rules import axes
@@ -241,10 +241,10 @@ def differs(t: Tensor, vmap: Trace) -> bool:
 def in_batch(sig: Sig, size: int) -> Sig:
     """Return the signature of a batch of ``size`` such values, one after another: laid out as
     each is if it has no gaps, else contiguous."""
-    extent = 1 + sum((n - 1) * s for n, s in zip(sig.shape, sig.stride, strict=True))
-    stride = sig.stride if extent == math.prod(sig.shape) else contiguous_stride(sig.shape)
-    shape = (size, *sig.shape)
-    return make_sig(shape, (math.prod(sig.shape), *stride), sig.dtype, sig.device)
+    count = math.prod(sig.shape)
+    dense = reach(sig.shape, sig.stride) == count
+    stride = sig.stride if dense else contiguous_stride(sig.shape)
+    return make_sig((size, *sig.shape), (count, *stride), sig.dtype, sig.device)
 
 
 def as_recorded(trace: Trace, results: Sequence[Tensor]) -> tuple | None:
