@@ -149,7 +149,8 @@ class Entries:
     def __init__(self, name: str, f: Callable, argnums: int, args: tuple, kwargs: dict) -> None:
         if current() is not None:
             raise CaptureError(
-                f"{name}: no transform takes its result, which is sparse: call it outside"
+                f"{name}: which entries there are may depend on values, which other transforms "
+                "do not have: call it outside"
             )
         self.f, self.arguments = f, Arguments(args, kwargs, f)
         self.chosen = positions(name, self.arguments, argnums)
