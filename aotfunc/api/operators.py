@@ -16,8 +16,7 @@ from ..capture.unwind import Unwind
 from ..capture.while_loop import While, as_condition
 from ..runtime.graph_module import graph_module
 from ..trace.emit import Builder
-from ..trace.traced import HOOKS
-from . import control_flow, recurrent  # noqa: F401
+from . import control_flow
 from .associative_scan import associative_scan
 from .flow_bodies import Body, one, run_flow, sharing_constants
 
@@ -174,12 +173,3 @@ def torch_map(f: Callable, xs: Any, *args: Any) -> Any:
 
 def torch_associative_scan(f: Callable, xs: Any, dim: int, reverse: bool) -> Any:
     return associative_scan(f, xs, reverse, dim)
-
-
-HOOKS.update(
-    cond=torch_cond,
-    while_loop=torch_while_loop,
-    scan=torch_scan,
-    map=torch_map,
-    associative_scan=torch_associative_scan,
-)

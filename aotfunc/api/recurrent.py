@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..trace.traced import HOOKS
 from .control_flow import scan
 
 State = tuple[Tensor, ...]  # a step's state, its output first
@@ -82,6 +81,3 @@ def recurrent(
         x = torch.cat(outs, -1) if both_ways else outs[0]
     states = [torch.stack(s) for s in zip(*ends, strict=True)]
     return (x.transpose(0, 1) if batch_first else x, *states)
-
-
-HOOKS["recurrent"] = recurrent

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from ..trace import outside
+from ..trace.above import above
 from ..trace.patches import ORIGINALS, Attribute, Code, recorder
-from ..trace.traced import HOOKS, under_way
+from ..trace.traced import under_way
 from ..transforms.rules.ctc import recordable
 from ..transforms.rules.packed import padded_sequences
 from . import module_hooks
@@ -27,7 +29,7 @@ from .checkpoints import checkpoint_region, recorded_apply
 from .constants import deepcopy_of_a_constant, numpy_of_a_constant, tolist_of_a_constant, unpickled
 from .generators import get_rng_state, initial_seed, manual_seed, random_seed, set_rng_state
 from .gradients import autograd_backward, autograd_grad
-from .hooks import register_hook, register_multi_grad_hook
+from .hooks import register_multi_grad_hook
 
 
 class Undisturbed:
@@ -202,11 +204,6 @@ def _associative_scan_template(  # type: ignore[no-untyped-def]
     return _aotfunc_associative_scan(combine_fn, xs, dim, reverse)
 
 
-def above(name: str) -> Any:
-    """Return the function of a higher layer with this name."""
-    return lambda *args: HOOKS[name](*args)
-
-
 graph = torch.autograd.graph
 #: the names of torch's functions as attributes of their modules
 operators = {
@@ -244,14 +241,19 @@ PATCHES: tuple[Code | Attribute | Undisturbed, ...] = (
         checkpoint_region,
     ),
     Undisturbed(torch_checkpoint.checkpoint),
-    Code("cond", torch.cond, above("cond"), _cond_template),
-    Code("while_loop", operators["while_loop"], above("while_loop"), _while_loop_template),
-    Code("scan", operators["scan"], above("scan"), _scan_template),
-    Code("map", operators["map"], above("map"), _map_template),
+    Code("cond", torch.cond, partial(above, "torch_cond"), _cond_template),
+    Code(
+        "while_loop",
+        operators["while_loop"],
+        partial(above, "torch_while_loop"),
+        _while_loop_template,
+    ),
+    Code("scan", operators["scan"], partial(above, "torch_scan"), _scan_template),
+    Code("map", operators["map"], partial(above, "torch_map"), _map_template),
     Code(
         "associative_scan",
         operators["associative_scan"],
-        above("associative_scan"),
+        partial(above, "torch_associative_scan"),
         _associative_scan_template,
     ),
     Attribute("numpy", Tensor, "numpy", numpy_of_a_constant),
@@ -273,11 +275,6 @@ def install() -> None:
     if not _installed:
         # Dynamo knows the getters of Tensor as torch has them, and keeps them
         torch.overrides.get_default_nowrap_functions()
-        HOOKS.update(
-            register_hook=register_hook,
-            give_memory=outside.give_memory,
-            check_grad=outside.check_grad,
-        )
         for patch in PATCHES:
             patch.install()
         _installed = True

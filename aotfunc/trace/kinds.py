@@ -16,10 +16,7 @@ from .traced import Traced, as_if_outside, quiet
 def check_kind(t: Tensor) -> None:
     """Refuse the tensors that a recording cannot stand for."""
     if t.is_nested:
-        raise CaptureError(
-            f"nested tensors are not captured{at(debug.user_line())}: pad them, and use a mask "
-            "where it matters"
-        )
+        raise of_nested()
     if t.layout is not torch.strided or t.is_quantized:
         raise CaptureError(
             f"only dense tensors can be captured, not {t.layout} with dtype "
@@ -60,6 +57,13 @@ def is_fake(t: Tensor) -> bool:
     return type(t).__module__ in (
         "torch._subclasses.fake_tensor",
         "torch._subclasses.functional_tensor",
+    )
+
+
+def of_nested() -> CaptureError:
+    return CaptureError(
+        f"nested tensors are not captured{at(debug.user_line())}: pad them, and use a mask where "
+        "it matters"
     )
 
 

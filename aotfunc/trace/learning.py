@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from ..cache import Cache
 from ..debug import at, user_line
 from ..errors import CaptureError, OpError
+from .kinds import of_nested
 from .nested import leaves, map_nested
 from .scalars import NUMBER, with_number
 from .shapes.infer import infer, signatures
@@ -33,10 +34,7 @@ def learn(
     trace: Trace, key: tuple, func: OpOverload, args: tuple, kwargs: dict, sigs: tuple
 ) -> Instr:
     if "nested" in func._schema.name:
-        raise CaptureError(
-            f"nested tensors are not captured{at(user_line())}: pad them, and use a "
-            "mask where it matters"
-        )
+        raise of_nested()
     if func._schema.name == "_c10d_functional::_wrap_tensor_autograd":
         # eager waits when the tensor is first read; a graph waits where it is made
         func = torch.ops._c10d_functional.wait_tensor.default

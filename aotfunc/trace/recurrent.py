@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .above import above
 from .patches import recorder
-from .traced import HOOKS
 
 
 def rolled(name: str) -> Callable:
@@ -21,7 +21,7 @@ def rolled(name: str) -> Callable:
     def layers(*args: Any) -> Any:
         trace = recorder()
         loop = trace is not None and trace.rolls and fits(name, *args)
-        return HOOKS["recurrent"](name, *args) if loop else unrolled(*args)
+        return above("recurrent", name, *args) if loop else unrolled(*args)
 
     return layers
 

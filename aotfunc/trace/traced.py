@@ -18,14 +18,12 @@ from torch import Tensor
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError, OpError
+from .above import above
 from .modes import without_modes
 from .shapes.sig import Sig
 
 if TYPE_CHECKING:
     from .tracer import Trace
-
-#: name -> function of a higher layer; filled by :func:`aotfunc.capture.patches.install`
-HOOKS: dict[str, Callable] = {}
 
 
 class _Stack(threading.local):
@@ -115,12 +113,12 @@ class Traced(Tensor):
 
     @property
     def grad(self) -> Tensor | None:  # type: ignore[override]
-        HOOKS["check_grad"](self)
+        above("check_grad", self)
         return self.__dict__.get("_grad")
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        HOOKS["check_grad"](self)
+        above("check_grad", self)
         self.__dict__["_grad"] = value
 
     def is_inference(self) -> bool:
@@ -141,7 +139,7 @@ class Traced(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        HOOKS["give_memory"](self, value)
+        above("give_memory", self, value)
 
     def is_conj(self) -> bool:
         """Return eager's answer, though a traced conjugate is computed at once."""
@@ -186,7 +184,7 @@ class Traced(Tensor):
         torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
 
     def register_hook(self, hook: Callable) -> Any:
-        return HOOKS["register_hook"](self, hook)
+        return above("register_hook", self, hook)
 
     def register_post_accumulate_grad_hook(self, hook: Callable) -> Any:
         raise CaptureError(

@@ -1,0 +1,25 @@
+"""Call the functions of other modules that a recording leads to: their modules import this one,
+and are imported at the call."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+#: name -> the module that has this function
+_MODULES = {
+    "check_grad": "trace.outside",
+    "give_memory": "trace.outside",
+    "register_hook": "capture.hooks",
+    "torch_cond": "api.operators",
+    "torch_while_loop": "api.operators",
+    "torch_scan": "api.operators",
+    "torch_map": "api.operators",
+    "torch_associative_scan": "api.operators",
+    "recurrent": "api.recurrent",
+}
+
+
+def above(name: str, *args: Any) -> Any:
+    """Call the function with this name."""
+    return getattr(import_module(f"aotfunc.{_MODULES[name]}"), name)(*args)
