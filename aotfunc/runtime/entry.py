@@ -142,7 +142,7 @@ class Entry:
 
     @property
     def inlined(self) -> bool:
-        """Whether a call runs the function itself, whose hooks belong to what is around it."""
+        """Return whether a call runs the function itself, whose hooks belong to what is around."""
         return bool(self.live_hooks) and (current() is not None or op_by_op())
 
     def __call__(self, tensors: list[Tensor], *where: Any) -> Any:
