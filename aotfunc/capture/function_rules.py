@@ -103,7 +103,8 @@ def recorded_jvp(
         return None, kept
     floats = tuple(map(floating, args))
     sigs = [trace.ref_of(a)[1] for a, yes in zip(args, floats, strict=True) if yes]
-    rule = Gaps(Tangents(jvp), floats)
+    dirty = {*map(id, ctx.dirty_tensors or ())}
+    rule = Gaps(Tangents(jvp, tuple([id(a) in dirty for a in args])), floats)
     saved, ctx.to_save = ctx.to_save, ctx.saved_for_forward or ctx.to_save
     made = rule_program(name, ctx, rule, sigs, jvp, lambda tensors: tensors, kept)
     ctx.to_save = saved
@@ -161,12 +162,16 @@ class Gaps:
 
 @dataclass(frozen=True)
 class Tangents:
-    """A call of the jvp that returns a list."""
+    """A call of the jvp that returns a list. It writes to the tangents of arguments that the
+    forward has ``written``, as autograd demands, and gets copies of these."""
 
     jvp: Callable
+    written: tuple[bool, ...]
 
     def __call__(self, ctx: Any, *tangents: Any) -> list:
-        return listed(self.jvp(ctx, *tangents))
+        pairs = zip(tangents, self.written, strict=True)
+        given = [t.clone() if yes and t is not None else t for t, yes in pairs]
+        return listed(self.jvp(ctx, *given))
 
 
 @dataclass(frozen=True)

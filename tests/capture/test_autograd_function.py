@@ -306,11 +306,66 @@ def test_mark_dirty():
 
     f = lambda x: (AddOne.apply(x * 2) * x).sum()
     x = f64(3)
-    try:
-        g = grad(f)(x)
-    except AotfuncError:
-        return
-    assert_same(g, grads(f)(x))
+    assert_same(grad(f)(x), grads(f)(x))
+
+
+class ExpInPlace(Function):
+    """exp, in the memory of its argument; its jvp is in place too, as autograd demands."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.exp_()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_dirty(*inputs)
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0]
+
+    @staticmethod
+    def jvp(ctx, t):
+        return t.mul_(ctx.saved_tensors[0])
+
+
+IN_PLACE = {
+    "jvp": lambda f, x, t: jvp(f, (x,), (t,)),
+    "jvp vmap": lambda f, x, t: jvp(vmap(f), (x,), (t,)),
+    "vmap jvp": lambda f, x, t: vmap(lambda x, t: jvp(f, (x,), (t,)))(x, t),
+    "vjp jvp": lambda f, x, t: vjp(lambda x: jvp(f, (x,), (t,))[1], x)[1](t),
+    "jvp jvp": lambda f, x, t: jvp(lambda x: jvp(f, (x,), (t,))[1], (x,), (t,)),
+    "jvp vjp": lambda f, x, t: jvp(lambda x: vjp(f, x)[1](t)[0], (x,), (t,)),
+    "vmap vjp jvp": lambda f, x, t: vmap(
+        lambda x, t: vjp(lambda x: jvp(f, (x,), (t,))[1], x)[1](t)
+    )(x, t),
+    "jit": lambda f, x, t: jit(lambda x, t: jvp(f, (x,), (t,)))(x, t),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_jvp_in_place_of_a_dirty_argument(name):
+    x, t = f64(2, 3), f64(2, 3)
+    got = IN_PLACE[name](lambda x: ExpInPlace.apply(x * 1), x, t.clone())
+    assert_same(got, IN_PLACE[name](torch.exp, x, t))
+
+
+def test_jvp_in_place_of_an_argument_that_is_not_dirty_is_refused():
+    class Exp(ExpInPlace):
+        @staticmethod
+        def forward(x):
+            return x.exp()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_forward(output)
+
+    with pytest.raises(AotfuncError, match="writes to what it was given"):
+        jvp(Exp.apply, (f64(3),), (f64(3),))
 
 
 class Counting(SavesInputs):
