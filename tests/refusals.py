@@ -213,6 +213,7 @@ PROGRAMS: dict[str, Callable] = {
         lambda z: z.real.add_(1)
     ),
     "`x.expand(2, 3).add_(1)`": on(ones())(lambda x: x.expand(2, 3).add_(1)),
+    "`x[:, 1:] = x[:, :-1]`": on(ones(2, 3))(lambda x: x[:, 1:].copy_(x[:, :-1])),
     "writes to overlapping arguments": lambda compiler: compiler(lambda a, b: a.add_(b.sum()))(
         *(lambda t: (t[:4], t[2:]))(torch.arange(6.0))
     ),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 from math import lcm
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 from .aliases import final_views
 from .shapes.sig import Sig, contiguous_stride, reach
 from .traced import Traced
+
+if TYPE_CHECKING:
+    from .tracer import Trace
 
 aten = torch.ops.aten
 
@@ -97,17 +100,23 @@ def view_key(t: Tensor) -> Any:
 def memory_of(t: Tensor) -> tuple[Any, int]:
     """Return the identity of ``t``'s memory, and the byte of it at which ``t`` begins."""
     if t.__class__ is Traced:
-        trace, root = t.tracer, t.tracer.root(t.ref)
-        count = len(trace.inputs)
-        if root >= count:
-            return (id(trace), root), t.sig.offset * t.element_size()
-        base = trace.inputs[root].offset if root >= 0 else trace.lifted[-root - 1].storage_offset()
-        group, start, *_ = trace.layout()[trace.position(root)]
-        return (id(trace), "group", group), start + (t.sig.offset - base) * t.element_size()
+        return memory_at(t.tracer, t.ref, t.sig)
     try:
         return t.untyped_storage()._cdata, t.storage_offset() * t.element_size()
     except (RuntimeError, NotImplementedError):
         return id(t), 0
+
+
+def memory_at(trace: Trace, ref: int, sig: Sig) -> tuple[Any, int]:
+    """Return the identity of a recorded value's memory, and the byte of it at which the value
+    begins."""
+    root, count = trace.root(ref), len(trace.inputs)
+    if root >= count or (root >= 0 and len(trace.origins) != count):
+        return (id(trace), root), sig.offset * sig.dtype.itemsize
+    real = trace.origins[root] if root >= 0 else trace.lifted[-root - 1]
+    base = trace.inputs[root].offset if root >= 0 else real.storage_offset()
+    memory, start = memory_of(real)
+    return memory, start + (sig.offset - base) * sig.dtype.itemsize
 
 
 def version(t: Tensor) -> int:

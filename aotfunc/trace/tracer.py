@@ -26,6 +26,7 @@ from .collectives import record_collective
 from .following import LOW, expressions_in, with_values
 from .in_place import OVERWRITES, check_reshaped, write_results
 from .learning import follows_default, learn
+from .overlaps import check_overlaps
 from .records import written_slots
 from .replay import Answering
 from .scalars import FIRST, NUMBER, TAKES_NUMBER, beside_tensors, generic, may_be_input
@@ -130,6 +131,7 @@ class Trace(Answering, TorchDispatchMode):
                     self.autograd.made.append(weakref.ref(t))
                 return t if _tangents_enabled() else self.without_tangents(t)
         elif facts.writes:
+            check_overlaps(self)
             self.mutates = True
             if func in OVERWRITES and not self.may_ask_constants and _grad_enabled():
                 self.autograd.overwrite(refs, self.kin(refs[0]))

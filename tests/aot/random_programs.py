@@ -58,7 +58,6 @@ class Scope:
         self.draw, self.env, self.numbers = draw, env, numbers
         self.names: list[str] = list(names)  # expressions for tensors; the latest are drawn most
         self.same = self.made = ""  # the tensor that was named last, and the new one
-        self.writes = False  # whether the statement does
         self.outside: list[str] = list(outside)  # expressions for whatever lies outside
 
     # ----- what can be named ---------------------------------------------------------------------
@@ -116,9 +115,7 @@ class Scope:
             case "made":
                 return self.made
             case "x" | "y" | "any" | "int" | "local":
-                before, self.same = self.same, self.operand(what)
-                if what == "y" and self.writes and overlap(*map(self.value, (before, self.same))):
-                    raise IndexError
+                self.same = self.operand(what)
                 return self.same
             case "same":
                 return self.same
@@ -146,7 +143,6 @@ class Scope:
 
     def fill(self, template: str) -> str:
         """The template with its holes filled."""
-        self.writes = re.search(r"_\(|[-+*/]= |\] = |out=", template) is not None
         text = re.sub(r"(?<!\{)\{(\w[\w ]*)\}(?!\})", lambda m: self.hole(m[1]), template)
         return text.replace("{{", "{").replace("}}", "}")
 
@@ -222,13 +218,6 @@ class Scope:
         for mine in inner.names:  # its own
             self.env.pop(mine, None)
         return [block, text] if self.take(render([block])) and self.take(text) else []
-
-
-def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether these are two views of one memory: if one is written with the other, eager reads
-    what it has written by then."""
-    layouts = [(t.shape, t.stride(), t.storage_offset()) for t in (a, b)]
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata and layouts[0] != layouts[1]
 
 
 def small(t: Tensor) -> bool:

@@ -1,0 +1,140 @@
+"""Refuse ops in place that meet memory which they write through another view, too, where the
+result depends on the order in which their kernel goes through it (``x.add_(x[0])``).
+
+A graph reads everything before it writes. PyTorch refuses most such views; for the others both
+ways are tried once, on scratch memory in which they lie as the arguments do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cache import Cache
+from ..debug import at, user_line
+from ..errors import CaptureError, OpError
+from .memory import extent, memory_at, overlap
+from .records import written_slots
+from .scalars import NUMBER
+from .shapes.instr import Instr
+from .shapes.sig import Sig, fill
+from .traced import quiet
+
+if TYPE_CHECKING:
+    from .tracer import Trace
+
+aten = torch.ops.aten
+
+
+class Place(NamedTuple):
+    """The memory of an argument, and the byte of it at which the argument begins."""
+
+    memory: Any
+    start: int
+
+
+#: (instruction, places) -> one of these, or PyTorch's words where it refuses them
+_verdicts = Cache(4096)
+SAME, OTHER = "as a graph does", "in an order of its own"
+
+
+def check_overlaps(trace: Trace) -> None:
+    """Refuse the op in place that was recorded last if it meets memory that it writes through two
+    views, and its kernel does something else then than a graph does."""
+    instr, refs, *_ = trace.records[-1]
+    if len(refs) == 1:
+        return
+    written = written_slots(instr)
+    places: dict[int, Place] = {}
+    inside: dict[Any, list[int]] = {}  # the slots of each memory
+    for i in (*written, *(i for i, sig in enumerate(instr.sigs) if sig is not NUMBER)):
+        if i not in places:
+            places[i] = Place(*memory_at(trace, refs[i], instr.sigs[i]))
+            inside.setdefault(places[i].memory, []).append(i)
+    pairs = ((w, i) for w in written for i in inside[places[w].memory] if i != w)
+    met = next((pair for pair in pairs if meet(instr, places, *pair)), None)
+    if met is None:
+        return
+    places = near(instr, places)
+    key = (instr, tuple(places.items()))
+    verdict = _verdicts.once(key, lambda: tried(instr, places, written))
+    if verdict is SAME:
+        return
+    trace.records.pop()  # it has not run
+    line, (to, read) = at(user_line(3)), (list(instr.sigs[i].shape) for i in met)
+    if verdict is not OTHER:
+        raise OpError(f"{instr.op}({', '.join(map(str, instr.sigs))}): {verdict}{line}")
+    raise CaptureError(
+        f"{instr.op} writes to a tensor of shape {to} and meets its memory in another argument, "
+        f"of shape {read}, too: the result depends on the order in which PyTorch's kernel goes "
+        f"through it{line}; give it a clone() of what it reads"
+    )
+
+
+def meet(instr: Instr, places: Mapping[int, Place], w: int, i: int) -> bool:
+    """Return whether a written tensor shares an element with another argument; a pointwise op may
+    read at each place what it writes there."""
+    to, other = instr.sigs[w], instr.sigs[i]
+    at_each_place = torch.Tag.pointwise in instr.op.tags or instr.op is aten.bernoulli_.Tensor
+    if at_each_place and places[w] == places[i] and to.start is other.start:
+        return False
+    return overlap(to.proto, places[w].start, other.proto, places[i].start)
+
+
+def near(instr: Instr, places: Mapping[int, Place]) -> dict[int, Place]:
+    """Return the places with memories numbered, each cut off in front of the first argument."""
+    memories = [*dict.fromkeys(p.memory for p in places.values())]
+    first = [min(p.start for p in places.values() if p.memory == m) // 16 * 16 for m in memories]
+    numbers = [memories.index(p.memory) for p in places.values()]
+    return {i: Place(n, places[i].start - first[n]) for i, n in zip(places, numbers, strict=True)}
+
+
+def tried(instr: Instr, places: Mapping[int, Place], written: Sequence[int]) -> str:
+    """Return how the op's kernel goes through memory, or what PyTorch says that refuses it. Ops of
+    others are not run, nor those that draw."""
+    if instr.op.namespace != "aten" or instr.facts.random:
+        return OTHER
+
+    def view(whole: Tensor, i: int) -> Tensor:
+        sig, start = instr.sigs[i], places[i].start
+        whole = whole.view(sig.dtype)
+        return whole.as_strided(sig.shape, sig.stride, start // sig.dtype.itemsize)
+
+    def run(tensors: Sequence[Any]) -> Sequence[Any]:
+        kwargs = {k: fill(v, tensors) for k, v in instr.kwargs.items()}
+        instr.op(*fill(instr.args, tensors), **kwargs)
+        return tensors
+
+    def all_of(memory: Callable[[int], Tensor]) -> list[Any]:
+        slots = range(len(instr.sigs))
+        return [view(memory(places[i].memory), i) if i in places else 0.5 for i in slots]
+
+    with quiet(), torch.no_grad():
+        graph = {
+            n: contents(instr, places, written, n) for n in {p.memory for p in places.values()}
+        }
+        kernel = {n: whole.clone() for n, whole in graph.items()}
+        try:
+            run(all_of(lambda n: kernel[n]))
+            apart = run(all_of(lambda n: graph[n].clone()))
+        except Exception as e:
+            return str(e) if "single memory location" in str(e) else OTHER
+        for i in written:
+            view(graph[places[i].memory], i).copy_(apart[i])
+        return SAME if all(torch.equal(graph[n], kernel[n]) for n in graph) else OTHER
+
+
+def contents(instr: Instr, places: Mapping[int, Place], written: Sequence[int], n: int) -> Tensor:
+    """Return the bytes of a memory: small numbers, zeros for what may be indices."""
+    here = [i for i, p in places.items() if p.memory == n]
+    sig: Sig = instr.sigs[here[0]]
+    end = max(places[i].start + extent(instr.sigs[i].proto) for i in here)
+    low, high = (0, 2) if sig.dtype is torch.bool else (1, 8)
+    if here[0] not in written and not (sig.differentiable or sig.dtype is torch.bool):
+        low, high = 0, 1
+    draw, count = torch.Generator().manual_seed(0), (end // 16 + 1) * 16 // sig.dtype.itemsize
+    numbers = torch.randint(low, high, (count,), generator=draw)
+    return numbers.to(sig.device, sig.dtype).view(torch.uint8)
