@@ -63,7 +63,7 @@ def check_overlaps(trace: Trace) -> None:
     verdict = _verdicts.once(key, lambda: tried(instr, places, written))
     if verdict is SAME:
         return
-    trace.records.pop()  # it has not run
+    trace.forget(len(trace.records) - 1, trace.count)  # it has not run
     line, (to, read) = at(user_line(3)), (list(instr.sigs[i].shape) for i in met)
     if verdict is not OTHER:
         raise OpError(f"{instr.op}({', '.join(map(str, instr.sigs))}): {verdict}{line}")
@@ -120,10 +120,10 @@ def tried(instr: Instr, places: Mapping[int, Place], written: Sequence[int]) -> 
         try:
             run(all_of(lambda n: kernel[n]))
             apart = run(all_of(lambda n: graph[n].clone()))
+            for i in written:
+                view(graph[places[i].memory], i).copy_(apart[i])
         except Exception as e:
             return str(e) if "single memory location" in str(e) else OTHER
-        for i in written:
-            view(graph[places[i].memory], i).copy_(apart[i])
         return SAME if all(torch.equal(graph[n], kernel[n]) for n in graph) else OTHER
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from .traced import Traced
 
 _grad_enabled = torch.is_grad_enabled
 _tangents_enabled = torch._C._is_fwd_grad_enabled
+_inference_mode = torch.is_inference_mode_enabled
 _default_dtype = torch.get_default_dtype
 
 
@@ -70,6 +72,9 @@ class Trace(Answering, TorchDispatchMode):
             )
             if done is not NotImplemented:
                 return done
+        if _inference_mode() and is_composite(func):  # elsewhere autograd has opened it
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         key: list[Any] = [call]
         refs: list[int] = []
         add = key.append
@@ -131,7 +136,8 @@ class Trace(Answering, TorchDispatchMode):
                     self.autograd.made.append(weakref.ref(t))
                 return t if _tangents_enabled() else self.without_tangents(t)
         elif facts.writes:
-            check_overlaps(self)
+            if not facts.reshapes:
+                check_overlaps(self)
             self.mutates = True
             if func in OVERWRITES and not self.may_ask_constants and _grad_enabled():
                 self.autograd.overwrite(refs, self.kin(refs[0]))
@@ -273,6 +279,13 @@ class Trace(Answering, TorchDispatchMode):
         """Record an op that the recording itself answers, and return its results."""
         self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
         return self.wrap(instr.outs, instr.facts)
+
+
+@cache
+def is_composite(op: OpOverload) -> bool:
+    """Return whether the op is made of others: a view of its argument for some layouts and a copy
+    for others."""
+    return op._can_decompose()
 
 
 def of_objects(trace: Trace, func: Any, args: tuple) -> Any:

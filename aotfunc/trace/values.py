@@ -219,7 +219,7 @@ class ValueNodes:
         """Replace the value of a tensor, and so of every tensor that shares its storage."""
         view = self.env[ref]
         target = view.sig
-        if overlaps_itself(target):
+        if overlaps_itself(target) or overlaps_itself(view.storage.sig):
             raise CaptureError(
                 "a write to an expanded tensor: several of its elements share memory; clone() it "
                 f"first{at(line)}"

@@ -34,7 +34,27 @@ def asks(x):
     return x + sum(2**k for k, t in enumerate((x, y, v, y[0], y + 1)) if t.is_inference())
 
 
+def copies_of_columns(x):
+    """Of a tensor by columns these are copies, and what is written to them stays theirs."""
+    y = (x * 2).t()
+    with torch.inference_mode():
+        copies = [y.flatten(), y.reshape(-1), y.contiguous(), y.to(torch.float64), y.T.T.ravel()]
+        for t in copies:
+            t.add_(1)
+    return y.sum(), *[t.sum() for t in copies]
+
+
+def views_of_rows(x):
+    y = x * 2
+    with torch.inference_mode():
+        for t in (y.flatten(), y.reshape(-1), y.contiguous(), y.to(y.dtype), y.expand_as(y)):
+            t.add_(1)
+    return y.sum()
+
+
 FUNCTIONS = {
+    "copies of columns": copies_of_columns,
+    "views of rows": views_of_rows,
     "pointwise": within(lambda x: x * 2),
     "module": within(lambda x: LINEAR(x)),
     "view of an argument inside": within(lambda x: x.view(-1)[1:] * 2),

@@ -112,3 +112,10 @@ def test_derivatives_of_what_is_not_refused():
     want = torch.autograd.functional.jacobian(apart, x)
     assert torch.equal(grad(shifted)(x), want)
     assert torch.equal(vmap(grad(shifted))(x[None])[0], want)
+
+
+def test_a_part_of_an_expanded_argument_that_is_written():
+    x = torch.arange(4.0).expand(3, 4)
+    with pytest.raises(AotfuncError, match="expanded tensor"):
+        jit(lambda x: (x[:1].add_(1), None)[1])(x)
+    assert torch.equal(x, torch.arange(4.0).expand(3, 4))
