@@ -45,7 +45,7 @@ def check_overlaps(trace: Trace) -> None:
     """Refuse the op in place that was recorded last if it meets memory that it writes through two
     views, and its kernel does something else then than a graph does."""
     instr, refs, *_ = trace.records[-1]
-    if len(refs) == 1:
+    if len(refs) == 1 or apart(trace, refs):
         return
     written = written_slots(instr)
     places: dict[int, Place] = {}
@@ -72,6 +72,14 @@ def check_overlaps(trace: Trace) -> None:
         f"of shape {read}, too: the result depends on the order in which PyTorch's kernel goes "
         f"through it{line}; give it a clone() of what it reads"
     )
+
+
+def apart(trace: Trace, refs: Sequence[int]) -> bool:
+    """Return whether values share no memory for the plain reason that all but one were made in
+    this recording, each with memory of its own."""
+    of, count = trace.roots().of, len(trace.inputs)
+    made = [r for ref in refs if (r := of.get(ref, ref)) >= count]
+    return len(made) >= len(refs) - 1 and len({*made}) == len(made)
 
 
 def meet(instr: Instr, places: Mapping[int, Place], w: int, i: int) -> bool:
@@ -119,9 +127,9 @@ def tried(instr: Instr, places: Mapping[int, Place], written: Sequence[int]) -> 
         kernel = {n: whole.clone() for n, whole in graph.items()}
         try:
             run(all_of(lambda n: kernel[n]))
-            apart = run(all_of(lambda n: graph[n].clone()))
+            alone = run(all_of(lambda n: graph[n].clone()))
             for i in written:
-                view(graph[places[i].memory], i).copy_(apart[i])
+                view(graph[places[i].memory], i).copy_(alone[i])
         except Exception as e:
             return str(e) if "single memory location" in str(e) else OTHER
         return SAME if all(torch.equal(graph[n], kernel[n]) for n in graph) else OTHER
