@@ -4,7 +4,6 @@ applied, and found again if it records the same.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from ..errors import CaptureError, RuleError
 from ..trace.modes import Surroundings, off, outside_inference_mode
 from ..trace.recording import record_into
 from ..trace.records import instr_op, results_of, written_slots
-from ..trace.shapes.sig import Sig, contiguous_stride, make_sig, reach
+from ..trace.shapes.sig import Sig, contiguous_stride, make_sig
 from ..trace.traced import Traced, current, no_recording, quiet, under_way
 from ..trace.tracer import Trace
 from ..transforms.rules import axes
@@ -142,10 +141,10 @@ class OwnRule:
 
     def __call__(self, walk: Any, inputs: Sequence[Node], line: Line | None) -> tuple[Any, Any]:
         flags = tuple([0 if walk.has(x) else None for x in inputs])
-        info, nodes = Info(*walk.axis[:2]), [walk.env[x] for x in inputs]
-        nodes = self.laid(walk.b, info, flags, nodes)
+        pairs = zip([walk.env[x] for x in inputs], flags, strict=True)
+        nodes = [contiguous(walk.b, n) if flag == 0 else n for n, flag in pairs]
         try:
-            did = self.late((info, flags, tuple([n.meta["val"] for n in nodes])))
+            did = self.late((Info(*walk.axis[:2]), flags, tuple([n.meta["val"] for n in nodes])))
             if did.error is not None:
                 raise did.error
             outs = placed(walk.b, self.cls.vmap, did.trace, did.results, nodes)
@@ -163,19 +162,6 @@ class OwnRule:
                 "not require grad"
             ) from error
         return outs, [True] * len(outs)
-
-    def laid(self, b: Any, info: Info, flags: tuple, nodes: list[Node]) -> list[Node]:
-        """Return the values contiguous where the rule was recorded for a batch of such ones when
-        it was applied."""
-        for at_info, at_flags, sigs in [*self.recorded]:
-            pairs = [*zip(nodes, sigs, strict=True)]
-            if (at_info, at_flags) == (info, flags) and all(
-                (sig := n.meta["val"]) is s
-                or (s.plain and (sig.shape, sig.dtype, sig.device) == (s.shape, s.dtype, s.device))
-                for n, s in pairs
-            ):
-                return [n if n.meta["val"] is s else contiguous(b, n) for n, s in pairs]
-        return nodes
 
     def late(self, call: tuple) -> Recorded:
         """Return what the rule did in a call when it was applied. Where this call was not
@@ -198,6 +184,9 @@ def ops_of(did: Recorded) -> tuple | None:
 
 
 def contiguous(b: Any, n: Node) -> Node:
+    """Return a batch as every rule gets it, so that it can be told when the rule is applied."""
+    if n.meta["val"].plain:
+        return n
     return b.call(aten.clone.default, n, memory_format=torch.contiguous_format)
 
 
@@ -208,9 +197,12 @@ def expected(tensors: Sequence[Tensor], sigs: Sequence[Sig]) -> tuple | None:
         flags = tuple([0 if differs(t, vmap) else None for t in tensors])
         if flags != (None,) * len(flags):
             info = Info(*vmap.samples.axis[:2])
+            shapes = [(info.batch_size, *sig.shape) for sig in sigs]
             batch = [
-                sig if flag is None else in_batch(sig, info.batch_size)
-                for sig, flag in zip(sigs, flags, strict=True)
+                sig
+                if flag is None
+                else make_sig(shape, contiguous_stride(shape), sig.dtype, sig.device)
+                for sig, flag, shape in zip(sigs, flags, shapes, strict=True)
             ]
             return info, flags, tuple(batch)
     return None
@@ -236,15 +228,6 @@ def differs(t: Tensor, vmap: Trace) -> bool:
             written = [refs[k] for k in written_slots(instr)]
             batched.update([of.get(r, r) for r in (*made, *written)])
     return of.get(t.ref, t.ref) in batched
-
-
-def in_batch(sig: Sig, size: int) -> Sig:
-    """Return the signature of a batch of ``size`` such values, one after another: laid out as
-    each is if it has no gaps, else contiguous."""
-    count = math.prod(sig.shape)
-    dense = reach(sig.shape, sig.stride) == count
-    stride = sig.stride if dense else contiguous_stride(sig.shape)
-    return make_sig((size, *sig.shape), (count, *stride), sig.dtype, sig.device)
 
 
 def as_recorded(trace: Trace, results: Sequence[Tensor]) -> tuple | None:
