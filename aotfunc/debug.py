@@ -141,12 +141,17 @@ def outside_dynamo(f: Callable) -> Callable:
     """Keep Dynamo out of ``f``: inside ``torch.compile`` a call of it is a graph break, and the
     functions that it calls run as they are. (Dynamo's own ``disable`` would import Dynamo, which
     takes seconds.)"""
-    eval_frame = torch._C._dynamo.eval_frame
-    if hasattr(eval_frame, "set_code_exec_strategy"):
+    eval_frame, code = torch._C._dynamo.eval_frame, f.__code__
+    if id(code) not in _skipped and hasattr(eval_frame, "set_code_exec_strategy"):
         skip = eval_frame._FrameAction.SKIP
-        eval_frame.set_code_exec_strategy(f.__code__, eval_frame._FrameExecStrategy(skip, skip))
+        eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
+        _skipped[id(code)] = code
     f._torchdynamo_disable = True  # type: ignore[attr-defined]
     return f
+
+
+#: the code that Dynamo skips, by its id: closures share it
+_skipped: dict[int, CodeType] = {}
 
 
 def at(line: Line | None) -> str:

@@ -82,6 +82,22 @@ def conv_logits(width: int, image: int) -> Callable:
 
 
 CASES: dict[str, Callable[[], Case]] = {
+    "vmap of two ops, tiny (8)": lambda: both(
+        lambda m: m.vmap(lambda x: x.sin() * 2), torch.randn(8)
+    ),
+    "jvp of two ops, tiny (8)": lambda: both(
+        lambda m: lambda x, t: m.jvp(lambda x: x.sin() * x, (x,), (t,)),
+        torch.randn(8),
+        torch.randn(8),
+    ),
+    "vjp of two ops, tiny (8)": lambda: both(
+        lambda m: lambda x, t: m.vjp(lambda x: x.sin() * x, x)[1](t),
+        torch.randn(8),
+        torch.randn(8),
+    ),
+    "jacrev of two ops, tiny (8)": lambda: both(
+        lambda m: m.jacrev(lambda x: x.sin() * x), torch.randn(8)
+    ),
     "grad, tiny (10)": lambda: both(lambda m: m.grad(pointwise), torch.randn(10)),
     "grad, mid (300,000)": lambda: both(lambda m: m.grad(pointwise), torch.randn(300_000)),
     "vmap(grad), tiny (8 x 3x5)": lambda: both(

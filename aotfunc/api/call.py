@@ -245,7 +245,7 @@ def like_tangent(t: Tensor, p: Tensor) -> Tensor:
 
 def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | None]:
     """Return one non-negative dim per leaf."""
-    if not isinstance(in_dims, int | tuple) or isinstance(in_dims, bool):
+    if not isinstance(in_dims, (int, tuple)) or isinstance(in_dims, bool):
         if in_dims is None:
             raise ArgumentError("vmap: in_dims is None: no argument is batched")
         raise ArgumentError(
@@ -256,8 +256,8 @@ def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | N
             "vmap: the function was called without positional arguments: there is nothing to batch"
         )
     if isinstance(in_dims, int):
-        in_dims = (in_dims,) * len(args)
-    if len(in_dims) == len(args) and all(d is None or isinstance(d, int) for d in in_dims):
+        flat = [in_dims] * arguments.spans[-1].stop
+    elif len(in_dims) == len(args) and all(d is None or isinstance(d, int) for d in in_dims):
         flat = [d for d, span in zip(in_dims, arguments.spans, strict=True) for _ in span]
     else:
         flat = broadcast_prefix(in_dims, tuple(args), "in_dims")
@@ -303,22 +303,20 @@ def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list:
 
 
 def batch_size(arguments: Arguments, dims: Sequence[int | None]) -> int:
-    for x, d in zip(arguments.leaves, dims, strict=True):
+    sizes = {}
+    for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)):
         if d is not None:
             check_kind(x)
-    batched = [
-        (k, x.shape[d], d)
-        for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True))
-        if d is not None
-    ]
-    if not batched:
+            sizes[k] = x.shape[d]
+    if not sizes:
         raise ArgumentError("vmap: no argument is batched: in_dims is None for all of them")
-    if len(batched) > 1 and len({size for _, size, _ in batched}) > 1:
+    first, *others = set(sizes.values())
+    if others:
         said = "; ".join(
-            f"{arguments.said(k)} has {size} at dimension {d}" for k, size, d in batched
+            f"{arguments.said(k)} has {size} at dimension {dims[k]}" for k, size in sizes.items()
         )
         raise ArgumentError(f"vmap: the batched arguments have different sizes: {said}")
-    return batched[0][1]
+    return first
 
 
 def sample_sig(x: Tensor, dim: int) -> Sig:

@@ -23,7 +23,7 @@ from ..runtime.anomaly import without_nan
 from ..runtime.constants import attached
 from ..runtime.execute import contiguous, execute
 from ..runtime.late_reads import check_memory, storages
-from ..trace.entering import entry
+from ..trace.entering import entered, entry
 from ..trace.kinds import ordinary_tensor
 from ..trace.memory import version
 from ..trace.modes import without_modes
@@ -158,7 +158,8 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     call = Call("vjp", func, arguments, positions("vjp", arguments, everything), has_aux)
     call.check_tensors()
     base, n_out, spec = call.program, call.n_out, call.spec
-    have = tuple(i < n_out and has_derivative(v) for i, v in enumerate(base.vals))
+    vals = base.once("vals", lambda: base.vals)
+    have = tuple([i < n_out and has_derivative(v) for i, v in enumerate(vals)])
     joint = call.derived((have,), lambda: unhooked(vjp_pass(base, call.wrt, have, fill=True)))
     forward, backward, direct = _halves(joint, call, sum(have))
     outs = execute(forward, call.inputs)
@@ -166,9 +167,8 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     versions, memory = list(map(version, residuals)), storages(residuals)
     dtype = torch.get_default_dtype()
     output, *aux = call.results(outs[: base.n_outputs])
-    vals = base.vals[:n_out]
 
-    @entry
+    @entered
     def vjp_fn(*cotangents: Any, **_: Any) -> tuple:
         # torch.func's retain_graph and create_graph have no meaning here
         while len(cotangents) > 1 and isinstance(cotangents[-1], bool | None):
@@ -186,7 +186,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
                 f"vjp_fn: expected cotangents like the output ({n_out} tensors), got {len(cts)}"
             )
         given = []
-        for i, (c, v) in enumerate(zip(cts, vals, strict=True)):
+        for i, (c, v) in enumerate(zip(cts, vals[:n_out], strict=True)):
             if not isinstance(c, Tensor) or tuple(c.shape) != v.shape:
                 shape = list(c.shape) if isinstance(c, Tensor) else type(c).__name__
                 raise ArgumentError(
@@ -272,7 +272,7 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     output, *aux = call.results(outs[: base.n_outputs])
     dtype = torch.get_default_dtype()
 
-    @entry
+    @entered
     def jvp_fn(*tangents: Any) -> Any:
         _, flat = primals_and_tangents("jvp_fn", primals, tangents, func)
         with without_modes(dtype):

@@ -160,14 +160,9 @@ def _batched_program(
 ) -> tuple[Changes, Program, list[Tensor], list[tuple[int | None, int | None]]]:
     """Return the changes that one sample's recording makes to its inputs, the batched program, its
     inputs, and the dimensions as _run takes them."""
-    samples = {
-        k: sample_sig(x, d)
-        for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True))
-        if d is not None
-    }
-    tensor_dims = tuple(
-        d for x, d in zip(arguments.leaves, dims, strict=True) if isinstance(x, Tensor)
-    )
+    pairs = [*zip(arguments.leaves, dims, strict=True)]
+    samples = {k: sample_sig(x, d) for k, (x, d) in enumerate(pairs) if d is not None}
+    tensor_dims = tuple([d for x, d in pairs if isinstance(x, Tensor)])
     named = axis.name is not None
     with axes({**AXES.sizes, axis.name: axis.size}) if named else nullcontext():
         rec = capture(
@@ -188,7 +183,8 @@ def _batched_program(
                 "of it"
             )
     flat = dims_of_results(out_dims, rec.leaves, rec.spec)
-    for k, (x, d) in enumerate(zip(rec.leaves, flat, strict=True)):
+    others = len(rec.tensors) < len(rec.leaves)
+    for k, (x, d) in enumerate(zip(rec.leaves, flat, strict=True)) if others else ():
         if not isinstance(x, Tensor) and d is not None:
             path = leaf_paths(rec.spec)[k] if rec.spec is not None else ""
             if x is None and not path:
@@ -199,7 +195,7 @@ def _batched_program(
                 f"vmap: {where_defined(func)} must return tensors, but the result{path} is {x!r} "
                 f"of type {type(x).__name__}; out_dims=None lets other values pass"
             )
-    results_dims = tuple(flat[k] for k in rec.tensors)
+    results_dims = tuple([flat[k] for k in rec.tensors])
     base = rec.program()
     tensors = tensors_of(arguments)
     sigs = tuple(rec.trace.as_placed([*map(signature, tensors)]))

@@ -41,6 +41,7 @@ def capture(
     outside: Collection[int] = (),
     numbers: bool = False,
     following: Following | None = None,
+    rolls: bool | None = None,
     name_of: Callable[[], Sequence[str]] | None = None,
 ) -> Captured:
     """Run ``f`` once on traced values that stand for the tensors among ``leaves``.
@@ -49,7 +50,8 @@ def capture(
     ``batch`` says what batch (:class:`~aotfunc.capture.followed.Samples`). ``differentiated``
     leaves report ``requires_grad``. With ``why_not`` values may not be asked for, and it says why;
     with ``constants`` those of closed-over tensors may. ``numbers``: Python numbers may be inputs
-    of the program; those of ``following``, which stand among the leaves, are.
+    of the program; those of ``following``, which stand among the leaves, are. ``rolls``: recurrent
+    layers are loops; None: as in the recording around.
 
     What has no batch dimension, where others have, is passed as it is, as in torch.func. A tensor
     that is passed twice is one traced value; as in torch.func, not where some are differentiated,
@@ -57,7 +59,7 @@ def capture(
     are passed as they are."""
     patches.install()
     trace, outer = Trace(why_not, constants, ask=agreed), current()
-    trace.rolls = outer is not None and outer.rolls
+    trace.rolls = (outer is not None and outer.rolls) if rolls is None else rolls
     trace.lifts_numbers = (
         numbers and (outer is None or outer.lifts_numbers) and not under_fake_mode()
     )
@@ -84,7 +86,8 @@ def capture(
                 if not differentiated:
                     t = first.setdefault(id(x), t)
                     trace.stand_for(t, x)
-            t.__dict__.update(attributes(x))
+            if given := attributes(x):
+                t.__dict__.update(given)
             # an index may stand beside traced ones
             whole = samples is not None and i not in samples and x.dim()
             values[i] = x if whole or id(x) in outside else t
@@ -92,10 +95,11 @@ def capture(
         autograd.leaves[values[i].ref] = True
     trace.samples = batch
     if why_not is None:
-        dims = [None] * len(reals) if batch is None else batch.dims
-        trace.concrete_inputs = [
-            x if d is None else None for x, d in zip(reals, dims, strict=True)
-        ]
+        trace.concrete_inputs = (
+            [*reals]
+            if batch is None
+            else [x if d is None else None for x, d in zip(reals, batch.dims, strict=True)]
+        )
     trace.origins = reals
     args, kwargs = rebuild(values)
 
@@ -106,8 +110,8 @@ def capture(
             if (better := refusal_of(e)) is None:
                 raise
             raise better from e
-        plain = not kwargs and all(issubclass(type(a), Tensor) for a in args)
-        if not plain and reassigned((args, kwargs), values):
+        trees = kwargs or [a for a in args if not issubclass(type(a), Tensor)]
+        if trees and reassigned((args, kwargs), values):
             raise CaptureError(
                 "the function assigns to an attribute of an argument, which the caller would not "
                 "see: arguments are made anew for each capture; return the new value instead"
@@ -157,6 +161,8 @@ LEAF = "a leaf Variable that requires grad is being used in an in-place operatio
 def under_fake_mode() -> bool:
     """Return whether FakeTensors are made here, with which the tensor that a number becomes would
     not mix."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 

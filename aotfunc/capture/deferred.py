@@ -134,11 +134,11 @@ def check_checkpoints(trace: Trace) -> None:
     """Refuse a write, before a gradient is taken, to a tensor that a checkpoint reads and its
     recomputation would read again. The checkpoint's own writes, such as statistics, do not count:
     they are made once, and not read."""
+    if not (trace.mutates and trace.regions):
+        return
     regions: dict[int, list[tuple[int, range]]] = {}
     number = len(trace.inputs)
-    for k, (instr, _, _, region, _) in enumerate(
-        trace.records if trace.mutates and trace.regions else ()
-    ):
+    for k, (instr, _, _, region, _) in enumerate(trace.records):
         made = range(number, number := number + results_of(instr))
         if region is not None:
             regions.setdefault(region, []).append((k, made))

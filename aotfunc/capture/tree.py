@@ -80,7 +80,7 @@ class Arguments:
 
 def in_order_of(template: Any, tree: Any) -> Any:
     """Return ``tree`` with the keys of its dictionaries in the order of ``template``."""
-    if is_data(tree) or is_whole(tree):
+    if issubclass(type(tree), Tensor) or is_data(tree) or is_whole(tree):
         return tree
     if isinstance(tree, dict) and isinstance(template, dict) and tree.keys() == template.keys():
         new = copy.copy(tree)

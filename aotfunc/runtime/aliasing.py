@@ -176,7 +176,8 @@ class Changes:
     def __init__(self, rec: Captured) -> None:
         self.rec, trace = rec, rec.trace
         self.flags = [(i, value, line) for i, (value, line) in trace.autograd.flags.items()]
-        self.retained = [i for i, ref in enumerate(trace.finals) if ref in trace.autograd.kept]
+        kept = trace.autograd.kept
+        self.retained = [i for i, ref in enumerate(trace.finals) if ref in kept] if kept else []
         self.hooks = [(i, h.hook) for i, h in trace.given_hooks if not h.removed]
         #: (position, [(op, other arguments, keywords, under no_grad)])
         self.ops: list[tuple[int, list[tuple]]] = []

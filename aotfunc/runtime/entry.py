@@ -272,8 +272,7 @@ def captured_entry(
     def observed(*args: Any, **kwargs: Any) -> Any:
         before = environment_key()
         result = function(*args, **kwargs)
-        left = environment_key() != before
-        if left:  # what it sets, it is to set at every call
+        if left := environment_key() != before:  # what it sets, it is to set at every call
             current().runs_always = True  # type: ignore[union-attr]
         gradients[:] = [torch.is_grad_enabled()] if left else []
         return result
@@ -281,7 +280,7 @@ def captured_entry(
     def f(*args: Any, **kwargs: Any) -> Any:
         mine = Snapshot(args, kwargs)
         trace: Any = current()
-        trace.live_hooks, trace.rolls = [], compiled.pipeline.rolls
+        trace.live_hooks = []
         with compiled._names.watching(), axes({}):  # those outside are not in the key
             try:
                 result = called(*args, **kwargs)
@@ -316,6 +315,7 @@ def captured_entry(
                 constants=False,
                 numbers=True,
                 following=following,
+                rolls=compiled.pipeline.rolls,
                 outside={id(t) for t in state.tensors},
                 name_of=parameter_names(function, arguments),
             )

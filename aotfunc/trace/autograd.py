@@ -95,6 +95,8 @@ class Autograd:
 
     def adopt_leaves(self) -> None:
         """Mark the factories' results that were told to require grad as leaves."""
+        if not self.made:
+            return
         for t in [t for r in self.made if (t := r()) is not None and t.ref not in self.leaves]:
             if requires_grad(t) and is_leaf(t):
                 self.leaves[t.ref] = True

@@ -34,16 +34,8 @@ def entry(f: Callable, in_graph: Callable | None = None) -> Callable:
     """Mark ``f`` as a way into aotfunc: errors leave it with a short traceback of the user's lines
     (``AOTFUNC_TRACEBACK=full`` shows all), and function modes are off except in
     :func:`as_outside`. Dynamo reads ``in_graph`` instead, or does not look into it."""
-
-    @functools.wraps(f)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return without_function_modes(f, *args, **kwargs)
-        except Exception as e:
-            e.__traceback__ = short_traceback(e.__traceback__)
-            raise
-
-    outside_dynamo(call)
+    call = entered(f)
+    functools.update_wrapper(call, f)
     if in_graph is None:
         return call
 
@@ -54,10 +46,25 @@ def entry(f: Callable, in_graph: Callable | None = None) -> Callable:
     return read
 
 
+def entered(f: Callable) -> Callable:
+    """Return ``f`` as :func:`entry` marks it, with nothing else than its name: a function that
+    each call makes anew must be quick to make."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            if modes_are_on():
+                return without_function_modes(f, *args, **kwargs)
+            return f(*args, **kwargs)
+        except Exception as e:
+            e.__traceback__ = short_traceback(e.__traceback__)
+            raise
+
+    call.__name__ = call.__qualname__ = getattr(f, "__name__", "call")
+    return outside_dynamo(call)
+
+
 def without_function_modes(f: Callable, *args: Any, **kwargs: Any) -> Any:
     """Return ``f(*args, **kwargs)`` with function modes set aside."""
-    if not modes_are_on():
-        return f(*args, **kwargs)
     outer, _aside.state = _aside.state, _state()
     try:
         _set_state(_OFF)

@@ -86,6 +86,8 @@ def is_part(t: Tensor, owner: Tensor) -> bool:
 
 def take_back(trace: Tape) -> None:
     """Reset histories and version counters: PyTorch has counted writes that were only recorded."""
+    if not (trace.versions or trace.rewritten):
+        return
     written = [(t, version) for t, version in trace.versions if t._version != version]
     trace.versions.clear()
     if not (written or trace.rewritten):

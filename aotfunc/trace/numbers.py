@@ -119,7 +119,7 @@ def splitting(split: Callable) -> Callable:
 
 
 def set_grad(t: Tensor, value: Any) -> None:
-    (watch.old.get((Tensor, "grad")) or _grad).__set__(t, value)
+    (watch.before(Tensor, "grad") or _grad).__set__(t, value)
 
 
 def delete_grad(t: Tensor) -> None:

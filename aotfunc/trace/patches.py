@@ -7,9 +7,11 @@ torch does.
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
 import types
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -81,13 +83,21 @@ class Attribute:
 
 class Exchange:
     """Exchange attributes while any thread needs it. If Dynamo is imported meanwhile, it looks
-    torch's functions up by name and would keep ours; it has to look again."""
+    torch's functions up by name and would keep ours; it has to look again.
+
+    Most recordings exchange and put back, so that this is done without a step of Python's for each
+    attribute."""
 
     def __init__(self, new: dict[tuple[Any, str], Any]) -> None:
-        self.lock, self.count = threading.Lock(), 0
+        self.lock, self.count, self.done = threading.Lock(), 0, False
         self.dynamo: Any = None  # Dynamo was imported before
-        self.new, self.done = new, False
-        self.old: dict[tuple[Any, str], Any] = {}  # None: the class inherits it
+        self.owners, self.names = zip(*new, strict=True)
+        self.ours = tuple(new.values())
+        self.theirs: tuple = (None,) * len(new)  # None: the class inherits it
+        self.readers = [vars(x).get for x in self.owners]
+
+    def now(self) -> tuple:
+        return tuple(map(operator.call, self.readers, self.names))
 
     def __enter__(self) -> None:
         with self.lock:
@@ -95,11 +105,11 @@ class Exchange:
             if self.done:
                 return
             self.dynamo = sys.modules.get(DYNAMO)
-            for (x, name), method in self.new.items():
-                before = x.__dict__.get(name)
-                if before is not method:  # Ctrl-C may have interrupted this
-                    self.old[x, name] = before
-                    setattr(x, name, method)
+            if (now := self.now()) != self.theirs:
+                parts = zip(now, self.ours, self.theirs, strict=True)
+                # Ctrl-C may have interrupted this
+                self.theirs = tuple([old if x is ours else x for x, ours, old in parts])
+            exhaust(map(setattr, self.owners, self.names, self.ours))
             self.done = True
 
     def __exit__(self, *_: object) -> None:
@@ -107,12 +117,27 @@ class Exchange:
             self.count -= 1
             if not self.count:
                 self.done = False
-                for (x, name), method in self.new.items():
-                    if x.__dict__.get(name) is method:
-                        if (before := self.old[x, name]) is None:
-                            delattr(x, name)
-                        else:
-                            setattr(x, name, before)
+                if (now := self.now()) == self.ours and None not in self.theirs:
+                    exhaust(map(setattr, self.owners, self.names, self.theirs))
+                else:
+                    self.put_back(now)
                 dynamo: Any = sys.modules.get(DYNAMO)
                 if dynamo is not self.dynamo and hasattr(dynamo, "clear_lru_cache"):
                     dynamo.clear_lru_cache()
+
+    def before(self, owner: Any, name: str) -> Any:
+        """Return what was exchanged there; None if nothing was, or the class inherits it."""
+        parts = zip(self.owners, self.names, self.theirs, strict=True)
+        return next(old for x, attribute, old in parts if x is owner and attribute == name)
+
+    def put_back(self, now: tuple) -> None:
+        """Put back those that nobody else has exchanged since."""
+        parts = zip(self.owners, self.names, now, self.ours, self.theirs, strict=True)
+        for owner, name, x, ours, old in parts:
+            if x is ours and old is None:
+                delattr(owner, name)
+            elif x is ours:
+                setattr(owner, name, old)
+
+
+exhaust = deque[Any](maxlen=0).extend

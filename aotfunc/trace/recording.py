@@ -24,7 +24,8 @@ from .tracer import Trace
 functorch = torch._C._functorch
 
 #: torch's functions -> what they are during a recording
-functions = Exchange(CONSTRUCTORS | CONTEXTS | RECURRENT)
+functions = Exchange(CONSTRUCTORS | CONTEXTS)
+layers = Exchange(RECURRENT)
 
 
 def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
@@ -90,10 +91,10 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
 
 
 def more_aside(trace: Trace) -> AbstractContextManager:
-    """Set aside torch.func's levels, and reads of numbers that would be frozen, if there are
-    any."""
+    """Set aside torch.func's levels, reads of numbers that would be frozen, and recurrent layers
+    that become loops, if there are any."""
     inside = functorch.peek_interpreter_stack() is not None
-    if trace.may_ask_constants and not inside:
+    if trace.may_ask_constants and not (inside or trace.rolls):
         return _NONE
     stack = ExitStack()
     if inside:
@@ -101,6 +102,8 @@ def more_aside(trace: Trace) -> AbstractContextManager:
         stack.enter_context(ByReference(trace))
     if not trace.may_ask_constants:
         stack.enter_context(watch)
+    if trace.rolls:
+        stack.enter_context(layers)
     return stack
 
 

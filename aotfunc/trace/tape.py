@@ -42,6 +42,15 @@ class Tape:
     it). ``ask(trace, question, tensors, what)`` answers questions about values that depend on
     inputs."""
 
+    # (an instance that has more than 30 attributes in a dictionary is slow to make)
+    __slots__ = (
+        *("may_ask_constants", "keeps_intent", "of_a_rule", "records", "inputs", "arguments"),
+        *("finals", "lifted", "made_inside", "numbers", "following", "_lift_refs", "_keep"),
+        *("rewritten", "versions", "autograd", "stand_ins", "deferred", "late", "seeds"),
+        *("caches_casts", "casts", "casts_left", "hooked", "given_hooks", "live_hooks"),
+        *("differentiated", "named", "ask", "dtype", "origins", "opened", "why_not", "__dict__"),
+    )
+
     count = 0
     depth = 0  # of the mode stack inside of this recording
     lifts_numbers = False  # see scalars
@@ -71,7 +80,7 @@ class Tape:
         intent: bool = True,
         ask: Callable | None = None,
     ) -> None:
-        super().__init__()
+        # (TorchDispatchMode makes its flags when it is entered)
         outer = current()
         #: false at any depth inside a function compiled once
         self.may_ask_constants: bool = constants and (outer is None or outer.may_ask_constants)
@@ -219,9 +228,10 @@ class Tape:
         self.finished = True
         self.autograd.settle()
         histories.take_back(self)
-        # an argument with a recorded hook keeps its value
-        before = {s.new: s.value for s in self.stand_ins if s.hooks}
-        self.finals = [before.get(t.ref, t.ref) for t in self.arguments]
+        self.finals = [t.ref for t in self.arguments]
+        if self.stand_ins:  # an argument with a recorded hook keeps its value
+            before = {s.new: s.value for s in self.stand_ins if s.hooks}
+            self.finals = [before.get(r, r) for r in self.finals]
         self.arguments.clear()
         self.deferred.clear()
         self.late.clear()
@@ -250,7 +260,9 @@ class Tape:
         if self.placed:
             records = tuple([r[:4] for r in self.records])
         else:
-            records = tuple([(r[0].anywhere or r[0], r[1], r[2], r[3]) for r in self.records])
+            records = tuple(
+                [(i.anywhere or i, refs, on, where) for i, refs, on, where, _ in self.records]
+            )
         return (
             len(self.inputs),
             *self.signatures(),
