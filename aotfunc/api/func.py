@@ -239,10 +239,10 @@ def jvp(
     program = call.derived(
         (n_out, call.aliases), lambda: fresh(linear_program(base, wrt, n_out), call.aliases)
     )
-    tensors = tensors_of(arguments)
-    outs = execute(program, [*tensors, *flat_tangents, *call.rec.closed_over])
+    inputs = [*tensors_of(arguments), *flat_tangents, *call.rec.closed_over]
+    outs = execute(program, inputs)
     output, *aux = call.results(outs[: base.n_outputs])
-    pushed = attached(base, wrt, tensors, outs[base.n_outputs :])
+    pushed = attached(base, wrt, call.inputs, outs[base.n_outputs :])
     return output, unflatten(pushed, call.spec), *aux
 
 

@@ -1,6 +1,6 @@
-"""Tangents that are the same at every point, of primals that require grad: as torch.func's they
-require grad, with a gradient of zeros, so that ``hessian(f)(x).sum().backward()`` works where
-``f`` is quadratic."""
+"""Inputs that require grad and by which a tangent has no derivative: where torch.func's has one of
+zeros, ours has, too. So ``hessian(f)(x).sum().backward()`` works where ``f`` is quadratic, and the
+``y`` of ``x.floor() * y`` has a gradient."""
 
 from __future__ import annotations
 
@@ -26,19 +26,25 @@ def attached(
     base: Program, wrt: Sequence[int], tensors: Sequence[Tensor], tangents: Sequence[Any]
 ) -> list:
     """Return the tangents of the first outputs of ``base``, constant ones attached to the inputs
-    ``wrt`` that require grad. Sums, views and other linear ops leave a tangent detached."""
-    given = tuple(i for i in wrt if tensors[i].requires_grad)
-    if not given or not torch.is_grad_enabled() or forward_ad._current_level >= 0:
+    ``wrt`` that require grad, and those that a zero was multiplied with to the other inputs that
+    do. Sums, views and other linear ops leave a tangent detached."""
+    every = tuple([i for i, t in enumerate(tensors) if t.requires_grad])
+    if not every or not torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return list(tangents)
     if current() is not None or torch._C._functorch.peek_interpreter_stack() is not None:
         return list(tangents)
+    given = tuple([i for i in every if i in wrt])
+    others = tuple([i for i in every if i not in wrt])
     bent = base.once(("bent", given), lambda: bent_outputs(base, given))
-    return [
-        Constant.apply(t, *[tensors[i] for i in given])
-        if yes and isinstance(t, Tensor) and t.is_floating_point() and not t.requires_grad
-        else t
-        for t, yes in zip(tangents, bent, strict=False)
-    ]
+    left = base.once(("left", tuple(wrt), others), lambda: left_out(base, wrt, others))
+    found = []
+    for t, curved, places in zip(tangents, bent, left, strict=False):
+        if isinstance(t, Tensor) and t.is_floating_point():
+            constant = given if curved and not t.requires_grad else ()
+            if by := [*constant, *places]:
+                t = Constant.apply(t, *[tensors[i] for i in by])
+        found.append(t)
+    return found
 
 
 def bent_outputs(program: Program, wrt: tuple[int, ...]) -> list[bool]:
@@ -70,6 +76,48 @@ def straight(n: Node, active: Mapping[Node, None]) -> bool:
     return bool(entry.linear) and not entry.bilinear
 
 
+def left_out(program: Program, wrt: Sequence[int], others: Sequence[int]) -> list[list[int]]:
+    """Return, for each output, the inputs ``others`` that its tangent by ``wrt`` depends on if
+    tangents that are zero are values like any other, and only then."""
+    if not others:
+        return [[] for _ in program.outputs]
+    theirs, ours = (tangents_read(program, wrt, others, zeros) for zeros in (True, False))
+    return [sorted(a - b) for a, b in zip(theirs, ours, strict=True)]
+
+
+def tangents_read(
+    program: Program, wrt: Sequence[int], others: Sequence[int], zeros: bool
+) -> list[set[int]]:
+    """Return the inputs ``others`` that the tangent of each output depends on; ``zeros``: those
+    that are zero, too."""
+    nodes, inputs = program.graph.nodes, program.placeholders
+    values = {inputs[i]: {i} for i in others}
+    for n in active_nodes(nodes, list(values), zeros=True):
+        if n.op == "call_function":
+            values[n] = set().union(*[values[a] for a in sources(n) if a in values])
+    tangents: dict[Any, set[int]] = {inputs[i]: set() for i in wrt}
+    for n in active_nodes(nodes, list(tangents), zeros=zeros):
+        if n.op == "call_function":
+            of = [a for a in sources(n) if a in tangents]
+            read = [values[a] for a in multiplied(n, of) if a in values]
+            flat = isinstance(n.target, OpOverload) and entry_for(n.target).zero
+            tangents[n] = set() if flat else set().union(*[tangents[a] for a in of], *read)
+    return [tangents.get(o, set()) for o in program.outputs]
+
+
+def multiplied(n: Node, active: Sequence[Node]) -> list[Node]:
+    """Return the arguments whose values the derivative of a node by the ``active`` ones reads, as
+    far as is known."""
+    if n.target is operator.getitem or n.target in SUMS:
+        return []
+    entry = entry_for(n.target) if isinstance(n.target, OpOverload) else None
+    if entry is None or not entry.linear:
+        return [*sources(n)]
+    if entry.jointly:
+        return []
+    return [a for a in sources(n) if len(active) > 1 or a is not active[0]]
+
+
 class Constant(torch.autograd.Function):
     """A value with a derivative of zero by others."""
 
@@ -79,5 +127,5 @@ class Constant(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple:  # type: ignore[override]
-        return None, *[torch.zeros(shape, **how) for shape, how in ctx.zeros]
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        return g, *[torch.zeros(shape, **how) for shape, how in ctx.zeros]

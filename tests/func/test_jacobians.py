@@ -281,3 +281,38 @@ def test_constant_tangents_require_grad_as_torchs(f, attached):
     assert not jacfwd(f)(x.detach()).requires_grad
     with torch.no_grad():
         assert not jacfwd(f)(x).requires_grad
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, y, z: x.floor() * y,
+        lambda x, y, z: (x.sign() * y).exp() * z,
+        lambda x, y, z: x.round() @ y + x * z,
+        lambda x, y, z: x.ceil() / y + z,
+        lambda x, y, z: (x * y).floor() + z,
+        lambda x, y, z: x.trunc() + y,
+        lambda x, y, z: x.detach() * y + x.sin(),
+        lambda x, y, z: torch.where(x > 0, x.floor(), y) * z,
+        lambda x, y, z: torch.stack([x.floor(), y]).cos()[0],
+    ],
+)
+def test_gradients_through_tangents_of_zero_are_zeros_as_torchs(f):
+    def run(tangent):
+        y, z = torch.full((3,), 0.5).requires_grad_(), torch.full((3,), 0.7).requires_grad_()
+        made = tangent(lambda x: f(x, y, z))
+        if made.requires_grad:
+            made.sum().backward()
+        return y.grad, z.grad
+
+    x, t = torch.tensor([0.5, 1.5, -2.5]), torch.ones(3)
+    expected = run(lambda f: torch.func.jvp(f, (x,), (t,))[1])
+    for tangent in (
+        lambda f: jvp(f, (x,), (t,))[1],
+        lambda f: linearize(f, x)[1](t),
+        lambda f: jacfwd(f)(x) @ t,
+    ):
+        for ours, theirs in zip(run(tangent), expected, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                assert_close(ours, theirs)
