@@ -233,10 +233,10 @@ def differs(t: Tensor, vmap: Trace) -> bool:
 def as_recorded(trace: Trace, results: Sequence[Tensor]) -> tuple | None:
     """Return the recorded steps of these results and the numbers that the rule made; None if it
     made more than numbers."""
-    if any(t.dim() or not is_unwrapped(t) for t in trace.lifted):
+    if any(t.dim() for t in trace.foreign()) or not all(map(is_unwrapped, trace.lifted)):
         return None
     with quiet():
-        numbers = [(t.dtype, t.device, repr(t.item())) for t in trace.lifted]
+        numbers = [(t.dtype, t.device, t.shape, repr(t.tolist())) for t in trace.lifted]
     return trace.key(), tuple([trace.ref_of(x)[0] for x in results]), tuple(numbers)
 
 

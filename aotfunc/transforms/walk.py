@@ -113,7 +113,7 @@ def placed(
     """Put the functional graph of ``results``, which ``fn`` recorded in ``trace``, into the
     builder, on these nodes."""
     with quiet():  # a rule may look at the values of its own constants
-        known = {r: constant_node(b, trace.lifted[-1 - r]) for r in trace.made_inside}
+        known = {r: made_node(b, trace.lifted[-1 - r]) for r in trace.made_inside}
     consts = [known.get(-1 - i) or constant_node(b, t) for i, t in enumerate(trace.lifted)]
     f = Functionalizer(trace, b, [*nodes, *consts], intent)
     kept, b.meta = b.meta, {}
@@ -177,6 +177,26 @@ def constant_node(b: Builder, t: Tensor) -> Node:
             f"a rule closes over a tensor of shape {tuple(t.shape)}; only numbers may be constants"
         )
     return b.call(aten.full.default, [], t.item(), dtype=t.dtype, device=t.device)
+
+
+def made_node(b: Builder, t: Tensor) -> Node:
+    """Return a few numbers that a rule put into a tensor, ``torch.tensor([1.0, 2.0])``, as
+    nodes."""
+    if not t.dim():
+        return constant_node(b, t)
+    if t.numel() > FEW:
+        raise RuleError(
+            f"a rule makes a tensor of shape {tuple(t.shape)} of Python numbers, which may be "
+            f"{FEW} at most; make it of ops (torch.arange)"
+        )
+    if not t.numel():
+        return b.call(aten.full.default, list(t.shape), 0, dtype=t.dtype, device=t.device)
+    numbers = [constant_node(b, x) for x in t.flatten()]
+    return b.call(aten.view.default, b.call(aten.stack.default, numbers), list(t.shape))
+
+
+#: how many numbers of one tensor become nodes
+FEW = 64
 
 
 def filled_node(b: Builder, value: Any, sig: Sig) -> Node:

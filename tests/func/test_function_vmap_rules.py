@@ -592,6 +592,41 @@ def test_a_rule_that_closes_over_tensors_is_found_again():
     torch.testing.assert_close(call(X), (X * w).cos() * w)
 
 
+NUMBERS = {
+    "a vector": lambda: torch.tensor([2.0, -1.0, 0.5, 1.0]),
+    "a matrix": lambda: torch.tensor([[2.0], [0.5], [-3.0]]),
+    "integers": lambda: torch.tensor([[2, 3, 4, 5]], dtype=torch.int32),
+    "booleans": lambda: torch.tensor([True, False, True, True]),
+    "infinities": lambda: torch.tensor([1.0, float("inf"), -float("inf"), 2.0]),
+    "none": lambda: torch.tensor([]).sum() + torch.tensor([1.5]),
+    "written to": lambda: torch.tensor([1.0, 2.0, 3.0, 4.0]).index_fill_(
+        0, torch.tensor([1]), 7.0
+    ),
+    "a number of Python's": lambda: torch.tensor([STATE["k"]] * 4),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_recorded_rule_may_make_tensors_of_numbers(name):
+    F = rule(lambda x: x * NUMBERS[name](), lambda x: x * 1.0)
+    f = grad_and_value(lambda x: vmap(F.apply)(x).sin().sum())
+    for k in (2.0, 3.0, 3.0):
+        STATE["k"] = k
+        x = X.clone().requires_grad_()
+        y = (x * NUMBERS[name]()).sin().sum()
+        assert_same(f(X), (*torch.autograd.grad(y, x), y.detach()))
+    if name != "written to":
+        known = len(captured._programs), len(graph._derived)
+        f(X)
+        assert (len(captured._programs), len(graph._derived)) == known
+
+
+def test_a_recorded_rule_may_not_make_long_tensors_of_numbers():
+    F = rule(lambda x: x * torch.tensor([1.0] * 65).sum(), lambda x: x * 1.0)
+    with pytest.raises(CaptureError, match=r"of shape \(65,\) of Python numbers"):
+        grad(lambda x: vmap(F.apply)(x).sum())(X)
+
+
 # ----- a graph from outside, inside --------------------------------------------------------------
 
 
