@@ -78,13 +78,12 @@ def among_longest(
         log_probs, targets = log_probs.unsqueeze(1), targets.reshape(1, -1)
     lengths = (of_input.reshape(-1), of_target.reshape(-1))
     targets = target_rows(targets, lengths[1].to(targets.device))
-    (steps, n, classes), most = log_probs.shape, targets.shape[1]
-    log_probs = torch.cat([log_probs, log_probs.new_zeros(steps, 1, classes)], 1)
-    targets = torch.cat([targets, targets.new_full((1, most), label)])
+    (steps, n, _), most = log_probs.shape, targets.shape[1]
     longest = [
-        torch.cat([x, x.new_full((1,), m)]) for x, m in zip(lengths, (steps, most), strict=True)
+        aten.constant_pad_nd(x, (0, 1), m) for x, m in zip(lengths, (steps, most), strict=True)
     ]
-    loss = each(log_probs, targets, *longest)
+    log_probs = aten.constant_pad_nd(log_probs, (0, 0, 0, 1))
+    loss = each(log_probs, aten.constant_pad_nd(targets, (0, 0, 0, 1), label), *longest)
     return loss[0] if single else loss[:n]
 
 
