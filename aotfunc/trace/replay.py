@@ -78,7 +78,8 @@ class Replay:
                 self.env[FIRST - i] = trace.numbers[i]
             self.numbers = len(trace.numbers)
             for instr, refs, *_ in new:
-                if any(r not in self.env for r in refs) or (instr.facts.random and not self.draws):
+                unknown = [r for r in refs if r not in self.env]
+                if unknown or (instr.facts.random and not self.draws):
                     for slot in written_slots(instr):
                         self.lose(trace, trace.root(refs[slot]))
                     self.number += results_of(instr)

@@ -223,8 +223,7 @@ def fill(template: Any, values: Any) -> Any:
     cls = template.__class__
     if cls is Slot:
         return values[template]
-    if cls is list:
-        return [fill(x, values) for x in template]
-    if cls is tuple:
-        return tuple(fill(x, values) for x in template)
-    return template
+    if cls is not list and cls is not tuple:
+        return template
+    filled = [values[x] if x.__class__ is Slot else fill(x, values) for x in template]
+    return filled if cls is list else tuple(filled)
