@@ -18,7 +18,8 @@ from ..errors import AotfuncError, CaptureError, OpError
 from ..graph import Program
 from ..trace.emit import Builder, remap
 from ..trace.marks import fail, number_of
-from ..transforms.vjp import behind_hooks, reverse
+from ..transforms.hooked_rules import behind_hooks
+from ..transforms.vjp import reverse
 from ..transforms.vmap import inserted, vmap
 from ..transforms.walk import filled_node, output, unknown
 

@@ -29,9 +29,10 @@ from ..trace.shapes.rules import formatted
 from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
 from .activity import active_nodes, has_derivative
+from .hooked_rules import BY_VALUE, answered, behind_hooks, has_formula, of_result
 from .rules.schema import full_args, tensor_args
 from .rules.table import entry_for, zeros
-from .walk import apply, builder, errors_of, filled_node, node_outputs, output, traced
+from .walk import apply, builder, errors_of, filled_node, node_outputs, traced
 
 aten = torch.ops.aten
 
@@ -160,8 +161,10 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
     needs = tuple(any(isinstance(x, Node) and x in active for x in leaves(args[i])) for i in where)
     g = by_output(g, n.meta["val"])
     values = args if again is n else full_args(op, again.args, again.kwargs)
-    out = mapped(partial(behind_hooks, b), node_outputs(b, n), node_outputs(b, again))
-    grads = apply(b, ("vjp", op), vjp_make(n), needs, g, out, *values)
+    made = node_outputs(b, again)
+    out = mapped(partial(behind_hooks, b), node_outputs(b, n), made)
+    hooked = leaves(out) != leaves(made)
+    grads = apply(b, ("vjp", op, hooked), vjp_make(n, hooked), needs, g, out, *values)
     flat_args: list = []
     flat_grads: list = []
     for i, ga in zip(where, grads, strict=False):
@@ -175,16 +178,6 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
     return flat_args, flat_grads
 
 
-def behind_hooks(b: Builder, n: Any, again: Any) -> Any:
-    """Return the result ``n`` of an op, as the value of ``again``, behind its hooks: autograd
-    saves it there."""
-    for u in reversed(getattr(n, "users", ())):
-        if getattr(u.target, "hooked", False) and u.args[0] is n:
-            behind = output(b, u, 0)
-            return behind_hooks(b, behind, behind)
-    return again
-
-
 def by_output(g: Any, val: Any) -> Any:
     """Return the cotangents of a node with this value as lists, if given by output number."""
     return (
@@ -194,27 +187,35 @@ def by_output(g: Any, val: Any) -> Any:
     )
 
 
-def vjp_make(n: Node) -> Any:
+def vjp_make(n: Node, hooked: bool = False) -> Any:
     """Return the builder of the reverse fragment of this node's op: our rule, PyTorch's formula,
-    or its decomposition."""
+    or its decomposition. PyTorch's formula comes first for an op with a ``hooked`` result: it says
+    where the op saves that."""
     op = n.target
     entry = entry_for(op)
     rule = no_slope if entry.zero else entry.vjp
 
     def make(b: Builder, needs: tuple, g: Any, out: Any, *args: Any) -> Any:
-        if rule is not None:
-            with errors_of("reverse", n, rule):
-                return traced(as_arguments(rule, op))(b, needs, g, out, *args)
+        if rule is not None and not (hooked and op not in BY_VALUE and has_formula(op)):
+            return by_rule(b, needs, g, out, *args)
         if Facts(op).random:
             raise RuleError(
                 f"{op} draws random numbers and has no reverse rule{at(n.meta.get('line'))}"
             )
         try:
-            return traced(as_arguments(fallback.reverse_rule(op), op), intent=False)(
-                b, needs, g, out, *args
-            )
+            with answered(b, op, args, out):
+                return traced(as_arguments(fallback.reverse_rule(op), op), intent=False)(
+                    b, needs, g, out, *args
+                )
         except fallback.NoFormula as why:
+            if rule is not None:
+                return by_rule(b, needs, g, out, *args)
             return reverse_by_parts(b, n, needs, g, args, why)
+
+    def by_rule(b: Builder, *given: Any) -> Any:
+        with errors_of("reverse", n, rule):
+            whole = of_result(op, rule) if hooked else rule
+            return traced(as_arguments(whole, op))(b, *given)
 
     return make
 
