@@ -251,8 +251,8 @@ def cut(
 
 def kept_alive(n: Node) -> bool:
     """Return whether a node must stay although it is not read: a draw moves the generator on, an
-    effect is seen outside."""
-    return draws(n) or acts(n)
+    effect is seen outside, a derivative reads what stands for a result."""
+    return draws(n) or acts(n) or getattr(n.target, "stays", False)
 
 
 #: libraries whose functional-looking ops talk to other processes: no call may be left out, doubled

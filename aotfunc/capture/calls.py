@@ -280,6 +280,8 @@ class CompiledCall:
         self.program, self.compile, self.split, self.__name__ = program, compile, split, name
         #: the recorded program, for results computed from other results
         self.plain: Program | None = None
+        #: the op that made each result in eager mode, by name: rewriting may put another there
+        self.made: Sequence[str] = ()
 
     def __repr__(self) -> str:
         program = self.program

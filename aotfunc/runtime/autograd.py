@@ -29,6 +29,7 @@ from .execute import before_writes, execute, lay_cotangents, strided_copy, write
 from .halves import Halves
 from .late_reads import Versions, check_memory, check_unwritten, storages, versions
 from .late_state import at_moment, moment
+from .lifted import as_kept, lifted
 from .redraw import generator_states, redrawn
 from .refused import check_alone, check_met, unchanged
 
@@ -148,7 +149,8 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
     torch._C._set_grad_enabled(False)  # a tenth of the time of torch.no_grad()
     try:
         outs = own_results(halves.forward, halves.early, given)
-        results, residuals = list(unviewed(outs[: halves.early])), outs[halves.early :]
+        results = dict(enumerate(unviewed(outs[: halves.early])))
+        residuals = outs[halves.early :]
     finally:
         torch._C._set_grad_enabled(True)
     needed = [given[i] for i in halves.needed]
@@ -163,15 +165,21 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
         new = apply(
             facts(halves, part, kept, before, read_late, met, tasks),
             [*[results[i] for i in mine], *shown],
-            [*[r for r in kept.values() if isinstance(r, Tensor)], *shown],
+            [
+                *[r for r in kept.values() if isinstance(r, Tensor)],
+                *[results[i] for i in mine if i in halves.keeping],
+                *shown,
+            ],
             needed,
             *halves.reached(given, inputs),
         )
-        for i, o in zip(mine, new, strict=False):
-            # autograd calls the hooks of all results of a node, with None for those that no
-            # gradient reaches
-            results[i] = lifted(o) if len(new) > 1 and i < halves.call.program.n_outputs else o
-    return results[:count], read_late
+        results.update(zip(mine, new, strict=False))
+        if len(new) > 1:
+            node = new[0].grad_fn
+            mine = [i for i in mine if i < halves.call.program.n_outputs]
+            outs, node.lifts = lifted([results[i] for i in mine], mine, halves.keeping)
+            results.update(zip(mine, outs, strict=True))
+    return [results[i] for i in range(count)], read_late
 
 
 def staged(
@@ -206,6 +214,8 @@ def facts(
         "part": part,
         "met": met,
         "tasks": tasks,
+        "keeping": [k for k in part[0] if k in halves.keeping],
+        "lifts": {},
         "residuals": {i: None if isinstance(r, Tensor) else r for i, r in residuals.items()},
         "states": states,
         "read_late": read_late,
@@ -232,6 +242,7 @@ def same_node(
         return None
     known = facts(halves, halves.whole, dict.fromkeys(halves.saved, tensors[0]), [], None)
     compute, needed, differentiable = run.unchecked, picked(halves.needed), picked(inputs)
+    keeping, kept = halves.keeping, picked(known["keeping"])
 
     def call(*tensors: Tensor) -> Any:
         torch._C._set_grad_enabled(False)
@@ -239,8 +250,12 @@ def same_node(
             found = compute(*tensors)
         finally:
             torch._C._set_grad_enabled(True)
-        new = apply(known, found[:count], found[count:], needed(tensors), *differentiable(tensors))
-        return tree(new if count == 1 else [*map(lifted, new)])
+        residuals = [*found[count:], *kept(found)] if keeping else found[count:]
+        new = apply(known, found[:count], residuals, needed(tensors), *differentiable(tensors))
+        if count > 1:
+            node = new[0].grad_fn
+            new, node.lifts = lifted(new, outs, keeping)
+        return tree(new)
 
     return call
 
@@ -299,7 +314,7 @@ class CompiledFunction(torch.autograd.Function):
             met = tuple([i for i, c in zip(ctx.met, further, strict=True) if c is not None])
         if not (ctx.done or met) and as_laid_out(cts, ctx.layouts, ctx.dtype):
             values = [*(ctx.saved_tensors if ctx.keeps else ())]
-            values[len(values) - len(further) :] = cts
+            values[len(values) - len(further) - len(ctx.keeping) :] = cts
             let_go(ctx, frozenset(outs))
             return None, None, None, None, *halves.backward.compiled(values)(values)
         there = frozenset([i for i, c in zip(outs, cts, strict=True) if c is not None])
@@ -314,9 +329,9 @@ class CompiledFunction(torch.autograd.Function):
             sigs = tuple([sig for sig in plan if sig is not None])
             second = torch.is_grad_enabled()
             if again or second or met or (halves.materializes and not all(have)):
-                known = check_met(ctx) if second and not again else ()
-                gradient = halves.gradient(have, sigs, met, known)
-                values = [*unchanged(ctx, gradient), *saved[len(saved) - len(known) :], *given]
+                known = known_results(ctx, there, again) if second else {}
+                gradient = halves.gradient(have, sigs, met, tuple(known))
+                values = [*unchanged(ctx, gradient), *known.values(), *given]
                 with redrawn(ctx.states), at_moment(ctx.moment):
                     let_go(ctx, there)
                     grads = call_batched(call_compiled, gradient, values)
@@ -346,6 +361,23 @@ def as_laid_out(
     return torch.get_default_dtype() is dtype
 
 
+def known_results(ctx: Any, outs: frozenset[int], again: bool) -> dict[int, Tensor]:
+    """Return what the second derivative of the results ``outs`` reads as autograd knows it, by its
+    number among the results and further results of the call."""
+    halves, saved = ctx.halves, () if again or not ctx.keeps else ctx.saved_tensors
+    met = () if again else check_met(ctx)
+    first = len(saved) - len(met)
+    found = {halves.count + i: t for i, t in zip(met, saved[first:], strict=True)}
+    first -= len(ctx.keeping)
+    for k, t in zip(ctx.keeping, saved[first:] or ctx.keeping, strict=False):
+        if k in halves.kept_for(outs):
+            t = t if (lift := as_kept(ctx.lifts, k)) is None else lift
+            if isinstance(t, Tensor):
+                found.pop(halves.met_at(k), None)
+                found[k] = t
+    return found
+
+
 def let_go(ctx: Any, outs: frozenset[int]) -> None:
     """Let a node forget what it has saved, unless the graph is retained. Results that have nothing
     in common with ``outs``, whose gradients are taken, keep the inputs."""
@@ -358,25 +390,5 @@ def let_go(ctx: Any, outs: frozenset[int]) -> None:
         ctx.inputs = ctx.memory = ctx.read_late = ctx.moment = None
 
 
-def lifted(o: Tensor) -> Tensor:
-    """Return the tensor behind one more node, as no view; PyTorch's op for it has no derivative of
-    complex numbers."""
-    return lift(o) if o.is_complex() else aten.lift.default(o)
-
-
-class Lift(torch.autograd.Function):
-    """Lift a result: see :func:`lifted`."""
-
-    @staticmethod
-    def forward(ctx: Any, o: Tensor) -> Tensor:  # type: ignore[override]
-        empty: Any = torch.empty(0, dtype=o.dtype, device=o.device)
-        return empty.set_(o)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
-        return g
-
-
 #: ``CompiledFunction.apply`` without the look for torch.func's wrappers: there are none here
 apply = super(torch.autograd.Function, CompiledFunction).apply
-lift = super(torch.autograd.Function, Lift).apply

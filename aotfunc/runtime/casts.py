@@ -58,6 +58,7 @@ def taking(call: CompiledCall, casts: Casts) -> tuple[CompiledStep, Casts]:
     count = len(program.placeholders) + len(given)
     whole = Program(graph, count, program.n_outputs, program.mutated, program.name)
     new = CompiledCall(whole, call.compile, call.split, call.__name__)
+    new.made = call.made
     return CompiledStep(new, run_eager), tuple(found.values())
 
 

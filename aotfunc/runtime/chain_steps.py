@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from typing import Any
 
 import torch
@@ -108,29 +108,50 @@ def by_autograd(
     return call
 
 
+#: the name of what is no op: an autograd.Function, a hook
+FUNCTION = "autograd.Function"
+
+
+def name_of(target: Any) -> str:
+    """Return the name of an op, in place or not."""
+    return target._schema.name.rstrip("_") if isinstance(target, OpOverload) else FUNCTION
+
+
 def op_of(n: Node) -> Node:
     return op_of(n.args[0]) if n.target is operator.getitem else n  # type: ignore[arg-type]
 
 
 def saves_a_result(n: Node) -> bool:
     """Return whether the derivative of PyTorch's op reads a result of it."""
+    return bool(saved_results(n, n._input_nodes))
+
+
+def saved_results(n: Node, active: Container[Node]) -> set[int]:
+    """Return the numbers of the results that PyTorch's op keeps for its derivative by the
+    ``active`` ones of its arguments."""
     if not isinstance(n.target, OpOverload):
-        return False
+        return set()
 
     def example(x: Node) -> Tensor:
         val = x.meta["val"]
         t = torch.empty_strided(val.shape, val.stride, dtype=val.dtype, device="meta")
-        return t.requires_grad_(val.differentiable)
+        return t.requires_grad_(val.differentiable and x in active)
 
     with torch.enable_grad(), without_modes():
         args, kwargs = remap((n.args, n.kwargs), {x: example(x) for x in n._input_nodes})
         try:
             found = leaves(n.target(*args, **kwargs))
         except NotImplementedError:  # there is no kernel without data
-            return False
-    made = {t.grad_fn for t in found if isinstance(t, Tensor)} - {None}
+            return set()
+    places = {
+        (t.grad_fn, t.output_nr): i
+        for i, t in enumerate(found)
+        if isinstance(t, Tensor) and t.grad_fn is not None
+    }
+    made = {fn for fn, _ in places}
     kept = [getattr(fn, name) for fn in made for name in dir(fn) if name.startswith("_saved_")]
-    return any(isinstance(t, Tensor) and t.grad_fn in made for t in kept)
+    kept = [t for t in kept if isinstance(t, Tensor)]
+    return {places[t.grad_fn, t.output_nr] for t in kept if t.grad_fn in made}
 
 
 def call_moved(b: Builder, n: Node, env: dict[Node, Any]) -> Any:

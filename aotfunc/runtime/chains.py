@@ -24,14 +24,14 @@ from ..graph import Program, needed_for
 from ..trace.emit import Builder, remap
 from ..trace.marks import dead_end
 from ..trace.node_views import chain_of, view_source
-from ..trace.records import results_of, written_slots
+from ..trace.records import instr_op, results_of, written_slots
 from ..trace.shapes.instr import Instr
 from ..trace.tracer import Trace
 from ..transforms.activity import active_nodes, sources
 from ..transforms.tidy import rebuilt
 from .aliasing import memory_program
 from .autograd import call_compiled, op_by_op
-from .chain_steps import by_autograd, numbered, op_of, saves_a_result, stage_of, write
+from .chain_steps import by_autograd, name_of, numbered, op_of, saves_a_result, stage_of, write
 from .execute import before_writes, write_back
 
 
@@ -59,6 +59,21 @@ def as_recorded(rec: Captured, mutated: Sequence[int]) -> Program | None:
             return None
     program = rec.as_recorded(memory_program(rec))
     return dissolved(program) if inside else program
+
+
+def made_by(rec: Captured) -> tuple[str, ...]:
+    """Return the name of the op that made each result of the program, the last one that wrote to
+    it."""
+    trace, made = rec.trace, dict[int, str]()
+    end = len(trace.inputs)
+    for instr, refs, *_ in trace.records:
+        for s in written_slots(instr):
+            made[refs[s]] = name_of(instr_op(instr))
+        nested = instr.call.made if instr.__class__ is CompiledStep else ()
+        for i in range(results_of(instr)):
+            made[end] = nested[i] if i < len(nested) else name_of(instr_op(instr))
+            end += 1
+    return tuple([made.get(r, "") for r, _ in memory_program(rec)])
 
 
 def read_when_written(trace: Trace, ref: int) -> bool:
@@ -300,6 +315,7 @@ class CallCuts:
                     stage = CompiledCall(
                         program, self.call.compile, self.call.split, self.call.__name__
                     )
+                    stage.made = [name_of(op_of(n).target) for n in outs]
                     step(partial(call_compiled, stage), [place[i] for i in reads], outs)
             for n in mine:
                 if (hooks := self.hooked.get(n)) is not None:

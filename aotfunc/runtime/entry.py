@@ -30,7 +30,7 @@ from ..trace.traced import Traced, current
 from .aliasing import Changes, without_views
 from .autograd import call_compiled, differentiated, halves_of, op_by_op, same_node
 from .casts import casts_of, record_sharing
-from .chains import as_recorded, chained
+from .chains import as_recorded, chained, made_by
 from .changing import Family, Served
 from .execute import run_eager
 from .guards.check import Check
@@ -355,7 +355,7 @@ def captured_entry(
         # what ends in an error runs once
         pipeline = Pipeline(name, "eager") if errors else compiled.pipeline
         call = CompiledCall(whole, pipeline.forward, pipeline.split, name)
-        call.plain = as_recorded(rec, whole.mutated)
+        call.plain, call.made = as_recorded(rec, whole.mutated), made_by(rec)
         step = compiled._steps[alike] = CompiledStep(call, run_eager)
     described = {
         f"argument {n}": noted(x) for n, x in zip(*labelled(function, arguments), strict=True)

@@ -21,11 +21,11 @@ from ..transforms.activity import active_nodes, flat_inputs, live, sources
 from ..transforms.tidy import rebuilt
 from ..transforms.vjp import contiguous_sig, vjp
 from ..transforms.walk import builder
-from .chain_steps import stages
+from .chain_steps import FUNCTION, stages
 from .execute import before_writes
 from .late_reads import late_reads
 from .late_state import reads_state
-from .meetings import as_known, meetings, opened, parted, with_results
+from .meetings import as_known, kept_results, meetings, opened, parted
 
 aten = torch.ops.aten
 #: nodes of autograd for one call, each with a backward graph of its own
@@ -46,6 +46,8 @@ class Halves:
         self.any_live = any(self.live)
         #: further results, at which cotangents of second derivatives meet
         self.met = meetings(self.program, wrt, self.live)
+        #: results that second derivatives read, too, behind the hooks that the caller registers:
+        self.keeping = kept_results(self.program, wrt, self.live, self.met, call.made)
         self.needed: tuple[int, ...] = ()
         self.unreached: tuple[int, ...] = ()
         self.masks = masks(self.program, wrt, self.live)
@@ -92,7 +94,7 @@ class Halves:
 
     def joint(self) -> Program:
         """Return the program of the results and the gradients, before it is cut."""
-        whole = with_results(self.program, self.met) if self.met else self.program
+        whole = as_known(self.program, self.met) if self.met else self.program
         live = [*self.live, *[False] * len(self.met)]
         return vjp(whole, self.wrt, live, recompute=False)
 
@@ -191,6 +193,21 @@ class Halves:
             return ()
         return self.program.once(("met by", self.wrt, tuple(outs)), find)
 
+    def met_at(self, k: int) -> int | None:
+        """Return the number of the further result that result ``k`` is."""
+        at = [self.count + i for i, n in enumerate(self.met) if n is self.keeping[k].value]
+        return at[0] if at else None
+
+    def kept_for(self, outs: frozenset[int]) -> frozenset[int]:
+        """Return which of the results ``keeping`` may be read by the gradients of ``outs``."""
+
+        def find() -> frozenset[int]:
+            calls = [n for n in self.program.graph.nodes if n.op == "call_function"]
+            mine = needed_for(calls, [self.program.outputs[k] for k in outs])
+            return frozenset([k for k, kept in self.keeping.items() if kept.group[0] in mine])
+
+        return self.program.once(("kept for", self.wrt, outs), find)
+
     def shared(self, outs: Sequence[int]) -> list[Any]:
         """Return the Functions of ``met`` that both ``outs`` and other live results are computed
         by."""
@@ -215,11 +232,13 @@ class Halves:
         def find() -> list[tuple[CompiledCall, list, list]]:
             last = {getattr(n.target, "link", n): n for n in self.program.graph.nodes}.values()
             cuts = [u for u in self.met if u.args[0] in shared and u.args[0] in last]
-            old = self.call
-            return [
-                (CompiledCall(program, old.compile, old.split, old.__name__), reads, outs)
-                for program, reads, outs in stages(self.program, cuts)
-            ]
+            old, made = self.call, dict(zip(self.program.outputs, self.call.made, strict=False))
+            found = []
+            for program, reads, outs in stages(self.program, cuts):
+                call = CompiledCall(program, old.compile, old.split, old.__name__)
+                call.made = [made.get(n, FUNCTION) for n in outs]
+                found.append((call, reads, outs))
+            return found
 
         return self.program.once(("stages", self.wrt, shared), find)
 
@@ -231,17 +250,16 @@ class Halves:
         known: tuple[int, ...] = (),
     ) -> CompiledCall:
         """Return ``(needed inputs, known, cotangents) -> gradients`` as one compiled call. Of the
-        further results ``met`` have cotangents, the last ones, and ``known`` are inputs."""
+        further results ``met`` have cotangents, the last ones; results ``known``, further ones
+        among them, are inputs."""
 
         def make() -> Program:
             lives, given = iter(have), iter(sigs)
             cts = [yes and next(lives) for yes in self.live]
             whole = self.program
             if met or known:
-                whole = with_results(whole, self.met)
                 cts += [i in met for i in range(len(self.met))]
-            if known:
-                whole = as_known(whole, [whole.outputs[self.count + i] for i in known])
+                whole = as_known(whole, self.met, known, self.keeping)
             plan = [next(given) if yes else None for yes in cts]
             joint = vjp(whole, self.wrt, cts, keep=(), plan=plan)
             joint = parted(joint) if known else joint

@@ -8,8 +8,8 @@ and autograd adds."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch._ops import OpOverload
@@ -18,12 +18,13 @@ from torch.fx import Node
 from ..capture.calls import CompiledCall
 from ..capture.custom_derivative import CustomDerivative, Later, RuleProgram
 from ..graph import Program, needed_for
-from ..trace.emit import Builder, paused_gc, remap
+from ..trace.emit import Builder, mergeable, paused_gc, remap
 from ..trace.marks import once
 from ..trace.nested import leaves
 from ..transforms.activity import active_nodes, has_derivative
 from ..transforms.rules.table import entry_for
 from ..transforms.tidy import rebuilt
+from .chain_steps import name_of, op_of, saved_results
 
 aten = torch.ops.aten
 
@@ -31,7 +32,7 @@ aten = torch.ops.aten
 class Meeting(CustomDerivative):
     """``(result, the same one as autograd knows it) -> that``; the cotangent goes to the first."""
 
-    hooked = True
+    hooked = stays = True
 
     def __init__(self, val: Any) -> None:
         super().__init__("meeting", 1, (val,), (), None, (), None)
@@ -42,24 +43,48 @@ class Meeting(CustomDerivative):
         return [n.args[0]], [g[0]]
 
 
+class Known(CustomDerivative):
+    """``(result, the same one as autograd knows it, that) -> that``; the cotangent goes there. The
+    derivative of the op's other results reads it, though the program may not."""
+
+    hooked = stays = True
+
+    def __init__(self, val: Any) -> None:
+        super().__init__("known", 2, (val,), (), None, (), None)
+
+    def pull(
+        self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
+    ) -> tuple[list, list]:
+        return [n.args[1]], [g[0]]
+
+
 def opened(program: Program) -> Program:
-    """Return the program without nested calls in which cotangents meet."""
+    """Return the program without nested calls in which cotangents meet, or whose results are kept
+    for second derivatives."""
 
     def nested(n: Node) -> Program:
         return n.target.program.flat()  # type: ignore[union-attr]
 
-    def inside(n: Node) -> bool:
+    def inside(n: Node, outs: Sequence[Any]) -> bool:
         if not isinstance(n.target, CompiledCall):
             return False
-        return any(bent(m.target) or inside(m) for m in nested(n).graph.nodes)
+        whole = nested(n)
+        shown = [whole.outputs[u.args[1]] for u in n.users if u in outs]  # type: ignore
+        nodes = whole.graph.nodes
+        kept = [o for o in shown if isinstance(o, Node) and o.op == "call_function"]
+        return any(bent(m.target) or inside(m, shown) for m in nodes) or any(
+            is_saved(o, set(nodes)) for o in kept
+        )
 
     def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
         args = remap(n.args, env)
         if n.target is operator.getitem:
             return b.item(*args)
-        return b.inlined(opened(nested(n)), args) if inside(n) else b.call_like(n, env)
+        if inside(n, program.outputs):
+            return b.inlined(opened(nested(n)), args)
+        return b.call_like(n, env)
 
-    if not any(map(inside, program.graph.nodes)):
+    if not any(inside(n, program.outputs) for n in program.graph.nodes):
         return program
     return rebuilt(program, program.name, visit, Builder(None, merge=False))
 
@@ -93,40 +118,106 @@ def is_read(u: Node) -> bool:
     return i in n.target.saved or any(r.op != "output" for r in u.users)  # type: ignore
 
 
-def with_results(program: Program, nodes: Sequence[Node]) -> Program:
-    """Return the program with the values of these nodes as further results."""
+class Kept(NamedTuple):
+    """A result that second derivatives read: its ``value`` in the program, and what it has in
+    common with the other results of its op, ``(op, how many results before it are the same)``."""
+
+    value: Node
+    group: tuple[Node, int]
+
+
+def as_known(
+    program: Program,
+    further: Sequence[Node],
+    known: Sequence[int] = (),
+    keeping: Mapping[int, Kept] | None = None,
+) -> Program:
+    """Return the program with ``further`` results, and with the values of the results ``known`` as
+    further inputs, where autograd adds up their cotangents; :func:`parted` ends it after the
+    reverse walk. A result of an op has the op to itself: other values may have been merged with
+    it."""
     with paused_gc():
-        b = Builder(None, merge=False)
+        b, every, keeping = Builder(None, merge=False), [*program.outputs, *further], keeping or {}
         env = dict(zip(program.placeholders, b.inputs(program.placeholders), strict=True))
-        b.copy(program.graph.nodes, env)
-        outs = remap([*program.outputs, *nodes], env)
-        return Program(b.finish(outs), program.n_inputs, len(outs), (), program.name)
+        given = dict(zip(known, b.inputs([every[k] for k in known]), strict=True))
+        results = {k: keeping[k].value if k in keeping else every[k] for k in known}
+        inside = {n: k for k, n in results.items() if not mergeable(op_of(n).target)}
 
+        def meet(x: Node, k: int) -> Node:
+            val = x.meta["val"]
+            return b.item(b.make("call_function", Meeting(val), (x, given[k]), {}, (val,)), 0)
 
-def as_known(program: Program, nodes: Sequence[Node]) -> Program:
-    """Return the program with the values of these nodes as further inputs, where autograd adds up
-    their cotangents; :func:`parted` ends it after the reverse walk."""
-
-    with paused_gc():
-        b = Builder(None, merge=False)
-        env = dict(zip(program.placeholders, b.inputs(program.placeholders), strict=True))
-        given = dict(zip(nodes, b.inputs(nodes), strict=True))
         for n in program.graph.nodes:
             b.copy([n], env)
-            if n in given:
-                val = n.meta["val"]
-                node = b.make("call_function", Meeting(val), (env[n], given[n]), {}, (val,))
-                env[n] = b.item(node, 0)
-        outs = remap(program.outputs, env)
-        count = len(program.placeholders) + len(nodes)
+            if n in inside:
+                env[n] = meet(env[n], inside[n])
+        outs = remap(every, env)
+        ops: dict[Any, Any] = {}
+        for k, n in results.items():
+            if n not in inside:
+                op = op_of(n)
+                if keeping[k].group not in ops:
+                    ops[keeping[k].group] = b.call_like(op, env)
+                mine = ops[keeping[k].group]
+                outs[k] = meet(mine if op is n else b.item(mine, n.args[1]), k)
+        count = len(program.placeholders) + len(known)
         return Program(b.finish(outs), count, len(outs), (), program.name)
+
+
+def kept_results(
+    program: Program,
+    wrt: Sequence[int],
+    live: Sequence[bool],
+    met: Sequence[Node],
+    made: Sequence[str],
+) -> dict[int, Kept]:
+    """Return the live results, ``made`` by these ops, which the op or Function saves, or which are
+    among ``met``."""
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    active = active_nodes(calls, [program.placeholders[i] for i in wrt], zeros=True)
+    found: dict[int, Kept] = {}
+    for k, (n, yes, name) in enumerate(zip(program.outputs, live, made, strict=False)):
+        if not (yes and n in active and n.op == "call_function"):
+            continue
+        if n.target is aten.clone.default and name != name_of(n.target):
+            n = n.args[0]  # two results that are merged have memory of their own
+        if name_of(op_of(n).target) == name and (n in met or is_saved(n, active)):
+            same = sum(n is other.value for other in found.values())
+            found[k] = Kept(n, (op_of(n), same))
+    return found
+
+
+def before_hooks(n: Node) -> Node:
+    """Return the value of which the recorded hooks make this one."""
+    op: Any = op_of(n)
+    if not getattr(op.target, "hooked", False):
+        return n
+    return before_hooks(op.target.parts(op)[0][n.args[1]])
+
+
+def is_saved(n: Node, active: Container[Node]) -> bool:
+    """Return whether the op, or the Function, that computes a value keeps it for its derivative
+    by the ``active`` ones of its arguments."""
+    n = before_hooks(n)
+    op = op_of(n)
+    i = 0 if op is n else n.args[1]
+    if isinstance(op.target, CustomDerivative):
+        return i in op.target.saved
+    return i in saved_results(op, active)
 
 
 def parted(program: Program) -> Program:
     """Return the program with the values themselves where cotangents have met."""
 
     def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
-        return [remap(n.args[1], env)] if isinstance(n.target, Meeting) else NotImplemented
+        if not isinstance(n.target, Meeting):
+            return NotImplemented
+        x, known = before_hooks(n.args[0]), env[n.args[1]]  # type: ignore[arg-type, index]
+        op = op_of(x)
+        if op is x or all(getattr(r.target, "hooked", False) for u in op.users for r in u.users):
+            return [known]
+        (val,) = n.target.vals
+        return b.make("call_function", Known(val), (env[x], known, known), {}, (val,))
 
     return rebuilt(program, program.name, visit)
 

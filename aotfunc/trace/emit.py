@@ -123,7 +123,7 @@ class Builder:
     def node(self, target: Any, args: tuple, kwargs: dict, val: Any, hooked: bool = False) -> Any:
         """Return the value of ``target(*args, **kwargs)``: rewritten, or an equal earlier node, or
         a new one. An op whose result is ``hooked`` stays apart: it saves that behind the hooks."""
-        apart = not self.final and adds_apart(target, args, val)
+        apart = hooked or not (self.merge and (self.final or not adds_apart(target, args, val)))
         for rewrite in self.rewrites.get(target, ()):
             better = rewrite(self, val, *args, **kwargs)
             if better is not None and not (apart and any(better is a for a in args)):
@@ -133,7 +133,7 @@ class Builder:
             if drawn not in self.seen:
                 self.seen[drawn] = self.make("call_function", target, args, kwargs, val)
             return self.seen[drawn]
-        if apart or hooked or not self.merge or not mergeable(target):
+        if apart or not mergeable(target):
             return self.make("call_function", target, args, kwargs, val)
         key = node_key(target, args, kwargs, self.meta.get("region"))
         if target in COMMUTATIVE and len(args) == 2 and not kwargs:

@@ -1,0 +1,187 @@
+"""A second derivative passes through the hooks of a result again where autograd saves the result,
+whoever registers them: the caller on what a compiled call returned, or the function inside."""
+
+import pytest
+import torch
+
+from aotfunc import aot_function, jit
+from tests.reference import assert_same
+from tests.sweeps import every
+
+WAYS = {
+    "jit": jit,
+    "aot": lambda f: aot_function(f, "eager"),
+    "jit in jit": lambda f: (lambda j: jit(lambda *xs: j(*xs)))(jit(f)),
+}
+
+
+def spd(x):
+    return x @ x.mT + 2 * torch.eye(3, dtype=x.dtype)
+
+
+def regular(x):
+    return x + 3 * torch.eye(3, dtype=x.dtype)
+
+
+OPS = {
+    "exp": torch.exp,
+    "tanh": torch.tanh,
+    "sigmoid in place": lambda x: (x * 1).sigmoid_(),
+    "sqrt": torch.sqrt,
+    "reciprocal": torch.reciprocal,
+    "expm1": torch.expm1,
+    "erfinv": lambda x: (x * 0.5).erfinv(),
+    "div": lambda x: x / x.exp(),
+    "pow": lambda x: x**x,
+    "softmax": lambda x: x.softmax(-1),
+    "log_softmax": lambda x: x.log_softmax(-1),
+    "logsumexp": lambda x: x.logsumexp(0),
+    "norm": lambda x: x.norm(),
+    "std_mean": lambda x: torch.std_mean(x, 0),
+    "prod": lambda x: x.prod(0),
+    "cumprod": lambda x: x.cumprod(0),
+    "scatter_reduce": lambda x: x.scatter_reduce(
+        0, torch.tensor([[0, 1, 1]] * 3), x.cos(), "prod"
+    ),
+    "qr": lambda x: torch.linalg.qr(regular(x)),
+    "eigh": lambda x: torch.linalg.eigh(spd(x)),
+    "eigvalsh": lambda x: torch.linalg.eigvalsh(spd(x)),
+    "svd": lambda x: torch.linalg.svd(regular(x)),
+    "lu": lambda x: torch.linalg.lu(regular(x))[1:],
+    "cholesky": lambda x: torch.linalg.cholesky(spd(x)),
+    "inv": lambda x: torch.linalg.inv(regular(x)),
+    "solve": lambda x: torch.linalg.solve(regular(x), x),
+    "det": lambda x: torch.linalg.det(regular(x)),
+    "pinv": lambda x: torch.linalg.pinv(regular(x)),
+    "two ops": lambda x: (x.exp(), x.tanh()),
+    "one op twice": lambda x: (x.exp(), x.exp()),
+    "a copy of an equal one": lambda x: (x.exp() * 1, x.exp().sin()),
+}
+
+
+class Saving(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0]
+
+
+class Bent(Saving):
+    @staticmethod
+    def backward(ctx, g):
+        return g.tanh() * ctx.saved_tensors[0]
+
+
+def hooked(y, hook):
+    ys = y if isinstance(y, tuple) else (y,)
+    for t in ys:
+        t.register_hook(hook)
+    return sum(t.sin().sum() for t in ys)
+
+
+def bent(g):
+    return g * g * 0.3 + g
+
+
+def outside(op):
+    return op, lambda y: hooked(y, bent)
+
+
+def inside(op):
+    return lambda x: hooked(op(x), bent), lambda y: y
+
+
+def recorded(op):
+    def f(x):
+        k = x.detach().mean()
+        return hooked(op(x), lambda g: bent(g) * k)
+
+    return f, lambda y: y
+
+
+def derivatives(f, after, order):
+    x = torch.tensor([[0.3, 0.5, 0.2], [0.7, 0.25, 0.4], [0.6, 0.9, 0.35]], dtype=torch.float64)
+    g = after(f((x := x.requires_grad_()) * 1))
+    found = [g]
+    for k in range(order):
+        g = g if k == 0 else (g * (1 + x.detach())).sum()
+        (g,) = torch.autograd.grad(g, x, create_graph=k + 1 < order)
+        found.append(g)
+    return found
+
+
+@pytest.mark.parametrize("kind", [outside, inside, recorded])
+@pytest.mark.parametrize("name", every(2, OPS))
+def test_of_an_op(name, kind):
+    f, after = kind(OPS[name])
+    for way in ("jit", "aot") if kind is outside else ("jit",):
+        got, want = (derivatives(g, after, 3) for g in (WAYS[way](f), f))
+        assert_same(got, want, rtol=1e-7, atol=1e-9)
+
+
+def first_hooked(y):
+    a, b = y
+    a.register_hook(bent)
+    return (a.sin() * b).sum()
+
+
+def let_go(y):
+    """The caller holds no result when the gradient is taken."""
+    a, b = y
+    a.register_hook(bent)
+    return (a * 2).sum() * b.sum()
+
+
+def of_a_view(y):
+    y[1].register_hook(bent)
+    return y[0].sin().sum() + y[1].cos().sum()
+
+
+CALLERS = {
+    "a result of another": (lambda x: (y := x.exp(), y.sin()), first_hooked),
+    "results of two nodes": (lambda x: (x.exp(), x[0].cos()), first_hooked),
+    "let go": (lambda x: (x.exp(), x.tanh()), let_go),
+    "let go, of another": (lambda x: (y := x.exp(), y.tanh()), let_go),
+    "let go, of one op": (lambda x: torch.linalg.qr(x), let_go),
+    "a copy": (lambda x: (y := x.exp(), y.clone())[::-1], first_hooked),
+    "a Function that saves it": (lambda x: (Saving.apply(x), x.sin()), first_hooked),
+    "a Function that is not linear": (lambda x: (Bent.apply(x), x.sin()), first_hooked),
+    "the same, and of it": (lambda x: (y := Bent.apply(x), y.sin()), first_hooked),
+    "a view": (lambda x: (y := x.exp(), y.view(9)), of_a_view),
+    "a checkpoint": (
+        lambda x: torch.utils.checkpoint.checkpoint(
+            lambda x: (x.exp(), x.sin()), x, use_reentrant=False
+        ),
+        first_hooked,
+    ),
+    "complex": (
+        lambda x: (torch.complex(x, x).exp(), x),
+        lambda y: first_hooked((torch.view_as_real(y[0].exp()).sum(-1), y[1])),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", CALLERS)
+def test_of_a_caller(name, way):
+    f, after = CALLERS[name]
+    got, want = (derivatives(g, after, 3) for g in (WAYS[way](f), f))
+    assert_same(got, want, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_a_result_that_is_written_to_before_the_backward(dtype):
+    x = torch.linspace(0.2, 0.8, 3, dtype=dtype).requires_grad_()
+    for f in (lambda x: (x.exp(), x.sin()), lambda x: x.exp()):
+        for call in (f, jit(f)):
+            y = call(x)
+            y = y[0] if isinstance(y, tuple) else y
+            with torch.no_grad():
+                y.mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().abs().backward()
