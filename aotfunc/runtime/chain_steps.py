@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends.eager import compile_graph
 from ..graph import Program, needed_for
 from ..trace.emit import Builder, paused_gc, remap
-from ..trace.modes import without_modes
+from ..trace.modes import outside_inference_mode, without_modes
 from ..trace.nested import leaves
 from ..transforms.fresh import fresh
 from ..transforms.walk import builder
@@ -126,10 +127,11 @@ def saves_a_result(n: Node) -> bool:
     return bool(saved_results(n, n._input_nodes))
 
 
+@outside_inference_mode
 def saved_results(n: Node, active: Container[Node]) -> set[int]:
     """Return the numbers of the results that PyTorch's op keeps for its derivative by the
     ``active`` ones of its arguments."""
-    if not isinstance(n.target, OpOverload):
+    if not isinstance(n.target, OpOverload) or n.target.namespace != "aten":
         return set()
 
     def example(x: Node) -> Tensor:
@@ -137,12 +139,16 @@ def saved_results(n: Node, active: Container[Node]) -> set[int]:
         t = torch.empty_strided(val.shape, val.stride, dtype=val.dtype, device="meta")
         return t.requires_grad_(val.differentiable and x in active)
 
-    with torch.enable_grad(), without_modes():
-        args, kwargs = remap((n.args, n.kwargs), {x: example(x) for x in n._input_nodes})
-        try:
+    set_aside = torch._C._autograd._saved_tensors_hooks_set_tracing
+    aside = set_aside(True)  # the caller's saved_tensors_hooks
+    try:
+        with torch.enable_grad(), without_modes(), _disable_current_modes():
+            args, kwargs = remap((n.args, n.kwargs), {x: example(x) for x in n._input_nodes})
             found = leaves(n.target(*args, **kwargs))
-        except NotImplementedError:  # there is no kernel without data
-            return set()
+    except RuntimeError:  # there is no kernel without data
+        return set()
+    finally:
+        set_aside(aside)
     places = {
         (t.grad_fn, t.output_nr): i
         for i, t in enumerate(found)

@@ -193,7 +193,7 @@ def vjp_make(n: Node, hooked: bool = False) -> Any:
     where the op saves that."""
     op = n.target
     entry = entry_for(op)
-    rule = no_slope if entry.zero else entry.vjp
+    rule: Any = no_slope if entry.zero else entry.vjp
 
     def make(b: Builder, needs: tuple, g: Any, out: Any, *args: Any) -> Any:
         if rule is not None and not (hooked and op not in BY_VALUE and has_formula(op)):
