@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aotfunc
-from aotfunc.api.sparse import Entries, cheaper, star
+from aotfunc.api.sparse import Entries
+from aotfunc.transforms.sparsity.plans import by_symmetry, fewest
 from benchmarks.measure import Report, arguments, ms, per_call, timed
 
 D = torch.float64
@@ -67,9 +68,9 @@ def surface(n: int) -> Callable[[Tensor], Tensor]:
 
 
 PROGRAMS = {
-    "reactions": (reactions, aotfunc.sparse_jacobian, torch.func.jacrev, cheaper),
-    "brusselator": (brusselator, aotfunc.sparse_jacobian, torch.func.jacrev, cheaper),
-    "surface": (surface, aotfunc.sparse_hessian, torch.func.hessian, star),
+    "reactions": (reactions, aotfunc.sparse_jacobian, torch.func.jacrev, fewest),
+    "brusselator": (brusselator, aotfunc.sparse_jacobian, torch.func.jacrev, fewest),
+    "surface": (surface, aotfunc.sparse_hessian, torch.func.hessian, by_symmetry),
 }
 
 
@@ -97,9 +98,9 @@ def measured(name: str, n: int, dense: bool) -> dict[str, Any]:
     memory = peak() - before
     found = {"first": first, "memory": memory, "call": per_call(lambda: call(x))}
     if not dense:
-        g = aotfunc.grad(f) if plan is star else f
+        g = aotfunc.grad(f) if plan is by_symmetry else f
         result, made = call(x), Entries(name, g, 0, (x,), {}).plan("benchmark", plan)
-        found |= {"entries": result._nnz(), "products": int(made.colours.max()) + 1}
+        found |= {"entries": result._nnz(), "products": made.count}
         if n <= DENSE:
             torch.testing.assert_close(result.to_dense(), plain(f)(x))
     return found

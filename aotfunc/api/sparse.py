@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from ..capture.tree import Arguments
 from ..errors import ArgumentError, CaptureError
 from ..trace.entering import entry
 from ..trace.traced import current
-from ..transforms.colouring import coloured, read_by_symmetry, star_coloured
 from ..transforms.lower import CALLS, lowered, marked
+from ..transforms.sparsity.plans import Plan, Products, blocks, by_symmetry, fewest
 from .call import Call, positions
 from .func import grad, linearize, vjp
 from .vmap import vmap
@@ -29,8 +29,9 @@ def sparse_jacobian(
     tensor ``args[argnums]`` of shape ``I``, as a sparse COO tensor of shape ``O + I``.
 
     The graph of ``f`` tells which entries there are; some of them may be zero. Columns that share
-    no row have one colour, and one product with the Jacobian computes them all; rows likewise, if
-    they need fewer colours (Gebremedhin et al., "What Color Is Your Jacobian?", 2005).
+    no row have one colour, and one product with the Jacobian computes them all; rows with many
+    entries likewise, by products from the left, where these are fewer products in all
+    (Gebremedhin et al., "What Color Is Your Jacobian?", 2005).
     ``chunk_size`` products are made at a time. The entries are differentiable by autograd. Raises
     ArgumentError for an output or argument that is no floating real tensor, CaptureError inside of
     other transforms, which take no sparse tensors.
@@ -45,7 +46,7 @@ def sparse_jacobian(
     @functools.wraps(f)
     def jacobian(*args: Any, **kwargs: Any) -> Tensor:
         found = Entries("sparse_jacobian", f, argnums, args, kwargs)
-        return found.sparse(found.plan("columns or rows", cheaper), chunk_size)
+        return found.sparse(found.plan("columns and rows", fewest), chunk_size)
 
     return jacobian
 
@@ -72,12 +73,12 @@ def sparse_hessian(
     def hessian(*args: Any, **kwargs: Any) -> Tensor:
         found = Entries("sparse_hessian", grad(f, argnums), argnums, args, kwargs)
 
-        def by_symmetry(pattern: Any) -> Plan:
+        def plan(pattern: Any) -> Plan:
             own = Call("sparse_hessian", f, found.arguments, found.chosen, False)
             rules = marked(lowered(own.program, CALLS))
-            return cheaper(pattern) if rules else star(pattern)
+            return fewest(pattern) if rules else by_symmetry(pattern)
 
-        return found.sparse(found.plan("symmetric", by_symmetry), chunk_size)
+        return found.sparse(found.plan("symmetric", plan), chunk_size)
 
     return hessian
 
@@ -92,55 +93,21 @@ def hessian_blocks(
 
     @entry
     @functools.wraps(f)
-    def blocks(*args: Any, **kwargs: Any) -> Tensor:
+    def all_blocks(*args: Any, **kwargs: Any) -> Tensor:
         found = Entries("hessian", grad(f, argnums), argnums, args, kwargs)
         if not found.x.dim():
             raise ArgumentError('hessian(structure="blocks"): the argument has no dimension')
         count, *inner = found.x.shape
         size = math.prod(inner)
         step = max(size, 1)
-
-        def in_blocks(pattern: Any) -> Plan:
-            own = pattern.row // step == pattern.col // step
-            row, col = pattern.row[own], pattern.col[own]
-            wanted = type(pattern)((pattern.data[own], (row, col)), pattern.shape)
-            colours = coloured(pattern, wanted)
-            return Plan(row, col, colours, False, colours[col], row)
-
-        plan = found.plan("blocks", in_blocks)
+        plan = found.plan("blocks", blocks(step))
         row, col = (torch.as_tensor(i, device=found.x.device).long() for i in (plan.row, plan.col))
         result = found.x.new_zeros(count, size, size)
         places = (row // step, row % step, col % step)
         result = result.index_put(places, found.values(plan, chunk_size))
         return result.view(count, *inner, *inner)
 
-    return blocks
-
-
-class Plan(NamedTuple):
-    """The computed entries of a Jacobian, by columns (or rows) of one colour together, with the
-    product and the position there that each is read from."""
-
-    row: np.ndarray
-    col: np.ndarray
-    colours: np.ndarray
-    by_rows: bool
-    product: np.ndarray
-    place: np.ndarray
-
-
-def cheaper(pattern: Any) -> Plan:
-    row, col = pattern.row, pattern.col
-    columns, rows = coloured(pattern), coloured(pattern.T)
-    if rows.max(initial=-1) < columns.max(initial=-1):
-        return Plan(row, col, rows, True, rows[row], col)
-    return Plan(row, col, columns, False, columns[col], row)
-
-
-def star(pattern: Any) -> Plan:
-    pattern = (pattern + pattern.T).tocoo()
-    row, col, colours = pattern.row, pattern.col, star_coloured(pattern)
-    return Plan(row, col, colours, False, *read_by_symmetry(row, col, colours))
+    return all_blocks
 
 
 class Entries:
@@ -173,32 +140,46 @@ class Entries:
     def plan(self, name: str, make: Callable[[Any], Plan]) -> Plan:
         """Return the plan for the pattern of the function, kept under ``name`` for as long as the
         values that the pattern depends on (indices, zeros of matrices) are the same."""
-        from ..transforms.sparsity import Dependence  # .colouring imports scipy
+        from ..transforms.sparsity.dependence import dependence  # imports scipy
 
         program, key = self.call.program, ("pattern", name, self.call.wrt)
         plan, read = program.cache.get(key, (None, ()))
         if plan is None or not all(torch.equal(self.call.inputs[i], x) for i, x in read):
-            found = Dependence(program, self.call.wrt[0], self.call.inputs)
-            plan = make(found.of(found.outputs[0]).tocoo())
-            read = [(i, self.call.inputs[i].detach().clone()) for i in found.read]
+            pattern, places = dependence(program, self.call.wrt[0], self.call.inputs)
+            plan = make(pattern.tocoo())
+            read = [(i, self.call.inputs[i].detach().clone()) for i in places]
             program.cache[key] = plan, read
         return plan
 
     def values(self, plan: Plan, chunk_size: int | None) -> Tensor:
         """Return the entries, by products with sums of unit vectors, one for each colour."""
-        x, count = self.x, int(plan.colours.max(initial=-1)) + 1
-        if not count:
-            return x.new_zeros(0)
-        whole = lambda i: torch.as_tensor(i.astype(np.int64), device=x.device)
-        seeds = torch.nn.functional.one_hot(whole(plan.colours), count).T.to(x.dtype)
-        if plan.by_rows:
-            pull = vjp(self.of_x, x)[1]
-            along = lambda seed: pull(seed.view(self.shape))[0]
-        else:
+        x, parts = self.x, []
+        if plan.columns:
             push = linearize(self.of_x, x)[1]
             along = lambda seed: push(seed.view(x.shape))
-        products = vmap(along, chunk_size=chunk_size)(seeds).reshape(count, -1)
-        return products[whole(plan.product), whole(plan.place)]
+            parts.append(self.read(plan.columns, along, chunk_size))
+        if plan.rows:
+            pull = vjp(self.of_x, x)[1]
+            along = lambda seed: pull(seed.view(self.shape))[0]
+            parts.append(self.read(plan.rows, along, chunk_size))
+        if not parts:
+            return x.new_zeros(0)
+        order = np.concatenate([part.entries for part in plan[2:] if part])
+        return torch.cat(parts)[self.whole(np.argsort(order))]
+
+    def read(self, part: Products, along: Callable, chunk_size: int | None) -> Tensor:
+        """Return the entries that are read from some products, which ``along`` makes."""
+        if not part.count:
+            return self.x.new_zeros(0)
+        colours = self.whole(part.colours)
+        seeds = (colours == torch.arange(part.count, device=self.x.device)[:, None]).to(
+            self.x.dtype
+        )
+        products = vmap(along, chunk_size=chunk_size)(seeds).reshape(part.count, -1)
+        return products[self.whole(part.product), self.whole(part.place)]
+
+    def whole(self, i: np.ndarray) -> Tensor:
+        return torch.as_tensor(i.astype(np.int64), device=self.x.device)
 
     def sparse(self, plan: Plan, chunk_size: int | None) -> Tensor:
         values, x = self.values(plan, chunk_size), self.x

@@ -19,18 +19,35 @@ def coloured(pattern: Pattern, wanted: Pattern | None = None) -> np.ndarray:
     """Return a colour for each column, so that no row has two columns of one colour: largest
     first, as in Curtis, Powell and Reid, "On the Estimation of Sparse Jacobian Matrices" (1974).
     If only the ``wanted`` entries are read, others of a row may share colours."""
-    wanted = pattern if wanted is None else wanted
-    columns = pattern.tocsc()
-    pairs = [(neighbours(columns), neighbours(wanted.tocsr()))]
-    if wanted is not pattern:
-        pairs.append((neighbours(wanted.tocsc()), neighbours(pattern.tocsr())))
-    colours = [-1] * pattern.shape[1]
-    for j in np.argsort(-np.diff(columns.indptr), kind="stable").tolist():
-        taken = {
-            colours[k] for rows_of, columns_of in pairs for i in rows_of[j] for k in columns_of[i]
-        }
-        colours[j] = next(c for c in range(len(taken) + 1) if c not in taken)
-    return np.array(colours)
+    rows = neighbours(pattern.tocsc())
+    all_taken = [Taken() for _ in range(pattern.shape[0])]
+    # where a column stands, whose colours it may not have there, and where it leaves its own
+    sides = [(rows, all_taken, all_taken)]
+    if wanted is not None:
+        wanted_rows, wanted_taken = neighbours(wanted.tocsc()), [Taken() for _ in all_taken]
+        sides = [(rows, wanted_taken, all_taken), (wanted_rows, all_taken, wanted_taken)]
+    colours = np.full(pattern.shape[1], -1)
+    for j in np.argsort([-len(of) for of in rows], kind="stable").tolist():
+        met = [others[i] for places, others, _ in sides for i in places[j]]
+        colour = max([taken.free for taken in met], default=0)
+        while any(colour in taken for taken in met):
+            colour += 1
+        for places, _, own in sides:
+            for i in places[j]:
+                own[i].take(colour)
+        colours[j] = colour
+    return colours
+
+
+class Taken(set):
+    """The colours of a row's columns, and the first that none has."""
+
+    free = 0
+
+    def take(self, colour: int) -> None:
+        self.add(colour)
+        while self.free in self:
+            self.free += 1
 
 
 def neighbours(compressed: Pattern) -> list[list[int]]:
@@ -48,18 +65,25 @@ def star_coloured(pattern: Pattern) -> np.ndarray:
     uncoloured neighbours; the third column of a path with two colours."""
     nodes = [[k for k in ks if k != j] for j, ks in enumerate(neighbours(pattern.tocsr()))]
     colours = [-1] * len(nodes)
+    # by node: the neighbours of each colour, and the colours of neighbours that have another
+    # neighbour of the node's own colour
+    around: list[dict[int, list[int]]] = [{} for _ in nodes]
+    blocked: list[set[int]] = [set() for _ in nodes]
     for v in np.argsort([-len(ks) for ks in nodes], kind="stable").tolist():
-        taken = set()
+        taken = set(around[v])
         for w in nodes[v]:
-            mine = colours[w]
-            taken.add(mine)
-            for x in nodes[w]:
-                other = colours[x]
-                if other in taken or other < 0:
-                    continue
-                if mine < 0 or any(colours[y] == mine for y in nodes[x] if y != w):
-                    taken.add(other)
-        colours[v] = next(c for c in range(len(taken) + 1) if c not in taken)
+            taken.update(around[w] if colours[w] < 0 else blocked[w])
+        mine = colours[v] = next(c for c in range(len(taken) + 1) if c not in taken)
+        for same in around[v].values():
+            if len(same) > 1:
+                for w in same:
+                    blocked[w].add(mine)
+        for w in nodes[v]:
+            same = around[w].setdefault(mine, [])
+            same.append(v)
+            if colours[w] >= 0 and len(same) > 1:
+                for x in same if len(same) == 2 else (v,):
+                    blocked[x].add(colours[w])
     return np.array(colours, dtype=np.int64)
 
 

@@ -1,0 +1,1 @@
+"""Find which elements of a result depend on which elements of an input."""
