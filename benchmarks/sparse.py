@@ -100,7 +100,7 @@ def measured(name: str, n: int, dense: bool) -> dict[str, Any]:
     if not dense:
         g = aotfunc.grad(f) if plan is by_symmetry else f
         result, made = call(x), Entries(name, g, 0, (x,), {}).plan("benchmark", plan)
-        found |= {"entries": result._nnz(), "products": made.count}
+        found |= {"entries": result._nnz(), "products": made.n_products}
         if n <= DENSE:
             torch.testing.assert_close(result.to_dense(), plain(f)(x))
     return found

@@ -39,8 +39,8 @@ def masked_select(x: Tensor, mask: Tensor, *, size: int, fill_value: float | Ten
     """Return a vector of the first ``size`` elements of ``x`` where ``mask``, which is broadcast
     with it, is true; elements beyond the last one are ``fill_value``, a number or a tensor of one
     element. The derivative is that of ``x[mask]``, and with respect to ``fill_value``. Raises
-    ArgumentError for a ``mask`` that is not bool, a ``fill_value`` of more elements or complex
-    beside a real ``x``, and a size as in :func:`nonzero`.
+    ArgumentError for a ``mask`` that is not bool, a ``fill_value`` of more elements or of a kind
+    that ``x`` does not hold (floating beside whole numbers), and a size as in :func:`nonzero`.
 
     >>> x, mask = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, True])
     >>> masked_select(x, mask, size=3)
@@ -99,9 +99,11 @@ def chosen(name: str, x: Tensor, mask: Tensor, size: int, fill_value: Any) -> Te
         raise ArgumentError(
             f"{name}: fill_value has shape {list(fill_value.shape)}; it must have one element"
         )
-    is_complex = fill_value.is_complex() if given else isinstance(fill_value, complex)
-    if is_complex and not x.is_complex():
-        raise ArgumentError(f"{name}: fill_value is complex, and x has dtype {x.dtype}")
+    kind = fill_value.dtype if given else torch.tensor(fill_value).dtype
+    truth = x.dtype is torch.bool and not given and fill_value in (0, 1)
+    if not truth and not torch.can_cast(kind, x.dtype):
+        what = "complex" if kind.is_complex else f"of {kind}"
+        raise ArgumentError(f"{name}: fill_value is {what}, and x has dtype {x.dtype}")
     filler = torch.as_tensor(fill_value, dtype=x.dtype, device=x.device).reshape(1)
     places = torch.nonzero_static(mask, size=size, fill_value=len(x)).flatten()
     return torch.cat([x, filler]).index_select(0, places)

@@ -45,7 +45,8 @@ class Rehearsal(TorchDispatchMode):
         self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         given = (args, kwargs or {})
-        writes = op._schema.is_mutable or "batch_norm" in op._schema.name
+        counts = "batch_norm" in op._schema.name  # statistics, which a lazy module has just made
+        writes = op._schema.is_mutable or counts
         for x in tree_leaves(given):
             if isinstance(x, torch.Generator) and id(x) not in self.kept:
                 self.kept[id(x)] = x.set_state, x.get_state()
@@ -55,7 +56,7 @@ class Rehearsal(TorchDispatchMode):
                 if not writes:
                     continue
                 memory = x.untyped_storage()
-                if memory._cdata not in self.kept and not self.is_made(memory):
+                if memory._cdata not in self.kept and (counts or not self.is_made(memory)):
                     self.kept[memory._cdata] = memory.copy_, memory.clone()
         before = {memory._cdata for memory in memories(given)}
         more = widened if self.wide else lambda x: x

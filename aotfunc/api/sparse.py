@@ -169,13 +169,13 @@ class Entries:
 
     def read(self, part: Products, along: Callable, chunk_size: int | None) -> Tensor:
         """Return the entries that are read from some products, which ``along`` makes."""
-        if not part.count:
+        if not part.n_products:
             return self.x.new_zeros(0)
         colours = self.whole(part.colours)
-        seeds = (colours == torch.arange(part.count, device=self.x.device)[:, None]).to(
+        seeds = (colours == torch.arange(part.n_products, device=self.x.device)[:, None]).to(
             self.x.dtype
         )
-        products = vmap(along, chunk_size=chunk_size)(seeds).reshape(part.count, -1)
+        products = vmap(along, chunk_size=chunk_size)(seeds).reshape(part.n_products, -1)
         return products[self.whole(part.product), self.whole(part.place)]
 
     def whole(self, i: np.ndarray) -> Tensor:

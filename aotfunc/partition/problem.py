@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from ..debug import at
 from ..errors import PartitionError
-from ..trace.records import saves
+from ..trace.records import saves, verdict
 from .cost import Cost, nbytes
 from .ops import base, is_random, is_single, is_symbol, is_view, once, region
 from .policies import Policy, Verdict
@@ -95,12 +94,7 @@ class Problem:
             return Verdict.FREE
         if inside and not saves(maker(n)):
             return Verdict.RECOMPUTE
-        given = Verdict.FREE if policy is None else policy(maker(n))
-        if not isinstance(given, int) or not Verdict.RECOMPUTE <= given <= Verdict.SAVE:
-            raise PartitionError(
-                f"a policy returns a Verdict, not {given!r}, as {policy!r} does for "
-                f"{maker(n).name}{at(n.meta.get('line'))}"
-            )
+        given = Verdict.FREE if policy is None else verdict(policy, maker(n))
         if given == Verdict.OFFLOAD and is_single(n) and not off_host(n):
             given = Verdict.SAVE
         single = is_single(n) and not is_view(n)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..debug import Line
+from ..debug import Line, at
+from ..errors import PartitionError
 from .shapes.instr import Instr
 from .shapes.sig import Sig, Slot, fill
 
@@ -31,7 +32,18 @@ class Region(NamedTuple):
 def saves(n: Node) -> bool:
     """Return whether the policy of its region lets the value of a node be saved."""
     region = n.meta.get("region")
-    return region.__class__ is Region and bool(region.policy(n))
+    return region.__class__ is Region and bool(verdict(region.policy, n))
+
+
+def verdict(policy: Callable[[Node], int], n: Node) -> int:
+    """Return what a policy says of a node. Raises PartitionError for what is no Verdict."""
+    given = policy(n)
+    if isinstance(given, int) and 0 <= given <= 3:
+        return given
+    raise PartitionError(
+        f"a policy returns a Verdict, not {given!r}, as {policy!r} does for "
+        f"{n.name}{at(n.meta.get('line'))}"
+    )
 
 
 def instr_run(instr: Any, values: list[Tensor]) -> list[Tensor]:

@@ -140,6 +140,36 @@ def test_fill_values_that_do_not_fit(wrap, fill, said):
     assert masked_select(x + 1j, x > 0, size=7, fill_value=2j)[-1] == 2j
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: jit(f, backend="eager"), vmap])
+@pytest.mark.parametrize(
+    "dtype, fill, fits",
+    [
+        (torch.int64, 1.5, False),
+        (torch.int64, 2.0, False),
+        (torch.int64, X, False),
+        (torch.bool, 2, False),
+        (torch.bool, 0.5, False),
+        (torch.bool, X.int(), False),
+        (torch.bool, 1, True),
+        (torch.int32, 7, True),
+        (torch.int32, True, True),
+        (torch.float32, 7, True),
+        (torch.float32, X.double(), True),
+    ],
+)
+def test_kinds_of_fill_values(wrap, dtype, fill, fits):
+    x = torch.zeros(2, 3, dtype=dtype)
+    for name, f in {
+        "masked_select": lambda x: masked_select(x, x > 0, size=2, fill_value=fill),
+        "unique": lambda x: unique(x, size=2, fill_value=fill),
+    }.items():
+        if fits:
+            assert wrap(f)(x).flatten()[-1] == fill
+            continue
+        with pytest.raises(ArgumentError, match=f"{name}: fill_value is of .*, and x has dtype"):
+            wrap(f)(x)
+
+
 @pytest.mark.parametrize("value", [0.0, 2.0])
 def test_the_column_of_a_number(value):
     x = torch.tensor(value)

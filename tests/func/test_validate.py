@@ -229,6 +229,16 @@ def test_lazy_modules_keep_their_weights():
     torch.testing.assert_close(found, net(X))
 
 
+@pytest.mark.parametrize("kind", [jit, grad], ids=["jit", "grad"])
+def test_lazy_modules_count_a_batch_once(kind):
+    ours, theirs = (torch.nn.LazyBatchNorm1d(dtype=X.dtype) for _ in "ab")
+    x = X.expand(3, 5) * torch.arange(1, 4, dtype=X.dtype)[:, None]
+    options = {"backend": "eager"} if kind is jit else {}
+    kind(lambda x: ours(x).sin().sum(), validate=True, **options)(x)
+    theirs(x)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_no_derivative_is_compared_where_none_is_recorded(mode):
     with mode():

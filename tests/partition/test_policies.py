@@ -24,7 +24,7 @@ from aotfunc import (
     partition,
     vmap,
 )
-from aotfunc.errors import ArgumentError
+from aotfunc.errors import ArgumentError, PartitionError
 from aotfunc.partition import (
     Verdict,
     both,
@@ -54,6 +54,15 @@ POLICIES = {
     "all that may be": lambda n: Verdict.SAVE,
 }
 HAZARDS = {**PROGRAMS, **{name: (f, x(5, 5), x(5, 5)) for name, f in DRAWS.items()}}
+
+
+@pytest.mark.parametrize("given", [None, "save", 7, -1])
+@pytest.mark.parametrize("wrap", [grad, lambda f: jit(grad(f), backend="eager")])
+def test_what_is_no_verdict(given: Any, wrap: Callable) -> None:
+    """A policy that forgets to return says nothing, not that nothing is saved."""
+    f = checkpoint(lambda x: x.sin().sin().sum(), policy=lambda n: given)
+    with pytest.raises(PartitionError, match=f"a policy returns a Verdict, not {given!r}"):
+        wrap(f)(torch.ones(3))
 
 
 @pytest.mark.parametrize("name", HAZARDS)

@@ -156,7 +156,8 @@ class Dependence:
     def apart(self, call: Node, n: Node, a: Node) -> dict[int, int]:
         """Return the dimensions of an argument along which an op keeps samples apart, each with
         the result's that holds them."""
-        target, given, found = call.target, a.meta["val"], {}
+        target, given = call.target, a.meta["val"]
+        found: dict[int, int] = {}
         rule = part_rule_for(target) if isinstance(target, OpOverload) else None
         if rule is None or isinstance(given, tuple):
             return found
@@ -197,7 +198,10 @@ class Dependence:
             result = call_op(op, mapped(put, args))
             return result if item is None else result[item]
 
-        picked = selection_pattern(run, x)
+        try:
+            picked = selection_pattern(run, x)
+        except RuntimeError:  # it reads memory around the value
+            return None
         return None if picked is None else picked @ self.of(x)
 
     def hidden(self, a: Any) -> bool:

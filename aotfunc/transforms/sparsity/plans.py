@@ -22,7 +22,7 @@ class Products(NamedTuple):
     place: np.ndarray
 
     @property
-    def count(self) -> int:
+    def n_products(self) -> int:
         return int(self.colours.max(initial=-1)) + 1
 
 
@@ -36,9 +36,9 @@ class Plan(NamedTuple):
     rows: Products | None
 
     @property
-    def count(self) -> int:
+    def n_products(self) -> int:
         """Return how many products there are."""
-        return sum(part.count for part in self[2:] if part)
+        return sum(part.n_products for part in self[2:] if part)
 
 
 def by_columns(row: Any, col: Any, colours: np.ndarray, of: Any = slice(None)) -> Products:
@@ -51,11 +51,12 @@ def fewest(pattern: Pattern) -> Plan:
     needs the fewest products (no row of them is fewer than its entries)."""
     row, col = pattern.row, pattern.col
     lengths = np.bincount(row, minlength=pattern.shape[0])
-    longest, best = int(lengths.max(initial=0)), None
+    longest = int(lengths.max(initial=0))
+    best: Plan | None = None
     for bound in [longest, *[1 << k for k in range(longest.bit_length())][::-1], 0]:
         many = lengths[row] > bound
         widest = int(np.bincount(col[many]).max(initial=0))
-        if best is not None and (bound >= longest or bound + widest >= best.count):
+        if best is not None and (bound >= longest or bound + widest >= best.n_products):
             continue
         parts: list[Products | None] = [None, None]
         if bound:
@@ -65,8 +66,9 @@ def fewest(pattern: Pattern) -> Plan:
             colours[lengths <= bound] = -1
             parts[1] = by_columns(col, row, colours, many)
         plan = Plan(row, col, *parts)
-        if best is None or plan.count < best.count:
+        if best is None or plan.n_products < best.n_products:
             best = plan
+    assert best is not None
     return best
 
 

@@ -128,7 +128,7 @@ def windowed(name: str, rank: int, make: Windows) -> None:
 
 
 def pooled(
-    rank: int, x: Node, out: Node, kernel: Any, stride: Any, padding: Any, gaps: Any
+    rank: int, x: Node, out: Node, kernel: Any, stride: Any, padding: Any, gaps: Any, *_: Any
 ) -> list[Pattern]:
     how = [per(v, rank) for v in (kernel, stride or kernel, padding, gaps)]
     return [
@@ -137,6 +137,12 @@ def pooled(
             images(x, rank), images(out, rank), *how, strict=True
         )
     ]
+
+
+def averaged(
+    rank: int, x: Node, out: Node, kernel: Any, stride: Any, padding: Any, *_: Any
+) -> list[Pattern]:
+    return pooled(rank, x, out, kernel, stride, padding, [1])
 
 
 def adaptive(rank: int, x: Node, out: Node, *_: Any) -> list[Pattern]:
@@ -150,8 +156,8 @@ def adaptive(rank: int, x: Node, out: Node, *_: Any) -> list[Pattern]:
 
 
 for rank in (2, 3):
-    windowed(f"max_pool{rank}d_with_indices", rank, lambda *a: pooled(*a[:7]))
-    windowed(f"avg_pool{rank}d", rank, lambda *a: pooled(*a[:6], [1]))
+    windowed(f"max_pool{rank}d_with_indices", rank, pooled)
+    windowed(f"avg_pool{rank}d", rank, averaged)
     windowed(f"adaptive_max_pool{rank}d", rank, adaptive)
     windowed(f"_adaptive_avg_pool{rank}d", rank, adaptive)
 
