@@ -5,16 +5,34 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch.compiler import is_dynamo_compiling
 
 from ..capture.autograd_function import takes_as_given
 from ..capture.custom_function import CustomRules
 from ..capture.tree import structure
+from ..debug import outside_dynamo
 from ..errors import ArgumentError
 from ..trace.entering import entry
 from ..trace.traced import current
 from .func import functionalize
+
+#: what Dynamo's graph calls for a call of each custom function, which it does not look into
+_in_graph: weakref.WeakSet[Callable] = weakref.WeakSet()
+
+
+def prepare() -> None:
+    """Make calls of custom functions nodes of Dynamo's graphs; Dynamo calls this while it
+    reads."""
+    for call in [*_in_graph]:
+        torch.compiler.allow_in_graph(call)
+
+
+prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class CustomFunction(CustomRules):
@@ -24,6 +42,12 @@ class CustomFunction(CustomRules):
     def __init__(self, f: Callable, places: tuple[int, ...]) -> None:
         functools.update_wrapper(self, f)
         super().__init__(f, places)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._recorded(*args, **kwargs)
+
+        self.in_graph = call
+        _in_graph.add(call)
 
     def __repr__(self) -> str:
         return f"<custom function {self.__name__}>"
@@ -63,6 +87,13 @@ class CustomFunction(CustomRules):
             raise ArgumentError(
                 f"{self.__name__} has no rules yet: call its defvjp, defjvp or def_vmap"
             )
+        if is_dynamo_compiling():
+            prepare()
+            return self.in_graph(*args, **kwargs)
+        return self._recorded(*args, **kwargs)
+
+    @outside_dynamo
+    def _recorded(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs or not takes_as_given(self.f, args):
             args = positional(self.f, args, kwargs)
         if self.places and self.places[-1] >= len(args):

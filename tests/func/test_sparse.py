@@ -95,6 +95,8 @@ JACOBIANS = {
         lambda x: F.cross_entropy(x.view(3, 4), torch.arange(3), reduction="none"),
         0,
     ),
+    "parts of memory": (lambda x: torch.as_strided_scatter(x, X[:2], (2,), (2,), 1), None),
+    "windows of memory": (lambda x: x.view(3, 4).t().as_strided((5, 3), (2, 1)) ** 2, None),
     "written with no derivative": (lambda x: hidden(x, X), 0),
     "transposed": (
         lambda x: F.conv_transpose2d(x.view(1, 2, 2, 3), STENCIL.expand(2, 2, 3, 3)),

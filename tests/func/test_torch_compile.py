@@ -9,7 +9,17 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import aotfunc
-from aotfunc import grad, jacrev, linearize, vjp, vmap
+from aotfunc import (
+    custom_jvp,
+    custom_vjp,
+    custom_vmap,
+    grad,
+    hessian,
+    jacrev,
+    linearize,
+    vjp,
+    vmap,
+)
 from aotfunc.errors import ArgumentError, CaptureError
 
 BACKENDS = ("eager", "aot_eager")
@@ -172,6 +182,62 @@ def test_linearize(backend):
     torch.testing.assert_close(
         torch.compile(f, backend=backend, fullgraph=True)(x), (x.sin(), x.cos() * x * 2)
     )
+
+
+def tripled():
+    """A function whose rules say three times its derivative, in each mode and per sample."""
+
+    def bwd(residuals, g):
+        x, scale = residuals
+        return 3 * g * x.cos() * scale, None
+
+    f = custom_vjp(lambda x, scale=2.0: x.sin() * scale)
+    f.defvjp(lambda x, scale: (f(x, scale), (x, scale)), bwd)
+    h = custom_jvp(lambda x: x.sin())
+    h.defjvp(lambda primals, tangents: (h(*primals), 3 * tangents[0] * primals[0].cos()))
+    v = custom_vmap(lambda x: x.sin())
+    v.def_vmap(lambda size, batched, x: (3 * x.sin(), True))
+    return f, h, v
+
+
+TRIPLED = tripled()
+RULES = {
+    "alone": ("aot_eager", lambda f: f),
+    "second": ("eager", lambda f: hessian(lambda x: f(x).sum())),
+    "per sample": ("aot_eager", lambda f: vmap(grad(lambda x: f(x).sum()))),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("rule", [0, 1, 2], ids=["custom_vjp", "custom_jvp", "custom_vmap"])
+def test_functions_with_rules(rule, name):
+    """A call is one node of the graph, under transforms, too."""
+    backend, transform = RULES[name]
+    f = transform(TRIPLED[rule])
+    x, y = (X[0].clone().requires_grad_() for _ in "xy")
+    got, want = torch.compile(lambda x: f(x) * 2, backend=backend, fullgraph=True)(x), f(y) * 2
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(out.sum(), a)[0] for out, a in ((got, x), (want, y))]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at it
+def test_functions_with_rules_in_a_graph_of_parts():
+    """Where Dynamo cannot read a call it breaks the graph, and says so with fullgraph."""
+
+    def made(x):
+        f = custom_vjp(lambda x: x * 2)
+        f.defvjp(lambda x: (x * 2, None), lambda _, g: (g * 9,))
+        return f(x).sum()
+
+    tree = custom_vjp(lambda x: {"a": x * 2})
+    tree.defvjp(lambda x: (tree(x), None), lambda _, g: (g["a"] * 9,))
+    for f in (made, lambda x: tree(x)["a"].sum()):
+        x = X[0].clone().requires_grad_()
+        torch.compile(f, backend="eager")(x).backward()
+        torch.testing.assert_close(x.grad, torch.full_like(x, 9))
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            torch.compile(f, backend="eager", fullgraph=True)(x)
 
 
 def test_inductor():

@@ -24,6 +24,7 @@ from torch.fx import Node
 from ...graph import Program, draws
 from ...trace.marks import hidden_write
 from ...trace.nested import leaves, mapped
+from ...trace.shapes.sig import contiguous_stride
 from ..activity import active_nodes
 from ..apart import part_rule_for
 from ..apart.parts import Mixed, OpCall, Part, Walk
@@ -111,7 +112,8 @@ class Dependence:
             found = self.normalised(n, *NORMALISED[op](*args))
             return self.everything(call, n) if found is None else found
         places = [i for i in tensor_args(op) if any(a in self.active for a in leaves(args[i]))]
-        if not rules.linear_in(places) or draws(call) or any(map(self.hidden, leaves(args))):
+        unseen = lambda a: self.hidden(a) or self.strided(op, a)
+        if not rules.linear_in(places) or draws(call) or any(map(unseen, leaves(args))):
             return self.everything(call, n)
         parts = [self.linear(op, args, item, a) for a in dict.fromkeys(moving)]
         if any(p is None for p in parts):
@@ -207,6 +209,15 @@ class Dependence:
     def hidden(self, a: Any) -> bool:
         """Return whether an argument is random, and none that the pattern follows."""
         return a in self.drawn and a not in self.active
+
+    def strided(self, op: OpOverload, a: Any) -> bool:
+        """Return whether the op reads an argument's memory, which is not that of a copy, or has no
+        right derivative in autograd."""
+        name = op._schema.name
+        if "as_strided" not in name or not isinstance(a, Node):
+            return False
+        val = a.meta["val"]
+        return "scatter" in name or bool(val.stride != contiguous_stride(val.shape))
 
     def value(self, n: Any) -> Any:
         """Return the value of a node that does not depend on the input, nor on random numbers;
