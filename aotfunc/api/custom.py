@@ -62,7 +62,8 @@ class CustomFunction(CustomRules):
 
         The cotangents have the output's tree; None stands for an output without a cotangent, and
         with ``symbolic_zeros`` for zeros, too. Residuals are any tree. Higher orders differentiate
-        ``fwd``, and without ``defjvp`` forward mode is the transpose of ``bwd``."""
+        ``fwd``, and without ``defjvp`` forward mode is the transpose of ``bwd``, which is refused
+        (CaptureError) if ``bwd`` is not linear in the cotangents."""
         self.forward, self.backward = fwd, bwd
         self.symbolic_zeros = symbolic_zeros
 

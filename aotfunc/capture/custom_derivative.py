@@ -50,6 +50,16 @@ class Later:
         return self.made
 
 
+def depend(unknowns: Sequence[Node], results: Sequence[Any]) -> bool:
+    """Return whether a transpose reads values that only a map that is not linear asks for."""
+    seen, queue = set(unknowns), list(unknowns)
+    while queue:
+        new = [user for user in queue.pop().users if user not in seen]
+        seen.update(new)
+        queue += new
+    return not seen.isdisjoint(r for r in results if r is not None)
+
+
 class CustomDerivative:
     """The target of a node ``(inputs, values, residuals) -> outputs``: the values, with a
     derivative of the user's.
@@ -170,6 +180,11 @@ class CustomDerivative:
         back = reverse(
             b, [o for o, _ in pairs], [c for _, c in pairs], [tangents[x] for x in wanted]
         )
+        if depend([tangents[x] for x in wanted], back):
+            raise CaptureError(
+                f"reverse mode of {self.__name__} is the transpose of its forward rule, which is "
+                "not linear in the tangents; state a reverse rule (defvjp), too"
+            )
         found = dict(zip(wanted, back, strict=True))
         return [found.get(x) for x in inputs]
 
@@ -204,8 +219,15 @@ class CustomDerivative:
             for gr, x in zip(grads, inputs, strict=True)
             if isinstance(gr, Node) and x in tangents
         ]
-        back = iter(reverse(b, [p[0] for p in pairs], [p[1] for p in pairs], dummies))
-        return [next(back) if v.differentiable else None for v in self.vals]
+        back = reverse(b, [p[0] for p in pairs], [p[1] for p in pairs], dummies)
+        if depend(dummies, back):
+            raise CaptureError(
+                f"forward mode of {self.__name__} is the transpose of its backward, which is not "
+                "linear in the cotangents; state a forward rule (defjvp, or jvp of a Function), "
+                "or use reverse mode alone: jacrev(jacrev(f)) is a Hessian, too"
+            )
+        found = iter(back)
+        return [next(found) if v.differentiable else None for v in self.vals]
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         b = walk.b

@@ -483,3 +483,88 @@ def test_what_a_batching_rule_returns_is_checked(rule, words):
     f.def_vmap(rule)
     with pytest.raises(ArgumentError, match=words):
         jit(vmap(f))(torch.ones(4, 2))
+
+
+def clip(g):
+    return g.clamp(-0.1, 0.1)
+
+
+class Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return clip(g)
+
+
+def with_backward(back):
+    f = custom_vjp(lambda x: x * 1)
+    f.defvjp(lambda x: (x * 1, None), lambda _, g: (back(g),))
+    return f
+
+
+def with_forward(push):
+    f = custom_jvp(lambda x: x * 1)
+    f.defjvp(lambda primals, tangents: (primals[0] * 1, push(tangents[0])))
+    return f
+
+
+BY_TRANSPOSE = {
+    "forward": {
+        "jvp": lambda f: lambda x: jvp(f, (x,), (x,))[1],
+        "jacfwd": jacfwd,
+        "linearize": lambda f: lambda x: linearize(f, x)[1](x),
+        "hessian": lambda f: hessian(lambda x: f(x).pow(2).sum()),
+        "compiled": lambda f: jit(jacfwd(f), backend="eager"),
+        "batched": lambda f: lambda x: vmap(jacfwd(f))(x[None]),
+    },
+    "reverse": {
+        "grad": lambda f: grad(lambda x: f(x).sum()),
+        "jacrev": jacrev,
+        "batched": lambda f: lambda x: vmap(jacrev(f))(x[None]),
+    },
+}
+NOT_LINEAR = {
+    "clipped": clip,
+    "squared": torch.square,
+    "divided by its norm": lambda g: g / g.norm(),
+    "by its sign": lambda g: torch.where(g > 0, g, 2 * g),
+}
+
+
+@pytest.mark.parametrize("name", NOT_LINEAR)
+def test_rules_that_have_no_transpose(name):
+    """A rule that is not linear is called as it is, and its transpose, which has no value to be
+    computed at, is refused: it read memory that nobody had written."""
+    rule, x = NOT_LINEAR[name], torch.ones(3, dtype=torch.float64)
+    back, push = with_backward(rule), with_forward(rule)
+    ones = torch.ones_like(x)
+    assert_close(grad(lambda x: back(x).sum())(x), rule(ones))
+    assert_close(jvp(push, (x,), (ones,))[1], rule(ones))
+    for mode, f in (("forward", back), ("reverse", push)):
+        for transform in BY_TRANSPOSE[mode].values():
+            with pytest.raises(CaptureError, match=f"{mode}.* is the transpose of .* not linear"):
+                transform(f)(x)
+    square = lambda x: back(x).pow(2).sum()
+    assert jacrev(jacrev(square))(x).isfinite().all()
+
+
+def test_functions_that_have_no_transpose():
+    x = torch.ones(3, dtype=torch.float64)
+    assert_close(grad(lambda x: Clipped.apply(x).sum())(x), clip(torch.ones_like(x)))
+    for transform in BY_TRANSPOSE["forward"].values():
+        with pytest.raises(CaptureError, match="forward mode of Clipped is the transpose"):
+            transform(Clipped.apply)(x)
+
+
+@pytest.mark.parametrize("rule", [lambda g: 3 * g, lambda g: g.flip(0).cumsum(0) * 2])
+def test_rules_that_have_a_transpose(rule):
+    """Forward mode by the transpose of a backward, and the other way, in every transform."""
+    x = torch.ones(3, dtype=torch.float64)
+    whole = torch.stack([rule(row) for row in torch.eye(3, dtype=x.dtype)])
+    assert_close(jacrev(with_backward(rule))(x), whole)
+    assert_close(jacfwd(with_backward(rule))(x), whole)
+    assert_close(jacfwd(with_forward(rule))(x), whole.T)
+    assert_close(jacrev(with_forward(rule))(x), whole.T)
