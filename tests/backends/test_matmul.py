@@ -61,6 +61,14 @@ def test_every_remainder():
         agree(lambda x, y: x @ y, floats(m, 3), floats(3, n))
 
 
+def test_short_rows_times_a_vector():
+    """As many products at a time as a vector has lanes, and the rest."""
+    for m, k in itertools.product((7, 8, 16, 17, 35), (1, 15, 16, 17, 31, 63, 64)):
+        agree(lambda x, y: x @ y, floats(m, k), floats(k))
+    agree(lambda x, y: x @ y, floats(17, 9, dtype=torch.float64), floats(9, dtype=torch.float64))
+    agree(lambda x, y: (y[None] @ x.mT)[0], floats(17, 9), floats(9))
+
+
 BATCHES = {
     "bmm": (torch.bmm, floats(3, 13, 7), floats(3, 7, 20)),
     "transposed": (lambda x, y: torch.bmm(x.mT, y.mT), floats(3, 7, 13), floats(3, 20, 7)),

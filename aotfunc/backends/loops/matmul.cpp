@@ -190,11 +190,44 @@ static void row_of(const Sizes &s, const T *a, const T *b, T *c) {
   }
 }
 
+// Adds the lanes of two vectors in pairs `half` apart: of a block of two halves, the first is x's.
+template <int half, class V, int... i> AOT V added(V x, V y, aot_numbers<i...>) {
+  enum { L = sizeof...(i), block = 2 * half };
+  return __builtin_shufflevector(x, y, (i % block < half ? i : L + i - half)...) +
+      __builtin_shufflevector(x, y, (i % block < half ? i + half : L + i)...);
+}
+template <class V, int half> AOT void added(V *x) {
+  _Pragma("GCC unroll 8")
+  for (int i = 0; i < half; i++)
+    x[i] = added<half>(x[i], x[i + half], typename aot_up_to<aot_lanes<V>>::type{});
+  if constexpr (half > 1) added<V, half / 2>(x);
+}
+
+// Returns the products of a with as many columns as there are lanes; a's last lanes are zeros.
+template <class V, class T>
+AOT V short_dots(const T *a, const T *b, int64_t column, int64_t k) {
+  enum : int64_t { L = aot_lanes<V> };
+  V x[L] = {};
+  for (int64_t l = 0; l < k; l += L) {
+    const V y = aot_get<V>(a + l, k - l);
+    _Pragma("GCC unroll 16")
+    for (int i = 0; i < L; i++) x[i] = aot_fma(y, aot_get<V>(b + i * column + l, k - l), x[i]);
+  }
+  added<V, L / 2>(x);
+  return x[0];
+}
+
 // Computes one row of c from columns of b that are contiguous, as the row of a is.
 template <class V, class T>
 static void dots_of(const Sizes &s, const T *a, const T *b, T *c) {
   enum : int64_t { L = aot_lanes<V> };
-  for (int64_t j = 0; j < s.n; j++, b += s.b.column, c += s.c.column) {
+  int64_t j = 0;
+  if (s.k < 4 * L)
+    for (; j + L <= s.n; j += L, b += L * s.b.column, c += L * s.c.column) {
+      const V sums = short_dots<V>(a, b, s.b.column, s.k);
+      s.c.column == 1 ? aot_put(c, sums) : aot_scatter(c, sums, L, s.c.column);
+    }
+  for (; j < s.n; j++, b += s.b.column, c += s.c.column) {
     V sum[4] = {};
     int64_t k = 0;
     for (; k + 4 * L <= s.k; k += 4 * L)
