@@ -402,7 +402,8 @@ def test_random_programs(seed):
 
 def against_the_interpreter(kernel) -> None:
     """A kernel on random memory."""
-    source, names, _ = backend.text([kernel])
+    texts, names, _ = backend.text([kernel])
+    source = "\n".join(texts.values())
     library = native.load_kernels(f"{native.PRELUDE}{source}\n")
     tensors = []
     for a in kernel.accesses:

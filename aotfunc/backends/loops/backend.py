@@ -124,8 +124,11 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
     units = [u for u in grouped(old).units if u.nodes]
     found = calls(old, recompute(old, units), worth)
     kernels = {u: kernel_of(u) for u in found if u.kernel}
-    source, name_of, late = text(list(kernels.values()))
+    texts, name_of, late = text(list(kernels.values()))
+    source = "\n\n".join(texts.values())
     library: Any = native.load_kernels(f"{native.PRELUDE}{source}\n") if source else {}
+    for name, found_text in texts.items():
+        library[name].text = found_text
     tasks = {u: task(k, library[name_of[k.name]], late[k.name]) for u, k in kernels.items()}
     tasks |= {u: p for u in found if u not in tasks and (p := product_launch(u.nodes[0]))}
     graph = fx.Graph(gm)
@@ -187,9 +190,9 @@ def kernel_of(u: Unit) -> Kernel:
     return schedule_kernel(lower(u.nodes, outs, f"k_{outs[-1].name}"))
 
 
-def text(kernels: Sequence[Kernel]) -> tuple[str, dict[str, str], dict[str, set]]:
-    """Return the kernels' source and, for each, the function's name, which equal kernels share,
-    and the accesses that it reads after writing (:func:`fitting`)."""
+def text(kernels: Sequence[Kernel]) -> tuple[dict[str, str], dict[str, str], dict[str, set]]:
+    """Return the text of each function and, for each kernel, the function's name, which equal
+    kernels share, and the accesses that it reads after writing (:func:`fitting`)."""
     texts: dict[str, str] = {}
     functions: dict[str, str] = {}
     late: dict[str, set] = {}
@@ -200,4 +203,4 @@ def text(kernels: Sequence[Kernel]) -> tuple[str, dict[str, str], dict[str, set]
         code = native.without_comments(found).replace(f" {kernel.name}(", " (")
         functions[kernel.name] = name = names.setdefault(code, kernel.name)
         texts.setdefault(name, found)
-    return "\n\n".join(texts.values()), functions, late
+    return texts, functions, late

@@ -16,6 +16,7 @@ from .accumulators import Accumulators
 from .arguments import BLOCK, given, named_sizes
 from .blocks import ROWS
 from .ir import SLOW, Apply, Const, Expr, Kernel, Load, Position, Reduce, Store, walk
+from .native import EXPORTED
 from .values import NUMBERS, memory
 
 #: number of points of the vector axis that have accumulators at the same time
@@ -50,8 +51,8 @@ class Printer(Accumulators):
         self.body()
         head = [f"// {line}" for line in kernel.comments]
         head.append(
-            f'extern "C" __attribute__((visibility("default"))) void {kernel.name}(int64_t begin, '
-            "int64_t end, const int64_t *sizes, void *const *buffers) {"
+            f"{EXPORTED} void {kernel.name}(int64_t begin, int64_t end, const int64_t *sizes, "
+            "void *const *buffers) {"
         )
         return "\n".join([*head, *self.lines, "}"])
 

@@ -61,7 +61,7 @@ int32_t aot_forked;                // PyTorch's threads are not there
 struct Call {
   Kernel kernel;
   const int64_t *sizes;
-  void **buffers;
+  void *const *buffers;
 };
 
 static void part(int64_t begin, int64_t end, void *p) {

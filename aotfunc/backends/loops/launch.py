@@ -155,7 +155,8 @@ class Native:
         offset = offset_of_tensors()
         shim = ctypes.CDLL(toolchain.torch_library())
         python = ctypes.CDLL(str(Path(toolchain.torch_library()).with_name("libtorch_python.so")))
-        source = "\n".join([(native.HERE / f"{x}.cpp").read_text() for x in ("launch", "loop")])
+        parts = ("launch.cpp", "loop.h", "loop.cpp")
+        source = "\n".join([(native.HERE / part).read_text() for part in parts])
         library = ctypes.CDLL(str(built(source)))
         self.launch, self.loop = address(library.aot_launch), address(library.aot_loop)
         names = {d: f"aoti_torch_dtype_{str(d).removeprefix('torch.')}" for d in DTYPES}

@@ -1,5 +1,6 @@
-"""Run loops without Python between the steps: if bodies consist of launches, native code
-(``loop.cpp``) runs them. Any other loop runs its compiled bodies in Python.
+"""Run loops without Python between the steps: if bodies consist of launches, the loop is printed
+as one C++ function, with the kernels inlined, which ``loop.cpp`` calls. Any other loop runs its
+compiled bodies in Python.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from ...errors import CompilerError
 from ...graph import output_node
 from ...native.fastcall import python_function
 from . import native
@@ -24,8 +26,6 @@ from .matmul import viewed_again
 from .tasks import InRange, LaidOut
 from .views import VIEWS
 
-LAUNCH, COPY, SHOW, SWITCH, CHECK, LOOP = range(6)
-
 flat = chain.from_iterable
 
 #: most bytes that a loop holds beside its results
@@ -34,7 +34,7 @@ MOST = 1 << 25
 #: values begin at a cache line of the processor
 LINE = 64
 
-#: loop.cpp counts with 64 bits
+#: steps are counted with 64 bits
 FOREVER = (1 << 63) - 1
 
 
@@ -43,14 +43,17 @@ class Unsteady(Exception):
 
 
 class Step:
-    """The slots of a loop's steps. Each holds the address of a value; some values are constants,
-    and some have memory of their own."""
+    """The values of a loop's steps, and the C++ that computes them. The address of a value is a
+    variable, ``v`` and its slot. Some values are constants, and some have memory of their own."""
 
     def __init__(self, vals: Sequence[Tensor]) -> None:
         self.vals = list(vals)
         self.constants: dict[int, Tensor] = {}
         self.made: set[int] = set()
-        self.buffers = 0
+        #: text of a kernel that is inlined -> its name
+        self.kernels: dict[str, str] = {}
+        #: what the text reads of ``numbers``, so that it does not depend on it
+        self.numbers: list[int] = []
 
     def slot(self, val: Tensor) -> int:
         self.vals.append(val)
@@ -67,11 +70,15 @@ class Step:
         self.constants[slot] = value
         return slot
 
-    def code(self, graph: fx.Graph | None, inputs: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Return the instructions of a body, and the slots of its results. Raises Unsteady."""
+    def number(self, n: int) -> str:
+        self.numbers.append(n)
+        return f"numbers[{len(self.numbers) - 1}]"
+
+    def code(self, graph: fx.Graph | None, inputs: Sequence[int]) -> tuple[list[str], list[int]]:
+        """Return the statements of a body, and the slots of its results. Raises Unsteady."""
         if graph is None:
             raise Unsteady
-        words: list[int] = []
+        lines: list[str] = []
         at: dict[Node, Any] = {}
         given = iter(inputs)
         for n in graph.nodes:
@@ -84,17 +91,17 @@ class Step:
             elif n.target is operator.getitem:
                 at[n] = at[n.args[0]][n.args[1]]
             elif isinstance(n.target, Launch):
-                more, outs = self.launch(n.target, [at[a] for a in n.args])
-                words += more
+                line, outs = self.launch(n.target, [at[a] for a in n.args])
+                lines.append(line)
                 at[n] = outs if isinstance(n.meta["val"], tuple) else outs[0]
             elif isinstance(n.target, InRange):
                 at[n] = at[n.args[0]]
-                words += self.check(at[n], n.target.check)
+                lines.append(self.check(at[n], n.target.check))
             elif isinstance(n.target, LaidOut):
                 at[n] = at[n.args[0]]
             elif (start := start_of_view(n)) is not None:
                 at[n] = self.slot(n.meta["val"])
-                words += instruction(SHOW, [at[n], at[n.args[0]], start])
+                lines.append(f"v{at[n]} = v{at[n.args[0]]} + {start};")
             elif n.target in CONSTANTS:
                 at[n] = self.constant(n.target(*n.args, **n.kwargs))
             elif hasattr(n.target, "flow"):
@@ -103,53 +110,65 @@ class Step:
                     raise Unsteady
                 flow = self.loop if hasattr(target, "n_consts") else self.switch
                 more, at[n] = flow(target, list(map(steady, bodies)), [at[a] for a in n.args])
-                words += more
+                lines += more
             elif n.op != "output":
                 raise Unsteady
-        return words, [at[o] for o in results_of(graph)]
+        return lines, [at[o] for o in results_of(graph)]
 
-    def launch(self, target: Launch, inputs: Sequence[int]) -> tuple[list[int], list[int]]:
+    def launch(self, target: Launch, inputs: Sequence[int]) -> tuple[str, list[int]]:
         kernel, rows, sizes, outputs, order, grain = target.plain.args
         outs = [
             self.new(torch.empty_strided(shape, stride, dtype=dtype, device="meta"))
             for shape, stride, dtype in outputs
         ]
         slots = [*inputs, *outs]
-        self.buffers = max(self.buffers, len(order))
         largest = max([self.vals[s].numel() for s in slots])
         grain = grain or max(1, native.GRAIN * rows // max(1, largest))
-        divided = grain if rows > grain else 0
-        words = [kernel.address, rows, divided, len(order), *[slots[i] for i in order], *sizes]
-        return instruction(LAUNCH, words), outs
+        buffers = ", ".join([f"v{slots[i]}" for i in order])
+        if rows > grain:
+            call = f"run.divide((Kernel){self.number(kernel.address)}, {rows}, {grain}, n, b)"
+        elif kernel.text:
+            call = f"{self.inlined(kernel)}(0, {rows}, n, b)"
+        else:
+            call = f"((Kernel){self.number(kernel.address)})(0, {rows}, n, b)"
+        return f"{{ {numbers('n', sizes)} void *const b[] = {{{buffers}}}; {call}; }}", outs
 
-    def check(self, slot: int, check: Requirement) -> list[int]:
-        shape, strides, start = check.window
-        low, high = check.low, check.high
-        itemsize = self.vals[slot].element_size()
-        if itemsize not in (4, 8):
+    def inlined(self, kernel: native.LoadedKernel) -> str:
+        """Return the name of the kernel as a function of this source."""
+        name = f"{kernel.function.__name__}_{len(self.kernels)}"
+        return self.kernels.setdefault(kernel.text, name)
+
+    def check(self, slot: int, check: Requirement) -> str:
+        kind = {4: "int32_t", 8: "int64_t"}.get(self.vals[slot].element_size())
+        if kind is None:
             raise Unsteady
-        return instruction(CHECK, [slot, itemsize, low, high, start, len(shape), *shape, *strides])
+        shape, strides, start = check.window
+        place = f"(const {kind} *)v{slot} + {start}, {len(shape)}, shape, strides"
+        within = f"in_range<{kind}>({place}, {check.low}, {check.high})"
+        known = f"{numbers('shape', shape)} {numbers('strides', strides)}"
+        return f"{{ {known} if (!{within}) return OUT_OF_RANGE; }}"
 
     def switch(
         self, target: Any, bodies: Sequence[fx.Graph | None], inputs: Sequence[int]
-    ) -> tuple[list[int], list[int]]:
+    ) -> tuple[list[str], list[int]]:
         index, *operands = inputs
-        itemsize = self.vals[index].element_size()
-        if itemsize not in (1, 8):
+        kind = {1: "bool", 8: "int64_t"}.get(self.vals[index].element_size())
+        if kind is None:
             raise Unsteady
         outs = [self.new(o.meta["val"]) for o in results_of(bodies[0])]
-        branches = []
-        for body in bodies:
-            words, results = self.code(body, operands)
-            for out, s in zip(outs, results, strict=True):
-                words += instruction(COPY, [out, s, width(self.vals[out])])
-            branches.append(words)
-        lengths = [len(words) for words in branches]
-        return instruction(SWITCH, [index, itemsize, len(bodies), *lengths, *flat(branches)]), outs
+        lines = [f"switch ((int64_t)*({kind} *)v{index}) {{"]
+        for i, body in enumerate(bodies):
+            branch, results = self.code(body, operands)
+            copies = [self.copy(f"v{d}", s) for d, s in zip(outs, results, strict=True)]
+            lines += [f"case {i}: {{", *indented([*branch, *copies, "break;"]), "}"]
+        return [*lines, "default: return OUT_OF_RANGE;", "}"], outs
+
+    def copy(self, to: str, slot: int) -> str:
+        return f"__builtin_memcpy({to}, v{slot}, {width(self.vals[slot])});"
 
     def loop(
         self, target: Any, bodies: Sequence[fx.Graph | None], inputs: Sequence[int]
-    ) -> tuple[list[int], list[int]]:
+    ) -> tuple[list[str], list[int]]:
         *condition, body = bodies
         results = results_of(body)
         assert body is not None
@@ -165,20 +184,36 @@ class Step:
         ):
             raise Unsteady
         own = [self.slot(v) for v in given]
-        test, holds = self.code(condition[0], own[:last]) if condition else ([], [-1])
+        test, holds = self.code(condition[0], own[:last]) if condition else ([], [])
         step, outs = self.code(body, own)
         homes, copies, following = self.placed(outs, own[first:last])
         self.made -= homes.keys()
         ends = [self.new(v) for v in (*carried, *[stack(v, length) for v in stacked])]
-        spare = [(self.new(stack(v, 2)), width(v)) for v in carried]
-        sizes = [width(v) for v in (*carried, *stacked)]
-        words = [first, k, len(rows), len(stacked), length, int(target.reverse), *holds]
-        words += [*inputs, own[0], *ends]
-        words += [*map(width, rows), *sizes[k:], *flat(spare), *following]
-        words += [len(homes), *flat(homes.items())]
-        words += [len(copies), *flat([(d, s, sizes[d]) for d, s in copies])]
-        words += [len(test), len(step), *test, *step]
-        return instruction(LOOP, words), ends
+        spare = [self.new(stack(v, 2)) for v in carried]
+        t, count = f"t{ends[0] if ends else own[0]}", self.number(length)
+        row = f"({count} - 1 - {t})" if target.reverse else t
+        test += [f"if (!*(bool *)v{slot}) break;" for slot in holds]
+        reads = [
+            f"v{o} = v{i} + {row} * {width(v)};"
+            for o, i, v in zip(own[last:], inputs[last:], rows, strict=True)
+        ]
+        places = [f"v{s} + ({t} & 1) * {width(v)}" for s, v in zip(spare, carried, strict=True)]
+        places += [f"v{e} + {row} * {width(v)}" for e, v in zip(ends[k:], stacked, strict=True)]
+        named = [f"const Slot r{d} = {place};" for d, place in enumerate(places)]
+        made = [f"v{s} = r{d};" for s, d in homes.items()]
+        ready = [self.copy(f"r{d}", s) for d, s in copies]
+        next_ = [
+            f"v{o} = r{d};" for o, d in zip(own[first:last], following, strict=True) if d >= 0
+        ]
+        stop = "if (run.interrupted()) return INTERRUPTED;"
+        inside = [*test, *reads, *named, *made, *step, *ready, *next_, stop]
+        return [
+            *[f"v{o} = v{i};" for o, i in zip(own[:last], inputs, strict=False)],
+            f"for (int64_t {t} = 0; {t} < {count}; {t}++) {{",
+            *indented(inside),
+            "}",
+            *[self.copy(f"v{e}", o) for e, o in zip(ends[:k], own[first:last], strict=True)],
+        ], ends
 
     def placed(
         self, outs: Sequence[int], carried: Sequence[int]
@@ -215,8 +250,13 @@ def results_of(graph: fx.Graph | None) -> Sequence[Node]:
     return results
 
 
-def instruction(kind: int, words: Sequence[int]) -> list[int]:
-    return [kind, len(words) + 2, *words]
+def numbers(name: str, values: Sequence[int]) -> str:
+    """Return the declaration of an array, which C++ does not allow to be empty."""
+    return f"const int64_t {name}[] = {{{', '.join(map(str, values)) or 0}}};"
+
+
+def indented(lines: Sequence[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
 
 
 #: ops without tensor arguments
@@ -274,7 +314,7 @@ def looped(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable
         return plain
     try:
         words, constants = packed(target, list(map(steady, bodies)), quick.dtypes)
-    except Unsteady:
+    except (Unsteady, CompilerError):
         return plain
     data = (array("q", words).tobytes(), plain, constants)
     run = python_function(target.__name__, quick.loop, data, __name__)
@@ -291,15 +331,15 @@ def looped(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable
 def packed(
     target: Any, bodies: Sequence[fx.Graph | None], dtypes: Mapping
 ) -> tuple[list[int], list[Tensor]]:
-    """Return the words of a loop in the format of ``loop.cpp``, and the constants whose addresses
-    are among them. Raises Unsteady."""
+    """Return what ``loop.cpp`` needs of a loop, as words, and the constants whose addresses are
+    among them. Raises Unsteady, and CompilerError."""
     if bodies[-1] is None:
         raise Unsteady
     given = [n.meta["val"] for n in bodies[-1].find_nodes(op="placeholder")]
     last = target.n_consts + target.n_carry
     inputs = [*given[:last], *[stack(v, target.length) for v in given[last:]]]
     step = Step(inputs)
-    code, ends = step.loop(target, bodies, range(len(inputs)))
+    lines, ends = step.loop(target, bodies, range(len(inputs)))
     results = [step.vals[s] for s in ends]
     fixed = [(s, c.data_ptr()) for s, c in step.constants.items()]
     memory, size = [], 1
@@ -308,11 +348,25 @@ def packed(
         size += width(step.vals[s])
     if size > MOST or not all(v.dtype in dtypes for v in results):
         raise Unsteady
-    words = [len(step.vals), size, step.buffers, len(inputs), len(results)]
+    printed = native.load_kernels(source(step, lines))["aot_run"]
+    words = [printed.address, len(step.vals), size, len(inputs), len(results)]
     for v in inputs:
         words += [v.dim(), *v.stride()]
     for s, v in zip(ends, results, strict=True):
         words += [s, dtypes[v.dtype], v.dim(), *v.shape, *v.stride()]
     for pairs in (fixed, memory):
         words += [len(pairs), *flat(pairs)]
-    return [*words, len(code), *code], list(step.constants.values())
+    return [*words, *step.numbers], list(step.constants.values())
+
+
+def source(step: Step, lines: Sequence[str]) -> str:
+    """Return a loop as the source of the function ``aot_run``."""
+    kernels = [
+        text.replace(f"{native.EXPORTED} void {name.rpartition('_')[0]}(", f"AOT void {name}(")
+        for text, name in step.kernels.items()
+    ]
+    slots = [f"Slot v{i} = slots[{i}];" for i in range(len(step.vals))]
+    head = f"{native.EXPORTED} End aot_run(const Slot *slots, const int64_t *numbers, Run &run) {{"
+    body = [head, *indented([*slots, *lines, "return DONE;"]), "}"]
+    shared = (native.HERE / "loop.h").read_text()
+    return "\n".join([native.PRELUDE, shared, *kernels, *body, ""])

@@ -29,6 +29,9 @@ PRELUDE = "\n".join(
     for name in ("vectors", "lanes", "indexed", "polynomials", "maths")
 )
 
+#: how a function's declaration begins that is called from elsewhere
+EXPORTED = 'extern "C" __attribute__((visibility("default")))'
+
 #: fewest elements for a thread
 GRAIN = 32768
 
@@ -54,10 +57,12 @@ class LoadedKernel:
     divided among ``torch.get_num_threads()`` threads, ``grain`` or more for each; by default as
     many as hold 32768 elements of the largest tensor. A forked child uses one thread."""
 
-    __slots__ = ("address", "function")
+    __slots__ = ("address", "function", "text")
 
     def __init__(self, function: Any) -> None:
         self.function = function
+        #: the kernel as C++, if others may inline it
+        self.text = ""
         function.argtypes = (ctypes.c_int64,) * 4
         function.restype = None
         self.address = ctypes.cast(function, ctypes.c_void_p).value
