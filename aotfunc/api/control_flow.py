@@ -52,7 +52,8 @@ def scan(
     length: int | None = None,
     reverse: bool = False,
     unroll: int = 1,
-    checkpoint: int | Policy = 0,
+    checkpoint: int | str | Policy = 0,
+    slots: int | None = None,
 ) -> tuple[Any, Any]:
     """Return ``(final carry, ys)`` of the loop ``carry, ys[t] = f(carry, xs[t])``, as one op of a
     graph.
@@ -65,9 +66,10 @@ def scan(
     ``k`` steps. By default reverse mode keeps what the backward reads of each step; with
     ``checkpoint=k`` it keeps every ``k``-th carry, and runs the steps from there again. A policy
     (see :mod:`aotfunc.partition.policies`) says which values of a step may be kept, and a minimum
-    cut chooses among them. Raises ArgumentError for a carry that changes between steps, stacks of
-    several lengths and leaves that are not tensors, CaptureError if ``f`` writes to a tensor from
-    outside.
+    cut chooses among them. With ``checkpoint="revolve"`` it keeps ``slots`` carries, and runs the
+    other steps again as :func:`while_loop` does. Raises ArgumentError for a carry that changes
+    between steps, stacks of several lengths and leaves that are not tensors, CaptureError if ``f``
+    writes to a tensor from outside, RuleError as :func:`while_loop` for derivatives by revolve.
 
     >>> total, sums = scan(lambda c, x: (c + x, c + x), torch.tensor(0), torch.arange(4))
     >>> total, sums
@@ -80,15 +82,19 @@ def scan(
     steps = trip_count("scan", rows, x_spec, length)
     policy, every = (checkpoint, 0) if callable(checkpoint) else (None, checkpoint)
     check_policy(policy)
+    if (every == "revolve") != (slots is not None):
+        raise ArgumentError(
+            "scan: slots is an int with checkpoint='revolve', and None without, not "
+            f"checkpoint={checkpoint!r}, slots={slots!r}{at(user_line())}"
+        )
+    check_positive("scan", "slots", slots)
+    every = 0 if slots else every
     if not isinstance(every, int) or isinstance(every, bool) or every < 0:
         raise ArgumentError(
-            "scan: checkpoint is a number of steps, 0, or a policy, not "
+            "scan: checkpoint is a number of steps, 0, a policy or 'revolve', not "
             f"{checkpoint!r}{at(user_line())}"
         )
-    if not isinstance(unroll, int) or isinstance(unroll, bool) or unroll < 1:
-        raise ArgumentError(
-            f"scan: unroll must be a positive int, not {unroll!r}{at(user_line())}"
-        )
+    check_positive("scan", "unroll", unroll if unroll is not None else 0)
     if every := min(every, steps):
         return scan_in_segments(scan, f, init, xs, steps, reverse, unroll, every)
     count = len(carry)
@@ -128,13 +134,13 @@ def scan(
             return [*init, *[filled_node(b, 0, inserted(v, 0, 0)) for v in body.vals[count:]]]
         read, before, rest = hoisted(body, len(consts))
         fixed = [*[args[i] for i in read], *b.inlined(before, args)]
-        target = Scan(rest, len(fixed), count, steps, reverse, policy)
+        target = Scan(rest, len(fixed), count, steps, reverse, policy, slots)
         given = [*fixed, *args[len(consts) :]]
         if unroll > 1:
             return emit_unrolled(b, target, given, unroll)
         return emit_flow(b, target, given)
 
-    key = ("scan", count, steps, reverse, unroll, policy)
+    key = ("scan", count, steps, reverse, unroll, policy, slots)
     outs = run_flow(body, key, build, [*consts, *carry, *rows])
     ys = list(y_spec[0])
     for k, y in zip(places, outs[count:], strict=True):
@@ -280,13 +286,8 @@ def while_loop(
     >>> vmap(grad(root))(torch.tensor([4.0, 9.0]))
     tensor([0.2500, 0.1667])
     """
-    for name, value in (("max_steps", max_steps), ("slots", slots)):
-        if value is not None and (
-            not isinstance(value, int) or isinstance(value, bool) or value < 1
-        ):
-            raise ArgumentError(
-                f"while_loop: {name} must be a positive int, not {value!r}{at(user_line())}"
-            )
+    check_positive("while_loop", "max_steps", max_steps)
+    check_positive("while_loop", "slots", slots)
     if checkpoint not in (None, "revolve") or (checkpoint is None) != (slots is None):
         raise ArgumentError(
             "while_loop: checkpoint must be None or 'revolve', and slots an int with 'revolve' "
@@ -338,6 +339,14 @@ def while_loop_up_to(
 
     key = ("while_loop", condition, max_steps, slots)
     return unflatten(run_flow(body, key, build, inputs), spec)
+
+
+def check_positive(name: str, what: str, value: Any) -> None:
+    """Raise ArgumentError for another ``value`` than a positive int or None."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ArgumentError(
+            f"{name}: {what} must be a positive int, not {value!r}{at(user_line())}"
+        )
 
 
 def step_bound(

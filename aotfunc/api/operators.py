@@ -5,6 +5,7 @@ can be captured again; and torch's own operators on functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, fx
@@ -12,13 +13,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_map
 
 from ..capture.bodies import emit_flow
+from ..capture.scan import Scan
 from ..capture.unwind import Unwind
 from ..capture.while_loop import While, as_condition
 from ..runtime.graph_module import graph_module
 from ..trace.emit import Builder
 from . import control_flow
 from .associative_scan import associative_scan
-from .flow_bodies import Body, one, run_flow, sharing_constants
+from .flow_bodies import Body, one, row, run_flow, sharing_constants
 
 
 def scan(
@@ -28,17 +30,21 @@ def scan(
     xs: Sequence[Tensor],
     length: int,
     reverse: bool,
+    slots: int | None = None,
 ) -> list[Tensor]:
     """Run :func:`aotfunc.scan` with ``body(*constants, *carry, *row) -> (*carry, *result)``."""
 
     if has_torch_function(given := (*constants, *init, *xs)):  # torch.fx traces it
-        return handle_torch_function(scan, given, body, constants, init, xs, length, reverse)
+        return handle_torch_function(
+            scan, given, body, constants, init, xs, length, reverse, slots
+        )
 
     def step(carry: list, x: list) -> tuple[list, list]:
         outs = list(body(*constants, *carry, *x))
         return outs[: len(init)], outs[len(init) :]
 
-    carry, ys = control_flow.scan(step, list(init), list(xs), length, reverse)
+    options: dict[str, Any] = {"checkpoint": "revolve", "slots": slots} if slots else {}
+    carry, ys = control_flow.scan(step, list(init), list(xs), length, reverse, **options)
     return [*carry, *ys]
 
 
@@ -75,44 +81,50 @@ def while_loop(
     )
 
 
-def unwind(
-    condition: Callable,
-    body: Callable,
-    back: Callable,
-    steps: Tensor,
-    constants: Sequence[Tensor],
-    init: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    wrt: Sequence[int],
-    max_steps: int | None,
-    slots: int,
-) -> list[Tensor]:
-    """Return the cotangents of the arguments ``wrt`` of a :func:`while_loop`, for those of its
-    results, after so many ``steps``; ``back(*constants, *carry, *sums, *cotangents) -> (*sums,
-    *cotangents)`` is the backward of one."""
-    if has_torch_function(given := (steps, *constants, *init, *cotangents)):
-        options = {"wrt": wrt, "max_steps": max_steps, "slots": slots}
-        groups = steps, constants, init, cotangents
-        return handle_torch_function(unwind, given, condition, body, back, *groups, **options)
-    values, count = [*constants, *init], len(constants)
-    sums = [values[i].contiguous() for i in wrt if i < count]
+def unwind(*bodies_and_groups: Any, wrt: Sequence[int], **options: Any) -> list[Tensor]:
+    """Return the cotangents of the arguments ``wrt`` of a :func:`scan` or a :func:`while_loop`
+    with these ``options``, for those of its results, after so many ``steps``.
+
+    It is called as ``unwind(body, back, steps, constants, init, xs, cotangents)`` for a scan, as
+    ``unwind(condition, body, back, steps, constants, init, cotangents)`` for a while_loop; the
+    backward of one step is ``back(*constants, *carry, *row, *sums, *cotangents) -> (*sums,
+    *cotangents)``."""
+    count = 2 if "length" in options else 3
+    functions, (steps, *groups) = bodies_and_groups[:count], bodies_and_groups[count:]
+    if has_torch_function(given := (steps, *chain(*groups))):
+        return handle_torch_function(unwind, given, *bodies_and_groups, wrt=wrt, **options)
+    constants, init, *xs, cotangents = groups
+    values, n, k = [*constants, *init, *chain(*xs)], len(constants), len(init)
+    sums = [values[i].contiguous() for i in wrt if i < n]
+    kept = sum(n <= i < n + k for i in wrt)  # cotangents of the carry, before those of stacks
     late = [*values, *sums, *cotangents]
+    sigs = [*map(one, values[: n + k]), *map(row, chain(*xs)), *map(one, sums)]
+    sigs += [*map(one, cotangents[:kept]), *map(row, cotangents[kept:])]
     why = "unwind records its functions once for all steps"
-    bodies = [
-        Body("unwind", f, lambda leaves: ([*leaves], {}), list(map(one, leaves)), leaves, why)
-        for f, leaves in ((condition, values), (body, values), (back, late))
-    ]
-    consts, (test, step, last) = sharing_constants(bodies)
+
+    def body(f: Callable, m: int) -> Body:
+        return Body("unwind", f, lambda leaves: ([*leaves], {}), sigs[:m], late[:m], why)
+
+    *tests, step, last = functions
+    recorded = [body(f, len(values)) for f in (*tests, step)]
+    consts, programs = sharing_constants([*recorded, body(last, len(late))])
     more = len(consts)
-    loop = While(as_condition(test), step, more + count, max_steps, slots)
-    target = Unwind(loop, [i + more for i in wrt], (test, step, last))
+    *tests, step, last = programs
+    loop: Scan | While
+    if tests:
+        programs = [as_condition(tests[0]), step, last]
+        loop = While(programs[0], step, more + n, options["max_steps"], options["slots"])
+    else:
+        length, reverse, slots = (options[x] for x in ("length", "reverse", "slots"))
+        loop = Scan(step, more + n, k, length, reverse, None, slots)
+    target = Unwind(loop, [i + more for i in wrt], programs)
 
     def build(b: Builder, args: list) -> list:
         shared, start, rest = args[:more], args[more], args[more + 1 :]
         return emit_flow(b, target, [start, *shared, *rest])
 
-    key = ("unwind", test, last, tuple(wrt), max_steps, slots)
-    return list(run_flow(step, key, build, [*consts, steps, *values, *cotangents]))
+    key = ("unwind", *programs, tuple(wrt), *options.values())
+    return list(run_flow(step, key, build, [*consts, steps, *late[: len(values)], *cotangents]))
 
 
 OPERATORS: dict[str, Callable] = {

@@ -13,6 +13,7 @@ from torch.fx import Node
 from ..backends.interpret import Interpreted
 from ..graph import Program, acts, dependents, draws
 from ..trace.emit import Builder, paused_gc, remap
+from ..trace.node_views import storage_root
 from ..trace.shapes.sig import Sig, contiguous_stride, make_sig
 from ..trace.views import laid_out
 from ..transforms.lower import EVERYTHING, lowered
@@ -173,3 +174,20 @@ def with_constants(body: Program, places: Sequence[int], consts: Sequence[Sig]) 
             return Program(b.finish(outs), len(given) + len(rest), len(outs), (), body.name)
 
     return body.once(("constants", *places, *consts), make)
+
+
+def own_memory(body: Program, carry: Sequence[Tensor]) -> list[Tensor]:
+    """Return the values to carry, copied if they may show the memory of an input or of another
+    result."""
+
+    def find() -> list[bool]:
+        seen = set(body.placeholders)
+        flags = []
+        for o in body.outputs[: len(carry)]:
+            root = storage_root(o)
+            flags.append(root in seen)
+            seen.add(root)
+        return flags
+
+    shared = body.once(("shared memory", len(carry)), find)
+    return [x.clone() if yes else x for x, yes in zip(carry, shared, strict=True)]

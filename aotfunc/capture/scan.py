@@ -16,8 +16,7 @@ from torch.fx import Node
 from ..graph import Program, size
 from ..partition.policies import Policy
 from ..trace.emit import Builder
-from ..trace.node_views import storage_root
-from ..trace.shapes.sig import Sig
+from ..trace.shapes.sig import Sig, make_sig
 from ..trace.views import laid_out
 from ..transforms.activity import flat_inputs, has_derivative, live
 from ..transforms.jvp import jvp
@@ -25,10 +24,21 @@ from ..transforms.linearize import halve
 from ..transforms.vjp import vjp
 from ..transforms.vmap import inserted, vmap, with_dim_moved
 from ..transforms.walk import filled_node
-from .bodies import Flow, as_planned, dense, differing, emit_flow, results_as, returning, row_sig
+from .bodies import (
+    Flow,
+    as_planned,
+    dense,
+    differing,
+    emit_flow,
+    own_memory,
+    results_as,
+    returning,
+    row_sig,
+)
 from .scan_halves import Half, backward_body, linear_body
-from .series import Groups, body_series, emit_series, moved
+from .series import Groups, Tangents, body_series, emit_series, moved
 from .stacked import chosen
+from .unwind import pull_unwinding
 
 #: number of rows kept as separate tensors before they join their stack
 ROWS = 256
@@ -41,7 +51,7 @@ class Scan(Flow):
     result)`` and is called ``length`` times, at least once; with ``reverse`` from the last row to
     the first. A stack has its rows along dimension 0; carries and stacks are contiguous. With a
     ``policy`` a partition chooses, among the values that it lets be saved, those that reverse mode
-    stacks."""
+    stacks; with ``slots`` it stacks none, keeps so many carries, and runs steps again."""
 
     __name__ = "scan"
 
@@ -53,12 +63,13 @@ class Scan(Flow):
         length: int,
         reverse: bool = False,
         policy: Policy | None = None,
+        slots: int | None = None,
     ) -> None:
         carry = [p.meta["val"] for p in body.placeholders[n_consts : n_consts + n_carry]]
         self.body = body.once(("carried", n_consts, n_carry), lambda: results_as(body, carry))
         self.bodies = (self.body,)
         self.n_consts, self.n_carry, self.length, self.reverse = n_consts, n_carry, length, reverse
-        self.policy = policy
+        self.policy, self.slots = policy, slots
 
     def __repr__(self) -> str:
         way = ", in reverse" if self.reverse else ""
@@ -76,7 +87,11 @@ class Scan(Flow):
 
     def with_bodies(self, bodies: Sequence[Program]) -> Scan:
         [body] = bodies
-        return Scan(body, self.n_consts, self.n_carry, self.length, self.reverse, self.policy)
+        return self.of(body, self.n_consts, self.n_carry)
+
+    def of(self, body: Program, n_consts: int, n_carry: int) -> Scan:
+        """Return a loop of another body with the same steps."""
+        return Scan(body, n_consts, n_carry, self.length, self.reverse, self.policy, self.slots)
 
     def reading(self, read: set[int]) -> tuple[Scan, list[int]]:
         kept = [i for i in range(self.body.n_outputs) if i < self.n_carry or i in read]
@@ -114,7 +129,8 @@ class Scan(Flow):
         """Return its arguments and options in the form of the operator of its name."""
         first, last = self.n_consts, self.n_consts + self.n_carry
         groups = [list(args[:first]), list(args[first:last]), list(args[last:])]
-        return groups, {"length": self.length, "reverse": self.reverse}
+        options = {"length": self.length, "reverse": self.reverse}
+        return groups, options | ({"slots": self.slots} if self.slots else {})
 
     # ----- as a node -----------------------------------------------------------------------------
 
@@ -151,7 +167,11 @@ class Scan(Flow):
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
         """Let the loop also stack residuals, and add a loop that goes back. It carries the
-        cotangents of the constants so far, and those of the carry."""
+        cotangents of the constants so far, and those of the carry. With ``slots`` leave it, and
+        add a node that goes back from step to step."""
+        if self.slots:
+            steps = filled_node(b, self.length, make_sig((), (), torch.int64, self.vals[0].device))
+            return pull_unwinding(b, n, g, active, again, steps)
         wrt, flags = self.derivative([a in active for a in n.args])
         k = self.n_carry
         cuts = halve if self.policy is None else functools.partial(chosen, self)
@@ -186,7 +206,10 @@ class Scan(Flow):
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
         """Let ``new`` also stack residuals, and add a loop for the tangents, which is linear in
-        the tangents given."""
+        the tangents given. With ``slots`` add a loop that carries the tangents with the values."""
+        if self.slots:
+            ts = {i: tangents[a] for i, a in enumerate(n.args) if a in tangents}
+            return Tangents(b, self, new.args, ts).emit()  # type: ignore[arg-type]
         wrt, flags = self.derivative([a in tangents for a in n.args])
         half = self.body.once(
             ("push", self.n_consts, self.n_carry, wrt),
@@ -217,11 +240,17 @@ class Scan(Flow):
 
     def series(self, b: Builder, n: Node, given: Sequence[Sequence], order: int) -> list[list]:
         """Let the loop also carry and stack coefficients."""
-        inputs, results = self.groups(moved(given), order)
-        body = body_series(self.body, inputs, results)
-        count, k = inputs.count(0), results.count(0)
-        loop = Scan(body, count, k, self.length, self.reverse, self.policy)
+        loop, inputs, results = self.coefficients(moved(given), order, body_series)
         return emit_series(b, loop, given, inputs, results)
+
+    def coefficients(
+        self, given: Sequence[bool], order: int, made: Callable
+    ) -> tuple[Scan, Groups, Groups]:
+        """Return the loop whose body carries and stacks coefficients, as ``made`` makes it, if the
+        ``given`` arguments have some; and where they are among its inputs and its results."""
+        inputs, results = self.groups(given, order)
+        body = made(self.body, inputs, results)
+        return self.of(body, inputs.count(0), results.count(0)), inputs, results
 
     def groups(self, given: Sequence[bool], order: int) -> tuple[Groups, Groups]:
         """Return the positions of coefficients beside inputs and results of the body, if these
@@ -236,13 +265,27 @@ class Scan(Flow):
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         """Batch the steps; values common to all samples in every step stay unbatched."""
+        loop, args, flags = self.batched(walk, n.args, [walk.has(a) for a in n.args])
+        results = emit_flow(walk.b, loop, args)
+        for j in range(self.n_carry, len(flags)):
+            if flags[j]:
+                results[j] = with_dim_moved(walk.b, results[j], 1, 0)
+        return results, flags
+
+    def batched(
+        self, walk: Any, given: Sequence[Any], met: Sequence[bool]
+    ) -> tuple[Scan, list[Node], list[bool]]:
+        """Return the loop of a batch, in which at least the arguments ``met`` differ between
+        samples; its arguments, from the ``given`` ones; and which results differ."""
         b, first, last = walk.b, self.n_consts, self.n_consts + self.n_carry
-        met, flags = self.met([walk.has(a) for a in n.args], walk.randomness == "different")
+        met, flags = self.met(met, walk.randomness == "different")
         args = []
-        for i, a in enumerate(n.args):
+        for i, a in enumerate(given):
             new = walk.expanded(a) if met[i] else walk.env[a]
             if first <= i:
                 new = with_dim_moved(b, new, 0, 1) if i >= last and met[i] else new
+                new = laid_out(b, new, dense(new.meta["val"]), exactly=True)
+            elif met[i] != walk.has(a):
                 new = laid_out(b, new, dense(new.meta["val"]), exactly=True)
             args.append(new)
         sigs = tuple(
@@ -252,11 +295,7 @@ class Scan(Flow):
         outs = [0 if yes else None for yes in flags]
         key = ("vmap", tuple(met), sigs, walk.axis)
         body = self.body.derived(key, lambda: vmap(self.body, dims, sigs, walk.axis, outs))
-        results = emit_flow(b, self.with_bodies([body]), args)
-        for j in range(self.n_carry, len(flags)):
-            if flags[j]:
-                results[j] = with_dim_moved(b, results[j], 1, 0)
-        return results, flags
+        return self.with_bodies([body]), args, flags
 
     def met(self, given: Sequence[bool], apart: bool) -> tuple[list[bool], list[bool]]:
         """Return which inputs and results of the body differ between samples in some step; with
@@ -270,23 +309,3 @@ class Scan(Flow):
             if more == found:
                 return found, [*found[self.n_consts :][: self.n_carry], *flags[self.n_carry :]]
             found = more
-
-
-# ----- running -----------------------------------------------------------------------------------
-
-
-def own_memory(body: Program, carry: Sequence[Tensor]) -> list[Tensor]:
-    """Return the values to carry, copied if they may show the memory of an input or of another
-    result."""
-
-    def find() -> list[bool]:
-        seen = set(body.placeholders)
-        flags = []
-        for o in body.outputs[: len(carry)]:
-            root = storage_root(o)
-            flags.append(root in seen)
-            seen.add(root)
-        return flags
-
-    shared = body.once(("shared memory", len(carry)), find)
-    return [x.clone() if yes else x for x, yes in zip(carry, shared, strict=True)]

@@ -1,8 +1,8 @@
-"""Carry Taylor coefficients through the bodies of loops and branches."""
+"""Carry tangents or Taylor coefficients through the bodies of loops and branches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch.fx import Node
@@ -10,6 +10,7 @@ from torch.fx import Node
 from ..graph import Program
 from ..trace.emit import Builder, paused_gc
 from ..trace.views import laid_out
+from ..transforms.jvp import jvp
 from ..transforms.taylor import taylor
 from ..transforms.walk import builder, filled_node
 from .bodies import dense, emit_flow
@@ -53,31 +54,41 @@ def moved(given: Sequence[Sequence[Node | None]]) -> list[bool]:
     return [any(c is not None for c in row[1:]) for row in given]
 
 
+def body_tangents(body: Program, inputs: Groups, results: Groups) -> Program:
+    """Return the body with tangents of its inputs and results; absent ones of results are
+    zeros."""
+    joint = lambda: jvp(body, inputs.wrt, zeros=False)
+    return body.once(("tangents", inputs, results), lambda: beside(body, inputs, results, joint()))
+
+
 def body_series(body: Program, inputs: Groups, results: Groups) -> Program:
     """Return the body with coefficients of its inputs and results; absent ones of results are
     zeros."""
+    wrt, order, count = inputs.wrt, inputs.order, len(body.vals)
+    joint = lambda: taylor(body, wrt, [(True,) * order] * len(wrt), order, count, scaled=False)
+    return body.once(("series", inputs, results), lambda: beside(body, inputs, results, joint()))
 
-    def make() -> Program:
-        wrt, order, vals = inputs.wrt, inputs.order, body.vals
-        joint = taylor(body, wrt, [(True,) * order] * len(wrt), order, len(vals), scaled=False)
-        given = joint.placeholders
-        planned = {i: given[len(given) - len(wrt) * order + k * order] for k, i in enumerate(wrt)}
-        with paused_gc():
-            b = builder()
-            sigs = [p.meta["val"] for p in body.placeholders]
-            made = inputs.joined(sigs, lambda i: [dense(sigs[i])] * order)
-            rows = inputs.parted([b.placeholder("x", sig) for sig in made])
-            terms = [laid_out(b, c, planned[i].meta["val"]) for i in wrt for c in rows[i][1:]]
-            outs = b.inlined(joint, [*[row[0] for row in rows], *terms])
 
-            def found(j: int) -> list:
-                part = outs[len(vals) + j * order :][:order]
-                return [filled_node(b, 0, vals[j]) if c is None else c for c in part]
+def beside(body: Program, inputs: Groups, results: Groups, joint: Program) -> Program:
+    """Return ``joint``, whose coefficients are behind all values, with these in the order of the
+    groups."""
+    wrt, order, vals = inputs.wrt, inputs.order, body.vals
+    given = joint.placeholders
+    planned = {i: given[len(given) - len(wrt) * order + k * order] for k, i in enumerate(wrt)}
+    with paused_gc():
+        b = builder()
+        sigs = [p.meta["val"] for p in body.placeholders]
+        made = inputs.joined(sigs, lambda i: [dense(sigs[i])] * order)
+        rows = inputs.parted([b.placeholder("x", sig) for sig in made])
+        terms = [laid_out(b, c, planned[i].meta["val"]) for i in wrt for c in rows[i][1:]]
+        outs = b.inlined(joint, [*[row[0] for row in rows], *terms])
 
-            ends = results.joined(outs, found)
-            return Program(b.finish(ends), len(made), len(ends), (), "series")
+        def found(j: int) -> list:
+            part = outs[len(vals) + j * order :][:order]
+            return [filled_node(b, 0, vals[j]) if c is None else c for c in part]
 
-    return body.once(("series", inputs, results), make)
+        ends = results.joined(outs, found)
+        return Program(b.finish(ends), len(made), len(ends), (), "series")
 
 
 def emit_series(
@@ -90,6 +101,11 @@ def emit_series(
 ) -> list[list]:
     """Add control flow whose bodies carry coefficients, with arguments for these ``given`` behind
     the ``first``; return the coefficients of each result."""
+    return results.parted(emit_flow(b, target, [*first, *arguments(b, given, inputs)]))
+
+
+def arguments(b: Builder, given: Sequence[Sequence[Node | None]], inputs: Groups) -> list:
+    """Return values and their coefficients in the order of ``inputs``; absent ones are zeros."""
     values = [row[0] for row in given]
 
     def terms(i: int) -> list:
@@ -99,4 +115,24 @@ def emit_series(
             for c in given[i][1:]
         ]
 
-    return results.parted(emit_flow(b, target, [*first, *inputs.joined(values, terms)]))
+    return inputs.joined(values, terms)
+
+
+class Tangents:
+    """A loop that carries tangents beside its values: ``ts`` by number of argument."""
+
+    def __init__(
+        self, b: Builder, loop: Any, args: Sequence[Node], ts: Mapping[int, Node]
+    ) -> None:
+        self.b = b
+        given = [i in ts for i in range(len(args))]
+        self.loop, self.inputs, self.ends = loop.coefficients(given, 1, body_tangents)
+        self.args = arguments(b, [[a, ts.get(i)] for i, a in enumerate(args)], self.inputs)
+        #: of each value, and of its tangent, if it has one: the number of the argument
+        self.places = self.inputs.parted(range(len(self.args)))
+        #: the same for results
+        self.results = self.ends.parted(range(len(self.loop.vals)))
+
+    def emit(self) -> list[Node | None]:
+        """Add the loop, and return the tangent of each result."""
+        return [t for _, t in self.ends.parted(emit_flow(self.b, self.loop, self.args))]

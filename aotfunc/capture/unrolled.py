@@ -31,7 +31,7 @@ def emit_unrolled(b: Builder, loop: Scan, args: Sequence[Any], unroll: int) -> l
         body = steps_of(loop, unroll)
         blocks = [b.call(aten.slice.Tensor, x, 0, start, end) for x in rows]
         blocks = [b.reshape(x, [count, unroll, *x.meta["val"].shape[1:]]) for x in blocks]
-        target = Scan(body, first, loop.n_carry, count, loop.reverse, loop.policy)
+        target = Scan(body, first, loop.n_carry, count, loop.reverse, loop.policy, loop.slots)
         outs = emit_flow(b, target, [*consts, *carry, *blocks])
         carry = outs[: loop.n_carry]
         ys = outs[loop.n_carry :]

@@ -23,35 +23,44 @@ from ..graph import Program, size
 from ..partition.ops import TRUSTED
 from ..trace.emit import Builder, paused_gc
 from ..trace.marks import fail, no_tangent
+from ..trace.shapes.sig import Sig
 from ..trace.views import laid_out
+from ..transforms.activity import live
 from ..transforms.lower import CALLS, lowered
 from ..transforms.vjp import vjp
+from ..transforms.vmap import inserted, with_dim_moved
 from ..transforms.walk import builder, filled_node
-from .bodies import Flow, as_planned, dense, emit_flow, results_as
+from .bodies import Flow, as_planned, dense, drawn, emit_flow, own_memory, results_as
 from .custom_derivative import CustomDerivative
-from .one_by_one import one_by_one
 from .revolve import backwards
-from .scan import own_memory
+from .series import Tangents
 
 if TYPE_CHECKING:
+    from .scan import Scan
     from .while_loop import While
 
 aten = torch.ops.aten
 
+#: loops that keep values of every step
+WITHOUT = {"scan": "scan(...)", "while_loop": "while_loop(..., max_steps=…)"}
+
 
 class Unwind(Flow):
-    """The target of a node ``(steps, constants, carry, cotangents) -> cotangents``: those of the
-    inputs ``wrt`` of ``loop``, for those of its last carry, after ``steps`` steps from
-    ``carry``."""
+    """The target of a node ``(steps, constants, carry, stacks, cotangents) -> cotangents``: those
+    of the inputs ``wrt`` of ``loop``, for those of its results ``given``, after ``steps`` steps
+    from ``carry``."""
 
     __name__ = "unwind"
 
     def __init__(
-        self, loop: While, wrt: Sequence[int], bodies: Sequence[Program] | None = None
+        self, loop: While | Scan, wrt: Sequence[int], bodies: Sequence[Program] | None = None
     ) -> None:
         self.loop, self.wrt = loop, tuple(wrt)
-        self.carries = [i for i in wrt if i >= loop.n_consts]
-        self.bodies = tuple(bodies or (*loop.bodies, backward_step(loop, self.wrt)))
+        n, k, flags = loop.n_consts, loop.n_carry, live(loop.body, self.wrt)
+        self.given = [j for j, yes in enumerate(flags) if (n + j in wrt if j < k else yes)]
+        #: how many of the results are sums or cotangents of the carry, not stacks
+        self.n_kept = sum(i < n + k for i in wrt)
+        self.bodies = tuple(bodies or (*loop.bodies, backward_step(loop, self.wrt, self.given)))
 
     def __repr__(self) -> str:
         *_, body, back = self.bodies
@@ -60,7 +69,7 @@ class Unwind(Flow):
 
     @property
     def vals(self) -> tuple:
-        sigs = [p.meta["val"] for p in self.loop.body.placeholders]
+        sigs = whole(self.loop, [p.meta["val"] for p in self.loop.body.placeholders])
         return tuple([dense(sigs[i]) for i in self.wrt])
 
     @property
@@ -80,28 +89,41 @@ class Unwind(Flow):
         return args[0], list(args[1:last]), list(args[last:])
 
     def run(self, bodies: Sequence[Callable], tensors: Sequence[Tensor]) -> list[Tensor]:
-        _, body, back = bodies
-        n, planned = self.loop.n_consts, [p.meta["val"] for p in self.bodies[2].placeholders]
+        *_, body, back = bodies
+        loop, planned = self.loop, [p.meta["val"] for p in self.bodies[-1].placeholders]
+        n, last = loop.n_consts, loop.n_consts + loop.n_carry
         steps, inputs, given = self.parts(tensors)
-        inputs = list(map(as_planned, inputs, planned))
-        consts, start = inputs[:n], inputs[n:]
-        sums = [torch.zeros_like(inputs[i]) for i in self.wrt if i < n]
-        found = [*sums, *map(as_planned, given, planned[len(planned) - len(given) :])]
-
-        def visit(carry: Sequence[Tensor]) -> None:
-            found[:] = back(*consts, *carry, *found)
-
         count = max(steps.flatten().tolist(), default=0)  # each sample stops at its own step
-        slots = self.loop.slots
-        assert slots is not None
-        backwards(count, slots, start, lambda carry: body(*consts, *carry), visit)
-        return own_memory(self.bodies[2], found) if count else [x.clone() for x in found]
+        inputs[:last] = map(as_planned, inputs[:last], planned)
+        consts, start, rows = inputs[:n], inputs[n:last], inputs[last:]
+        k = sum(j < loop.n_carry for j in self.given)
+        sums = [torch.zeros_like(inputs[i]) for i in self.wrt if i < n]
+        found = [*sums, *map(as_planned, given[:k], planned[len(inputs) + len(sums) :])]
+        stacks = [torch.empty_like(inputs[i]) for i in self.wrt[self.n_kept :]]
+
+        def at(t: int, stacks: Sequence[Tensor]) -> list[Tensor]:
+            return [x[count - 1 - t if loop.reverse else t] for x in stacks]
+
+        def advance(state: tuple) -> tuple:
+            t, carry = state
+            return t + 1, body(*consts, *carry, *at(t, rows))[: loop.n_carry]
+
+        def visit(state: tuple) -> None:
+            t, carry = state
+            outs = back(*consts, *carry, *at(t, rows), *found, *at(t, given[k:]))
+            found[:] = outs[: self.n_kept]
+            for row, ct in zip(at(t, stacks), outs[self.n_kept :], strict=True):
+                row.copy_(ct)
+
+        assert loop.slots is not None
+        backwards(count, loop.slots, (0, start), advance, visit)
+        kept = own_memory(self.bodies[-1], found) if count else [x.clone() for x in found]
+        return [*kept, *stacks]
 
     def form(self, args: Sequence[Any]) -> tuple[list, dict[str, Any]]:
         steps, inputs, given = self.parts(args)
-        n, loop = self.loop.n_consts, self.loop
-        options = {"wrt": list(self.wrt), "max_steps": loop.max_steps, "slots": loop.slots}
-        return [steps, inputs[:n], inputs[n:], given], options
+        groups, options = self.loop.form(inputs)
+        return [steps, *groups, given], {"wrt": list(self.wrt), **options}
 
     # ----- as a node -----------------------------------------------------------------------------
 
@@ -119,12 +141,12 @@ class Unwind(Flow):
         self.check_rules(n, symmetric=False)
         _, inputs, given = self.parts(n.args)
         steps, values, cts = self.parts(again.args)
-        dual = Dual(b, self.loop, values, {self.wrt[j]: ct for j, ct in g.items()})
-        pushed = dual.results()
+        dual = Tangents(b, self.loop, values, {self.wrt[j]: ct for j, ct in g.items()})
+        pushed = dual.emit()
         read = [i for i, a in enumerate(inputs) if a in active]
-        found = dual.unwound(steps, read, dual.of_tangents(self.carries, cts))
+        found = unwound(b, dual, steps, read, self.of_tangents(dual, cts))
         args = [*[inputs[i] for i in read], *given]
-        return args, [*[found.get(i) for i in read], *[pushed.get(i) for i in self.carries]]
+        return args, [*[found.get(i) for i in read], *[pushed[j] for j in self.given]]
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
         """Go back through the loop that also carries tangents; or, if only cotangents have some,
@@ -132,29 +154,37 @@ class Unwind(Flow):
         _, inputs, given = self.parts(n.args)
         steps, values, cts = self.parts(new.args)
         ts = {i: tangents[a] for i, a in enumerate(inputs) if a in tangents}
-        of_cts = {
-            i: tangents[a] for i, a in zip(self.carries, given, strict=True) if a in tangents
-        }
+        of_cts = {j: tangents[a] for j, a in zip(self.given, given, strict=True) if a in tangents}
         if not ts:
             found = emit_unwind(b, self.loop, self.wrt, steps, values, of_cts)
         else:
             self.check_rules(n, symmetric=True)
-            dual = Dual(b, self.loop, values, ts)
-            of_cts = {dual.places[i]: t for i, t in of_cts.items()}
-            of_cts |= dual.of_tangents(self.carries, cts)
-            found = dual.unwound(steps, self.wrt, of_cts)
+            dual = Tangents(b, self.loop, values, ts)
+            of_cts = {dual.results[j][0]: t for j, t in of_cts.items()}
+            of_cts |= self.of_tangents(dual, cts)
+            found = unwound(b, dual, steps, self.wrt, of_cts)
         return [found.get(i) for i in self.wrt]
+
+    def of_tangents(self, dual: Tangents, cts: Sequence[Node]) -> dict[int, Node]:
+        """Return the cotangents of the results as those of their tangents."""
+        pairs = zip(self.given, cts, strict=True)
+        return {place: ct for j, ct in pairs if (place := dual.results[j][1]) is not None}
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         """Go back through the loop of the batch; each sample has cotangents of its own."""
         if walk.maps and walk.has(n.args[0]):
-            return one_by_one(walk, n)
+            return self.loop.one_by_one(walk, n)  # type: ignore[union-attr]  # no scan's differ
+        b, k, last = walk.b, self.loop.n_carry, self.loop.n_consts + self.loop.n_carry
         _, inputs, given = self.parts(n.args)
         met = [walk.has(a) or i in self.wrt for i, a in enumerate(inputs)]
         loop, args, _ = self.loop.batched(walk, inputs, met)
-        cts = dict(zip(self.carries, map(walk.expanded, given), strict=True))
-        found = emit_unwind(walk.b, loop, self.wrt, walk.env[n.args[0]], args, cts)
-        return [found[i] for i in self.wrt], [True] * len(self.wrt)
+        cts = {
+            j: ct if j < k else with_dim_moved(b, ct, 0, 1)
+            for j, ct in zip(self.given, map(walk.expanded, given), strict=True)
+        }
+        found = emit_unwind(b, loop, self.wrt, walk.env[n.args[0]], args, cts)
+        outs = [found[i] if i < last else with_dim_moved(b, found[i], 1, 0) for i in self.wrt]
+        return outs, [True] * len(self.wrt)
 
     def check_rules(self, n: Node, symmetric: bool) -> None:
         """Refuse derivatives of the backward if the condition draws, or if a rule of the user's
@@ -170,92 +200,91 @@ class Unwind(Flow):
         rule = body.once((own_rule, symmetric), lambda: own_rule(body, symmetric))
         if rule:
             raise RuleError(
-                f"a second derivative of while_loop(checkpoint='revolve'){at(n.meta.get('line'))} "
-                f"goes through {rule}, whose own rule need not have the derivative of what it "
-                "belongs to: say while_loop(..., max_steps=…) without checkpoint"
+                f"a second derivative of {self.loop.__name__}(checkpoint='revolve')"
+                f"{at(n.meta.get('line'))} goes through {rule}, whose own rule need not have the "
+                "derivative of what it belongs to: say "
+                f"{WITHOUT[self.loop.__name__]} without checkpoint"
             )
 
 
-class Dual:
-    """A loop that carries tangents beside its values: ``ts`` by number of argument."""
+def pull_unwinding(
+    b: Builder, n: Node, g: Mapping[int, Node], active: Any, again: Any, steps: Node
+) -> tuple[list, list]:
+    """Add the backward of the loop ``n`` of so many ``steps``; return its arguments and their
+    cotangents. Raises RuleError for one that draws."""
+    loop: Any = n.target
+    if drawn(loop.body):
+        raise RuleError(
+            f"reverse mode through {loop.__name__}(checkpoint='revolve') that draws random "
+            f"numbers{at(n.meta.get('line'))}: steps that are computed again would draw "
+            "others; draw them before the loop, and let it read them"
+        )
+    given = [i for i, a in enumerate(n.args) if a in active]
+    found = emit_unwind(b, loop, given, steps, again.args, g)
+    return [n.args[i] for i in found], list(found.values())
 
-    def __init__(
-        self, b: Builder, loop: While, args: Sequence[Node], ts: Mapping[int, Node]
-    ) -> None:
-        self.b, self.n_values = b, len(loop.vals)
-        self.loop, self.args, self.wrt = loop.dual(b, args, ts)
-        n = loop.n_consts
-        shift = self.loop.n_consts - n
-        #: input of the loop -> its position here; carried input -> the position of its tangent
-        self.places = {i: i if i < n else i + shift for i in range(len(args))}
-        carried = [i for i in self.wrt if i >= n]
-        first = self.loop.n_consts + self.n_values
-        self.tangents = {i: first + j for j, i in enumerate(carried)}
 
-    def results(self) -> dict[int, Node]:
-        """Return the tangents after the loop, by number of the input that is carried."""
-        outs = emit_flow(self.b, self.loop, self.args)
-        return {i: outs[place - self.loop.n_consts] for i, place in self.tangents.items()}
-
-    def of_tangents(self, carries: Sequence[int], cts: Sequence[Node]) -> dict[int, Node]:
-        """Return the cotangents of the carried values as those of their tangents."""
-        pairs = zip(carries, cts, strict=True)
-        return {self.tangents[i]: ct for i, ct in pairs if i in self.tangents}
-
-    def unwound(
-        self, steps: Node, read: Sequence[int], cts: Mapping[int, Node]
-    ) -> dict[int, Node]:
-        """Return the cotangents of the inputs ``read`` of the loop."""
-        wanted = {self.places[i]: i for i in read}
-        found = emit_unwind(self.b, self.loop, wanted, steps, self.args, cts)
-        return {wanted[place]: ct for place, ct in found.items() if place in wanted}
+def unwound(
+    b: Builder, dual: Tangents, steps: Node, read: Sequence[int], cts: Mapping[int, Node]
+) -> dict[int, Node]:
+    """Return the cotangents of the inputs ``read`` of the loop without tangents."""
+    wanted = {dual.places[i][0]: i for i in read}
+    found = emit_unwind(b, dual.loop, wanted, steps, dual.args, cts)
+    return {wanted[place]: ct for place, ct in found.items() if place in wanted}
 
 
 def emit_unwind(
     b: Builder,
-    loop: While,
+    loop: While | Scan,
     given: Collection[int],
     steps: Node,
     args: Sequence[Node],
     cts: Mapping[int, Node],
 ) -> dict[int, Node]:
     """Add the backward of a loop from ``args``; return the cotangents by number of argument, of
-    those ``given`` and of what is carried, for the cotangents ``cts`` of results, numbered as the
-    inputs that they are next."""
-    target = Unwind(loop, loop.derivative([i in given for i in range(len(args))]))
-    sigs = [dense(p.meta["val"]) for p in loop.body.placeholders]
+    those ``given`` and of what is carried, for the cotangents ``cts`` of results, by number."""
+    target = Unwind(loop, loop.derivative([i in given for i in range(len(args))])[0])
+    sigs = [dense(v) for v in loop.vals]
     last = [
-        laid_out(b, cts[i], sigs[i], exactly=True) if i in cts else filled_node(b, 0, sigs[i])
-        for i in target.carries
+        laid_out(b, cts[j], sigs[j], exactly=True) if j in cts else filled_node(b, 0, sigs[j])
+        for j in target.given
     ]
     return dict(zip(target.wrt, emit_flow(b, target, [steps, *args, *last]), strict=True))
 
 
-def backward_step(loop: While, wrt: tuple[int, ...]) -> Program:
-    """Return ``(constants, carry, sums, cotangents) -> (sums, cotangents)`` for one step: add to
-    ``sums`` the cotangents of the constants, and map the cotangents of the new carry to those of
-    the old one."""
+def whole(loop: While | Scan, sigs: Sequence[Sig]) -> list[Sig]:
+    """Return the signatures of the loop's arguments, of which ``sigs`` says those of one step."""
+    last = loop.n_consts + loop.n_carry
+    length: Any = loop.length
+    return [sig if i < last else inserted(sig, 0, length) for i, sig in enumerate(sigs)]
+
+
+def backward_step(loop: While | Scan, wrt: tuple[int, ...], given: Sequence[int]) -> Program:
+    """Return ``(constants, carry, row, sums, cotangents) -> (sums, cotangents)`` for one step: add
+    to ``sums`` the cotangents of the constants, and map the cotangents of the results to those of
+    the carry and of the row."""
 
     def make() -> Program:
-        n, inputs = loop.n_consts, loop.body.placeholders
-        joint = vjp(loop.body, wrt, [n + j in wrt for j in range(len(loop.vals))])
+        n, inputs, vals = loop.n_consts, loop.body.placeholders, loop.body.vals
+        joint = vjp(loop.body, wrt, [j in given for j in range(len(vals))])
         sigs = [dense(inputs[i].meta["val"]) for i in wrt]
         with paused_gc():
             b = builder()
             values = b.inputs(inputs)
-            given = [b.placeholder("sum" if i < n else "ct", s) for i, s in zip(wrt, sigs)]
-            cts = [x for i, x in zip(wrt, given, strict=True) if i >= n]
+            sums = {i: b.placeholder("sum", s) for i, s in zip(wrt, sigs, strict=True) if i < n}
+            cts = [b.placeholder("ct", dense(vals[j])) for j in given]
             grads = b.inlined(joint, [*values, *cts])[joint.n_outputs - len(wrt) :]
             outs = []
-            for i, x, grad, sig in zip(wrt, given, grads, sigs, strict=True):
+            for i, grad, sig in zip(wrt, grads, sigs, strict=True):
                 if grad is None:
-                    outs.append(x if i < n else filled_node(b, 0, sig))
+                    outs.append(sums[i] if i < n else filled_node(b, 0, sig))
                 else:
-                    outs.append(b.call(aten.add.Tensor, x, grad) if i < n else grad)
-            program = Program(b.finish(outs), len(inputs) + len(wrt), len(wrt), (), "backward")
+                    outs.append(b.call(aten.add.Tensor, sums[i], grad) if i < n else grad)
+            count = len(values) + len(sums) + len(cts)
+            program = Program(b.finish(outs), count, len(wrt), (), "backward")
         return results_as(program, sigs)
 
-    return loop.body.once(("backward step", loop.n_consts, wrt), make)
+    return loop.body.once(("backward step", loop.n_consts, loop.n_carry, wrt), make)
 
 
 def own_rule(body: Program, symmetric: bool) -> str:

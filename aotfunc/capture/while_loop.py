@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +16,14 @@ from ..trace.emit import Builder, paused_gc
 from ..trace.shapes.sig import make_sig
 from ..trace.views import laid_out
 from ..transforms.activity import flat_inputs, has_derivative
-from ..transforms.jvp import jvp
 from ..transforms.vmap import vmap
-from ..transforms.walk import builder, filled_node
-from .bodies import Flow, as_planned, dense, differing, drawn, emit_flow, results_as
+from ..transforms.walk import builder
+from .bodies import Flow, as_planned, dense, differing, emit_flow, own_memory, results_as
 from .one_by_one import one_by_one
-from .scan import Scan, own_memory
-from .series import Groups, body_series, emit_series, moved
+from .scan import Scan
+from .series import Groups, Tangents, body_series, emit_series, moved
 from .switch import Switch
-from .unwind import emit_unwind
+from .unwind import pull_unwinding
 
 aten = torch.ops.aten
 
@@ -37,6 +36,7 @@ class While(Flow):
     carried value counts the steps, and the backward keeps so many carries."""
 
     __name__ = "while_loop"
+    one_by_one = staticmethod(one_by_one)
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class While(Flow):
 
     def live(self, n: Node, active: Any) -> list[bool]:
         """Return which results of ``n`` have a derivative if its ``active`` arguments do."""
-        wrt = self.derivative([a in active for a in n.args])
+        wrt, _ = self.derivative([a in active for a in n.args])
         return [self.n_consts + k in wrt for k in range(len(self.vals))]
 
     def flat(self, n: Node) -> list[Node]:
@@ -100,10 +100,14 @@ class While(Flow):
         wrt = tuple(i for i, val in enumerate(vals) if has_derivative(val))
         return [n.args[i] for i in set().union(*flat_inputs(self.body, wrt))]  # type: ignore
 
-    def derivative(self, given: Sequence[bool]) -> tuple[int, ...]:
-        """Return the inputs of the body with a derivative in some step if the ``given`` arguments
-        have one."""
-        return Scan(self.body, self.n_consts, len(self.vals), 1).derivative(given)[0]
+    def derivative(self, given: Sequence[bool]) -> tuple[tuple[int, ...], list[bool]]:
+        """Return ``(inputs, results)`` of the body with a derivative in some step if the ``given``
+        arguments have one."""
+        return self.once().derivative(given)
+
+    def once(self) -> Scan:
+        """Return one step as a loop."""
+        return Scan(self.body, self.n_consts, self.n_carry, 1)
 
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
@@ -111,16 +115,7 @@ class While(Flow):
         """Make the loop one of ``max_steps`` steps, in which surplus steps do nothing. With
         ``slots`` leave it, and add a node that goes back from step to step."""
         if self.slots:
-            if drawn(self.body):
-                raise RuleError(
-                    "reverse mode through while_loop(checkpoint='revolve') that draws random "
-                    f"numbers{at(n.meta.get('line'))}: steps that are computed again would draw "
-                    "others; draw them before the loop, and let it read them"
-                )
-            given = [i for i, a in enumerate(n.args) if a in active]
-            cts = {self.n_consts + j: ct for j, ct in g.items()}
-            found = emit_unwind(b, self, given, b.item(again, 0), again.args, cts)
-            return [n.args[i] for i in found], list(found.values())
+            return pull_unwinding(b, n, g, active, again, b.item(again, 0))
         if self.max_steps is None:
             raise RuleError(
                 "reverse mode through a while_loop whose number of steps is not known"
@@ -150,79 +145,28 @@ class While(Flow):
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
         """Add a loop beside this one that carries the tangents with the values."""
         ts = {i: tangents[a] for i, a in enumerate(n.args) if a in tangents}
-        loop, args, wrt = self.dual(b, new.args, ts)  # type: ignore[arg-type]
-        k, count = self.n_consts, len(self.vals)
-        outs = emit_flow(b, loop, args)
-        found = dict(zip([i for i in wrt if i >= k], outs[count:], strict=True))
-        return [found.get(k + j) for j in range(count)]
-
-    def dual(
-        self, b: Builder, args: Sequence[Node], ts: Mapping[int, Node]
-    ) -> tuple[While, list[Node], tuple[int, ...]]:
-        """Return the loop that carries tangents with the values, its arguments for the tangents
-        ``ts`` by number of argument, and the arguments that have one in some step."""
-        wrt = self.derivative([i in ts for i in range(len(args))])
-        k, count = self.n_consts, len(self.vals)
-        consts, carries = [i for i in wrt if i < k], [i for i in wrt if i >= k]
-        condition, body = self.body.derived(
-            ("pushed", self.condition, wrt), lambda: self.pushed(wrt)
-        )
-        sigs = [p.meta["val"] for p in body.placeholders]
-
-        def tangent(i: int, place: int) -> Node:
-            sig = sigs[place]
-            return laid_out(b, ts[i], sig, exactly=True) if i in ts else filled_node(b, 0, sig)
-
-        us = [tangent(i, k + j) for j, i in enumerate(consts)]
-        vs = [tangent(i, k + len(consts) + count + j) for j, i in enumerate(carries)]
-        loop = self.of(condition, body, k + len(consts))
-        return loop, [*args[:k], *us, *args[k:], *vs], wrt
+        return Tangents(b, self, new.args, ts).emit()  # type: ignore[arg-type]
 
     def series(self, b: Builder, n: Node, given: Sequence[Sequence], order: int) -> list[list]:
         """Let the loop also carry coefficients."""
-        one = Scan(self.body, self.n_consts, len(self.vals), 1)
-        inputs, results = one.groups(moved(given), order)
-        body = body_series(self.body, inputs, results)
-        loop = self.of(without_coefficients(self.condition, body, inputs), body, inputs.count(0))
+        loop, inputs, results = self.coefficients(moved(given), order, body_series)
         return emit_series(b, loop, given, inputs, results)
 
-    def pushed(self, wrt: tuple[int, ...]) -> tuple[Program, Program]:
-        """Return the condition and the body with tangents of these inputs beside the values."""
-        k, count = self.n_consts, len(self.vals)
-        values = self.body.placeholders
-        carries = [i for i in wrt if i >= k]
-
-        def made(program: Program, with_tangents: bool) -> Program:
-            b = builder()
-
-            def tangents(chosen: list[int]) -> dict[int, Node]:
-                sigs = {i: dense(values[i].meta["val"]) for i in chosen}
-                return {i: b.placeholder("tangent", sig) for i, sig in sigs.items()}
-
-            consts, of = b.inputs(values[:k]), tangents([i for i in wrt if i < k])
-            carry, more = b.inputs(values[k:]), tangents(carries)
-            inputs, of = len(values) + len(wrt), of | more
-            if not with_tangents:
-                outs = b.inlined(program, [*consts, *carry])
-                return Program(b.finish(outs), inputs, len(outs), (), program.name)
-            given = program.placeholders[len(values) :]
-            ts = [laid_out(b, of[i], p.meta["val"]) for i, p in zip(wrt, given, strict=True)]
-            outs = b.inlined(program, [*consts, *carry, *ts])
-            outs[count:] = [
-                filled_node(b, 0, values[i].meta["val"]) if t is None else t
-                for i, t in [(i, outs[count + i - k]) for i in carries]
-            ]
-            return Program(b.finish(outs), inputs, len(outs), (), program.name)
-
-        with paused_gc():
-            joint = jvp(self.body, wrt, zeros=False)
-            return made(self.condition, False), made(joint, True)
+    def coefficients(
+        self, given: Sequence[bool], order: int, made: Callable
+    ) -> tuple[While, Groups, Groups]:
+        """Return the loop whose body carries coefficients, as ``made`` makes it, if the ``given``
+        arguments have some; and where they are among its inputs and its results."""
+        inputs, results = self.once().groups(given, order)
+        body = made(self.body, inputs, results)
+        condition = without_coefficients(self.condition, body, inputs)
+        return self.of(condition, body, inputs.count(0)), inputs, results
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         """Batch the steps. If the condition differs between samples, the loop runs while it holds
         for any, and each sample stops at its own step."""
         if walk.maps and self.met(walk, [walk.has(a) for a in n.args])[1]:
-            return one_by_one(walk, n)
+            return self.one_by_one(walk, n)
         loop, args, flags = self.batched(walk, n.args, [walk.has(a) for a in n.args])
         return emit_flow(walk.b, loop, args), flags
 
@@ -258,7 +202,7 @@ class While(Flow):
         """Return which inputs differ between samples in some step if the ``given`` ones do, and
         whether the condition does."""
         apart = walk.randomness == "different"
-        met = Scan(self.body, self.n_consts, len(self.vals), 1).met(given, apart)[0]
+        met = self.once().met(given, apart)[0]
         [several] = differing(self.condition, met, apart)
         return met, several
 

@@ -15,7 +15,7 @@ from ..graph import Program
 
 #: what says with its bodies what each is
 FACTS = {
-    "scan": ("n_consts", "n_carry", "length", "reverse"),
+    "scan": ("n_consts", "n_carry", "length", "reverse", "slots"),
     "switch": (),
     "while_loop": ("n_consts", "max_steps", "slots"),
     "unwind": ("wrt",),

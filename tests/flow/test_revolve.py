@@ -333,3 +333,93 @@ def test_options_are_checked(options):
     with pytest.raises(ArgumentError, match="slots") as e:
         while_loop(lambda x: x < 3, lambda x: x + 1, torch.tensor(0.0), **options)
     assert "test_revolve.py" in str(e.value)
+
+
+# ----- scans -------------------------------------------------------------------------------------
+
+
+def rows(loop, w, h, xs, **options):
+    """A carry that counts, constants, rows that are read and rows that are made."""
+
+    def step(c, x):
+        h = torch.sin(w @ c["h"]) * x + c["h"] * 0.5
+        return {"h": h, "n": c["n"] + 1}, (h * x, x.exp().sum(), c["n"])
+
+    carry, (y, z, _) = loop(step, {"h": h, "n": torch.tensor(0)}, xs, **options)
+    return carry["h"].sin().sum() + (y * y).sum() + z.cos().sum()
+
+
+XS = torch.stack([X, X * 0.3, -X, X.flip(0), X * 0.1, X * -0.7, X.cos()])
+BOTH = functools.partial(rows, scan), functools.partial(rows, scan, checkpoint="revolve", slots=3)
+OF_SCANS = {
+    "grad": lambda f: grad(f, (0, 1, 2)),
+    "grad of vmap": lambda f: grad(lambda w, h, xs: vmap(f, (None, 0, None))(w, xs, xs).sum()),
+    "vmap of grad": lambda f: (
+        lambda w, h, xs: vmap(grad(f, (0, 1, 2)), (None, 0, 1))(
+            w, xs[:3], xs[:, None] * XS[:, :3, None]
+        )
+    ),
+    "jacrev of grad": lambda f: jacrev(grad(f, (0, 1, 2)), (0, 1, 2)),
+    "jacfwd of grad": lambda f: jacfwd(grad(f, (0, 1, 2)), (0, 1, 2)),
+    "grad of jacfwd": lambda f: jacrev(jacfwd(f, (0, 1, 2)), (0, 1, 2)),
+    "third": lambda f: jacrev(hessian(f), 2),
+    "cpp": lambda f: jit(hessian(f, (0, 2)), backend="cpp"),
+    "printed": lambda f: lambda *a: make_fx(hessian(f, 1))(*a)(*a),
+    "printed, then differentiated": lambda f: (
+        lambda *a: jacrev(make_fx(grad(f, (0, 2)))(*a), 1)(*a)
+    ),
+}
+
+
+@pytest.mark.parametrize("reverse, unroll", [(False, 1), (True, 1), (True, 3)])
+@pytest.mark.parametrize("name", every(4, OF_SCANS))
+def test_scans(name, reverse, unroll):
+    """The numbers of the scan that keeps values of every step."""
+    plain, ours = [functools.partial(f, reverse=reverse, unroll=unroll) for f in BOTH]
+    assert_same(OF_SCANS[name](ours)(W, H, XS), OF_SCANS[name](plain)(W, H, XS), **TIGHT)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_short_scans(length):
+    for derivative in (grad, hessian):
+        want, got = [derivative(f, 2)(W, H, XS[:length]) for f in BOTH]
+        assert_same(got, want, **TIGHT)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_steps_and_memory_of_scans(slots):
+    def f(x, xs):
+        step = lambda h, r: (torch.ops.test_revolve.step(h) + r, ())
+        return scan(step, x * x, xs, checkpoint="revolve", slots=slots)[0].sum()
+
+    x, first = torch.tensor(0.3, dtype=torch.float64), grad(f)
+    second = grad(lambda x, xs: first(x, xs).sin())
+    for most in (20, 60):
+        slope = 2 * torch.tensor(1.01, dtype=torch.float64) ** most
+        expected = slope * x, slope * (slope * x).cos()
+        for order, derivative in enumerate((first, second)):
+            MADE.clear()
+            PEAK[0] = 0
+            assert_same(derivative(x, x.new_zeros(most)), expected[order], rtol=1e-9, atol=0)
+            assert len(MADE) == (1 + order) * fewest(most, slots)  # the value is not read
+            assert PEAK[0] <= slots + 1
+
+
+def test_scans_that_are_refused():
+    step = lambda h, x: (h * x, torch.rand(()))
+    with pytest.raises(RuleError, match=r"through scan.*draws random numbers") as e:
+        grad(lambda h: scan(step, h, XS[:, 0], checkpoint="revolve", slots=2)[0])(X[0])
+    assert "test_revolve.py" in str(e.value)
+    twice = lambda h: scan(
+        lambda h, x: (Twice.apply(h) * x, ()), h, XS, checkpoint="revolve", slots=2
+    )
+    assert grad(lambda h: twice(h)[0].sum())(X).shape == (3,)
+    with pytest.raises(RuleError, match=r"second derivative of scan.*own rule.*scan\(...\)"):
+        hessian(lambda h: twice(h)[0].sum())(X)
+    for options in ({"checkpoint": "revolve"}, {"slots": 2}, {"checkpoint": 2, "slots": 2}):
+        with pytest.raises(ArgumentError, match="scan: slots"):
+            scan(step, X[0], XS[:, 0], **options)
+    with pytest.raises(ArgumentError, match="slots must be a positive int"):
+        scan(step, X[0], XS[:, 0], checkpoint="revolve", slots=0)
+    with pytest.raises(ArgumentError, match="a policy or 'revolve'"):
+        scan(step, X[0], XS[:, 0], checkpoint="often")

@@ -1,5 +1,5 @@
-// What Python calls for a loop that looped.py has printed: arguments are read, results allocated, and
-// the printed function runs. This follows launch.cpp and loop.h in one source.
+// What Python calls for a loop that looped.py has printed: arguments are read, results allocated,
+// and the printed function runs. This follows launch.cpp and loop.h in one source.
 
 extern "C" {
 void *malloc(__SIZE_TYPE__);

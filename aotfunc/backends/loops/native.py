@@ -65,7 +65,7 @@ class LoadedKernel:
         self.text = ""
         function.argtypes = (ctypes.c_int64,) * 4
         function.restype = None
-        self.address = ctypes.cast(function, ctypes.c_void_p).value
+        self.address = ctypes.cast(function, ctypes.c_void_p).value or 0
 
     def __call__(
         self, rows: int, sizes: Sequence[int], tensors: Sequence[Tensor], grain: int | None = None
