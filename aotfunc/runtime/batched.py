@@ -5,7 +5,7 @@ vmap of the program runs, so that it stays compiled."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..capture.calls import CompiledCall
-from ..graph import Program, dependents
-from ..trace.recording import without_functorch
+from ..debug import at, user_line
+from ..errors import RuleError
+from ..graph import Program, dependents, draws
 from ..trace.shapes.sig import Sig, sig_of
 from ..transforms.vmap import Axis, vmap
 
@@ -23,29 +24,48 @@ _functorch = torch._C._functorch
 _OLD = torch._C._parse_dispatch_key("Batched")
 
 
-def only_batches(tensors: Sequence[Tensor]) -> bool:
-    """Return whether there are batches among these, and nothing else of torch.func's."""
+def has_batches(tensors: Sequence[Tensor]) -> bool:
+    """Return whether some of these are batches, of which no other transform of torch.func's is
+    inside."""
     if older_levels():
         return any(torch._C._dispatch_keys(t).has(_OLD) for t in tensors)
-    found = [t for t in tensors if _functorch.is_functorch_wrapped_tensor(t)]
-    return bool(found) and all(map(_functorch.is_batchedtensor, found))
+    return any(map(_functorch.is_batchedtensor, of_level(innermost(tensors), tensors)))
 
 
-def call_batched(run: Callable[..., Sequence], call: Any, tensors: Sequence[Tensor]) -> Sequence:
-    """Return ``run(call, tensors)``, where torch's vmap may have batched some of them."""
-    if (_functorch.peek_interpreter_stack() is not None or older_levels()) and only_batches(
+def innermost(tensors: Sequence[Tensor]) -> int:
+    """Return the innermost level of torch.func's that these are of, at most 0 if there is none."""
+    return max(map(_functorch.maybe_get_level, tensors), default=0)
+
+
+def of_level(level: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t for t in tensors if _functorch.maybe_get_level(t) == level]
+
+
+def call_batched(
+    run: Callable[..., Sequence],
+    call: Any,
+    tensors: Sequence[Tensor],
+    beneath: Callable[..., Sequence] | None = None,
+) -> Sequence:
+    """Return ``run(call, tensors)``, where torch's vmap may have batched some of them; by
+    ``beneath`` (default: ``run``) if these batches are of tensors that torch.func
+    differentiates."""
+    if (_functorch.peek_interpreter_stack() is not None or older_levels()) and has_batches(
         tensors
     ):
-        return on_batches(run, call, tensors)
+        return on_batches(run, call, tensors, beneath or run)
     return run(call, tensors)
 
 
 def on_batches(
-    run: Callable[..., Sequence], call: CompiledCall | Program, tensors: Sequence[Tensor]
+    run: Callable[..., Sequence],
+    call: CompiledCall | Program,
+    tensors: Sequence[Tensor],
+    beneath: Callable[..., Sequence],
 ) -> list:
     """Return ``run(call, tensors)`` of a call or a program, the batch dimensions that the tensors
-    have at each level of vmap made dimensions of the program's; random numbers are shared by a
-    batch."""
+    have at each level of vmap, down to one that differentiates, made dimensions of the program's;
+    random numbers are shared by a batch."""
     wraps: list[tuple[Callable, int, list[bool]]] = []
 
     def peel(bare: list[Tensor], dims: tuple, wrap: Callable, level: int) -> None:
@@ -65,7 +85,10 @@ def on_batches(
                 torch._add_batch_dim,
                 level,
             )
-    while (level := max(map(_functorch.maybe_get_level, tensors))) > 0:
+    while (level := innermost(tensors)) > 0:
+        if not any(map(_functorch.is_batchedtensor, of_level(level, tensors))):
+            run = beneath
+            break
         mine = [_functorch.maybe_get_level(t) == level for t in tensors]
         dims = tuple(
             _functorch.maybe_get_bdim(t) if yes else None
@@ -75,7 +98,7 @@ def on_batches(
             _functorch.get_unwrapped(t) if yes else t for t, yes in zip(tensors, mine, strict=True)
         ]
         peel(bare, dims, _functorch._add_batch_dim, level)
-    with without_functorch(), without_older_levels():
+    with without_levels_above(max(level, 0)), without_older_levels():
         outs = list(run(call, tensors))
     for wrap, level, depend in reversed(wraps):
         outs = [
@@ -83,6 +106,34 @@ def on_batches(
             for o, yes in zip(outs, depend, strict=True)
         ]
     return outs
+
+
+def check_draws(program: Program, tensors: Sequence[Tensor]) -> None:
+    """Raise RuleError for a program that draws, where torch.func's vmap has batched its inputs and
+    does not say that a batch shares random numbers."""
+    if _functorch.peek_interpreter_stack() is None or not has_batches(tensors):
+        return
+    drawn = program.once("drawn", lambda: any(map(draws, program.graph.nodes)))
+    for level in _functorch.get_interpreter_stack() if drawn else ():
+        if level.key() == _functorch.TransformType.Vmap:
+            said = str(_functorch.CVmapInterpreterPtr(level).randomness()).rpartition(".")[2]
+            if said != "Same":
+                raise RuleError(
+                    "a loop or a branch that draws random numbers, in torch.func.vmap("
+                    f"randomness={said.lower()!r}){at(user_line())}: use aotfunc.vmap, or draw "
+                    "before it and pass the numbers in"
+                )
+
+
+@contextmanager
+def without_levels_above(level: int) -> Iterator[None]:
+    """Set torch.func's levels above this one aside."""
+    with ExitStack() as stack:
+        while (top := _functorch.peek_interpreter_stack()) is not None and top.level() > level:
+            stack.callback(
+                _functorch.push_dynamic_layer_stack, _functorch.pop_dynamic_layer_stack()
+            )
+        yield
 
 
 def flat_program(call: CompiledCall | Program) -> Program:

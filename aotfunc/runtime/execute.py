@@ -27,7 +27,7 @@ from ..transforms.lower import marked
 from ..transforms.rules.table import entry_for
 from ..transforms.vjp import cotangent_sig, vjp
 from .aliasing import with_own_memory
-from .batched import call_batched
+from .batched import call_batched, check_draws
 from .duals import pushed_program, refuse_cuts
 from .late_reads import check_memory, storages
 from .redraw import generator_states, redrawn
@@ -101,8 +101,14 @@ def values(program: Program, tensors: Sequence[Tensor]) -> Sequence:
     """Return all outputs of a program, run eagerly; control flow meets no batches of torch.func's,
     whose strides are unknown."""
     if has_control_flow(program):
-        return call_batched(lambda p, given: on_eager(p)(*given), program, tensors)
+        check_draws(program, tensors)
+        return call_batched(lambda p, given: on_eager(p)(*given), program, tensors, whole)
     return on_eager(program)(*tensors)
+
+
+def whole(program: Program, tensors: Sequence[Tensor]) -> Sequence:
+    """Return all outputs of a program, which autograd can differentiate."""
+    return execute(program.flat(), tensors)
 
 
 def as_function(program: Program, name: str = "") -> Callable[..., list]:

@@ -16,12 +16,17 @@ from ..trace.traced import current
 from ..transforms.lower import EVERYTHING, lowered
 
 
-def generator_states(program: Program) -> list[tuple[Generator, Tensor]]:
+class States(list[tuple[Generator, Tensor]]):
+    """Generators and their states; no tree to PyTorch, whose vmap of forward mode expects one leaf
+    for an argument of a Function that is no tensor."""
+
+
+def generator_states(program: Program) -> States:
     """Return the generators that a program draws from, with their states now."""
     found = program.cache.get("generators")
     if found is None:
         found = program.once("generators", lambda: generators_of(program))
-    return [(g, g.get_state()) for g in found]
+    return States([(g, g.get_state()) for g in found])
 
 
 def generators_of(program: Program) -> list[Generator]:

@@ -6,8 +6,11 @@ import itertools
 import pytest
 import torch
 
+import aotfunc
 from aotfunc import cond, scan, switch, while_loop
+from aotfunc.errors import RuleError
 from tests.func.test_compositions import MATRIX, TRANSFORMS, check
+from tests.reference import assert_same
 from tests.sweeps import every
 
 
@@ -59,18 +62,27 @@ def branched_in_python(x):
     return b + c[0] * x
 
 
+def row_of(x):
+    return lambda h, row: ((MATRIX @ h * row).sin(), h * x)
+
+
 def revolved(x):
-    """A loop of unknown length whose backward keeps two of its carries."""
+    """A loop of unknown length whose backward keeps two of its carries, and one that keeps one."""
     test = lambda c: (c[0] ** 2).sum() < 60
     y, _ = while_loop(test, grown(x), (x, torch.tensor(0)), checkpoint="revolve", slots=2)
-    return y * x
+    rows = torch.stack([x, x.cos(), x * 2])
+    return y * x + scan(row_of(x), x, rows, checkpoint="revolve", slots=1)[1].sum(0)
 
 
 def revolved_in_python(x):
     c = x, torch.tensor(0)
     while (c[0] ** 2).sum() < 60:
         c = grown(x)(c)
-    return c[0] * x
+    h, total = x, 0
+    for row in (x, x.cos(), x * 2):
+        h, y = row_of(x)(h, row)
+        total = total + y
+    return c[0] * x + total
 
 
 PROGRAMS = {
@@ -94,3 +106,43 @@ def test_pair(program, pair):
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_triple(program, triple):
     check(triple.split(), ours=PROGRAMS[program][0], reference=PROGRAMS[program][1])
+
+
+#: transforms of torch.func, or of ours in their places: nested, some with a level that
+#: differentiates beneath one that batches
+NESTED = {
+    "grad": lambda t, f: t.grad(f),
+    "hessian": lambda t, f: t.hessian(f),
+    "forward twice": lambda t, f: t.jacfwd(t.jacfwd(f)),
+    "reverse over forward": lambda t, f: t.jacrev(t.jacfwd(f)),
+    "vmap of grad": lambda t, f: lambda x: t.vmap(t.grad(f))(torch.stack([x, -x])),
+    "grad of vmap": lambda t, f: t.grad(lambda x: t.vmap(f)(torch.stack([x, -x])).sum()),
+    "grad of vmap of vmap": lambda t, f: t.grad(
+        lambda x: t.vmap(t.vmap(f))(torch.stack([x, -x, x.sin(), x * 2]).view(2, 2, 3)).sum()
+    ),
+    "grad of vmap of grad": lambda t, f: t.grad(
+        lambda x: t.vmap(t.grad(f))(torch.stack([x, -x])).sin().sum()
+    ),
+    "vmap of hessian": lambda t, f: lambda x: t.vmap(t.hessian(f))(torch.stack([x, -x])),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("nest", every(4, NESTED))
+def test_torch_func_around(nest, program):
+    """The numbers of our transforms, which other tests compare with Python."""
+    f = lambda x: PROGRAMS[program][0](x).sin().sum()
+    x = torch.tensor([0.4, -0.3, 0.8], dtype=torch.float64)
+    assert_same(NESTED[nest](torch.func, f)(x), NESTED[nest](aotfunc, f)(x), rtol=1e-9, atol=1e-11)
+
+
+def test_draws_under_torchs_vmap():
+    """Samples share what a loop draws, where torch.func.vmap says so; else it is refused."""
+    f = lambda x: scan(lambda h, row: (h * row + torch.rand(()), None), x.sum(), x)[0]
+    xs = torch.ones(2, 3)
+    first, second = torch.func.vmap(f, randomness="same")(xs)
+    assert first == second
+    for given in ({}, {"randomness": "different"}):
+        for g in (f, torch.func.grad(f)):
+            with pytest.raises(RuleError, match=r"draws random numbers, in torch\.func\.vmap"):
+                torch.func.vmap(g, **given)(xs)
