@@ -1,5 +1,6 @@
 """Loops of 10 to 100,000 tiny steps: what capturing and compiling one takes, a step, and the
-memory of its backward; beside JAX's scan and a Python loop under torch.autograd.
+memory of its backward; beside JAX's scan and a Python loop under torch.autograd. And a loop on the
+eager backend, in the time of a Python loop over its compiled step.
 
 python -m benchmarks.control_flow [--quick] [--write]. The step is ``h = tanh(w @ h + x)`` of 16
 numbers in float32. Every cell is a process of its own, of which the processor's time counts.
@@ -22,8 +23,11 @@ STEPS = (10, 1000, 100_000)
 WIDTH = 16
 LIBRARIES = ("aotfunc eager", "aotfunc jit", "jax", "torch loop")
 
+#: the same, of which the backward runs every step again
+RECOMPUTED = {"aotfunc jit": "aotfunc jit, again", "jax": "jax, again"}
 
-def of_jax(steps: int, gradient: bool) -> tuple[Callable, Callable]:
+
+def of_jax(library: str, steps: int, gradient: bool) -> tuple[Callable, Callable]:
     """A new function, and a call of it."""
     import jax
     import jax.numpy as jnp
@@ -35,7 +39,8 @@ def of_jax(steps: int, gradient: bool) -> tuple[Callable, Callable]:
             h = jnp.tanh(w @ h + x)
             return h, h.sum()
 
-        return jax.lax.scan(step, h, xs)[1].sum()
+        again = library == RECOMPUTED["jax"]
+        return jax.lax.scan(jax.checkpoint(step) if again else step, h, xs)[1].sum()
 
     return lambda: jax.jit(jax.grad(loss) if gradient else loss), lambda f: jax.block_until_ready(
         f(w, xs)
@@ -49,6 +54,7 @@ def of_torch(library: str, steps: int, gradient: bool) -> tuple[Callable, Callab
 
     torch.set_num_threads(1)
     w, h, xs = torch.eye(WIDTH) * 0.5, torch.zeros(WIDTH), torch.ones(steps, WIDTH)
+    again = library == RECOMPUTED["aotfunc jit"]
 
     def step(w: torch.Tensor) -> Callable:
         def run(h: torch.Tensor, x: torch.Tensor) -> tuple:
@@ -58,7 +64,7 @@ def of_torch(library: str, steps: int, gradient: bool) -> tuple[Callable, Callab
         return run
 
     def loss(w: torch.Tensor, xs: torch.Tensor) -> torch.Tensor:
-        return aotfunc.scan(step(w), h, xs)[1].sum()
+        return aotfunc.scan(step(w), h, xs, checkpoint=int(again))[1].sum()
 
     def loop(w: torch.Tensor, xs: torch.Tensor) -> torch.Tensor:
         carry, found = h, []
@@ -74,7 +80,7 @@ def of_torch(library: str, steps: int, gradient: bool) -> tuple[Callable, Callab
     if library == "torch loop":
         return lambda: by_autograd if gradient else loop, lambda f: f(w, xs)
     f = aotfunc.grad(loss) if gradient else loss
-    make = (lambda: aotfunc.jit(f)) if library == "aotfunc jit" else lambda: f
+    make = (lambda: f) if library == "aotfunc eager" else lambda: aotfunc.jit(f)
     return make, lambda f: f(w, xs)
 
 
@@ -89,7 +95,8 @@ def child(library: str, steps: int, gradient: bool) -> None:
     """Print seconds of the first call, of a later one, and megabytes."""
 
     def functions(steps: int) -> tuple[Callable, Callable]:
-        return of_jax(steps, gradient) if library == "jax" else of_torch(library, steps, gradient)
+        of = of_jax if library.startswith("jax") else of_torch
+        return of(library, steps, gradient)
 
     make, call = functions(2)
     call(make())  # what is done once in a process
@@ -100,6 +107,35 @@ def child(library: str, steps: int, gradient: bool) -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     later = min(spent(lambda: call(f)) for _ in range(1 if first > 5 else 5))
     print(json.dumps([first, later, memory / 1024]))
+
+
+def against_a_loop(steps: int) -> float:
+    """Return the time of a compiled scan on the eager backend, in that of a Python loop over the
+    step compiled alone."""
+    import torch
+
+    import aotfunc
+
+    torch.set_num_threads(1)
+    w, h, xs = torch.eye(WIDTH) * 0.5, torch.zeros(WIDTH), torch.ones(steps, WIDTH)
+
+    def step(h: torch.Tensor, x: torch.Tensor) -> tuple:
+        h = torch.tanh(w @ h + x)
+        return h, h.sum()
+
+    compiled = aotfunc.jit(step, backend="eager")
+
+    def loop(h: torch.Tensor, xs: torch.Tensor) -> torch.Tensor:
+        found = []
+        for x in xs.unbind(0):
+            h, y = compiled(h, x)
+            found.append(y)
+        return torch.stack(found)
+
+    scan = aotfunc.jit(lambda h, xs: aotfunc.scan(step, h, xs)[1], backend="eager")
+    runs = [lambda f=f: f(h, xs) for f in (scan, loop)]
+    ours, plain = zip(*[[spent(run) for run in runs] for _ in range(8)], strict=True)
+    return min(ours) / min(plain)
 
 
 def measured(library: str, steps: int, gradient: bool) -> list[float]:
@@ -133,8 +169,11 @@ def main() -> None:
             for name in found
         ]
         report.table(f"A step of {what}, in a later call", head, rows)
+    found |= {name: [measured(name, t, True) for t in counts] for name in RECOMPUTED.values()}
     rows = [[name, *[f"{memory:.1f} MB" for *_, memory in found[name]]] for name in found]
     report.table("Memory that the first gradient adds", head, rows)
+    rows = [["scan", *[f"{against_a_loop(t):.2f}" for t in counts]]]
+    report.table("Time on the eager backend, of a loop over the compiled step", head, rows)
     if options.write:
         report.write()
 
