@@ -257,7 +257,13 @@ def kept_alive(n: Node) -> bool:
 
 #: libraries whose functional-looking ops talk to other processes: no call may be left out, doubled
 #: or moved past another, as all processes have to make the same calls in the same order
-COLLECTIVE = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+COLLECTIVE = (
+    "c10d",
+    "_c10d_functional",
+    "_c10d_functional_autograd",
+    "_dtensor",
+    "aotfunc_layout",
+)
 
 
 def acts(n: Node) -> bool:

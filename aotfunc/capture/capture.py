@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from ..debug import at, line_of_error
 from ..errors import CaptureError
 from ..progress import doing
+from ..trace.dtensors import is_dtensor, stand_in
 from ..trace.entering import as_outside
 from ..trace.following import Following
 from ..trace.modes import outside_inference_mode
@@ -43,6 +44,7 @@ def capture(
     following: Following | None = None,
     rolls: bool | None = None,
     name_of: Callable[[], Sequence[str]] | None = None,
+    dtensors: bool = False,
 ) -> Captured:
     """Run ``f`` once on traced values that stand for the tensors among ``leaves``.
 
@@ -56,7 +58,7 @@ def capture(
     What has no batch dimension, where others have, is passed as it is, as in torch.func. A tensor
     that is passed twice is one traced value; as in torch.func, not where some are differentiated,
     nor if it is batched. Those whose ``id`` is among ``outside``, which ``f`` also closes over,
-    are passed as they are."""
+    are passed as they are. ``dtensors`` may be among the tensors."""
     patches.install()
     trace, outer = Trace(why_not, constants, ask=agreed), current()
     trace.rolls = (outer is not None and outer.rolls) if rolls is None else rolls
@@ -64,6 +66,7 @@ def capture(
         numbers and (outer is None or outer.lifts_numbers) and not under_fake_mode()
     )
     trace.following = following or trace.following
+    trace.dtensors = dtensors and outer is None
     autograd = trace.autograd
     values = list(leaves)
     reals = []
@@ -91,6 +94,8 @@ def capture(
             # an index may stand beside traced ones
             whole = samples is not None and i not in samples and x.dim()
             values[i] = x if whole or id(x) in outside else t
+            if is_dtensor(x) and values[i] is t:
+                values[i] = stand_in(t, x)
     for i in differentiated:
         autograd.leaves[values[i].ref] = True
     trace.samples = batch

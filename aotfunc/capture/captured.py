@@ -16,6 +16,7 @@ from ..cache import Cache
 from ..errors import CaptureError
 from ..graph import Program, weight
 from ..trace.aliases import Shown, final_views
+from ..trace.dtensors import undistributed
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
 from ..trace.kinds import is_fake
@@ -71,6 +72,8 @@ class Captured:
         self.numbers: tuple[tuple[int, ...], ...] = ()  # positions of those that are inputs
         self.literal = False  # no number may be an input
         self.leaves, self.spec = flatten(result)
+        if trace.dtensors:
+            self.leaves = [*map(undistributed, self.leaves)]
         self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
         if len(self.tensors) < len(self.leaves):
             for x in self.leaves:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
+from ..trace.dtensors import record_function
 from ..trace.patches import ORIGINALS, recorder
 from ..trace.records import Region, results_of, written_slots
 from ..trace.shapes.instr import Instr
@@ -96,10 +97,12 @@ def recorded_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """Run ``Function.apply`` inside a recording; reentrant checkpoints are Functions, too.
     Without an argument that requires grad a compiled checkpoint has no derivative by what it
     closes over."""
-    if cls is not torch_checkpoint.CheckpointFunction:
-        return apply_function(cls, *args, **kwargs)
     trace = current()
     assert trace is not None
+    if trace.dtensors and (done := record_function(trace, cls, args)) is not NotImplemented:
+        return done
+    if cls is not torch_checkpoint.CheckpointFunction:
+        return apply_function(cls, *args, **kwargs)
     calls_late(args[0])
     records = len(trace.records)
     given = [a for a in args[2:] if isinstance(a, Tensor)]

@@ -30,6 +30,7 @@ from .halves import Halves
 from .late_reads import Versions, check_memory, check_unwritten, storages, versions
 from .late_state import at_moment, moment
 from .lifted import as_kept, lifted
+from .parts import OnParts
 from .redraw import generator_states, redrawn
 from .refused import check_alone, check_met, unchanged
 
@@ -86,6 +87,8 @@ def run_half(call: CompiledCall, tensors: list[Tensor]) -> Sequence:
 def own_results(call: CompiledCall, count: int, tensors: Sequence[Tensor]) -> Sequence:
     """Return the results of compiled code, the first ``count`` with memory of their own."""
     run = call.compiled(tensors)
+    if isinstance(run, OnParts):
+        return run.results(tensors, lambda call, parts: own_results(call, count, parts))
     outs = run([*tensors])
     return outs if getattr(run, "own", -1) >= count else distinct_results(outs, count, tensors)
 

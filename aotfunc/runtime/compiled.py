@@ -187,7 +187,7 @@ class Compiled:
             self._recent.put(key, entry)
             return entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         for t in tensors:
-            check_kind(t)
+            check_kind(t, dtensors=current() is None)
         before, learnt = of_python(), self._names.learnt
         try:
             self.captures += 1
@@ -264,7 +264,7 @@ class Compiled:
         found = self.entries.get(full)
         if found is None:
             for t in tensors:
-                check_kind(t)
+                check_kind(t, dtensors=True)
             self.captures += 1
             try:
                 found, _ = captured_entry(

@@ -44,6 +44,7 @@ from .guards.state import State
 from .guards.stores import Place, empty_caches, left_behind, undo_changes
 from .late_state import Read, read_late, watched
 from .leaves import Leaves, made_in_inference_mode
+from .parts import laid_as_inputs, on_parts
 from .pipeline import Pipeline
 from .raised import refused, tensors_of
 
@@ -318,6 +319,7 @@ def captured_entry(
                 rolls=compiled.pipeline.rolls,
                 outside={id(t) for t in state.tensors},
                 name_of=parameter_names(function, arguments),
+                dtensors=True,
             )
         except BaseException:
             errors.clear()  # an error holds the frames that hold it
@@ -336,6 +338,7 @@ def captured_entry(
     quiet = called is not observed
     enables = quiet and rec.enables
     program, views = without_views(rec, quiet and not enables)
+    program, placed = laid_as_inputs(program, [*rec.trace.origins, *rec.closed_over])
     # what requires grad decides where a call is cut
     alike = (
         program,
@@ -355,7 +358,10 @@ def captured_entry(
         # what ends in an error runs once
         pipeline = Pipeline(name, "eager") if errors else compiled.pipeline
         call = CompiledCall(whole, pipeline.forward, pipeline.split, name)
-        call.plain, call.made = as_recorded(rec, whole.mutated), made_by(rec)
+        if placed:
+            call = on_parts(call)
+        else:
+            call.plain, call.made = as_recorded(rec, whole.mutated), made_by(rec)
         step = compiled._steps[alike] = CompiledStep(call, run_eager)
     described = {
         f"argument {n}": noted(x) for n, x in zip(*labelled(function, arguments), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -13,8 +14,18 @@ from ..errors import CaptureError
 from .traced import Traced, as_if_outside, quiet
 
 
-def check_kind(t: Tensor) -> None:
-    """Refuse the tensors that a recording cannot stand for."""
+def dtensor_class() -> Any:
+    """Return the class of DTensors; an empty tuple while nobody has imported it."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+
+
+def is_dtensor(x: Any) -> bool:
+    return isinstance(x, dtensor_class())
+
+
+def check_kind(t: Tensor, dtensors: bool = False) -> None:
+    """Refuse the tensors that a recording cannot stand for. ``dtensors`` may be given to a
+    compiled function, and to nothing that is captured inside of it."""
     if t.is_nested:
         raise of_nested()
     if t.layout is not torch.strided or t.is_quantized:
@@ -24,12 +35,19 @@ def check_kind(t: Tensor) -> None:
         )
     if type(t) in _KINDS:
         return
+    if hasattr(getattr(t, "fake_mode", None), "of_parts"):
+        raise CaptureError(
+            "the part of a DTensor was taken from an attribute of it inside a captured "
+            f"function{at(debug.user_line())}; x.to_local() gives it"
+        )
     if dispatches(t) and not is_fake(t):
-        if type(t).__name__ == "DTensor":
+        if is_dtensor(t):
+            if dtensors and not hasattr(t, "traced"):
+                return
             raise CaptureError(
-                f"DTensors are not captured{at(debug.user_line())}: pass what this process holds, "
-                "x.to_local(), and exchange it in an autograd.Function, or by "
-                "torch.distributed._functional_collectives"
+                "DTensors go to compiled functions (jit, aot_function, aot_module) and the ops in "
+                f"them, not to anything else{at(debug.user_line())}: pass what this process "
+                "holds, x.to_local()"
             )
         raise CaptureError(
             f"tensors of the subclass {type(t).__name__} cannot be captured{at(debug.user_line())}"

@@ -72,6 +72,7 @@ class Tape:
     refused: CaptureError | None = None  # the error of a question without an answer
     place: tuple | None = None  # the index asked for its number, see special
     in_lstsq = False
+    dtensors = False  # whether it may have DTensors
 
     def __init__(
         self,
@@ -144,7 +145,7 @@ class Tape:
 
     def input(self, real: Tensor) -> Traced:
         """Return a new input with the signature of ``real``."""
-        check_kind(real)
+        check_kind(real, self.dtensors)
         return self.input_like(signature(real))
 
     def input_like(self, sig: Sig) -> Traced:
@@ -174,7 +175,7 @@ class Tape:
             # the next call would not find it
             if ordinary is not t and not self.may_ask_constants:
                 raise of_subclass(t, "a tensor from outside")
-            check_kind(ordinary)
+            check_kind(ordinary, self.dtensors)
             if ordinary.__class__ is not Traced and not ordinary.is_inference():
                 self.versions.append((ordinary, ordinary._version))
             self.lifted.append(ordinary)

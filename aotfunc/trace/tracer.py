@@ -24,8 +24,10 @@ from ..debug import at
 from ..errors import CaptureError
 from . import histories
 from .collectives import record_collective
+from .dtensors import record_op
 from .following import LOW, expressions_in, with_values
 from .in_place import OVERWRITES, check_reshaped, write_results
+from .kinds import dtensor_class
 from .learning import follows_default, learn
 from .overlaps import check_overlaps
 from .records import written_slots
@@ -55,6 +57,8 @@ class Trace(Answering, TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
         if func.__class__ is not OpOverload:
             return of_objects(self, func, args)
+        if types and (types[0] is not Traced or len(types) > 1) and takes_dtensors(types):
+            return record_op(self, func, args, kwargs or {})
         if self.autograd.made:
             self.autograd.adopt_leaves()
         call = func._op  # hashes in C, which an overload does not
@@ -286,6 +290,11 @@ def is_composite(op: OpOverload) -> bool:
     """Return whether the op is made of others: a view of its argument for some layouts and a copy
     for others."""
     return op._can_decompose()
+
+
+def takes_dtensors(types: Sequence[type]) -> bool:
+    """Return whether a DTensor is among the arguments of an op."""
+    return any(issubclass(cls, dtensor_class()) for cls in types)
 
 
 def of_objects(trace: Trace, func: Any, args: tuple) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ...cache import Cache
+from ...trace.kinds import is_dtensor
 from ...trace.traced import Traced
 from .containers import content
 from .keys import tensor_facts
@@ -115,7 +116,7 @@ def is_unbound(cell: types.CellType) -> bool:
 def metadata_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """Return whether tensors have the shapes, strides, dtypes, devices and requires_grad that
     these have."""
-    if not any(t.__class__ is Traced for t in tensors):
+    if not any(t.__class__ is Traced or is_dtensor(t) for t in tensors):
         try:
             from torch._C._dynamo.guards import TensorGuards
 

@@ -24,7 +24,7 @@ from ...capture.instances import flatten_tree, without_class
 from ...debug import at, user_line
 from ...errors import CaptureError
 from ...trace.following import with_values
-from ...trace.kinds import check_kind
+from ...trace.kinds import check_kind, is_dtensor
 from ...trace.modes import Surroundings, function_modes_key
 from ...trace.traced import attributes
 from .reads import CLOSED, library_of_module
@@ -93,6 +93,7 @@ class TensorFacts(NamedTuple):
     device: torch.device
     stride: tuple[int, ...] | None
     keys: int  # of dispatch: whether it is conjugated, of inference mode, …
+    placed: Any = None  # where the parts of a DTensor are
 
     def __str__(self) -> str:
         dense: list[int] = []
@@ -103,6 +104,7 @@ class TensorFacts(NamedTuple):
         more = [] if self.device.type == "cpu" else [str(self.device)]
         more += [f"strides {list(self.stride or ())}"] if list(self.stride or ()) != dense else []
         more += ["requires grad"] if self.requires_grad else []
+        more += [f"placed {self.placed.placements}"] if self.placed is not None else []
         return ", ".join([f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}", *more])
 
 
@@ -121,7 +123,10 @@ def tensor_facts(t: Tensor) -> TensorFacts:
         return TensorFacts(t.__class__, t.requires_grad, t.dtype, (), t.device, None, 0)
     stride = t.stride() if t.layout is torch.strided else None
     keys = torch._C._dispatch_keys(t).raw_repr()  # type: ignore[attr-defined]
-    return TensorFacts(t.__class__, t.requires_grad, t.dtype, t.shape, t.device, stride, keys)
+    placed = t._spec if is_dtensor(t) else None
+    return TensorFacts(
+        t.__class__, t.requires_grad, t.dtype, t.shape, t.device, stride, keys, placed
+    )
 
 
 class Named(NamedTuple):
@@ -197,6 +202,7 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
         sig = getattr(x, "sig", None)  # a value of a recording under way
         key += (x.requires_grad and 1 + x.is_leaf, x.is_conj())
         key += (sig.start,) if sig is not None else (x.shape, x.stride(), x.dtype, x.device)
+        key.append(x._spec if is_dtensor(x) else None)
         tensors.append(x)
         describe_attributes(x, key, objects)
     elif is_value(x):

@@ -1,0 +1,159 @@
+"""Run ops on DTensors whose parts are traced, or have no values, by PyTorch's own rules for their
+placements."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .kinds import is_dtensor
+from .traced import no_recording
+
+# ----- DTensors without values -------------------------------------------------------------------
+
+
+@functools.cache
+def fakes() -> FakeTensorMode:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.of_parts = True  # type: ignore[attr-defined]
+    return mode
+
+
+def without_values(x: Any) -> Tensor:
+    """Return the part of a DTensor that this process holds, or a plain tensor, as a FakeTensor."""
+    part = x._local_tensor if is_dtensor(x) else x
+    if hasattr(part, "fake_mode"):
+        return part
+    with fakes():
+        return torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device=part.device)
+
+
+def mirror(x: Tensor) -> Tensor:
+    """Return a tensor like ``x`` whose part has no values."""
+    part = without_values(x)
+    return dtensor(part, x._spec) if is_dtensor(x) else part  # type: ignore[attr-defined]
+
+
+def mirrored(f: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Return what ``f`` makes of such tensors, unrecorded."""
+    with no_recording(), _disable_current_modes(), torch.no_grad():
+        args, kwargs = tree_map_only(Tensor, mirror, (args, kwargs))
+        return f(*args, **kwargs)
+
+
+# ----- placements --------------------------------------------------------------------------------
+
+
+def dtensor(part: Tensor, spec: Any) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(part, spec, requires_grad=False)
+
+
+def spec_of(mesh: Any, placements: Sequence[Any], shape: Any, stride: Any, dtype: Any) -> Any:
+    """Return PyTorch's description of a DTensor."""
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(torch.Size(shape), tuple(stride), dtype)
+    return DTensorSpec(mesh, tuple(placements), tensor_meta=meta)
+
+
+def replicated(x: Any, mesh: Any) -> Any:
+    """Return a plain tensor that all processes have as a DTensor."""
+    if is_dtensor(x):
+        return x
+    from torch.distributed.tensor import Replicate
+
+    return dtensor(x, spec_of(mesh, [Replicate()] * mesh.ndim, x.shape, x.stride(), x.dtype))
+
+
+def moved(x: Any, placements: Sequence[Any]) -> Any:
+    """Return a DTensor with other placements."""
+    from torch.distributed.tensor._redistribute import redistribute_local_tensor
+
+    if x._spec.placements == tuple(placements):
+        return x
+    spec = spec_of(x._spec.mesh, placements, x.shape, x.stride(), x.dtype)
+    return dtensor(waited(redistribute_local_tensor(x._local_tensor, x._spec, spec)), spec)
+
+
+def everywhere(x: Any) -> Tensor:
+    """Return the whole of a DTensor."""
+    from torch.distributed.tensor import Replicate
+
+    return moved(x, [Replicate()] * x._spec.mesh.ndim)._local_tensor
+
+
+def waited(part: Any) -> Tensor:
+    """Return a part when a collective is done with it."""
+    return part.wait() if hasattr(part, "trigger_wait") else part
+
+
+# ----- ops ---------------------------------------------------------------------------------------
+
+
+def on_whole(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run an op on the whole of its arguments, in all processes."""
+    found = next(x for x in tree_leaves((args, kwargs)) if is_dtensor(x))
+    args, kwargs = tree_map_only(is_dtensor, everywhere, (args, kwargs))
+    return tree_map_only(Tensor, lambda o: replicated(o, found._spec.mesh), op(*args, **kwargs))
+
+
+def rule_for(op: Any, args: tuple, kwargs: dict) -> tuple[Callable, Any]:
+    """Return how an op runs on these DTensors, and its results without values. Raises what
+    PyTorch raises for an op that has no rule for DTensors."""
+    if op in OWN:
+        return OWN[op], mirrored(OWN[op], *args, **kwargs)
+    outs = mirrored(op, *args, **kwargs)
+    placements = [p for o in tree_leaves(outs) if is_dtensor(o) for p in o._spec.placements]
+    masks = [p.mask_buffer for p in placements if hasattr(p, "mask_buffer")]
+    if not masks:
+        return op, outs
+    for m in masks:  # they hold values, which would be those of one call
+        m.data, m.refcount = None, 0
+    whole = functools.partial(on_whole, op)
+    return whole, mirrored(whole, *args, **kwargs)
+
+
+def embedding(weight: Any, indices: Any, *rest: Any) -> Any:
+    """Look up rows. Where a process has some of them alone, those of others are zeros, to be added
+    up."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh = (weight if is_dtensor(weight) else indices)._spec.mesh
+    weight, indices = replicated(weight, mesh), replicated(indices, mesh)
+    ways = []
+    for w, i in zip(weight._spec.placements, indices._spec.placements, strict=True):
+        if w == Shard(0):
+            ways.append((w, Replicate(), Partial()))
+        elif w == Shard(1):
+            ways.append((w, Replicate(), Shard(indices.ndim)))
+        elif i.is_shard() and w.is_replicate():
+            ways.append((w, i, i))
+        else:
+            ways.append((Replicate(), Replicate(), Replicate()))
+    at_rows, at_indices, at_result = zip(*ways, strict=True)
+    weight, indices = moved(weight, at_rows), moved(indices, at_indices)
+    rows, where = weight._local_tensor, indices._local_tensor
+    if Partial() in at_result:
+        _, (first, _) = compute_local_shape_and_global_offset(weight.shape, mesh, at_rows)
+        elsewhere = (where < first) | (where >= first + rows.shape[0])
+        found = torch.embedding(rows, (where - first).masked_fill(elsewhere, 0))
+        found = found.masked_fill(elsewhere.unsqueeze(-1), 0)
+    else:
+        found = torch.embedding(rows, where)
+    shape = (*indices.shape, weight.shape[1])
+    stride = torch.empty(shape, device="meta").stride()
+    return dtensor(found, spec_of(mesh, at_result, shape, stride, weight.dtype))
+
+
+#: ops whose rules in PyTorch keep values
+OWN: dict[Any, Callable] = {torch.ops.aten.embedding.default: embedding}

@@ -1,0 +1,69 @@
+"""Ops between DTensors and what each process holds of them.
+
+A value of a graph is the whole tensor, whatever part of it each process holds, so moving the parts
+is the identity and its derivative moves the cotangent back. A layout is a text that
+:mod:`~aotfunc.trace.dtensors` knows: a mesh of processes and a placement for each of its
+dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .table import linear
+
+#: a namespace of its own: its ops are collectives, see ``graph.acts``
+_library = torch.library.Library("aotfunc_layout", "DEF")
+
+
+def alone(*args: Any) -> NoReturn:
+    raise RuntimeError(
+        "torch.func's transforms and forward AD do not go through a compiled function of DTensors"
+    )
+
+
+def defined(schema: str, meta: Any) -> Any:
+    _library.define(schema)
+    name = schema.partition("(")[0]
+    _library.impl(name, alone, "CompositeExplicitAutograd")
+    _library.impl(name, meta, "Meta")
+    return getattr(torch.ops.aotfunc_layout, name).default
+
+
+def strided(x: Tensor, shape: Any, stride: Any, *_: Any) -> Tensor:
+    return x.new_empty_strided(shape, stride)
+
+
+#: the tensor in another layout; its cotangent gets the layout ``back``
+redistribute = defined(
+    "redistribute(Tensor x, str to, str back) -> Tensor",
+    lambda x, to, back: torch.empty_like(x),
+)
+#: the whole of which each process gives a part
+from_local = defined(
+    "from_local(Tensor x, int[] shape, int[] stride, str to, str back) -> Tensor", strided
+)
+#: the part that this process holds
+to_local = defined(
+    "to_local(Tensor x, int[] shape, int[] stride, str of, str back) -> Tensor", strided
+)
+
+
+def summed(layout: str) -> str:
+    """Return the layout in which cotangents arrive: parts that are to be added up are added up."""
+    mesh, *placements = layout.split(";")
+    return ";".join([mesh, *["R" if p.startswith("P") else p for p in placements]])
+
+
+linear(redistribute, lambda g, x, to, back: redistribute(g, back, summed(to)))
+linear(
+    from_local,
+    lambda g, x, shape, stride, to, back: to_local(g, x.shape, x.stride(), back, summed(to)),
+)
+linear(
+    to_local,
+    lambda g, x, shape, stride, of, back: from_local(g, x.shape, x.stride(), back, summed(of)),
+)
