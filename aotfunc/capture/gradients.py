@@ -13,6 +13,8 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from ..trace import outside
+from ..trace.dtensors import refusal
+from ..trace.kinds import is_dtensor
 from ..trace.shapes.sig import contiguous_stride, make_sig
 from ..trace.traced import Traced, current
 from ..trace.tracer import Trace
@@ -21,6 +23,11 @@ from .calls import interned
 from .grad_step import GradStep
 from .gradient_layouts import computed_layouts, dense_layout
 from .hooks import before_hooks
+
+
+def check_undistributed(outs: Any) -> None:
+    if any(map(is_dtensor, outs)):
+        raise refusal("a gradient")
 
 
 def autograd_grad(
@@ -38,6 +45,7 @@ def autograd_grad(
     trace = current()
     assert trace is not None
     outs, keys = as_list(outputs), list(inputs) if isinstance(inputs, dict) else None
+    check_undistributed(outs)
     ins = as_list(inputs if keys is None else inputs.values())
     if not any(isinstance(t, Traced) for t in (*outs, *ins)):
         return outside_graphs.grad_outside(
@@ -116,6 +124,7 @@ def autograd_backward(
     trace = current()
     assert trace is not None
     outs = as_list(tensors)
+    check_undistributed(outs)
     gs = [None] if grad_tensors is None else as_list(grad_tensors)
     refs = [trace.ref_of(o)[0] for o in outs]
     if inputs is None:

@@ -209,3 +209,18 @@ def structure(tree: Any) -> str:
             return type(self.x).__name__
 
     return repr(tree_map(Shown, tree))
+
+
+def rebuilder(spec: TreeSpec | None) -> Callable[[list], Any]:
+    """Return ``leaves -> tree``: directly for a flat tuple, list or dictionary."""
+    if (
+        spec is not None
+        and spec.num_children == spec.num_leaves
+        and all(c.is_leaf() for c in spec.children())
+    ):
+        if spec.type is tuple or spec.type is list:
+            return spec.type
+        if spec.type is dict:
+            names = spec.context
+            return lambda leaves: dict(zip(names, leaves, strict=True))
+    return lambda leaves: unflatten(leaves, spec)

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec
 
 from ..capture.axes import axes
 from ..capture.calls import CompiledCall, CompiledStep
 from ..capture.capture import argument_names, as_called, capture, labelled, parameter_names
 from ..capture.captured import Captured
 from ..capture.instances import containers, remade
-from ..capture.tree import Arguments, unflatten
+from ..capture.tree import Arguments, rebuilder
 from ..graph import Program, kept_alive
 from ..trace.following import Following
 from ..trace.memory import whereabouts
@@ -232,21 +231,6 @@ class Entry:
         for i, t in zip(self.tensors, outs, strict=True):
             leaves[i] = t
         return self.rebuild(leaves) if self.finish is None else self.finish(leaves, *where)
-
-
-def rebuilder(spec: TreeSpec | None) -> Callable[[list], Any]:
-    """Return ``leaves -> tree``: directly for a flat tuple, list or dictionary."""
-    if (
-        spec is not None
-        and spec.num_children == spec.num_leaves
-        and all(c.is_leaf() for c in spec.children())
-    ):
-        if spec.type is tuple or spec.type is list:
-            return spec.type
-        if spec.type is dict:
-            names = spec.context
-            return lambda leaves: dict(zip(names, leaves, strict=True))
-    return lambda leaves: unflatten(leaves, spec)
 
 
 def captured_entry(

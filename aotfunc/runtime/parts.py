@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class OnParts:
 
     def __init__(self, program: Program, compile: Callable) -> None:
         self.program, self.compile = program, compile
-        self.made: dict[tuple, tuple[CompiledCall, list]] = {}
+        self.made: dict[tuple, tuple] = {}
 
     def __call__(self, tensors: list[Tensor]) -> Sequence:
         return self.results(tensors, lambda call, parts: call.compiled(parts)([*parts]))
@@ -77,30 +78,43 @@ class OnParts:
         found = self.made.get(key)
         if found is None:
             found = self.made[key] = self.captured(specs, parts)
-        call, placed = found
-        given = {id(p): t for p, t in zip(parts, tensors, strict=True)}
-        return [
-            given.get(id(o)) if id(o) in given else o if spec is None else dtensor(o, spec)
-            for o, spec in zip(run(call, parts), placed, strict=True)
-        ]
+        call, constants, placed = found
+        known = {id(p): t for p, t in zip(parts, tensors, strict=True)}
+        outs = iter(run(call, [*parts, *constants]))
+        return [x if how is None else how(next(outs), known) for how, x in placed]
 
-    def captured(self, specs: Sequence[Any], parts: list[Tensor]) -> tuple[CompiledCall, list]:
-        """Return the program of parts for these placements as a compiled call, and the placements
-        of its results."""
-        placed: list[Any] = []
+    def captured(self, specs: Sequence[Any], parts: list[Tensor]) -> tuple:
+        """Return the program of parts for these placements as a compiled call, the constants that
+        it takes, and how its results become results: ``(function, None)``, or ``(None, value)``
+        for what is no tensor."""
+        placed: list[tuple] = []
 
         def f(*parts: Tensor) -> list:
             given = [p if s is None else dtensor(p, s) for p, s in zip(parts, specs, strict=True)]
             outs = run_whole(lowered(self.program, EVERYTHING), given)
-            placed[:] = [o._spec if is_dtensor(o) else None for o in outs]
+            placed[:] = [
+                (partial(result, o._spec if is_dtensor(o) else None), None)
+                if isinstance(o, Tensor)
+                else (None, o)
+                for o in outs
+            ]
             return [o._local_tensor if is_dtensor(o) else o for o in outs]
 
         with torch.no_grad(), propagating():
             given = [p.detach() for p in parts]  # autograd is above
             why_not = "a program of parts runs later"
             rec = capture(f, given, lambda given: (list(given), {}), why_not=why_not)
-        name = self.program.name
-        return CompiledCall(rec.program(), self.compile, None, name), placed  # type: ignore[arg-type]
+        never: Any = None  # its halves are programs of whole tensors
+        call = CompiledCall(rec.program(), self.compile, never, self.program.name)
+        return call, rec.closed_over, placed
+
+
+def result(spec: Any, part: Tensor, known: dict[int, Any]) -> Tensor:
+    """Return a result of which this is a part; an argument, if it is one that is ``known``."""
+    t = known.get(id(part))
+    if t is not None and (t._spec if is_dtensor(t) else None) == spec:
+        return t
+    return part if spec is None else dtensor(part, spec)
 
 
 def run_whole(program: Program, tensors: Sequence[Any]) -> list:
@@ -112,7 +126,7 @@ def run_whole(program: Program, tensors: Sequence[Any]) -> list:
     return list(remap(program.outputs, env))
 
 
-def step(op: Any, args: Any, kwargs: dict) -> Any:
+def step(op: Any, args: Any, kwargs: Any) -> Any:
     """Run an op on DTensors, or between them and their parts. Plain tensors beside DTensors are
     those that all processes have. What PyTorch has no rule for is computed by all of them."""
     if op in BETWEEN:
@@ -144,7 +158,7 @@ def to_local(x: Any, shape: Any, stride: Any, of: str, back: str) -> Tensor:
     return torch.empty_strided(shape, stride, dtype=part.dtype, device=part.device).copy_(part)
 
 
-BETWEEN = {
+BETWEEN: dict[Any, Callable] = {
     layouts.redistribute.default: redistribute,
     layouts.from_local.default: from_local,
     layouts.to_local.default: to_local,

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..debug import at, user_line
 from ..errors import CaptureError
+from ..graph import drawing
 from .kinds import is_dtensor
 from .placing import mirrored, rule_for, without_values
 from .traced import Traced, current, no_recording
@@ -107,6 +108,12 @@ def record_op(trace: Any, func: Any, args: tuple, kwargs: dict) -> Any:
     found = [x for x in leaves if is_dtensor(x)]
     if any(x._local_tensor.__class__ is Traced for x in found):
         return NotImplemented
+    if draws(func, args, kwargs):
+        raise CaptureError(
+            f"{func} draws random numbers for a DTensor{at(user_line())}, from generators that "
+            "PyTorch keeps alike in all processes; inside a captured function draw them for "
+            "x.to_local()"
+        )
     whole = [whole_of(trace, x) if is_dtensor(x) else x for x in leaves]
     given = {id(w): x for w, x in zip(whole, leaves, strict=True) if isinstance(w, Traced)}
     try:
@@ -123,6 +130,13 @@ def record_op(trace: Any, func: Any, args: tuple, kwargs: dict) -> Any:
     return tree_unflatten(results, out_spec)
 
 
+def draws(op: Any, args: tuple, kwargs: dict) -> bool:
+    """Return whether an op draws random numbers, for these arguments."""
+    switches = drawing(op)
+    given = [args[i] if i < len(args) else kwargs.get(a.name) for i, a in switches or ()]
+    return switches is not None and (not given or any(given))
+
+
 def whole_of(trace: Any, x: Any) -> Traced:
     return x.traced if hasattr(x, "traced") else trace.outside_value(x)
 
@@ -130,7 +144,7 @@ def whole_of(trace: Any, x: Any) -> Traced:
 def record_function(trace: Any, function: Any, args: tuple) -> Any:
     """Record one of the Functions between DTensors and their parts; NotImplemented for others,
     which take no DTensors."""
-    name, x = function.__name__, args[0] if args else None
+    name, x = function.__name__, (*args, None)[0]
     if not function.__module__.startswith("torch.distributed.tensor."):
         if any(map(is_dtensor, args)):
             raise refusal(f"the Function {name}")

@@ -197,6 +197,9 @@ def main(rank, count, file):
         timeout=timedelta(seconds=120),
     )
     check_collectives(rank, count)
+    from .dtensors import check_dtensors  # imports much
+
+    check_dtensors(count)
     if count == 2:  # more processes train by the same collectives
         check_in_place(rank)
         check_refusals()

@@ -9,7 +9,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from aotfunc import aot_module, jit
 from aotfunc.errors import CaptureError
@@ -47,8 +46,6 @@ def check_training(rank, count):
     torch.testing.assert_close(trained(split, x, y), trained(whole, x, y))
 
     first = lambda wrap: nn.Sequential(wrap(nn.Linear(3, 8)), nn.Tanh())
-    mesh = init_device_mesh("cpu", (count,))
-    column = lambda m: parallelize_module(m, mesh, ColwiseParallel())
     later = first(lambda m: m)
     compiled = aot_module(later)
     fully_shard(later[0])
@@ -57,7 +54,6 @@ def check_training(rank, count):
         ("self.0 is a module of fully_shard", lambda: compiled(x)),
         ("self.0 is a module of DistributedData", lambda: aot_module(first(parallel))(x)),
         ("f is a module of fully_shard", lambda: jit(fully_shard(nn.Linear(3, 3)))(x)),
-        ("DTensors are not captured", lambda: aot_module(first(column))(x)),
     ):
         with pytest.raises(CaptureError, match=words):
             call()

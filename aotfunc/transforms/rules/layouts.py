@@ -61,9 +61,9 @@ def summed(layout: str) -> str:
 linear(redistribute, lambda g, x, to, back: redistribute(g, back, summed(to)))
 linear(
     from_local,
-    lambda g, x, shape, stride, to, back: to_local(g, x.shape, x.stride(), back, summed(to)),
+    lambda g, x, shape, stride, to, back: to_local(g, x.shape, x.stride(), back, to),
 )
 linear(
     to_local,
-    lambda g, x, shape, stride, of, back: from_local(g, x.shape, x.stride(), back, summed(of)),
+    lambda g, x, shape, stride, of, back: from_local(g, x.shape, x.stride(), back, summed(back)),
 )
