@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..debug import at, line_of_error
 from ..errors import CaptureError
@@ -19,7 +21,7 @@ from ..trace.entering import as_outside
 from ..trace.following import Following
 from ..trace.modes import outside_inference_mode
 from ..trace.recording import record_into
-from ..trace.traced import Traced, attributes, current
+from ..trace.traced import Traced, attributes, current, quiet
 from ..trace.tracer import Trace, on_functions
 from . import patches
 from .captured import Captured
@@ -106,7 +108,7 @@ def capture(
             else [x if d is None else None for x, d in zip(reals, batch.dims, strict=True)]
         )
     trace.origins = reals
-    args, kwargs = rebuild(values)
+    args, kwargs = with_known_sizes(trace, rebuild(values), values, leaves)
 
     def call() -> Captured:
         try:
@@ -127,6 +129,26 @@ def capture(
         recorded = record_into(trace, call)
     trace.seeds.check()
     return recorded
+
+
+def with_known_sizes(trace: Trace, tree: Any, values: Sequence, leaves: Sequence) -> Any:
+    """Return arguments whose packed sequences have the sizes of their steps as constants:
+    recurrent layers read these from memory. A sample of a batch does not know them."""
+    packed = lambda x: isinstance(x, PackedSequence)
+    if not any(map(packed, tree_leaves(tree, is_leaf=packed))):
+        return tree
+    reals = {id(v): x for v, x in zip(values, leaves, strict=True)}
+
+    def known(p: Any) -> Any:
+        sizes = reals.get(id(p.batch_sizes))
+        if sizes is None or p.batch_sizes.shape != sizes.shape or sizes.__class__ is Traced:
+            return p
+        with quiet():
+            constant = sizes.clone()
+        trace.made_inside.add(trace.lift(constant))
+        return p._replace(batch_sizes=constant)
+
+    return tree_map(lambda x: known(x) if packed(x) else x, tree, is_leaf=packed)
 
 
 def so_far(trace: Trace) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributions import Distribution
 from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import TreeSpec
 
 from ...capture.instances import flatten_tree, without_class
@@ -214,6 +215,8 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
         for v in (x.start, x.stop, x.step):
             describe_argument(v, key, [], objects)
     else:
+        if cls is PackedSequence and x.batch_sizes.__class__ is Tensor:
+            key.append(tuple(x.batch_sizes.tolist()))  # constants of the capture
         leaves, spec = flatten_tree(x)
         if len(leaves) == 1 and leaves[0] is x:
             key.append(object)
