@@ -257,6 +257,25 @@ class CompiledModule(nn.Module):
         delattr(self.orig_module, name)
 
 
+class CompiledContainer(CompiledModule):
+    """A compiled module that is indexed, as ``nn.Sequential`` is."""
+
+    def __len__(self) -> int:
+        return len(self.orig_module)
+
+    def __iter__(self) -> Any:
+        return iter(self.orig_module)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.orig_module[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.orig_module[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del self.orig_module[key]
+
+
 def aot_module(mod: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     """Compile the forward of a module, as :func:`aot_function` does. The result has all of
     ``mod``: parameters, state and attributes under the same names. The options and errors are
@@ -270,4 +289,6 @@ def aot_module(mod: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     """
     for name, part in mod.named_modules():
         check_parallel(part, name or "the module", gradients=False)
-    return CompiledModule(mod, aot_function(mod, *args, **kwargs))
+    indexed = hasattr(type(mod), "__getitem__") and hasattr(type(mod), "__len__")
+    compiled = aot_function(mod, *args, **kwargs)
+    return (CompiledContainer if indexed else CompiledModule)(mod, compiled)

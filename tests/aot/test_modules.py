@@ -159,11 +159,11 @@ def test_attributes_and_methods():
 def test_copies_are_independent():
     c, x = compiled(net()), f64(5, 3)
     c(x)
-    saved = io.BytesIO()
-    torch.save(compiled(nn.Linear(3, 2).double()), saved)
+    linear, saved = compiled(nn.Linear(3, 2).double()), io.BytesIO()
+    torch.save(linear, saved)
     saved.seek(0)
-    for other in (copy.deepcopy(c), torch.load(saved, weights_only=False)):
-        assert type(other) is type(c) and other.orig_module is not c.orig_module
+    for other, one in ((copy.deepcopy(c), c), (torch.load(saved, weights_only=False), linear)):
+        assert type(other) is type(one) and other.orig_module is not one.orig_module
         assert [*map(id, other.parameters())] == [*map(id, other.orig_module.parameters())]
         before = other(x).detach()
         with torch.no_grad():
@@ -401,3 +401,19 @@ def test_third_order_through_a_module():
         return torch.autograd.grad(h.sin().sum(), [y, *m.parameters()], allow_unused=True)
 
     torch.testing.assert_close(third(compiled(m)), third(m))
+
+
+def test_containers_are_indexed():
+    """As the original is: layers are read, exchanged, appended to and iterated over."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    compiled, x = aot_module(net, "eager"), torch.randn(2, 3)
+    torch.testing.assert_close(compiled(x), net(x))
+    assert compiled[0] is net[0] and len(compiled) == 3 and list(compiled) == list(net)
+    compiled[1] = nn.ReLU()
+    del compiled[2]
+    assert len(net) == 2
+    torch.testing.assert_close(compiled(x), net[0](x).relu())
+    copied = copy.deepcopy(compiled)
+    assert copied[0] is not net[0] and len(copied) == 2
+    with pytest.raises(TypeError):
+        len(aot_module(nn.Linear(3, 3), "eager"))
