@@ -95,7 +95,7 @@ def stand_in(t: Traced, like: Any) -> Tensor:
 
 def undistributed(x: Any) -> Any:
     """Return the traced value for which a DTensor stands; anything else is itself."""
-    return x.traced if hasattr(x, "traced") and is_dtensor(x) else x
+    return x.traced if is_dtensor(x) and hasattr(x, "traced") else x
 
 
 # ----- recording ---------------------------------------------------------------------------------
