@@ -1,21 +1,31 @@
-"""The best choice within a hard budget, as an integer program.
+"""The best choice within a hard budget, found on a walk along the graph.
 
 A choice on the frontier is the best for its own bytes; between two of them others may be better.
-Binary variables say of each value whether it is saved, computed in the backward, and, unless the
-forward needs it anyway, computed in the forward:
+The walk decides value by value, each soon after its inputs. What was decided matters to the rest
+by its *state* only, which says of each value that is still to be read:
 
-    saved_v + late_v  >= 1          for each v that the backward reads
-    saved_u + late_u  >= late_v     for each input u of v
-    early_u >= early_v >= saved_v   for each input u of v
-    twice_v >= early_v + late_v - 1
+    EARLY   the forward computes it:   then it computes its inputs, too
+    SAVED   it is saved:               then it is EARLY
+    LATE    the backward computes it:  then its inputs are SAVED or LATE
+
+SAVED takes bytes, EARLY and LATE together take time. Networks are narrow, few values wait at any
+place, so that there are few states: hundreds at most in a transformer. From the end one finds the
+least "cost + price x resource" of all that follows each state. From the start *partial choices*
+(state, bytes, time) are extended, and dropped where another one of their state beats them in both,
+or where what follows cannot make them better than the best choice known; this is Handler and
+Zang's way to constrained shortest paths (Networks 10, 1980). Of more than a walk's width those
+with the highest bounds are dropped; the lowest of these says what might have been lost, and wider
+walks follow until nothing was. Work is counted in partial choices: the result does not depend on
+the machine.
 
 What can be saved at no cost is at hand, and what can be redone at no cost but not saved, as views,
-is at hand with its inputs: neither has variables.
+is at hand with its inputs: neither has a place in states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,72 +34,221 @@ from .problem import Choice, Problem
 from .roles import ancestors
 from .solve import INF
 
+EARLY, SAVED, LATE = 1, 2, 4
+TWICE = EARLY | LATE
+#: three bits for each value that waits; a 64-bit integer has room for so many
+_ROOM = 21
+#: with more states than these in one place a graph is too wide to be walked along
+STATES = 4096
+#: partial choices kept in each place by the first walk, and how many times more by the next one
+FIRST, WIDER = 64, 8
 
-@timed("integer program")
-def best(
-    problem: Problem, limit: float, axis: str = "bytes", gap: float = 5e-4, seconds: float = 10.0
-) -> tuple[Choice | None, float]:
-    """Return a choice within ``limit`` bytes that takes at most ``gap`` more time than it must, as
-    a share, or the best one that is found in so many seconds, and a bound that no choice beats;
-    for the axis "time" a choice of few bytes within that time."""
-    from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import
-    from scipy.sparse import csr_array
 
-    given = (problem.save < INF) & (problem.bytes == 0)
-    inputs, needed = contracted(problem, given)
-    values = np.flatnonzero(ancestors(inputs, needed)).tolist()
-    if not values:
-        return problem.choice(given & problem.read(given)), 0.0
-    count, at = len(values), {v: k for k, v in enumerate(values)}
-    forward = problem.forward[values]
-    saved, late = np.arange(count), count + np.arange(count)
-    early = 2 * count + np.cumsum(~forward) - 1  # of those that only the backward needs
-    total = 2 * count + 2 * np.count_nonzero(~forward)
-    twice = np.where(forward, late, early + np.count_nonzero(~forward))
-    rows: list[tuple[list[int], list[int], float]] = []  # columns, signs, at least
+class Step(NamedTuple):
+    """What may become of one value: transitions between states, sorted by where they start.
+    ``first[s]`` is the first of state s."""
 
-    for v in needed:
-        rows.append(([saved[at[v]], late[at[v]]], [1, 1], 1))
-    for k, v in enumerate(values):
-        for u in [at[p] for p in inputs[v]]:
-            rows.append(([saved[u], late[u], late[k]], [1, 1, -1], 0))
-            if not forward[u] and not forward[k]:
-                rows.append(([early[u], early[k]], [1, -1], 0))
-        if not forward[k]:
-            rows.append(([early[k], saved[k]], [1, -1], 0))
-            rows.append(([twice[k], early[k], late[k]], [1, -1, -1], -1))
-    lengths = [len(columns) for columns, _, _ in rows]
-    places = (np.repeat(np.arange(len(rows)), lengths), np.concatenate([c for c, _, _ in rows]))
-    signs = np.concatenate([s for _, s, _ in rows])
-    matrix = csr_array((signs, places), shape=(len(rows), total))
+    value: int
+    first: np.ndarray
+    end: np.ndarray
+    fate: np.ndarray
+    bytes: np.ndarray
+    time: np.ndarray
 
-    size, time = problem.bytes[values], problem.time[values]
-    upper = np.ones(total)
-    upper[saved[problem.save[values] == INF]] = 0
-    upper[late[time == INF]] = 0
-    columns = {"bytes": (saved, size), "time": (twice, np.where(time < INF, time, 0.0))}
-    weights = {name: np.zeros(total) for name in columns}
-    units = {name: max(cost.sum(), 1.0) / 1e4 for name, (_, cost) in columns.items()}
-    for name, (column, cost) in columns.items():
-        weights[name][column] = cost / units[name]
-    other = "time" if axis == "bytes" else "bytes"
-    found = milp(
-        weights[other],
-        integrality=np.ones(total),
-        bounds=Bounds(np.zeros(total), upper),
-        constraints=[
-            LinearConstraint(matrix, [least for _, _, least in rows]),
-            LinearConstraint(weights[axis][None, :], ub=limit / units[axis]),
-        ],
-        # HiGHS's presolve was seen to return bounds above what a choice takes
-        options={"time_limit": seconds, "mip_rel_gap": gap, "presolve": False},
-    )
-    bound = max(0.0, (found.mip_dual_bound or 0.0) * units[other])
-    if found.x is None:
-        return None, bound
-    held = given.copy()
-    held[values] |= found.x[saved] > 0.5
-    return problem.choice(held & problem.read(held)), bound
+
+class Partial(NamedTuple):
+    """Partial choices: their states, bytes and time, and lower bounds on the cost of all that can
+    become of them; which partial choice each extends, by which transition."""
+
+    state: np.ndarray
+    bytes: np.ndarray
+    time: np.ndarray
+    bound: np.ndarray
+    before: np.ndarray
+    by: np.ndarray
+
+    def at(self, places: np.ndarray) -> Partial:
+        return Partial(*(a[places] for a in self))
+
+
+class Walk:
+    """The states of a problem and the transitions between them; ``steps`` is None if there are too
+    many."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.given = (problem.save < INF) & (problem.bytes == 0)
+        self.steps = self.walk()
+
+    def walk(self) -> list[Step] | None:
+        problem = self.problem
+        inputs, needed = contracted(problem, self.given)
+        values = np.flatnonzero(ancestors(inputs, needed)).tolist()
+        unread = [0] * len(inputs)
+        for v in values:
+            for u in inputs[v]:
+                unread[u] += 1
+        place: dict[int, int] = {}  # of a value that waits, among the bits of a state
+        room = list(range(3 * (_ROOM - 1), -1, -3))
+        states, steps, wanted = np.zeros(1, dtype=np.int64), [], set(needed)
+        for v in in_order(values, inputs, problem.forward):
+            fates = fates_of(problem, v, v in wanted)
+            early, at_hand = np.ones((2, len(states)), dtype=bool)
+            for u in inputs[v]:
+                early &= states >> place[u] & EARLY > 0
+                at_hand &= states >> place[u] & (SAVED | LATE) > 0
+            reached = states.copy()
+            waits = unread[v] > 0
+            if waits:
+                if not room:
+                    return None
+                place[v] = room.pop()
+            for u in inputs[v]:
+                unread[u] -= 1
+                if not unread[u]:
+                    reached &= ~(7 << place[u])
+                    room.append(place.pop(u))
+            ends, starts = [], []
+            for fate in fates:
+                able = (early | (not fate & EARLY)) & (at_hand | (not fate & LATE))
+                starts.append(np.flatnonzero(able))
+                ends.append(reached[starts[-1]] | (fate << place[v] if waits else 0))
+            start = np.concatenate(starts)
+            order = np.argsort(start, kind="stable")
+            became = np.repeat(fates, [len(s) for s in starts])[order]
+            first = np.searchsorted(start[order], np.arange(len(states) + 1))
+            states, end = np.unique(np.concatenate(ends)[order], return_inverse=True)
+            if len(states) > STATES:
+                return None
+            size = np.where(became & SAVED, problem.bytes[v], 0).astype(np.int64)
+            time = np.where(became & TWICE == TWICE, problem.time[v], 0.0)
+            steps.append(Step(v, first, end, became, size, time))
+        return steps
+
+    @timed("best choice")
+    def best(
+        self, limit: float, axis: str, price: float, known: Choice | None, gap: float, work: float
+    ) -> tuple[Choice | None, float]:
+        """Return a choice within ``limit`` bytes that takes at most ``gap`` more time than it
+        must, as a share, or the best one that is found by about so many partial choices, and a
+        bound that no choice beats; for the axis "time" a choice of few bytes within that time.
+
+        ``price`` is that of a byte in time, or of time in bytes, where the limit binds; ``known``
+        a choice within the limit."""
+        if self.steps is None:
+            return known, 0.0
+        # columns: prices of the resource, and the resource alone
+        prices = price * np.array([0, 0.7, 0.9, 1, 1.1, 1.4])
+        to_come = self.to_come(axis, np.append(prices, 1), np.append(np.ones(6), 0))
+        cost = lambda c: getattr(c, "time" if axis == "bytes" else "bytes")
+        best, bound, width = known, 0.0, FIRST
+        while True:
+            target = INF if best is None else cost(best) * (1 - gap)
+            if bound >= target:
+                break
+            found, least, done = self.extend(limit, axis, prices, to_come, target, width)
+            best = min([c for c in (best, found) if c is not None], key=cost, default=None)
+            bound = max(bound, min(least, target))
+            work -= done
+            width *= WIDER
+            if bound == target or work < 3 * width * len(self.steps):
+                break
+        return best, bound
+
+    def to_come(self, axis: str, prices: np.ndarray, costs: np.ndarray) -> list[np.ndarray]:
+        """Return, for each place and state, the least "cost x its weight + resource x price" of
+        all that follows, one column for each price."""
+        assert self.steps is not None
+        found = [np.zeros((1, len(prices)))]
+        for step in reversed(self.steps):
+            resource, cost = axes(axis, step.bytes, step.time)
+            paid = found[-1][step.end] + np.outer(resource, prices) + np.outer(cost, costs)
+            least = np.full((len(step.first) - 1, len(prices)), INF)
+            leaves = np.flatnonzero(step.first[1:] > step.first[:-1])
+            least[leaves] = np.minimum.reduceat(paid, step.first[leaves])
+            found.append(least)
+        return found[::-1]
+
+    def extend(
+        self,
+        limit: float,
+        axis: str,
+        prices: np.ndarray,
+        to_come: list[np.ndarray],
+        target: float,
+        width: int,
+    ) -> tuple[Choice | None, float, int]:
+        """Return the best choice below the ``target`` that a walk of this width finds, a cost that
+        no other one below the target beats, and how many partial choices the walk made."""
+        assert self.steps is not None
+        zero = np.zeros(1, dtype=np.int64)
+        now = Partial(zero, zero, np.zeros(1), np.zeros(1), zero, zero)
+        trail, lost, work = [], INF, 0
+        for step, ahead in zip(self.steps, to_come[1:], strict=True):
+            begin, end = step.first[now.state], step.first[now.state + 1]
+            before = np.repeat(np.arange(len(begin)), end - begin)
+            by = np.arange(len(before)) + (end - np.cumsum(end - begin))[before]
+            state, size = step.end[by], now.bytes[before] + step.bytes[by]
+            time = now.time[before] + step.time[by]
+            resource, cost = axes(axis, size, time)
+            bounds = cost[:, None] + np.outer(resource - limit, prices) + ahead[state, :-1]
+            made = Partial(state, size, time, bounds.max(1), before, by)
+            fits = resource + ahead[state, -1] <= limit
+            work += len(by)
+            now = undominated(made.at(np.flatnonzero(fits & (made.bound < target))))
+            if len(now.state) > width:
+                order = np.argpartition(now.bound, width)
+                lost = min(lost, now.bound[order[width:]].min())
+                now = now.at(np.sort(order[:width]))
+            trail.append((now.before.astype(np.int32), step.fate[now.by].astype(np.int8)))
+            if not len(now.state):
+                return None, lost, work
+        cost = axes(axis, now.bytes, now.time)[1]
+        place = int(np.argmin(cost))
+        lost = min(lost, float(cost[place]))
+        saved = self.given.copy()
+        for step, (before, fate) in zip(reversed(self.steps), reversed(trail), strict=True):
+            saved[step.value] |= bool(fate[place] & SAVED)
+            place = before[place]
+        return self.problem.choice(saved & self.problem.read(saved)), lost, work
+
+
+def axes(axis: str, size: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return what is limited and what is to be least."""
+    return (size, time) if axis == "bytes" else (time, size)
+
+
+def undominated(found: Partial) -> Partial:
+    """Return the partial choices that no other one of their state beats in bytes or time without
+    being worse in the other."""
+    found = found.at(np.lexsort((found.bytes, found.time, found.state)))
+    if not len(found.state):
+        return found
+    # states descend, so that the least bytes so far are those of the same state
+    size = found.bytes - found.state * (found.bytes.max() + 1)
+    least = np.minimum.accumulate(size)
+    return found.at(np.append(0, 1 + np.flatnonzero(size[1:] < least[:-1])))
+
+
+def fates_of(problem: Problem, v: int, wanted: bool) -> list[int]:
+    """Return what may become of a value that the backward reads, or another."""
+    able, again = problem.save[v] < INF, problem.time[v] < INF
+    forward = bool(problem.forward[v])
+    fates = [EARLY, EARLY | SAVED, TWICE] if forward else [0, EARLY, EARLY | SAVED, LATE, TWICE]
+    if not able:
+        fates = [f for f in fates if not f & SAVED]
+    if not again:
+        fates = [f for f in fates if not f & LATE]
+    return [f for f in fates if f & (SAVED | LATE)] if wanted else fates
+
+
+def in_order(values: list[int], inputs: list[list[int]], forward: np.ndarray) -> Iterator[int]:
+    """Yield the values in an order in which few of them wait to be read: that of the forward, and
+    what only the backward needs right after its last input."""
+    when: dict[int, int] = {}
+    for v in values:
+        when[v] = v if forward[v] else max([when[u] for u in inputs[v]], default=v)
+    yield from sorted(values, key=lambda v: (when[v], v))
 
 
 def contracted(problem: Problem, given: np.ndarray) -> tuple[list[list[int]], list[int]]:
@@ -103,5 +262,6 @@ def contracted(problem: Problem, given: np.ndarray) -> tuple[list[list[int]], li
         return sorted({u for us in found for u in us})
 
     for v, read in enumerate(problem.inputs):
-        inputs.append(stand_in(read) if problem.time[v] < INF else [])
+        once = problem.forward[v] and problem.time[v] == INF  # its inputs do not matter
+        inputs.append([] if once else stand_in(read))
     return inputs, stand_in(problem.needed)

@@ -122,9 +122,9 @@ class Frontier:
         other = "time" if axis == "bytes" else "bytes"
         return min(found, key=lambda c: (getattr(c, other), getattr(c, axis)), default=None)
 
-    def bound(self, limit: float, axis: str = "bytes") -> float:
-        """Return a bound that no choice beats: the least time within so many bytes, or the least
-        bytes within so much time.
+    def bound(self, limit: float, axis: str = "bytes") -> tuple[float, float]:
+        """Return a bound that no choice beats, on the time within so many bytes, or the bytes
+        within so much time; and its price, of a byte in time, or of time in bytes.
 
         The lines of all prices bound it; the best of them goes through the two points of the hull
         on either side of the limit."""
@@ -133,13 +133,15 @@ class Frontier:
         low, high = self.ends_of(flat)
         # inputs and sizes cost next to nothing in the cut, and nothing here
         free = float(problem.save[problem.save < INF].sum() - problem.bytes.sum())
-        best = 0.0
+        best = 0.0, 0.0
         while low.time > high.time and low.bytes < high.bytes:
             price = (high.bytes - low.bytes) / (low.time - high.time)
             found, value = self.cut(price, flat, low, high)
             value -= free
-            line = (value - limit) / price if axis == "bytes" else value - price * limit
-            best = max(best, line)
+            if axis == "bytes":
+                best = max(best, ((value - limit) / price, 1 / price))
+            else:
+                best = max(best, (value - price * limit, price))
             inner = low.bytes < found.bytes < high.bytes
             if not inner or value + free >= (low.bytes + price * low.time) * (1 - 1e-6):
                 break

@@ -123,9 +123,9 @@ def partition(
     only, "profiled" for measured times, or an object with a ``time(node)``.
 
     The choice is a minimum cut, the cheapest at its price; the report says how far from the best
-    within the budget it can be at most. Where that is over 5 % within bytes or time, an integer
-    program searches for a better one, up to two seconds; ``exact`` lets it search up to ten for
-    the best. Raises PartitionError if the budget is below the least that is possible, and says
+    within the budget it can be at most. Where that is over 0.1 % within bytes or time, a better
+    one is looked for (:mod:`aotfunc.partition.exact`); ``exact`` looks, also for shares, until it
+    is the best. Raises PartitionError if the budget is below the least that is possible, and says
     what that is.
 
     >>> from aotfunc import jit

@@ -88,7 +88,7 @@ class Report:
 
     @cached_property
     def bound(self) -> float:
-        return self._within.bound(self.limit, self.time) if self.time else 0.0
+        return self._within.bound(self.limit, self._choice) if self.time else 0.0
 
     @property
     def gap(self) -> float:

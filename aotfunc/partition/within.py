@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from functools import cached_property
-from operator import attrgetter
 
 import numpy as np
 
 from ..errors import ArgumentError, PartitionError
 from ..progress import along
 from .budget import Budget, Bytes, Peak, Share, Time
-from .exact import best
+from .exact import Walk
 from .frontier import Frontier
 from .memory import Simulation
 from .problem import Choice, Problem
 from .solve import INF
 
-#: the integer program is asked where a choice among so many values costs this share more than the
-#: bound of the cuts; of more values than these it is not
-GAPS = {5_000: 0.05, 12_000: 0.01}
+#: a choice may cost this share more than it must, and so many partial choices are made to find a
+#: better one: some seconds' worth at most
+QUICK, SHARP = (1e-3, 2e7), (1e-6, 5e7)
+#: of more values than these only the cuts choose, unless asked for the exact best
+MANY = 12_000
 
 
 class Within:
@@ -32,6 +33,10 @@ class Within:
     @cached_property
     def frontier(self) -> Frontier:
         return Frontier(self.problem)
+
+    @cached_property
+    def walk(self) -> Walk:
+        return Walk(self.problem)
 
     @cached_property
     def simulation(self) -> Simulation:
@@ -84,40 +89,35 @@ class Within:
                 return self.limited(asked + share * self.problem.forward_time, "time")
         raise AssertionError(budget)
 
-    def bound(self, size: float, time: float) -> float:
-        """Return a time that no choice within so many bytes beats, and that is not far below the
-        least, if it can be found, where it is far below this ``time``."""
-        found = self.frontier.bound(size)
-        return max(found, self.best(size, "bytes")[1]) if self.far(time, found) else found
+    def bound(self, limit: float, choice: Choice) -> float:
+        """Return a time that no choice within so many bytes beats, of which this is one; the least
+        time, or nearly, where it can be found."""
+        return self.best(limit, "bytes", choice)[1]
 
-    def far(self, cost: float, bound: float) -> bool:
-        """Return whether the integer program is to be asked about a choice of this cost."""
-        return self.exact or cost > (1 + self.gap) * bound
-
-    @property
-    def gap(self) -> float:
-        """Return by how much a choice may cost more than the bound, as a share."""
-        count = len(self.problem.nodes)
-        return next((gap for many, gap in GAPS.items() if count <= many), INF)
-
-    def best(self, limit: float, axis: str) -> tuple[Choice | None, float]:
-        """Return what the integer program finds, which is asked once."""
+    def best(self, limit: float, axis: str, known: Choice | None) -> tuple[Choice | None, float]:
+        """Return the best choice that is found within a limit, none worse than the one that is
+        ``known``, and a bound that no choice beats. What was found is remembered."""
         if (limit, axis) not in self.solved:
-            gap, seconds = (5e-4, 10.0) if self.exact else (0.8 * self.gap, 2.0)
-            self.solved[limit, axis] = best(self.problem, limit, axis, gap, seconds)
+            bound, price = self.frontier.bound(limit, axis)
+            gap, work = SHARP if self.exact else QUICK
+            count = len(self.problem.nodes)
+            cost = INF if known is None else cost_of(known, axis)
+            if cost > (1 + gap) * bound and (self.exact or count <= MANY):
+                known, found = self.walk.best(limit, axis, price, known, gap, work)
+                bound = max(bound, found)
+            self.solved[limit, axis] = known, bound
         return self.solved[limit, axis]
 
     def limited(self, limit: float, axis: str) -> Choice:
-        first = self.frontier.within(limit, axis)
-        found, other = [first], attrgetter("time" if axis == "bytes" else "bytes")
-        if self.exact or (
-            first is not None and self.far(other(first), self.frontier.bound(limit, axis))
-        ):
-            found.append(self.best(limit, axis)[0])
-        fit = [c for c in found if c is not None and getattr(c, axis) <= limit]
-        if not fit:
+        choice, _ = self.best(limit, axis, self.frontier.within(limit, axis))
+        if choice is None:
             raise too_little("saving", limit, self.frontier.ends[0].choice.bytes)
-        return min(fit, key=other)
+        return choice
+
+
+def cost_of(choice: Choice, axis: str) -> float:
+    """Return what is to be least where this axis is limited."""
+    return choice.time if axis == "bytes" else choice.bytes
 
 
 def too_little(what: str, limit: float, least: int) -> PartitionError:
