@@ -5,8 +5,9 @@ bytes and time, and the line of that price through it bounds all of them from be
 the price one finds every such point, and the least time that any choice within a budget takes.
 
 Layers that are alike switch together, so that there are few points. Times are therefore *tilted*
-by up to TILT, later values being dearer, and layers switch one by one; bounds are of times as
-they are."""
+by up to TILT, and layers switch one by one: within each of 2 sqrt(n) stretches later values are
+dearer, so that what is saved lies apart, and what is computed again for one value that the
+backward reads is little. Bounds are of times as they are."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from ..progress import doing
 from .problem import Choice, Problem
 from .solve import INF
 
-#: how much dearer the last value is than the first
+#: how much dearer the last value of a stretch is than the first
 TILT = 0.02
 #: the sweep stops when points are this share of all bytes apart, or at so many cuts
 NEAR, MANY = 0.04, 48
@@ -40,7 +41,8 @@ class Frontier:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         count = len(problem.nodes)
-        self.tilt = 1 + TILT * np.arange(count) / max(count, 1)
+        stretches = int(2 * count**0.5)
+        self.tilt = 1 + TILT * (np.arange(count) * stretches / max(count, 1) % 1)
         self.made = 0  # cuts so far
 
     @cached_property

@@ -11,8 +11,6 @@ from torch.fx import Node
 from ..graph import output_node
 from .cost import nbytes
 from .ops import base, is_symbol
-from .roles import Joint
-from .split import schedule
 
 
 def new_memory(n: Node) -> list[Node]:
@@ -93,25 +91,3 @@ def saved(forward: fx.Graph, n_results: int) -> int:
     results = {base(n) for n in outputs[:n_results] if isinstance(n, Node)}
     rest = {n for n in owners if n.op != "placeholder"} - results
     return sum([nbytes(n.meta["val"]) for n in rest])
-
-
-class Simulation:
-    """The peaks of the two halves for any choice of what is saved, without making the graphs."""
-
-    def __init__(self, joint: Joint) -> None:
-        self.joint, self.layout = joint, Layout(joint.nodes)
-
-    def peaks(self, held: list[bool], hosted: set[int]) -> tuple[int, int]:
-        """Return the most bytes that live at one time in the forward and in the backward, when
-        those that are ``held`` are handed over: what the halves make, and what was saved until it
-        is read for the last time. Inputs and cotangents are not counted, nor what is ``hosted``,
-        before it comes back."""
-        joint, layout = self.joint, self.layout
-        early, late = schedule(joint, held, hosted)
-        saved = {layout.owner[i] for i, h in enumerate(held) if h and i not in hosted}
-        results, grads = (
-            {layout.owner[joint.index[o]] for o in outs if isinstance(o, Node)}
-            for outs in (joint.early_outputs, joint.late_outputs)
-        )
-        forward = layout.peak(early, set(), saved | results)
-        return forward, layout.peak(late, saved, grads)

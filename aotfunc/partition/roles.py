@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import fx
 from torch.fx import Node
 
 from ..errors import PartitionError
+from .memory import Layout
 from .ops import is_pinned, made_at, writes
 
 
@@ -51,6 +53,11 @@ class Joint:
     live: list[bool]
     #: early values that the late part reads or returns, in order
     needed: list[int]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Return whose memory the values lie in, and how much that is."""
+        return Layout(self.nodes)
 
 
 def read_joint(graph: fx.Graph, num_early: int) -> Joint:

@@ -1,13 +1,14 @@
 """A joint graph and what to save -> ``early(*inputs) -> (*outputs, *saved)`` and ``late(*saved,
 *late_inputs)``.
 
-Values are placed where they live shortest: what is computed again stands right before its first
-reader in the late graph; what the early graph computes only to be saved stands right after its
-last input."""
+Values are placed where they live shortest. What the early graph computes only to be saved stands
+right after its last input. In the late graph what is computed again stands right before its first
+reader, and so does what takes more memory than it frees."""
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.fx.node import map_arg
 
 from ..errors import PartitionError
 from ..trace.emit import paused_gc
+from .ops import is_single, once
 from .roles import Joint, ancestors
 
 try:  # the Python code of a module is made when it is asked for, if torch offers that
@@ -40,18 +42,73 @@ def schedule(joint: Joint, held: list[bool], hosted: set[int]) -> tuple[list[int
         [i for i in range(len(nodes)) if joint.forward[i] or kept[i]], key=lambda i: (when[i], i)
     )
     wanted = ancestors(inputs, [i for i in joint.needed if not held[i]], stop=held)
-    # what is computed again stands before its first reader
-    end = len(nodes)
-    first = [end] * len(nodes)
-    for i in range(len(nodes) - 1, -1, -1):
-        if joint.live[i]:
-            first[i] = i
-        elif not wanted[i]:
+    run = [live or want for live, want in zip(joint.live, wanted, strict=True)]
+    for i in hosted:
+        run[i] = True
+    return early, right_before(joint, readers_of(joint, run), run)
+
+
+def readers_of(joint: Joint, run: list[bool]) -> list[int]:
+    """Return for each node that the late part runs the one before whose run it stands: its first
+    reader's for what is computed again, and for what takes more memory than it frees; the node
+    itself for all others."""
+    owner, size = joint.layout.owner, joint.layout.size
+    count = len(run)
+    before, last = [count] * count, [-1] * count  # of an owner's readers the last one
+    for i in range(count - 1, -1, -1):
+        if not run[i]:
             continue
-        for p in inputs[i]:
-            first[p] = min(first[p], first[i])
-    late = [i for i in range(end) if joint.live[i] or wanted[i] or i in hosted]
-    return early, sorted(late, key=lambda i: (first[i], i))
+        owners, reader = {owner[p] for p in joint.inputs[i]}, before[i]
+        if joint.live[i]:
+            freed = sum([size[o] for o in owners if last[o] < reader])
+            grows = owner[i] != i or size[i] > freed
+            if reader == count or not grows or not moves(joint.nodes[i]):
+                before[i] = i
+        for o in owners:
+            last[o] = max(last[o], before[i])
+        for p in joint.inputs[i]:
+            before[p] = min(before[p], before[i])
+    return before
+
+
+def right_before(joint: Joint, before: list[int], run: list[bool]) -> list[int]:
+    """Return the nodes that ``run`` in order, each in the group of the node ``before`` which it
+    stands. Of the inputs of a node those come first that need most memory beside their result
+    (Sethi and Ullman, JACM 17, 1970)."""
+    size, count = joint.layout.size, len(run)
+    need, inputs = [0] * count, list(joint.inputs)
+    for i in range(count):
+        if run[i]:
+            group = {p for p in joint.inputs[i] if run[p] and before[p] == before[i]}
+            inputs[i] = sorted(group, key=lambda p: (size[p] - need[p], p))
+            held = 0
+            for p in inputs[i]:
+                need[i] = max(need[i], held + need[p])
+                held += size[p]
+            need[i] = max(need[i], held + size[i])
+    order: list[int] = []
+    seen = [False] * count
+    for end in [i for i in range(count) if run[i] and before[i] in (i, count)]:
+        todo = [end]
+        while todo:
+            i = todo[-1]
+            waits = [] if seen[i] else [p for p in inputs[i] if not seen[p]]
+            if waits:
+                todo += reversed(waits)
+                continue
+            todo.pop()
+            parts = [joint.index[u] for u in joint.nodes[i].users if u.target is operator.getitem]
+            for made in (i, *parts):  # the parts of a tuple are made with it
+                if run[made] and before[made] == before[i] and not seen[made]:
+                    seen[made] = True
+                    order.append(made)
+    return order
+
+
+def moves(n: Node) -> bool:
+    """Return whether a node of the backward may run later: its value is one tensor or number that
+    it alone makes, and nothing tells when."""
+    return n.target is not operator.getitem and is_single(n) and not once(n)
 
 
 def split(

@@ -5,15 +5,16 @@ from __future__ import annotations
 from functools import cached_property
 
 import numpy as np
+from torch.fx import Node
 
 from ..errors import ArgumentError, PartitionError
 from ..progress import along
 from .budget import Budget, Bytes, Peak, Share, Time
 from .exact import Walk
 from .frontier import Frontier
-from .memory import Simulation
 from .problem import Choice, Problem
 from .solve import INF
+from .split import schedule
 
 #: a choice may cost this share more than it must, and so many partial choices are made to find a
 #: better one: some seconds' worth at most
@@ -38,17 +39,23 @@ class Within:
     def walk(self) -> Walk:
         return Walk(self.problem)
 
-    @cached_property
-    def simulation(self) -> Simulation:
-        return Simulation(self.problem.joint)
-
     def peaks(self, choice: Choice) -> tuple[int, int]:
-        """Return the simulated peaks of forward and backward."""
-        index, nodes = self.problem.joint.index, self.problem.nodes
-        held = [False] * len(index)
+        """Return the most bytes that live at one time in the forward and in the backward: what the
+        halves make, and what was saved until it is read for the last time. Inputs and cotangents
+        are not counted, nor what is in the host's memory, before it comes back."""
+        joint, nodes = self.problem.joint, self.problem.nodes
+        held = [False] * len(joint.nodes)
         for k in np.flatnonzero(choice.saved):
-            held[index[nodes[k]]] = True
-        return self.simulation.peaks(held, {index[n] for n in self.problem.offloaded(choice)})
+            held[joint.index[nodes[k]]] = True
+        hosted = {joint.index[n] for n in self.problem.offloaded(choice)}
+        early, late = schedule(joint, held, hosted)
+        layout = joint.layout
+        saved = {layout.owner[i] for i, h in enumerate(held) if h and i not in hosted}
+        results, grads = (
+            {layout.owner[joint.index[o]] for o in outs if isinstance(o, Node)}
+            for outs in (joint.early_outputs, joint.late_outputs)
+        )
+        return layout.peak(early, set(), saved | results), layout.peak(late, saved, grads)
 
     @cached_property
     def worthwhile(self) -> list[Choice]:

@@ -19,8 +19,10 @@ SCHEDULE, SAVING_COST = split.schedule, problem.saving_cost
 NO_VERIFIER: Broken = [(partitions, "verify", lambda *args, **kwargs: None)]
 
 
-def in_order_of_the_joint(joint: Any, held: list[bool]) -> tuple[list[int], list[int]]:
-    early, late = SCHEDULE(joint, held)
+def in_order_of_the_joint(
+    joint: Any, held: list[bool], hosted: set[int]
+) -> tuple[list[int], list[int]]:
+    early, late = SCHEDULE(joint, held, hosted)
     return sorted(early), sorted(late)
 
 
