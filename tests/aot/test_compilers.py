@@ -251,10 +251,10 @@ def forward(self, x):
     sum_1 = sum.default(mul);  mul = None
     return (sum_1, x, exp)
 def forward(self, x, exp, tangents_0):
-    mul = mul.Tensor(tangents_0, x);  x = None
-    mul_1 = mul.Tensor(tangents_0, exp);  tangents_0 = None
-    mul_2 = mul.Tensor(mul, exp);  mul = exp = None
-    add = add.Tensor(mul_1, mul_2);  mul_1 = mul_2 = None
+    mul = mul.Tensor(tangents_0, exp)
+    mul_1 = mul.Tensor(tangents_0, x);  tangents_0 = x = None
+    mul_2 = mul.Tensor(mul_1, exp);  mul_1 = exp = None
+    add = add.Tensor(mul, mul_2);  mul = mul_2 = None
     return (add,)
 """,
         )

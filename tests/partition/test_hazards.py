@@ -383,6 +383,20 @@ def test_values_live_shortest() -> None:
     assert cosines[-1] - cosines[0] > 8
 
 
+def test_the_backward_keeps_little() -> None:
+    """What takes more memory than it frees runs right before it is read, what takes less at once;
+    what runs once, where it stood."""
+    orders = {False: ["sin", "sum_1", "mul", "add"], True: ["mul", "sin", "sum_1", "add"]}
+    for once, order in orders.items():
+        h = Hand()
+        a, t = h.input("a"), h.input("t", "tangent")
+        large = h(aten.mul.Tensor, t, a, val=sig(64), **({"effect": True} if once else {}))
+        small = h(aten.sum.default, h(aten.sin.default, t, val=sig(16)), val=sig(1))
+        joint = h.module([a, h(aten.add.Tensor, large, small)])
+        _, bw = default_partition(joint, num_fwd_outputs=1)
+        assert [n.name for n in bw.graph.nodes if n.op == "call_function"] == order
+
+
 def test_same_graph_same_partition_in_every_process() -> None:
     script = """
         import sys; sys.path[:0] = sys.argv[1:]
