@@ -96,6 +96,11 @@ def copy(k: int, size: tuple, stride: tuple) -> Pick:
     return copied
 
 
+def is_lazy(t: Tensor) -> bool:
+    """Return whether memory does not hold the values: they are to be conjugated or negated."""
+    return t.is_neg() or t.is_conj()
+
+
 def resolved(t: Tensor) -> Tensor:
     """Return the tensor with its conjugation or negation carried out, laid out as before."""
     return (

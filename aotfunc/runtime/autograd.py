@@ -241,7 +241,7 @@ def same_node(
         return None
     if halves.parts(tensors) != [halves.whole]:
         return None
-    if getattr(run, "own", -1) < count or any(t.is_neg() for t in tensors):
+    if getattr(run, "own", -1) < count or any(t.is_neg() or t.is_conj() for t in tensors):
         return None
     known = facts(halves, halves.whole, dict.fromkeys(halves.saved, tensors[0]), [], None)
     compute, needed, differentiable = run.unchecked, picked(halves.needed), picked(inputs)

@@ -176,7 +176,7 @@ class Entry:
                 lambda *tensors: tree(differentiated(halves, tensors)[0])
             )
         run: Any = call.compiled(tensors)
-        if getattr(run, "own", -1) < count or any(t.is_neg() for t in tensors):
+        if getattr(run, "own", -1) < count or any(t.is_neg() or t.is_conj() for t in tensors):
             return None
         if self.plain and run.alone is not None:
             return run.alone

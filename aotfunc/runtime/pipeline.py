@@ -17,6 +17,7 @@ from .. import backends, debug
 from ..backends import Backend
 from ..backends.auto import automatic, possible, suited
 from ..backends.eager import compile_graph
+from ..backends.results import is_lazy
 from ..capture.bodies import dense, results_as
 from ..capture.calls import CompiledCall
 from ..capture.captured import Captured
@@ -316,7 +317,7 @@ def unboxed(body: Callable[[list], Sequence]) -> Callable[..., Sequence]:
 def run_bodies(target: Any, bodies: Sequence[Callable], *tensors: Tensor) -> Sequence:
     """Return the results of control flow; checks that kernels make of their arguments at each call
     are made once for all steps."""
-    if all([t.__class__ in (Tensor, torch.nn.Parameter) and not t.is_neg() for t in tensors]):
+    if all([t.__class__ in (Tensor, torch.nn.Parameter) and not is_lazy(t) for t in tensors]):
         bodies = [body.unchecked for body in bodies]  # type: ignore[attr-defined]
     return target.run(bodies, tensors)
 

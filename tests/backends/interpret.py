@@ -37,6 +37,7 @@ SCANS: dict[str, Any] = {
 
 def interpret(kernel: Kernel, tensors: Sequence[Tensor]) -> None:
     """Fill the outputs among ``tensors``, one for each access."""
+    tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     values: dict[Expr, Tensor] = {}
     inner = tuple(range(kernel.outer, len(kernel.extents)))
     last = len(kernel.extents) - 1

@@ -37,6 +37,8 @@ def agree(f, *args, kernels: int | None = 1, **tolerance) -> None:
     assert_close(got, want, equal_nan=True, **tolerance)
     for a, b in zip(*[[x] if isinstance(x, Tensor) else x for x in (got, want)], strict=True):
         assert a.stride() == b.stride() and a.dtype is b.dtype
+        if b.dtype.is_floating_point:  # zeros have signs
+            assert torch.equal(a[b == 0].signbit(), b[b == 0].signbit())
     if kernels is not None:
         assert len(every_kernel.made) - made == kernels
 
@@ -111,6 +113,10 @@ REDUCED = {
     "largest integers": (lambda x: (x * 2).amax(1), torch.arange(-60, 0).reshape(6, 10).int()),
     "counting": (lambda x: (x > 0).sum(1), floats(6, 10)),
     "a sum of one": (lambda x: (x * 2).sum(1).sum(0).mean(), floats(1, 9)),
+    "a sum of one negative zero": (
+        lambda x: ((x * 2).sum(0), (x * 2).mean(0), (x * 2).cumsum(0)),
+        torch.full((1, 9), -0.0),
+    ),
     "dtypes in columns": (lambda x: (x == x.amax(0)).sum(0) * x, floats(5, 19)),
     "columns of one number": (lambda x: x.exp().sum(0), floats().expand(9, 19)),
     "softmax": (lambda x: torch.softmax(x * 2, -1), floats(37, 19)),

@@ -13,7 +13,7 @@ from torch.fx import Node
 from ... import debug
 from ...graph import output_node, size
 from ..eager import compile_graph
-from ..results import resolved
+from ..results import is_lazy, resolved
 from . import native
 from .arguments import count_rows, sizes
 from .blocks import in_blocks
@@ -27,6 +27,7 @@ from .lower import lower
 from .matmul import product_launch
 from .members import seen_through
 from .order import calls
+from .real_views import without_views_of_parts
 from .recompute import recompute
 from .resized import SUMMED
 from .reuse import fitting, reuse
@@ -62,11 +63,11 @@ def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
     by_ops = functools.cache(lambda: compile_graph(gm.graph))
 
     def boxed(args: list[Tensor]) -> tuple:
-        if any([a.__class__ not in TENSORS or a.is_neg() for a in args]):
+        if any([a.__class__ not in TENSORS or is_lazy(a) for a in args]):
             if not all([has_memory(a) for a in args]):
                 return by_ops().boxed(args)
             # the memory that kernels read does not hold the value
-            args[:] = [resolved(a) if a.is_neg() else a for a in args]
+            args[:] = [resolved(a) if is_lazy(a) else a for a in args]
         return run.boxed(args)
 
     boxed.own = own(output_node(graph).args[0])  # type: ignore[attr-defined]
@@ -119,6 +120,7 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
     """Return the graph with kernel launches in place of the nodes that they compute, and the
     kernels' source."""
     old = copy_graph(gm.graph)
+    without_views_of_parts(old)
     in_steps(old)
     in_blocks(old)
     units = [u for u in grouped(old).units if u.nodes]

@@ -26,9 +26,9 @@ FULL: dict[Any, Any] = {
 }
 
 
-def constant(n: Any) -> bool | int | float | None:
+def constant(n: Any) -> bool | int | float | complex | None:
     """Return the number that fills a node; None if none is known."""
     if not isinstance(n, Node) or n.op != "call_function" or n.target not in FULL:
         return None
     value = FULL[n.target](*n.args, **n.kwargs)
-    return value if isinstance(value, bool | int | float) else None
+    return value if isinstance(value, bool | int | float | complex) else None

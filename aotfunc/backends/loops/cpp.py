@@ -259,8 +259,7 @@ class Printer(Accumulators):
             self.tile()
             loops += 1
         self.emit(values)
-        for s in stores:
-            self.store(s)
+        self.store_all(stores)
         self.close(loops)
         if loops:
             self.names = names
@@ -324,8 +323,7 @@ class Printer(Accumulators):
             self.tile()
             loops += 1
         self.emit(values)
-        for s in [*stores, *kept]:
-            self.store(s)
+        self.store_all([*stores, *kept])
         for e, a in totals.items():
             self.step(e, f"{a}[t]" if self.tiled else a)
         self.close(loops)

@@ -65,14 +65,14 @@ class Expr:
         return function_of("ge", self, other)
 
 
-Operand = Expr | bool | int | float
+Operand = Expr | bool | int | float | complex
 
 
 @dataclass(frozen=True, eq=False)
 class Const(Expr):
     """A number. One ``given`` with the call is an argument: the code does not depend on it."""
 
-    value: bool | int | float
+    value: Any
     given: bool = False
 
 
@@ -146,11 +146,11 @@ class Given(float):
     """A number of the graph that other sizes may change."""
 
 
-def number(value: bool | int | float, dtype: torch.dtype) -> Const:
+def number(value: Any, dtype: torch.dtype) -> Const:
     """Return a number as one of this dtype. Raises Unfit where the dtype does not hold it."""
-    if dtype.is_floating_point:
+    if dtype.is_floating_point or dtype.is_complex:
         given = isinstance(value, Given) and value not in (0, 1, -1)
-        return Const(wide(dtype), torch.tensor(float(value), dtype=dtype).item(), given)
+        return Const(wide(dtype), torch.tensor(value, dtype=dtype).item(), given)
     if dtype is torch.bool:
         return Const(dtype, bool(value))
     given = isinstance(value, Given)
@@ -225,13 +225,15 @@ class Ramp:
 @dataclass(frozen=True)
 class Access:
     """A walk of a kernel through a tensor: a step, in elements, for each axis, beginning at
-    element ``start``. ``tensor`` says which of the caller's tensors it is."""
+    element ``start``. ``tensor`` says which of the caller's tensors it is. ``part`` is 0 for the
+    real and 1 for the imaginary parts of complex numbers, whose elements they are."""
 
     name: str
     dtype: torch.dtype
     strides: tuple[int, ...]
     tensor: Any
     start: int = 0
+    part: int | None = None
 
 
 @dataclass(frozen=True)

@@ -100,16 +100,37 @@ template <class V, class T> AOT void aot_scatter(T *p, V v, int64_t n, int64_t s
   for (int i = 0; i < aot_lanes<V>; i++)
     __builtin_memcpy(p + i * stride, (T *)&m + i, sizeof(T));
 }
+template <int... i> struct aot_numbers {};
+template <int n, int... i> struct aot_up_to : aot_up_to<n - 1, n - 1, i...> {};
+template <int... i> struct aot_up_to<0, i...> { typedef aot_numbers<i...> type; };
+// The lanes of x from the first of them on, each before the one of y.
+template <int first, class V, int... i> AOT V aot_between(V x, V y, aot_numbers<i...>) {
+  return __builtin_shufflevector(x, y, (first + i / 2 + i % 2 * aot_lanes<V>)...);
+}
+// Every second lane of x, then of y.
+template <int first, class V, int... i> AOT V aot_second(V x, V y, aot_numbers<i...>) {
+  return __builtin_shufflevector(x, y, (first + 2 * i)...);
+}
+
+// Lanes of real or imaginary parts of neighbours, and neighbours of both parts.
+template <class V, int part, class T> AOT V aot_get_part(const T *p, int64_t n) {
+  if (__builtin_expect(n < aot_lanes<V>, 0)) return aot_some<V>(p, n, 2);
+  V x = aot_raw<V>(p - part), y = aot_raw<V>(p - part + aot_lanes<V>);
+  return aot_second<part>(x, y, typename aot_up_to<aot_lanes<V>>::type{});
+}
+template <class V, class T> AOT void aot_put_parts(T *p, V real, V imag, int64_t n) {
+  if (__builtin_expect(n < aot_lanes<V>, 0)) {
+    aot_put_some(p, real, n, 2);
+    return aot_put_some(p + 1, imag, n, 2);
+  }
+  typename aot_up_to<aot_lanes<V>>::type lanes;
+  aot_raw(p, aot_between<0>(real, imag, lanes));
+  aot_raw(p + aot_lanes<V>, aot_between<aot_lanes<V> / 2>(real, imag, lanes));
+}
 
 // Reads a block of n times m floats, m of them neighbours, as vectors across these: `rows` of
 // them, or zeros. Each round moves the lower and upper half of the lines between each other's
 // elements.
-template <int... i> struct aot_numbers {};
-template <int n, int... i> struct aot_up_to : aot_up_to<n - 1, n - 1, i...> {};
-template <int... i> struct aot_up_to<0, i...> { typedef aot_numbers<i...> type; };
-template <int first, int... i> AOT floats aot_between(floats x, floats y, aot_numbers<i...>) {
-  return __builtin_shufflevector(x, y, (first + i / 2 + i % 2 * FLOATS)...);
-}
 template <int rows>
 AOT void aot_turn(floats *out, const float *p, int64_t stride, int64_t n, int64_t m) {
   typedef typename aot_up_to<FLOATS>::type lanes;

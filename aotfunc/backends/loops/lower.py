@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from .axes import Axes, merged_in_memory
 from .blocks import block_sums
+from .complexes import in_parts
 from .constants import constant
 from .dtypes import NARROW, as_given, cast, integer, working
 from .indexed import IOTAS, JOINS, MOST, TAKEN, At, iota
@@ -42,7 +43,7 @@ from .ir import (
 )
 from .members import seen_through
 from .places import FIRST, Index, Place, Split, index_along
-from .pointwise import FACTORS, ROUND_FIRST, RULES
+from .pointwise import COMPLEX, FACTORS, ROUND_FIRST, RULES
 from .reductions import REDUCTIONS
 from .resized import RESIZED, SUMMED
 from .scans import SCANS, turned
@@ -198,7 +199,7 @@ class Lowering(Axes):
         if out in ROUNDED and x.meta["val"].dtype is not out:
             value = cast(value, out)
         value = cast(value, dtype)
-        result = Reduce(dtype, asked.fn, value) if sizes else value
+        result = Reduce(dtype, asked.fn, value) if sizes else of_one(asked.fn, value)
         if asked.mean:
             result = result / Given(math.prod([shape[d] for d in dims]))
         return cast(result, out)
@@ -209,7 +210,7 @@ class Lowering(Axes):
         value = cast(cast(self.value(x, place, mask), out), wide(out))
         size = static_shape(n)[dim] if place else 1
         if size == 1:
-            return cast(value, out)
+            return cast(of_one(SCANS[n.target], value), out)
         index = place[dim]
         (axis, *more) = index.axes or [-1]
         forward, backward = index_along(axis), index_along(axis, -1).shifted(size - 1)
@@ -226,6 +227,8 @@ class Lowering(Axes):
     def pointwise(self, n: Node, place: Place, mask: Expr | None) -> Expr:
         rule, out = RULES[n.target], n.meta["val"].dtype
         common = working(rule.kind, n, out)
+        if common.is_complex and n.target not in COMPLEX:
+            raise Unfit(f"{n.target} of {common}")
         dtype = wide(common)
         read: list[Expr] = []
 
@@ -233,7 +236,7 @@ class Lowering(Axes):
             if not isinstance(a, Node):
                 if common in ROUNDED and (rule.kind == "compare" or n.target in ROUND_FIRST):
                     a = number(a, common).value
-                return as_given(a) if dtype.is_floating_point else a
+                return as_given(a) if dtype.is_floating_point or dtype.is_complex else a
             value = self.value(a, place_of_expanded(static_shape(a), place), mask)
             if (rule.kind == "where" and i == 0) or (rule.kind == "masked" and i == 1):
                 value = cast(value, torch.bool)
@@ -281,7 +284,7 @@ class Lowering(Axes):
         one_way(self)
         comments = [comment(n) for n in self.nodes]
         extents = tuple([self.extents[k] for k in order])
-        return Kernel(
+        kernel = Kernel(
             name,
             extents,
             len(self.reduced),
@@ -291,6 +294,12 @@ class Lowering(Axes):
             checks=tuple(self.checks.values()),
             comments=tuple(comments),
         )
+        return in_parts(kernel)
+
+
+def of_one(fn: str, value: Expr) -> Expr:
+    """Return the reduction of one value. A sum begins with 0, so that of -0 is 0."""
+    return value + 0 if fn == "sum" else value
 
 
 def is_slow(e: Expr, given: set[Expr]) -> bool:

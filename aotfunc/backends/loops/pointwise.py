@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .activations import ACTIVATIONS
+from .complexes import imag_part, real_part
 from .functions import (
     Rule,
     absolute,
@@ -54,13 +55,36 @@ for _name in ("neg", "abs"):
 for _name in ("floor", "ceil", "trunc", "round"):
     add_rule("float", fn(_name), getattr(aten, _name).default)
 
+
+def sign(x: Expr) -> Expr:
+    if x.dtype.is_complex:
+        return function_of("sgn", x)
+    return where(x > 0, 1, where(x < 0, -1, number(0, x.dtype)))
+
+
+def angle(x: Expr) -> Expr:
+    if x.dtype.is_complex:
+        return function_of("angle", x)
+    return where(is_nan(x), x, where(x < 0, math.pi, number(0, x.dtype)))
+
+
+def conjugate(x: Expr) -> Expr:
+    return function_of("conj", x) if x.dtype.is_complex else x
+
+
 add_rule("any", lambda x: where(x < 0, 0, x), aten.relu.default)
 add_rule(
     "any",
-    lambda x: where(x > 0, 1, where(x < 0, -1, number(0, x.dtype))),
+    sign,
     aten.sign.default,
     aten.sgn.default,
 )
+add_rule("any", fn("complex"), aten.complex.default)
+add_rule("any", fn("polar"), aten.polar.default)
+add_rule("any", angle, aten.angle.default)
+add_rule("any", conjugate, aten._conj_physical.default)
+add_rule("any", fn("real"), real_part)
+add_rule("any", fn("imag"), imag_part)
 add_rule("float", lambda x: x - function_of("trunc", x), aten.frac.default)
 add_rule("float", lambda x: x * sigmoid(x), aten.silu.default)
 add_rule("any", lambda x: x * x, aten.square.default)
@@ -68,15 +92,23 @@ add_rule("any", lambda x: x * x, aten.square.default)
 # --- arithmetic ---
 
 
-def times_alpha(b: Operand, alpha: Any) -> Operand:
-    return b if alpha == 1 else b * alpha
+def add(a: Operand, b: Operand, alpha: Any = 1) -> Expr:
+    dtype = next(x.dtype for x in (a, b) if isinstance(x, Expr))
+    if dtype.is_complex:  # multiplied by 1, too: an infinite part makes the other one NaN
+        return function_of("add", a, function_of("mul", number(alpha, dtype), b))
+    return function_of("add", a, b if alpha == 1 else b * alpha)
 
 
-add_rule("any", lambda a, b, alpha=1: a + times_alpha(b, alpha), aten.add.Tensor, aten.add.Scalar)
-add_rule("any", lambda a, b, alpha=1: a - times_alpha(b, alpha), aten.sub.Tensor, aten.sub.Scalar)
-add_rule(
-    "any", lambda a, b, alpha=1: b - times_alpha(a, alpha), aten.rsub.Tensor, aten.rsub.Scalar
-)
+def subtract(a: Operand, b: Operand, alpha: Any = 1) -> Expr:
+    dtype = next(x.dtype for x in (a, b) if isinstance(x, Expr))
+    if dtype.is_complex:
+        return add(a, b, -alpha)
+    return function_of("sub", a, b if alpha == 1 else b * alpha)
+
+
+add_rule("any", add, aten.add.Tensor, aten.add.Scalar)
+add_rule("any", subtract, aten.sub.Tensor, aten.sub.Scalar)
+add_rule("any", lambda a, b, alpha=1: subtract(b, a, alpha), aten.rsub.Tensor, aten.rsub.Scalar)
 add_rule("any", lambda a, b: a * b, aten.mul.Tensor, aten.mul.Scalar)
 add_rule("float", lambda a, b: a / b, aten.div.Tensor, aten.div.Scalar)
 #: ops that round their numbers to bfloat16 or float16; others compute with them unrounded
@@ -85,6 +117,20 @@ ROUND_FIRST = frozenset(
         *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar),
         *(aten.rsub.Tensor, aten.rsub.Scalar, aten.pow.Tensor_Scalar, aten.pow.Scalar),
         aten.fmod.Scalar,
+    )
+)
+#: ops that are computed of complex numbers, too
+COMPLEX = frozenset(
+    (
+        *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar),
+        *(aten.rsub.Tensor, aten.rsub.Scalar, aten.mul.Tensor, aten.mul.Scalar),
+        *(aten.div.Tensor, aten.div.Scalar, aten.neg.default, aten.reciprocal.default),
+        *(aten.exp.default, aten.square.default, aten.pow.Tensor_Scalar, aten.addcmul.default),
+        *(aten.addcdiv.default, aten.abs.default, aten.angle.default, aten.sgn.default),
+        *(aten.complex.default, aten.polar.default, aten._conj_physical.default),
+        *(real_part, imag_part, aten.where.self, aten.masked_fill.Scalar),
+        *(aten.masked_fill.Tensor, aten.eq.Tensor, aten.eq.Scalar, aten.ne.Tensor),
+        *(aten.ne.Scalar, aten.isnan.default, aten.clone.default, aten._to_copy.default),
     )
 )
 #: ops that multiply by one number of another dtype unrounded; all others round tensors of another

@@ -101,6 +101,7 @@ def vector_axis(kernel: Kernel) -> int:
 
     def worth(k: int) -> tuple:
         contiguous = [sum(a.strides[k] == 1 for a in some) for some in (widest, inner)]
+        contiguous.append(sum(a.strides[k] == 2 for a in inner))  # parts of complex numbers
         return kernel.extents[k] >= SHORT, *contiguous, k in (kernel.outer - 1, last), k
 
     return max(choices, key=worth)

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from ...errors import GraphError
+from ..results import is_lazy
 from . import native
 from .ir import Requirement
 from .launch import Launch
@@ -85,8 +86,8 @@ class LaidOut:
                 f"an op returned {t.dtype}{list(t.shape)}, and its fake implementation says "
                 f"{self.dtype}{list(self.shape)}: mend what is registered with register_fake"
             )
-        if t.is_neg():
-            t = t.resolve_neg()
+        if is_lazy(t):
+            t = t.resolve_conj().resolve_neg()
         if t.stride() == self.stride:
             return t
         return torch.empty_strided(t.shape, self.stride, dtype=t.dtype).copy_(t)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -220,6 +220,8 @@ class KernelText:
                 text = f"{name}<{kind}>({at}, n, {step}, {shift})"
             elif step == "1":
                 text = f"aot_get<{kind}>({at}, n)"
+            elif self.neighbours(i):
+                text = f"aot_get_part<{kind}, {self.kernel.accesses[i].part}>({at}, n)"
             else:
                 text = f"aot_gather<{kind}>({at}, n, {step})"
             if mask:
@@ -237,6 +239,24 @@ class KernelText:
         first = f"({NUMBERS[e.dtype]})({' + '.join(terms) or 0})"
         step = self.pace(name, ramp, self.vector)
         return f"aot_ramp<{self.type(e)}>({first}, {step})" if wide else first
+
+    def neighbours(self, i: int) -> bool:
+        """Return whether a buffer holds parts of complex numbers that are neighbours along the
+        vector axis."""
+        a = self.kernel.accesses[i]
+        return a.part is not None and a.strides[self.vector] == 2
+
+    def store_all(self, stores: Sequence[Store]) -> None:
+        """Store these values, both parts of complex numbers at once."""
+        left = {s.access: s for s in stores}
+        for i, s in list(left.items()):
+            part = self.kernel.accesses[i].part
+            if part == 0 and i + 1 in left and self.vectors and self.neighbours(i):
+                real, imag = self.word(s.value, True), self.word(left.pop(i + 1).value, True)
+                self.written += [i, i + 1]
+                self.say(f"aot_put_parts({self.place(i)}, {real}, {imag}, n);")
+            elif i in left:
+                self.store(s)
 
     def store(self, s: Store) -> None:
         i, e, at = s.access, s.value, self.place(s.access)
