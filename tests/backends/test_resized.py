@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from aotfunc import grad, jit
 from aotfunc.backends.loops import native
 from tests.backends.test_cpp import against_the_interpreter, agree, floats, kernels_of
+from tests.kernels import every_kernel
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -85,6 +86,25 @@ def test_special_values(mode):
     agree(lambda x: resized(x, mode), x, kernels=None)
     f = lambda x: resized(x, mode, TO[6:7])
     agree(gradient(f), x, [y.clone() for y in f(x)], kernels=None)
+
+
+FACTORS = (3, 1.3, 2.6, 1.7, 3.5, 0.7, 2.2, 1.9)
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [("bilinear", torch.float32), ("bicubic", torch.float32), ("bicubic", torch.float64)],
+)
+def test_infinities_beside_weights_that_round_to_zero(mode, dtype):
+    """An infinity is NaN, or the element finite, where a weight or a position is a last bit
+    off."""
+    x = floats(1, 2, 9, 30, dtype=dtype)
+    to = [{"scale_factor": (FACTORS[-1 - i], s)} for i, s in enumerate(FACTORS)]
+    f = jit(lambda x: resized(x, mode, to), backend=every_kernel)
+    for first in range(7):
+        x_ = x.clone()
+        x_.view(-1)[first::7] = math.inf
+        assert_close(f(x_), resized(x_, mode, to), equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
 def test_images_of_several_sizes_become_one():

@@ -189,6 +189,7 @@ FUNCTIONS: dict[str, Any] = {
     )
 } | {
     "div": torch.true_divide,
+    "fma": lambda x, y, z: (x.double() * y.double() + z.double()).to(x.dtype),
     "as_bf16": lambda x: x.bfloat16().float(),
     "as_f16": lambda x: x.half().float(),
 }

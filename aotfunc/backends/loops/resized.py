@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from .blocks import meta_like
 from .dtypes import cast
-from .functions import absolute, maximum, minimum, where
+from .functions import absolute, fn, maximum, minimum, where
 from .indexed import At, looked_up
 from .ir import Expr, Given, Operand, Unfit, function_of, number
 from .places import Index
@@ -73,6 +73,11 @@ resized_backward = torch.ops.aotfunc.resized_backward.default
 # --- their rules ---
 
 
+#: what PyTorch's compiled kernels round once, where the processor can: an infinity tells whether
+#: its weight rounds to 0
+fma = fn("fma")
+
+
 def clamped(i: Expr, size: int) -> Expr:
     return minimum(maximum(i, 0), Given(size - 1))
 
@@ -80,7 +85,9 @@ def clamped(i: Expr, size: int) -> Expr:
 def source(i: Expr, dtype: torch.dtype, scale: float, corners: bool) -> Expr:
     """Return the position in the tensor that element ``i`` is read at."""
     x = cast(i, dtype)
-    return x * Given(scale) if corners else (x + 0.5) * Given(scale) - 0.5
+    if corners:
+        return x * Given(scale)
+    return fma(x + 0.5, Given(scale), -0.5)
 
 
 def taps(
@@ -92,22 +99,23 @@ def taps(
         return [(i, 1.0), (i, 0.0)]  # as in eager, infinity gives NaN
     x = source(i, dtype, scale, corners)
     x = x if cubic else maximum(x, 0)
-    first = minimum(cast(function_of("floor", x), i.dtype), Given(n - 1))
+    below = function_of("floor", cast(x, torch.float32))  # also of float64
+    first = minimum(cast(below, i.dtype), Given(n - 1))
     far = minimum(maximum(x - cast(first, dtype), 0), 1)
     if not cubic:
         return [(first, 1 - far), (clamped(first + 1, n), far)]
-    weights = [apart(far + 1), near(far), near(1 - far), apart(2 - far)]
+    weights = [apart(far + 1), near(far), near(1 - far), apart(1 - far + 1)]
     return [(clamped(first + k, n), w) for k, w in enumerate(weights, -1)]
 
 
 def near(x: Expr) -> Expr:
     """Return Keys' cubic kernel, with a = -0.75, for distances up to 1."""
-    return (1.25 * x - 2.25) * x * x + 1
+    return fma(1.25, x, -2.25) * x * x + 1
 
 
 def apart(x: Expr) -> Expr:
     """Return Keys' cubic kernel for distances from 1 to 2."""
-    return ((-0.75 * x + 3.75) * x - 6) * x + 3
+    return fma(fma(-0.75, x, 3.75), x, -6) * x + 3
 
 
 def in_one_dim(work: Lowering, at: At, x: Node, dim: int, size: int, *how: Any) -> Expr:

@@ -243,3 +243,9 @@ AOT doubles aot_fma(doubles x, doubles y, doubles z) {
 AOT floats aot_fma(floats x, floats y, floats z) { return x * y + z; }
 AOT doubles aot_fma(doubles x, doubles y, doubles z) { return x * y + z; }
 #endif
+AOT float aot_fma(float x, float y, float z) {
+  return aot_fma(aot_floats(x), aot_floats(y), aot_floats(z))[0];
+}
+AOT double aot_fma(double x, double y, double z) {
+  return aot_fma(aot_doubles(x), aot_doubles(y), aot_doubles(z))[0];
+}
