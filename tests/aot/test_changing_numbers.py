@@ -219,7 +219,8 @@ SPECIAL += [float("inf"), -float("inf"), float("nan"), 2**53 + 2, -7, 5, 5.0, 12
 @pytest.mark.parametrize("name", ONLY_COMPUTED_WITH)
 def test_numbers_that_are_not_like_others(name, dtype):
     f = ONLY_COMPUTED_WITH[name]
-    x = drawn(torch.float64).mul(9).to(dtype)
+    # whole registers: PyTorch rounds the product of alpha in bfloat16 and float16 only behind them
+    x = drawn(torch.float64, 4, 16).mul(9).to(dtype)
     if name == "in place" and not dtype.is_floating_point:
         return
     compiled = jit(f)

@@ -21,6 +21,16 @@ CASES = {
     "numbers": lambda x, y, b: ((x + 1.1) * 1.1, x / 1.1 - 0.3, 1.1 - x, x.abs() ** 1.1),
     "compared": lambda x, y, b: (x > 1.1, (x * 0 + 1.1) == 1.1, torch.where(x > y, x, 1.1)),
     "bounds": lambda x, y, b: (x.clamp(-0.3, 1.1) * 2, F.threshold(x, 1.1, 0.3) * 2),
+    "at a bound": lambda x, y, b: [
+        shrunk
+        for t in (0.1, 0.7)
+        for x in [torch.where(x > 0, t, x)]
+        for shrunk in (
+            F.hardshrink(x, t),
+            torch.ops.aten.hardshrink_backward(y, x, t),
+            torch.ops.aten.softshrink_backward(y, x, t),
+        )
+    ],
     "sums": lambda x, y, b: (x.sum(1), (x * y).sum(0), (x * y).mean(1), x.amax(1)),
     "a sum in float64": lambda x, y, b: (x * 1.1).sum(1, dtype=torch.float64).float(),
     "casts": lambda x, y, b: (

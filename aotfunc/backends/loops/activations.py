@@ -141,8 +141,9 @@ def logit(x: Expr, eps: Any = None) -> Expr:
 
 
 def logit_backward(g: Expr, x: Expr, eps: Any = None) -> Expr:
-    low, high, outside = (0, 1, math.nan) if eps is None else (eps, 1 - eps, 0)
-    return where(both(x >= low, x <= high), g / (x * (1 - x)), outside)
+    if eps is not None:
+        raise Unfit("a bound, which its dtype rounds")
+    return where(both(x >= 0, x <= 1), g / (x * (1 - x)), math.nan)
 
 
 def x_times(f: Callable[[Expr], Expr]) -> Callable[[Expr, Expr], Expr]:

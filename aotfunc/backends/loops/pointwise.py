@@ -116,7 +116,8 @@ ROUND_FIRST = frozenset(
     (
         *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar),
         *(aten.rsub.Tensor, aten.rsub.Scalar, aten.pow.Tensor_Scalar, aten.pow.Scalar),
-        aten.fmod.Scalar,
+        *(aten.fmod.Scalar, aten.hardshrink.default),
+        *(aten.hardshrink_backward.default, aten.softshrink_backward.default),
     )
 )
 #: ops that are computed of complex numbers, too
