@@ -24,11 +24,11 @@ CASES = {
     "at a bound": lambda x, y, b: [
         shrunk
         for t in (0.1, 0.7)
-        for x in [torch.where(x > 0, t, x)]
+        for at in [torch.where(y > 0, t, y)]
         for shrunk in (
-            F.hardshrink(x, t),
-            torch.ops.aten.hardshrink_backward(y, x, t),
-            torch.ops.aten.softshrink_backward(y, x, t),
+            F.hardshrink(at, t),
+            torch.ops.aten.hardshrink_backward(y, at, t),
+            torch.ops.aten.softshrink_backward(y, at, t),
         )
     ],
     "sums": lambda x, y, b: (x.sum(1), (x * y).sum(0), (x * y).mean(1), x.amax(1)),
