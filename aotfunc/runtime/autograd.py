@@ -180,7 +180,7 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
         if len(new) > 1:
             node = new[0].grad_fn
             mine = [i for i in mine if i < halves.call.program.n_outputs]
-            outs, node.lifts = lifted([results[i] for i in mine], mine, halves.keeping)
+            outs, node.lifts = lifted([results[i] for i in mine], halves.lifts(mine))
             results.update(zip(mine, outs, strict=True))
     return [results[i] for i in range(count)], read_late
 
@@ -245,7 +245,7 @@ def same_node(
         return None
     known = facts(halves, halves.whole, dict.fromkeys(halves.saved, tensors[0]), [], None)
     compute, needed, differentiable = run.unchecked, picked(halves.needed), picked(inputs)
-    keeping, kept = halves.keeping, picked(known["keeping"])
+    keeping, kept, lifts = halves.keeping, picked(known["keeping"]), halves.lifts(outs)
 
     def call(*tensors: Tensor) -> Any:
         torch._C._set_grad_enabled(False)
@@ -257,7 +257,7 @@ def same_node(
         new = apply(known, found[:count], residuals, needed(tensors), *differentiable(tensors))
         if count > 1:
             node = new[0].grad_fn
-            new, node.lifts = lifted(new, outs, keeping)
+            new, node.lifts = lifted(new, lifts)
         return tree(new)
 
     return call

@@ -25,6 +25,7 @@ from .chain_steps import FUNCTION, stages
 from .execute import before_writes
 from .late_reads import late_reads
 from .late_state import reads_state
+from .lifted import Groups, grouped
 from .meetings import as_known, kept_results, meetings, opened, parted
 
 aten = torch.ops.aten
@@ -114,6 +115,11 @@ class Halves:
         return self.program.once(
             ("parts", self.wrt, apart), lambda: parts(self.masks, self.wrt, apart)
         )
+
+    def lifts(self, outs: Sequence[int]) -> Groups:
+        """Return which of the results ``outs`` of one node go behind nodes in common."""
+        key = ("lifts", self.wrt, *outs)
+        return self.program.once(key, lambda: grouped(outs, self.keeping))
 
     def unwritten(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the inputs, with copies of those that the backward reads and that the call writes

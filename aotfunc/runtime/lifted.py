@@ -3,33 +3,46 @@ calls the hooks of all results of a node, with None for those that no gradient r
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 #: results that keep themselves: number -> (their node, their place there)
-Lifts = dict[int, tuple[weakref.ref, int]]
+Lifts = dict[int, tuple[ref, int]]
 
 
-def lifted(
-    new: Sequence[Tensor], numbers: Sequence[int], keeping: Mapping[int, Any]
-) -> tuple[list[Tensor], Lifts]:
-    """Return the results ``new`` of a node, each behind a node of its own. Those that keep
-    themselves for a second derivative share one with the other results of the op."""
-    outs, lifts = [*new], Lifts()
+class Groups(NamedTuple):
+    """The results of a node, by their places there: those that go behind one node ``together``,
+    with their numbers in the call, as they keep themselves for a second derivative; the others."""
+
+    together: Sequence[tuple[Sequence[int], Sequence[int]]]
+    others: Sequence[int]
+
+
+def grouped(numbers: Sequence[int], keeping: Mapping[int, Any]) -> Groups:
+    """Return the groups of a node's results; those of one op that keep themselves are together."""
     ops: dict[Hashable, list[int]] = {}
-    for at, (o, k) in enumerate(zip(new, numbers, strict=True)):
+    for at, k in enumerate(numbers):
         if k in keeping:
             ops.setdefault(keeping[k].group, []).append(at)
-        else:
-            outs[at] = kept(o)[0] if o.is_complex() else lift(o)
-    for places in ops.values():
+    together = [(places, [numbers[at] for at in places]) for places in ops.values()]
+    return Groups(together, [at for at, k in enumerate(numbers) if k not in keeping])
+
+
+def lifted(new: Sequence[Tensor], groups: Groups) -> tuple[list[Tensor], Lifts]:
+    """Return the results ``new`` of a node behind nodes of their own."""
+    outs, lifts = [*new], Lifts()
+    for places, numbers in groups.together:
         found = kept(*[new[at] for at in places])
-        for i, (at, o) in enumerate(zip(places, found, strict=True)):
-            outs[at], lifts[numbers[at]] = o, (weakref.ref(o.grad_fn), i)
+        node = ref(found[0].grad_fn)
+        for i, k in enumerate(numbers):
+            outs[places[i]], lifts[k] = found[i], (node, i)
+    for at in groups.others:
+        o = new[at]
+        outs[at] = kept(o)[0] if o.is_complex() else lift(o)
     return outs, lifts
 
 
@@ -58,6 +71,6 @@ kept = super(torch.autograd.Function, Lift).apply
 
 def as_kept(lifts: Lifts, k: int) -> Tensor | None:
     """Return result ``k`` as autograd knows it behind its own node; None if that node is gone."""
-    ref, i = lifts.get(k, (None, 0))
-    node: Any = None if ref is None else ref()
+    found, i = lifts.get(k, (None, 0))
+    node: Any = None if found is None else found()
     return None if node is None else node.saved_tensors[i]
