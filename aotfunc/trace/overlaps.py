@@ -7,7 +7,7 @@ ways are tried once, on scratch memory in which they lie as the arguments do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..cache import Cache
 from ..debug import at, user_line
 from ..errors import CaptureError, OpError
-from .memory import extent, memory_at, overlap
+from .memory import extent, memory_at, memory_of, overlap
 from .records import written_slots
 from .scalars import NUMBER
 from .shapes.instr import Instr
@@ -48,13 +48,13 @@ def check_overlaps(trace: Trace) -> None:
     if len(refs) == 1 or apart(trace, refs):
         return
     written = written_slots(instr)
-    places: dict[int, Place] = {}
-    inside: dict[Any, list[int]] = {}  # the slots of each memory
-    for i in (*written, *(i for i, sig in enumerate(instr.sigs) if sig is not NUMBER)):
-        if i not in places:
-            places[i] = Place(*memory_at(trace, refs[i], instr.sigs[i]))
-            inside.setdefault(places[i].memory, []).append(i)
-    pairs = ((w, i) for w in written for i in inside[places[w].memory] if i != w)
+    places = {
+        i: Place(*memory_at(trace, refs[i], sig))
+        for i, sig in enumerate(instr.sigs)
+        if sig is not NUMBER
+    }
+    found = neighbours(places, {i: extent(instr.sigs[i].proto) for i in places})
+    pairs = ((w, i) for pair in found for w, i in (pair, pair[::-1]) if w in written)
     met = next((pair for pair in pairs if meet(instr, places, *pair)), None)
     if met is None:
         return
@@ -80,6 +80,33 @@ def apart(trace: Trace, refs: Sequence[int]) -> bool:
     of, count = trace.roots().of, len(trace.inputs)
     made = [r for ref in refs if (r := of.get(ref, ref)) >= count]
     return len(made) >= len(refs) - 1 and len({*made}) == len(made)
+
+
+def neighbours(
+    places: Mapping[int, Place], extents: Mapping[int, int]
+) -> Iterator[tuple[int, int]]:
+    """Yield the pairs of arguments whose spans of bytes meet."""
+    memories: dict[Any, list[int]] = {}
+    for i in sorted(places, key=lambda i: places[i].start):
+        before = memories.setdefault(places[i].memory, [])
+        before[:] = [j for j in before if places[j].start + extents[j] > places[i].start]
+        yield from [(j, i) for j in before]
+        before.append(i)
+
+
+def cross(elements: Sequence[Sequence[Tensor]], shared: Sequence[Tensor]) -> bool:
+    """Return whether an op on lists writes to the first tensor of an element what another element
+    shows, or what all of them share. PyTorch goes through the lists one element after the
+    other."""
+    every = [(k, i == 0, t) for k, one in enumerate(elements) for i, t in enumerate(one)]
+    every += [(-1, False, t) for t in shared]
+    places = {n: Place(*memory_of(t)) for n, (*_, t) in enumerate(every)}
+    for a, b in neighbours(places, {n: extent(t) for n, (*_, t) in enumerate(every)}):
+        (k, writes, s), (other, written, t) = every[a], every[b]
+        if k != other and (writes or written):
+            if overlap(s, places[a].start, t, places[b].start):
+                return True
+    return False
 
 
 def meet(instr: Instr, places: Mapping[int, Place], w: int, i: int) -> bool:

@@ -25,6 +25,7 @@ from .in_place import refresh
 from .kernels import READ_AS_LAID, misread
 from .numbers import forgive
 from .outside import StandIn
+from .overlaps import cross
 from .places import is_integer, narrow_traced, subscript
 from .records import flat_tensors
 from .shapes.infer import TOLD, infer
@@ -232,15 +233,26 @@ def _laid(op: OpOverload, trace: Trace, *args: Any, **kwargs: Any) -> Any:
 
 
 def _on_lists(op: OpOverload, trace: Trace, *args: Any, **kwargs: Any) -> Any:
-    """Record a write to the tensors of a list as one write each if only some require grad:
-    autograd sees them one by one."""
-    sizes = range(len(args[0]))
-    each = [[a[k : k + 1] if isinstance(a, list | tuple) else a for a in args] for k in sizes]
-    if len({any(map(needs_grad, flat_tensors(one))) for one in each}) < 2:
+    """Record a write to the tensors of a list as one write each if only some require grad, as
+    autograd sees them one by one, or if one is written to and belongs to another element, too."""
+    elements = [flat_tensors(one) for one in zip(*filter(is_list, args), strict=False)]
+    shared = flat_tensors([a for a in args if not is_list(a)])
+    mixed = {any(map(needs_grad, (*one, *shared))) for one in elements}
+    if len(elements) < 2 or (len(mixed) < 2 and not cross(elements, shared)):
         return NotImplemented
+    names = [a.name for a in op._schema.arguments]
     with trace:
-        for one in each:
-            op(*one, **kwargs)
+        for k in range(len(elements)):
+            one = slice(k, k + 1)  # (a tensor of scalars has one for each element)
+            each = [
+                a[one] if is_list(a) or name == "scalars" else a
+                for name, a in zip(names, args, strict=False)
+            ]
+            op(*each, **kwargs)
+
+
+def is_list(a: Any) -> bool:
+    return isinstance(a, list | tuple)
 
 
 def _reshape_newest(view: OpOverload, trace: Trace, x: Tensor, *args: Any) -> Any:

@@ -45,9 +45,25 @@ TABLE = {
     "x[i] = x": (lambda x: x.__setitem__(INDEX, x), rows, REFUSED_BY_EAGER),
     "draws by its numbers": (lambda x: x.div_(12).bernoulli_(x), rows, EQUAL),
     "a list of parts": (lambda x: torch._foreach_mul_([x[0], x[1]], 2.0), rows, EQUAL),
-    "a list that holds it twice": (lambda x: torch._foreach_mul_([x, x], 2.0), rows, REFUSED),
+    "a list that holds it twice": (lambda x: torch._foreach_mul_([x, x], [2.0, 3]), rows, EQUAL),
+    "lists that share a row": (lambda x: torch._foreach_add_([x[:2], x[1:]], 1), rows, EQUAL),
+    "a list beside a part": (
+        lambda x: torch._foreach_mul_([x[0, 1], x[1]], x[0, 1]),
+        rows,
+        EQUAL,
+    ),
+    "a tensor of scalars": (
+        lambda x: torch._foreach_addcmul_([x, x], [x, x], [x, x], torch.tensor([2.0, 3])),
+        rows,
+        EQUAL,
+    ),
+    "a list of what overlaps": (
+        lambda x: torch._foreach_add_([x, x], [x[0], x]),
+        columns,
+        REFUSED,
+    ),
     "lists of parts": (lambda x: torch._foreach_add_([*x[:2]], [*x[:2]]), rows, EQUAL),
-    "lists that cross": (lambda x: torch._foreach_add_([*x[:2]], [x[1], x[0]]), rows, REFUSED),
+    "lists that cross": (lambda x: torch._foreach_add_([*x[:2]], [x[1], x[0]]), rows, EQUAL),
     "real and imaginary parts": (lambda x: x.view(torch.cfloat).mul_(x[:, ::2]), rows, EQUAL),
     "its bytes": (lambda x: x.view(torch.int32).t().add_(x.t()[0].int()), rows, EQUAL),
 }
