@@ -177,6 +177,12 @@ EXTRA = {
     "checkpoint, backward": lambda: aot_function(lambda x: checkpointed(x, use_reentrant=False))(
         x.clone().requires_grad_()
     ).backward(),
+    "results that ops save": lambda: jit(
+        lambda x: (
+            (x.tanh(), x.softmax(0), x.norm(), x.cumprod(0), x.logsumexp(0), x.amax(1))
+            + (*torch.linalg.qr(x), torch.linalg.inv(x[:, :3]), torch.linalg.svdvals(x))
+        )
+    )(x.clone().requires_grad_()),
     "graph": graph,
     "autograd.Function": lambda: vmap(grad(lambda x: Cube.apply(x).sum()))(x),
     "writes": lambda: aotfunc.functionalize(written)(x),

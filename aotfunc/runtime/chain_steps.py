@@ -17,6 +17,8 @@ from ..graph import Program, needed_for
 from ..trace.emit import Builder, paused_gc, remap
 from ..trace.modes import outside_inference_mode, without_modes
 from ..trace.nested import leaves
+from ..trace.shapes.infer import AFFORDABLE, python_meta, zeros_at
+from ..trace.shapes.sig import Facts
 from ..transforms.fresh import fresh
 from ..transforms.walk import builder
 
@@ -130,13 +132,17 @@ def saves_a_result(n: Node) -> bool:
 @outside_inference_mode
 def saved_results(n: Node, active: Container[Node]) -> set[int]:
     """Return the numbers of the results that PyTorch's op keeps for its derivative by the
-    ``active`` ones of its arguments."""
-    if not isinstance(n.target, OpOverload) or n.target.namespace != "aten":
+    ``active`` ones of its arguments: those of a run on zeros, if its kernel without data would
+    import half of PyTorch."""
+    op = n.target
+    if not isinstance(op, OpOverload) or op.namespace != "aten":
         return set()
+    size = sum(x.meta["val"].numel for x in n._input_nodes)
+    tried = python_meta(op) and not Facts(op).random and size < AFFORDABLE
 
     def example(x: Node) -> Tensor:
         val = x.meta["val"]
-        t = torch.empty_strided(val.shape, val.stride, dtype=val.dtype, device="meta")
+        t = zeros_at(val) if tried else val.fresh()
         return t.requires_grad_(val.differentiable and x in active)
 
     set_aside = torch._C._autograd._saved_tensors_hooks_set_tracing
@@ -144,7 +150,7 @@ def saved_results(n: Node, active: Container[Node]) -> set[int]:
     try:
         with torch.enable_grad(), without_modes(), _disable_current_modes():
             args, kwargs = remap((n.args, n.kwargs), {x: example(x) for x in n._input_nodes})
-            found = leaves(n.target(*args, **kwargs))
+            found = leaves(op(*args, **kwargs))
     except RuntimeError:  # there is no kernel without data
         return set()
     finally:
