@@ -19,6 +19,7 @@ from ..debug import at, user_line
 from ..errors import AotfuncError, ArgumentError, CaptureError, GraphError
 from ..partition import min_cut_rematerialization_partition
 from ..runtime.aliasing import Changes
+from ..runtime.chains import made_by
 from ..runtime.compiled import Compiled
 from ..runtime.execute import as_function
 from ..runtime.graph_module import graph_module
@@ -118,6 +119,7 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
         "positional": len(names),
         "results": results.tree,
         "program": program_data(fresh(rec.program(), rec.aliases)),
+        "made": made_by(rec),
         "state": used,
         "not persistent": not_persistent(f),
         "differentiated": [x.requires_grad for x in inputs],
@@ -150,6 +152,7 @@ class Exported(nn.Module):
     ) -> None:
         super().__init__()
         self._data, self._program = data, program_of(data["program"])
+        self._program.once("made", lambda: tuple(data.get("made", ())))
         self._signatures = [p.meta["val"] for p in self._program.placeholders]
         self._pipeline = Halved(data["name"], backend)
         self._pipeline.halves = {k: program_of(p) for k, p in data["halves"].items()}

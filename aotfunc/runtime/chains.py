@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..capture.calls import CompiledCall, CompiledStep, hidden_writes
+from ..capture.calls import CallStep, CompiledCall, CompiledStep, hidden_writes
 from ..capture.captured import Captured
 from ..capture.live_hooks import TensorHooks, live_hooks
 from ..graph import Program, needed_for
@@ -69,7 +69,11 @@ def made_by(rec: Captured) -> tuple[str, ...]:
     for instr, refs, *_ in trace.records:
         for s in written_slots(instr):
             made[refs[s]] = name_of(instr_op(instr))
-        nested = instr.call.made if instr.__class__ is CompiledStep else ()
+        nested: Sequence[str] = ()
+        if isinstance(instr, CompiledStep):
+            nested = instr.call.made
+        elif isinstance(instr, CallStep):  # of an exported program, which has been rewritten
+            nested = instr.program.once("made", tuple)
         for i in range(results_of(instr)):
             made[end] = nested[i] if i < len(nested) else name_of(instr_op(instr))
             end += 1
