@@ -70,7 +70,11 @@ kept = super(torch.autograd.Function, Lift).apply
 
 
 def as_kept(lifts: Lifts, k: int) -> Tensor | None:
-    """Return result ``k`` as autograd knows it behind its own node; None if that node is gone."""
+    """Return result ``k`` as autograd knows it behind its own node; None if that node is gone, or
+    has let go of it, as no graph is retained: eager has no further derivative then."""
     found, i = lifts.get(k, (None, 0))
     node: Any = None if found is None else found()
-    return None if node is None else node.saved_tensors[i]
+    try:
+        return None if node is None else node.saved_tensors[i]
+    except RuntimeError:
+        return None
