@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,22 +16,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import TreeSpec
+from torch.utils.weak import WeakIdRef
 
 from ..cache import Cache
 from ..errors import CaptureError
-from ..graph import Program
 from ..trace.marks import once
 from ..trace.nested import listed
-from ..trace.recording import record_into
 from ..trace.shapes.instr import SIMPLE
 from ..trace.shapes.sig import Sig, floating
-from ..trace.traced import current
+from ..trace.traced import Traced, current
 from ..trace.tracer import Trace
 from ..transforms.vjp import contiguous_sig
-from ..transforms.walk import builder
-from .captured import Captured
-from .concretize import agreed
 from .custom_derivative import Later, RuleProgram
+from .recorded_rule import recorded_now, recorded_rule, with_numbers
 from .tree import Operands
 
 
@@ -122,21 +118,26 @@ def rule_program(
 ) -> Any:
     """Return a rule recorded as a program, or the error that it raised; append what it reads, as
     ``seen``, to ``residuals``."""
-    if calls in _recorded_now.rules:
+    under_way = recorded_now.of(calls)
+    if under_way is not None:
         bare, read = held(ctx)
+        known = known_by(bare)
+        closed = under_way.closed_over(known is None)
+        read += [t for t in closed if not any(t is r for r in read)]
     else:
-        made = recorded_rule(name, lambda *xs: rule(ctx, *xs), sigs, calls)
+        own = ctx if known_by(held(ctx)[0]) is not None else with_kept(ctx, twin)
+        made = recorded_rule(name, lambda *xs: rule(own, *xs), sigs, calls, contents(own))
         if isinstance(made, Exception):
             return made
-        program, read = made
+        program, trace = made
+        read = trace.lifted
     found = seen(read)
     if isinstance(found, Exception):
         return found
     first = len(residuals)
     residuals += found
-    if calls in _recorded_now.rules:
-        more = [current().ref_of(t)[1] for t in read]  # type: ignore[union-attr]
-        return later(name, rule, bare, first, sigs, more, calls)
+    if under_way is not None:
+        return later(name, rule, bare, first, sigs, read, closed, calls, known)
     return RuleProgram(program, first, len(read))
 
 
@@ -221,24 +222,26 @@ def _once_differentiable(ctx: Any, g: Any) -> Any:
 _ONCE = _once_differentiable.__code__  # type: ignore[attr-defined]
 
 
-class _RecordedNow(threading.local):
-    def __init__(self) -> None:
-        self.rules: list[Any] = []  # the derivatives being recorded
-        self.compared: list[Any] = []  # the keys of those recorded for a comparison
-
-
-_recorded_now = _RecordedNow()
-
-
 class Held(int):
     """The place of the i-th tensor that a context keeps."""
+
+
+def contents(ctx: Context) -> list[Tensor]:
+    """Return the tensors that a context keeps."""
+    kept = [*ctx.to_save, *ctx.saved_for_forward, *vars(ctx).values()]
+    return [t for t in kept if isinstance(t, Tensor)]
+
+
+def twin(x: Any) -> Any:
+    """Return another tensor object for a value: functions that a context keeps may close over
+    tensors that it keeps, too, and are to be told from it."""
+    return x.tracer.alias(x) if x.__class__ is Traced else x
 
 
 def held(ctx: Context) -> tuple[Context, list[Tensor]]:
     """Return a copy of a context with Held in place of its tensors, and these tensors, each
     once."""
-    kept = [*ctx.to_save, *ctx.saved_for_forward, *vars(ctx).values()]
-    tensors = list({id(t): t for t in kept if isinstance(t, Tensor)}.values())
+    tensors = list({id(t): t for t in contents(ctx)}.values())
     numbers = {id(t): Held(i) for i, t in enumerate(tensors)}
     bare = copy.copy(ctx)
     bare.dirty_tensors = bare.non_differentiable = ()
@@ -263,33 +266,52 @@ def later(
     ctx: Context,
     first: int,
     sigs: Sequence[Sig],
-    more: list,
+    read: Sequence[Tensor],
+    closed_over: Sequence[Tensor],
     calls: Any,
+    known: Any,
 ) -> Later:
     """Return the rule as a RuleProgram to be recorded on demand: a program of its given values
-    (``sigs``) and of the context's contents (``more``). It holds no tensor."""
+    (``sigs``) and of what it ``read``: the context's contents, and tensors that it closes over. It
+    holds no tensor. ``known`` is the key of the context, None if it has none."""
+    more = [current().ref_of(t)[1] for t in read]  # type: ignore[union-attr]
+    seen, closed = [*map(WeakIdRef, read)], tuple(map(WeakIdRef, closed_over))
 
     def on(*xs: Tensor) -> Any:
-        given, kept = xs[: len(sigs)], xs[len(sigs) :]
+        trace, given, kept = current(), xs[: len(sigs)], xs[len(sigs) :]
+        assert trace is not None
+        alive = [t() for t in seen]
+        for x, real in zip(kept, alive, strict=True):
+            if real is not None:
+                trace.stand_for(x, real)
+                if WeakIdRef(real) in closed:
+                    trace.autograd.leaves[x.ref] = real.requires_grad
         return rule(with_kept(ctx, lambda x: kept[x] if isinstance(x, Held) else x), *given)
 
     def make() -> Any:
-        made = recorded_rule(name, on, [*sigs, *more], calls)
+        alive = [t for c in closed if (t := c()) is not None]
+        made = recorded_rule(name, on, [*sigs, *more], calls, closed=alive)
         if isinstance(made, Exception):
             return made
-        program, lifted = made
-        if lifted:
+        program, trace = made
+        if trace.foreign():
             return CaptureError(
-                f"{name}: a derivative that calls {name} again must get its tensors through ctx"
+                f"{name}: a derivative that calls {name} again reads a tensor that it did not "
+                "read when it was applied: pass it through ctx"
             )
-        return RuleProgram(program, first, len(more))
+        return RuleProgram(with_numbers(program, trace.lifted), first, len(more))
 
     new = Later(make, first, len(more))
+    key = (name, rule, known, first, tuple(sigs), tuple(more), calls, closed)
+    return new if known is None else earlier(key, new)
+
+
+def known_by(ctx: Context) -> Any:
+    """Return a key for a context without tensors, None if it keeps other than plain values."""
     try:
-        kept = tuple((name, plain_key(x)) for name, x in vars(ctx).items())
+        return tuple((name, plain_key(x)) for name, x in vars(ctx).items())
     except TypeError:
-        return new
-    return earlier((name, rule, kept, first, tuple(sigs), tuple(more), calls), new)
+        return None
 
 
 #: rules to be recorded on demand
@@ -300,12 +322,12 @@ def earlier(key: tuple, new: Later) -> Later:
     """Return the equal rule of an earlier call, so that programs that hold it are equal, too;
     ``new`` if recording the earlier one again would give another."""
     known = _later.get(key)
-    if known is not None and known.made is not None and key not in _recorded_now.compared:
-        _recorded_now.compared.append(key)
+    if known is not None and known.made is not None and key not in recorded_now.compared:
+        recorded_now.compared.append(key)
         try:
             known = known if new.part() == known.made else None
         finally:
-            _recorded_now.compared.remove(key)
+            recorded_now.compared.remove(key)
     if known is None:
         _later.put(key, known := new)
     return known
@@ -322,49 +344,3 @@ def plain_key(x: Any) -> Any:
     if type(x) not in (*SIMPLE, float, complex, Held):
         raise TypeError(f"{type(x).__name__} is no plain value")
     return type(x), repr(x)
-
-
-def recorded_rule(name: str, rule: Callable, sigs: Sequence[Sig], calls: Any) -> Any:
-    """Return ``(program, closed-over tensors)`` of a rule on values with these signatures, a
-    result per leaf; or the error that it raised."""
-    why_not = f"the derivative of {name} is recorded, without values"
-    if name.startswith(("hook", "a hook")):
-        why_not = (
-            "a hook inside a captured function is recorded, without values: register it outside, "
-            "on an argument, a parameter or a result"
-        )
-    inner = Trace(why_not, ask=agreed)
-    inner.of_a_rule = True
-    values = [inner.input_like(sig) for sig in sigs]
-    inner.autograd.leaves.update((t.ref, True) for t in values)
-    _recorded_now.rules.append(calls)
-    try:
-        rec = record_into(inner, lambda: Captured(inner, rule(*values), lambda: ()))
-    except NotImplementedError as e:
-        return CaptureError(f"{name} has no derivative: {e}")
-    except Exception as e:
-        # the user's error is raised when this derivative is taken, as in eager
-        return e.with_traceback(None)
-    finally:
-        _recorded_now.rules.pop()
-    base = rec.program()
-    trace = current()
-    if inner.strided and trace is not None:
-        trace.strided = True
-    if base.mutated:
-        return CaptureError(
-            f"the backward or jvp of {name} writes to what it was given or saved; clone() it "
-            "there first"
-        )
-    if len(rec.tensors) == len(rec.leaves):
-        return base, inner.lifted
-
-    def with_nones() -> Program:
-        b = builder()
-        outs = b.inlined(base, b.inputs(base.placeholders))
-        full: list = [None] * len(rec.leaves)
-        for i, o in zip(rec.tensors, outs, strict=False):
-            full[i] = o
-        return Program(b.finish(full), base.n_inputs, len(full), (), "backward")
-
-    return base.once(("gaps", tuple(rec.tensors), len(rec.leaves)), with_nones), inner.lifted

@@ -25,8 +25,9 @@ from ..transforms.walk import filled_node
 from .autograd_function import BEGIN, End
 from .custom_derivative import CustomDerivative, RuleProgram, failing, is_ours, splice_rule
 from .deferred import Deferred, calls_late
-from .function_rules import patterns, recorded_rule
+from .function_rules import patterns
 from .live_hooks import Identity, Link, ModuleHooks
+from .recorded_rule import recorded_rule
 
 
 class HookedCall(Link):
@@ -166,8 +167,8 @@ def recorded_hooks(
         made = recorded_rule(waiting.name, rule, sigs, hook)
         if isinstance(made, Exception):
             return made
-        program, lifted = made
-        refs = waiting.refs(lifted)
+        program, trace = made
+        refs = waiting.refs(trace.lifted)
         if isinstance(refs, Exception):
             return refs
         residuals.extend(refs)

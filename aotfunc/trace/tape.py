@@ -21,7 +21,7 @@ from .memory import MemoryPlace, places_of
 from .records import Record, Roots
 from .seeds import Seeds
 from .shapes.sig import Sig, sig_of
-from .traced import Traced, check_leak, current
+from .traced import Traced, check_leak, current, under_way
 
 if TYPE_CHECKING:
     from .following import Following
@@ -168,7 +168,7 @@ class Tape:
         ref = self._lift_refs.get(key)
         if ref is None:
             self._keep.append(t)  # no other tensor may get id(t)
-            if t.__class__ is Traced and t.tracer.finished:
+            if t.__class__ is Traced and t.tracer.finished and not stands_around(t):
                 check_leak(t)
                 t = t.tracer.value(t)
             ordinary = ordinary_tensor(t)
@@ -317,8 +317,8 @@ class Tape:
         return [*range(len(self.inputs)), *range(-1, -1 - len(self.lifted), -1)]
 
     def foreign(self) -> list[Tensor]:
-        """Return the lifted tensors that ``f`` has not made itself."""
-        return [t for i, t in enumerate(self.lifted) if -1 - i not in self.made_inside]
+        """Return the lifted tensors that ``f`` has not made itself, as it reads them."""
+        return [t for i, t in enumerate(self._keep) if -1 - i not in self.made_inside]
 
     def position(self, ref: int) -> int:
         """Return the position of an input or lifted tensor among the program's placeholders."""
@@ -344,6 +344,11 @@ class Tape:
         """Return whether ``ref`` is a conjugate, or a view of one, which eager would hold
         lazily."""
         return ref in self.roots().conjugates
+
+
+def stands_around(t: Tensor) -> bool:
+    """Return whether a recording under way has a number for ``t``."""
+    return any(trace.seen_as(t) is not None for trace in under_way.traces)
 
 
 def signature(t: Tensor) -> Sig:

@@ -411,6 +411,44 @@ def test_recursive_rules_are_recorded_once():
     assert len(_steps) == before
 
 
+TWO = torch.tensor(2.0, dtype=torch.float64)
+READ = {"a tensor from outside": lambda: TWO, "a number": lambda: torch.tensor(2.0)}
+
+
+@pytest.mark.parametrize("read", READ.values(), ids=READ)
+@pytest.mark.parametrize("kind", ["jvp", "vjp", "function"])
+def test_recursive_rules_close_over_tensors(kind, read):
+    """tanh(2 x), with derivatives of any order by itself."""
+    slope = lambda f, x: read() * (1 - f(x) ** 2)
+    if kind == "jvp":
+        f = custom_jvp(lambda x: (read() * x).tanh())
+        f.defjvp(lambda primals, tangents: (f(*primals), tangents[0] * slope(f, *primals)))
+    elif kind == "vjp":
+        f = custom_vjp(lambda x: (read() * x).tanh())
+        f.defvjp(lambda x: ((2 * x).tanh(), x), lambda x, g: (g * slope(f, x),))
+    else:
+
+        class Tanh(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return (2 * x).tanh()
+
+            @staticmethod
+            def backward(ctx, g):
+                return g * slope(Tanh.apply, *ctx.saved_tensors)
+
+        f = Tanh.apply
+    x, reference = torch.tensor(0.3, dtype=torch.float64), lambda x: (2 * x).tanh()
+    push = lambda f: lambda x: jvp(f, (x,), (x.cos(),))[1]
+    for through in (
+        lambda f: grad(grad(grad(f))),
+        lambda f: push(push(push(f))),
+        lambda f: lambda x: vmap(grad(push(f)))(torch.stack([x, -x])),
+    ):
+        torch.testing.assert_close(through(f)(x), through(reference)(x))
+
+
 def test_a_batching_rule_reads_tensors_from_outside():
     w = torch.tensor([2.0, 3.0])
     f = custom_vmap(lambda x: x * w)
@@ -418,8 +456,10 @@ def test_a_batching_rule_reads_tensors_from_outside():
     batch = torch.ones(4, 2)
     assert vmap(f, 0)(batch).tolist() == [[102, 3]] * 4
     assert vmap(f, 1)(batch.mT).tolist() == [[102, 3]] * 4
+    assert jit(vmap(f), backend="eager")(batch).tolist() == [[102, 3]] * 4
+    f.def_vmap(lambda size, in_batched, x: (x * w + torch.tensor([[100.0] * 33] * 2).sum(1), True))
     with pytest.raises(CaptureError, match="the batching rule of function is recorded here"):
-        jit(vmap(f))(batch)  # where it makes a tensor from numbers
+        jit(vmap(f))(batch)  # where it makes a tensor of many numbers
     f.def_vmap(lambda size, in_batched, x: (x * w + 100, True))
     for _ in range(2):  # recorded: as operands of the call
         want = vmap(f)(batch)

@@ -59,6 +59,10 @@ SOLVERS = {
     ),
     "root": lambda a, b: custom_root(lambda x: a @ x - b, torch.zeros_like(b), newton, dense),
 }
+#: closing over the matrix that is differentiated: what a solver reads has no derivative there
+SOLVERS["by the matrix"] = lambda a, b: custom_linear_solve(
+    lambda v: a @ v, b, lambda _, b: solved(a, b), lambda _, b: solved(a.mT, b)
+)
 THROUGH = {
     "value": lambda f: f,
     "grad": lambda f: grad(lambda a, b: f(a, b).square().sum(), (0, 1)),
@@ -76,6 +80,9 @@ THROUGH = {
     ),
     "grad of grad": lambda f: (
         lambda a, b: grad(lambda a: grad(lambda a: f(a, b).sum())(a).square().sum())(a)
+    ),
+    "jvp of jvp": lambda f: (
+        lambda a, b: along(lambda a: along(lambda a: f(a, b), a, a.cos()), a, a)
     ),
     "jit": lambda f: jit(grad(lambda a, b: f(a, b).sum(), (0, 1))),
 }
