@@ -200,14 +200,22 @@ class Series:
 
     def powered(self, n: Node, k: int) -> Any:
         """Return the series of ``n' x = p n x'``: ``k x_0 n_k`` is the sum of ``(p j - k + j) x_j
-        n_(k-j)`` for j from 1 to k (Knuth, "The Art of Computer Programming", volume 2, 4.7)."""
+        n_(k-j)`` for j from 1 to k (Knuth, "The Art of Computer Programming", volume 2, 4.7).
+        Where ``x_0`` is 0 the sum is 0, and so is the coefficient of an order below p."""
         x, p = n.args
+        if p == 0:
+            return None
         terms = [
             self.scaled(self.times(aten.mul.Tensor, x, j, n, k - j), (p * j - k + j) / k)
             for j in range(1, k + 1)
         ]
-        found = self.total(terms)
-        return found and self.b.call(aten.div.Tensor, found, self.coefficient(x, 0))
+        found, divisor = self.total(terms), self.coefficient(x, 0)
+        if found is None:
+            return None
+        if k < p.real:
+            zero = self.b.call(aten.eq.Scalar, divisor, 0)
+            divisor = self.b.call(aten.masked_fill.Scalar, divisor, zero, 1)
+        return self.b.call(aten.div.Tensor, found, divisor)
 
     def convolved(self, op: Any, x: Any, y: Any, js: Sequence[int], k: int, **how: Any) -> Any:
         """Return the sum of ``op(x_j, y_(k-j))``."""
@@ -251,7 +259,7 @@ def nodes_between(ends: set[Node], outs: Sequence[Any]) -> list[Node]:
 
 
 def whole_power(p: Any) -> bool:
-    return not isinstance(p, complex) and p == int(p) and 2 <= p <= 64
+    return not isinstance(p, complex) and 2 <= p <= 64 and p == int(p)
 
 
 def integer_power(x: Tensor, p: int) -> Tensor:

@@ -177,6 +177,18 @@ def test_coefficients_instead_of_derivatives():
     torch.testing.assert_close([t.item() for t in terms], [1.0, 1 / 2, 1 / 6])
 
 
+@pytest.mark.parametrize("p", [0, 0.0, 3.5, 65.0])
+def test_powers_of_zero(p):
+    """Coefficients below the exponent are zero there, not zero by zero."""
+    x, f = torch.tensor([0.0, 1.0], dtype=D), lambda x: x**p
+    torch.testing.assert_close(
+        jet(f, (x,), ([torch.ones_like(x), None, None],))[1],
+        tower(f, x, [torch.ones_like(x), None, None]),
+    )
+    third = jacrev(lambda x: diag_hessian(lambda x: f(x).sum())(x).sum())(x)
+    torch.testing.assert_close(third, torch.tensor([0, p * (p - 1) * (p - 2)], dtype=D))
+
+
 def test_under_transforms():
     x, v = numbers(4), numbers(4, seed=1)
     third = lambda x: jet(FUNCTIONS["mlp"], (x,), ([v, None, None],))[1][2]
