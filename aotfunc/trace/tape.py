@@ -31,6 +31,9 @@ _wrapper = torch.Tensor._make_wrapper_subclass
 _inference_mode = torch.is_inference_mode_enabled
 
 
+functorch = torch._C._functorch
+
+
 class Tape:
     """The contents of one recording. Inputs are numbered 0, 1, …, then results in order; lifted
     outside tensors -1, -2, …
@@ -171,6 +174,7 @@ class Tape:
             if t.__class__ is Traced and t.tracer.finished and not stands_around(t):
                 check_leak(t)
                 t = t.tracer.value(t)
+            check_levels(t)
             ordinary = ordinary_tensor(t)
             # the next call would not find it
             if ordinary is not t and not self.may_ask_constants:
@@ -344,6 +348,20 @@ class Tape:
         """Return whether ``ref`` is a conjugate, or a view of one, which eager would hold
         lazily."""
         return ref in self.roots().conjugates
+
+
+def check_levels(t: Tensor) -> None:
+    """Refuse a recorded value that a transform of torch.func's follows: as one from outside it
+    would lose its derivative."""
+    inner = t
+    while functorch.is_functorch_wrapped_tensor(inner):
+        inner = functorch.get_unwrapped(inner)
+    if inner is not t and inner.__class__ is Traced:
+        raise CaptureError(
+            "a call of a Function, a loop, a transform or a compiled function in a transform of "
+            f"torch.func's that is captured itself{at(debug.user_line())}: its derivative would "
+            "be lost; use aotfunc's transform there"
+        )
 
 
 def stands_around(t: Tensor) -> bool:

@@ -1,13 +1,15 @@
 """Our transforms inside PyTorch's and the reverse: right, or an error of ours; never a silent
 wrong number."""
 
+import itertools
+
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 
 import aotfunc
 from aotfunc import grad, jacrev, jvp, make_fx, vmap
-from aotfunc.errors import AotfuncError
+from aotfunc.errors import AotfuncError, CaptureError
 from tests.inputs import f64
 from tests.reference import assert_same
 
@@ -74,6 +76,40 @@ def test_theirs_inside_ours(name):
 def test_ours_inside_theirs(name):
     x = f64(3)
     right_or_error(lambda: OURS_INSIDE[name](x), 3 * x**2)
+
+
+class Cube(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 3 * ctx.saved_tensors[0] ** 2
+
+
+@pytest.mark.parametrize("around", [grad, aotfunc.functionalize, aotfunc.jit])
+def test_ours_inside_theirs_inside_ours(around):
+    """The derivative was lost, without a word."""
+    x, known = f64(3), aotfunc.jit(lambda x: x**3, backend="eager")
+    known(x), known(x[0])
+    calls = {
+        "a call": known,
+        "a Function": Cube.apply,
+        "a transform": lambda x: vmap(lambda x: x**3)(x),
+        "a branch": lambda x: aotfunc.cond(x.sum() < 99, lambda x: x**3, torch.sin, x),
+    }
+    theirs = (torch.func.vmap, lambda f: torch.func.grad(lambda x: f(x).sum()))
+    for f, transform in itertools.product(calls.values(), theirs):
+        inner = transform(f)
+        with pytest.raises(CaptureError, match="its derivative would be lost; use aotfunc's"):
+            around(lambda x, inner=inner: inner(x[None])[0].sum())(x)
 
 
 # a function of ours that closes over a value of torch.func's, which must not lose its derivative
