@@ -22,6 +22,7 @@ from ..trace.functionalize import Functionalizer, input_nodes
 from ..trace.kinds import is_fake
 from ..trace.outside import check_stand_ins
 from ..trace.scalars import TENSOR, bits_of
+from ..trace.shared_parts import check_shared_parts
 from ..trace.traced import quiet
 from ..trace.tracer import Trace
 from ..transforms.tidy import REWRITES, rebuilt
@@ -83,6 +84,7 @@ class Captured:
                         "capture is over; return a list or a tuple of the values"
                     )
         self.refs = tuple([trace.ref_of(self.leaves[i])[0] for i in self.tensors])
+        check_shared_parts(trace, self.refs)
         check_stand_ins(trace, self.refs)
         check_calls(trace)
         check_checkpoints(trace)

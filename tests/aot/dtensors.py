@@ -212,9 +212,23 @@ def check_refused(mesh):
         ("a gradient of a DTensor", lambda: jit(lambda x: torch.autograd.grad(x.sum(), x))(x)),
         (r"x.to_local\(\) gives it", lambda: jit(lambda x: x._local_tensor * 2)(x)),
         ("the Function Twice of a DTensor", lambda: jit(Twice.apply)(x)),
+        (r"clone\(\) one of them", lambda: jit(doubled_part)(x.detach())),
+        (r"clone\(\) one of them", lambda: jit(lambda x: doubled_part(x * 1))(x)),
+        (r"clone\(\) one of them", lambda: jit(doubled_whole)(x.to_local().detach())),
     ):
         with pytest.raises(CaptureError, match=words):
             call()
+
+
+def doubled_part(x):
+    x.to_local().mul_(2)
+    return x
+
+
+def doubled_whole(part):
+    mesh = init_device_mesh("cpu", (2,))
+    DTensor.from_local(part, mesh, [ROWS]).redistribute(placements=[ROWS]).mul_(2)
+    return part
 
 
 class Twice(torch.autograd.Function):
