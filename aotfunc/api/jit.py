@@ -184,7 +184,10 @@ def aot_function(
 SHARED = (
     *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    *("_state_dict_pre_hooks", "_state_dict_hooks"),
 )
+#: what ``nn.Module`` sets where a hook is registered
+OF_HOOKS = "_is_full_backward_hook"
 
 
 def without_global_hooks(f: Any) -> Any:
@@ -248,7 +251,7 @@ class CompiledModule(nn.Module):
         return getattr(self.orig_module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("__") or "orig_module" not in self.__dict__:
+        if name.startswith("__") or name == OF_HOOKS or "orig_module" not in self.__dict__:
             object.__setattr__(self, name, value)
         else:
             setattr(self.orig_module, name, value)
@@ -274,6 +277,14 @@ class CompiledContainer(CompiledModule):
 
     def __delitem__(self, key: Any) -> None:
         del self.orig_module[key]
+
+    def __add__(self, other: Any) -> Any:
+        return self.orig_module + getattr(other, "orig_module", other)
+
+    def __iadd__(self, other: Any) -> CompiledContainer:
+        module = self.orig_module
+        module += getattr(other, "orig_module", other)
+        return self
 
 
 def aot_module(mod: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:

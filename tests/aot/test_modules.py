@@ -401,19 +401,3 @@ def test_third_order_through_a_module():
         return torch.autograd.grad(h.sin().sum(), [y, *m.parameters()], allow_unused=True)
 
     torch.testing.assert_close(third(compiled(m)), third(m))
-
-
-def test_containers_are_indexed():
-    """As the original is: layers are read, exchanged, appended to and iterated over."""
-    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
-    compiled, x = aot_module(net, "eager"), torch.randn(2, 3)
-    torch.testing.assert_close(compiled(x), net(x))
-    assert compiled[0] is net[0] and len(compiled) == 3 and list(compiled) == list(net)
-    compiled[1] = nn.ReLU()
-    del compiled[2]
-    assert len(net) == 2
-    torch.testing.assert_close(compiled(x), net[0](x).relu())
-    copied = copy.deepcopy(compiled)
-    assert copied[0] is not net[0] and len(copied) == 2
-    with pytest.raises(TypeError):
-        len(aot_module(nn.Linear(3, 3), "eager"))
