@@ -155,5 +155,14 @@ def embedding(weight: Any, indices: Any, *rest: Any) -> Any:
     return dtensor(found, spec_of(mesh, at_result, shape, stride, weight.dtype))
 
 
-#: ops whose rules in PyTorch keep values
-OWN: dict[Any, Callable] = {torch.ops.aten.embedding.default: embedding}
+#: losses whose rules in PyTorch take the elements of each process for all elements
+LOSSES = [
+    getattr(torch.ops.aten, name).default
+    for name in ("binary_cross_entropy_with_logits", "huber_loss_backward", "mse_loss_backward")
+    + ("binary_cross_entropy", "binary_cross_entropy_backward", "smooth_l1_loss_backward")
+]
+#: ops whose rules in PyTorch keep values, or are wrong
+OWN: dict[Any, Callable] = {
+    torch.ops.aten.embedding.default: embedding,
+    **{op: functools.partial(on_whole, op) for op in LOSSES},
+}
