@@ -107,3 +107,12 @@ def test_gradients(dtype):
     f = grad(lambda x, b: (F.gelu(x + b, approximate="tanh") * x).float().sum(), argnums=(0, 1))
     unit = 2 * torch.finfo(dtype).eps
     assert_close(jit(f, backend=every_kernel)(x, b), f(x, b), rtol=unit, atol=unit)
+
+
+def test_choices_between_numbers_that_are_read_and_zero():
+    """One number of each row, which a vector is filled with, or 0 outside of the tensor."""
+    dtypes = (torch.bfloat16, torch.float16, torch.int64, torch.bool)
+    columns = [(torch.randn(5, 1) * 3).to(dtype) for dtype in dtypes]
+    f = lambda *rows: [(x.roll(1, 0) * 1, F.pad(x, (0, 0, 2, 1)) * 1) for x in rows]
+    rows = [x.expand(5, 19) for x in columns]
+    assert_close(jit(f, backend=every_kernel)(*rows), f(*rows), rtol=0, atol=0)

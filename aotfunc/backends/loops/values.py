@@ -207,7 +207,8 @@ class KernelText:
         truth = " != 0" * (e.dtype is torch.bool)
         if not wide:
             text = f"*({at})" if at != f"p{i}" else f"*p{i}"
-            text = f"({mask} ? {text} : 0)" if mask else text
+            zero = cpp_literal(Const(e.dtype, 0))  # 0 would make a bfloat16 an integer
+            text = f"({mask} ? {text} : {zero})" if mask else text
             return f"{text}{truth}"
         kind, step = self.type(e), self.stride(i, self.vector)
         if e.mask is not None and self.wide(e.mask):
