@@ -136,3 +136,12 @@ def test_ten_sizes_are_compiled_once(cache):
     for n in range(2, 12):
         step(complexes(19), complexes(n, 19))
     assert step.captures == 10 and len(native.LOADED) == 1
+
+
+def test_vectors_lie_along_memory():
+    """Not along the indices of a look-up; what is transposed is read in blocks."""
+    z, i = complexes(16, 16), torch.arange(16)
+    (kernel,) = kernels_of(lambda z, i: z[i], z, i)
+    assert (kernel.vector, kernel.cross) == (1, -1)
+    (kernel,) = kernels_of(lambda z, w: z.t() * w, z, z * 2)
+    assert kernel.vector + kernel.cross == 1

@@ -107,7 +107,8 @@ def worth(nodes: Sequence[Node]) -> bool:
         if val.numel() <= SMALL or val.numel() * val.element_size() >= LARGE:
             return True
     kernel = schedule_kernel(lower(nodes, nodes, "kernel"))
-    if kernel.scatters or kernel.cross >= 0:
+    both_parts = any(a.part for a in kernel.accesses)  # which PyTorch turns at once
+    if kernel.scatters or (kernel.cross >= 0 and not both_parts):
         return True
     columns = kernel.vector < kernel.outer
     return any(

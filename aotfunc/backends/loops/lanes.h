@@ -114,18 +114,16 @@ template <int first, class V, int... i> AOT V aot_second(V x, V y, aot_numbers<i
 
 // Lanes of real or imaginary parts of neighbours, and neighbours of both parts.
 template <class V, int part, class T> AOT V aot_get_part(const T *p, int64_t n) {
-  if (__builtin_expect(n < aot_lanes<V>, 0)) return aot_some<V>(p, n, 2);
-  V x = aot_raw<V>(p - part), y = aot_raw<V>(p - part + aot_lanes<V>);
-  return aot_second<part>(x, y, typename aot_up_to<aot_lanes<V>>::type{});
+  enum : int64_t { L = aot_lanes<V> };
+  const V x = aot_get<V>(p - part, 2 * n);
+  const V y = aot_get<V>(p - part + L, 2 * n > L ? 2 * n - L : 0);
+  return aot_second<part>(x, y, typename aot_up_to<L>::type{});
 }
 template <class V, class T> AOT void aot_put_parts(T *p, V real, V imag, int64_t n) {
-  if (__builtin_expect(n < aot_lanes<V>, 0)) {
-    aot_put_some(p, real, n, 2);
-    return aot_put_some(p + 1, imag, n, 2);
-  }
-  typename aot_up_to<aot_lanes<V>>::type lanes;
-  aot_raw(p, aot_between<0>(real, imag, lanes));
-  aot_raw(p + aot_lanes<V>, aot_between<aot_lanes<V> / 2>(real, imag, lanes));
+  enum : int64_t { L = aot_lanes<V> };
+  typename aot_up_to<L>::type lanes;
+  aot_put(p, aot_between<0>(real, imag, lanes), 2 * n);
+  aot_put(p + L, aot_between<L / 2>(real, imag, lanes), 2 * n > L ? 2 * n - L : 0);
 }
 
 // Reads a block of n times m floats, m of them neighbours, as vectors across these: `rows` of

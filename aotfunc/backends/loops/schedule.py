@@ -100,11 +100,16 @@ def vector_axis(kernel: Kernel) -> int:
     widest = [a for a, n in zip(inner, rank, strict=True) if n == max(rank)]
 
     def worth(k: int) -> tuple:
-        contiguous = [sum(a.strides[k] == 1 for a in some) for some in (widest, inner)]
-        contiguous.append(sum(a.strides[k] == 2 for a in inner))  # parts of complex numbers
+        contiguous = [sum(side_by_side(a, k) for a in some) for some in (widest, inner)]
         return kernel.extents[k] >= SHORT, *contiguous, k in (kernel.outer - 1, last), k
 
     return max(choices, key=worth)
+
+
+def side_by_side(a: Access, k: int) -> bool:
+    """Return whether neighbours along an axis are neighbours in memory: numbers, or parts of
+    complex numbers."""
+    return a.strides[k] == (1 if a.part is None else 2)
 
 
 def cross_axis(kernel: Kernel) -> int:
@@ -113,8 +118,8 @@ def cross_axis(kernel: Kernel) -> int:
     if kernel.reduced:
         return -1
     for a in kernel.accesses:
-        if a.strides and a.strides[kernel.vector] not in (0, 1):
-            for k, stride in enumerate(a.strides):
-                if stride == 1 and kernel.extents[k] >= SHORT:
+        if a.strides and a.strides[kernel.vector] and not side_by_side(a, kernel.vector):
+            for k, n in enumerate(kernel.extents):
+                if side_by_side(a, k) and n >= SHORT:
                     return k
     return -1

@@ -9,6 +9,7 @@ import torch
 
 from .arguments import VECTORS, given, lanes_of
 from .ir import Access, Apply, Cast, Const, Expr, Kernel, Load, Position, Ramp, Store, walk
+from .schedule import side_by_side
 
 NUMBERS = {
     torch.float32: "float",
@@ -245,7 +246,7 @@ class KernelText:
         """Return whether a buffer holds parts of complex numbers that are neighbours along the
         vector axis."""
         a = self.kernel.accesses[i]
-        return a.part is not None and a.strides[self.vector] == 2
+        return a.part is not None and side_by_side(a, self.vector)
 
     def store_all(self, stores: Sequence[Store]) -> None:
         """Store these values, both parts of complex numbers at once."""
