@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import aotfunc
 from aotfunc import grad, hessian, jit, vmap
-from aotfunc.backends.loops import looped
+from aotfunc.backends.loops import looped, native
 from aotfunc.runtime import pipeline
 from tests.inputs import f32, f64
 from tests.reference import assert_same, grads, hess, loop
@@ -224,6 +224,26 @@ def test_a_position_out_of_range_is_the_error_of_the_op():
     with pytest.raises(IndexError):
         g(table, torch.tensor([3]))
     assert_same(g(table, torch.tensor([0])), table[:4, None])
+
+
+@pytest.mark.parametrize("program", (rnn, branches), ids=lambda f: f.__name__)
+def test_another_size_or_length_compiles_nothing(program, natively, monkeypatch):
+    monkeypatch.setattr(native, "LOADED", {})
+    f, texts = jit(bound(program, aotfunc), backend="cpp"), set()
+    for n, length in ((3, 4), (5, 4), (9, 7)):
+        w, xs = f32(n, n), f32(length, n)
+        assert_same(f(w, xs), program(PYTHON, w, xs))
+        texts.add(len(native.LOADED))
+    assert len(texts) == 1 and f.captures == 3
+
+
+def test_complex_numbers(natively):
+    def f(loops, w, xs):
+        z, zs = torch.complex(w[0], w[1]), torch.complex(xs, xs.flip(0))
+        return loops.scan(lambda h, x: (h * x + z, (h * x).abs()), z, zs)
+
+    w, xs = f64(4, 4), f64(6, 4)
+    assert_same(jit(bound(f, aotfunc), backend="cpp")(w, xs), f(PYTHON, w, xs))
 
 
 def test_several_threads(two_threads, natively):

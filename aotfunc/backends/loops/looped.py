@@ -52,7 +52,8 @@ class Step:
         self.made: set[int] = set()
         #: text of a kernel that is inlined -> its name
         self.kernels: dict[str, str] = {}
-        #: what the text reads of ``numbers``, so that it does not depend on it
+        #: sizes, lengths and addresses, which the text reads from ``numbers``: it is the same for
+        #: all of them
         self.numbers: list[int] = []
 
     def slot(self, val: Tensor) -> int:
@@ -71,8 +72,11 @@ class Step:
         return slot
 
     def number(self, n: int) -> str:
-        self.numbers.append(n)
-        return f"numbers[{len(self.numbers) - 1}]"
+        return f"*({self.array([n])})"
+
+    def array(self, values: Sequence[int]) -> str:
+        self.numbers += values
+        return f"numbers + {len(self.numbers) - len(values)}"
 
     def code(self, graph: fx.Graph | None, inputs: Sequence[int]) -> tuple[list[str], list[int]]:
         """Return the statements of a body, and the slots of its results. Raises Unsteady."""
@@ -101,7 +105,7 @@ class Step:
                 at[n] = at[n.args[0]]
             elif (start := start_of_view(n)) is not None:
                 at[n] = self.slot(n.meta["val"])
-                lines.append(f"v{at[n]} = v{at[n.args[0]]} + {start};")
+                lines.append(f"v{at[n]} = v{at[n.args[0]]} + {self.number(start)};")
             elif n.target in CONSTANTS:
                 at[n] = self.constant(n.target(*n.args, **n.kwargs))
             elif hasattr(n.target, "flow"):
@@ -126,12 +130,13 @@ class Step:
         grain = grain or max(1, native.GRAIN * rows // max(1, largest))
         buffers = ", ".join([f"v{slots[i]}" for i in order])
         if rows > grain:
-            call = f"run.divide((Kernel){self.number(kernel.address)}, {rows}, {grain}, n, b)"
+            split = f"{self.number(rows)}, {self.number(grain)}"
+            call = f"run.divide((Kernel){self.number(kernel.address)}, {split}"
         elif kernel.text:
-            call = f"{self.inlined(kernel)}(0, {rows}, n, b)"
+            call = f"{self.inlined(kernel)}(0, {self.number(rows)}"
         else:
-            call = f"((Kernel){self.number(kernel.address)})(0, {rows}, n, b)"
-        return f"{{ {numbers('n', sizes)} void *const b[] = {{{buffers}}}; {call}; }}", outs
+            call = f"((Kernel){self.number(kernel.address)})(0, {self.number(rows)}"
+        return f"{{ void *const b[] = {{{buffers}}}; {call}, {self.array(sizes)}, b); }}", outs
 
     def inlined(self, kernel: native.LoadedKernel) -> str:
         """Return the name of the kernel as a function of this source."""
@@ -143,10 +148,10 @@ class Step:
         if kind is None:
             raise Unsteady
         shape, strides, start = check.window
-        place = f"(const {kind} *)v{slot} + {start}, {len(shape)}, shape, strides"
-        within = f"in_range<{kind}>({place}, {check.low}, {check.high})"
-        known = f"{numbers('shape', shape)} {numbers('strides', strides)}"
-        return f"{{ {known} if (!{within}) return OUT_OF_RANGE; }}"
+        place = f"(const {kind} *)v{slot} + {self.number(start)}"
+        window = f"{len(shape)}, {self.array(shape)}, {self.array(strides)}"
+        bounds = f"{self.number(check.low)}, {self.number(check.high)}"
+        return f"if (!in_range<{kind}>({place}, {window}, {bounds})) return OUT_OF_RANGE;"
 
     def switch(
         self, target: Any, bodies: Sequence[fx.Graph | None], inputs: Sequence[int]
@@ -164,7 +169,10 @@ class Step:
         return [*lines, "default: return OUT_OF_RANGE;", "}"], outs
 
     def copy(self, to: str, slot: int) -> str:
-        return f"__builtin_memcpy({to}, v{slot}, {width(self.vals[slot])});"
+        return f"__builtin_memcpy({to}, v{slot}, {self.width(slot)});"
+
+    def width(self, slot: int) -> str:
+        return self.number(width(self.vals[slot]))
 
     def loop(
         self, target: Any, bodies: Sequence[fx.Graph | None], inputs: Sequence[int]
@@ -194,11 +202,13 @@ class Step:
         row = f"({count} - 1 - {t})" if target.reverse else t
         test += [f"if (!*(bool *)v{slot}) break;" for slot in holds]
         reads = [
-            f"v{o} = v{i} + {row} * {width(v)};"
-            for o, i, v in zip(own[last:], inputs[last:], rows, strict=True)
+            f"v{o} = v{i} + {row} * {self.width(o)};"
+            for o, i in zip(own[last:], inputs[last:], strict=True)
         ]
-        places = [f"v{s} + ({t} & 1) * {width(v)}" for s, v in zip(spare, carried, strict=True)]
-        places += [f"v{e} + {row} * {width(v)}" for e, v in zip(ends[k:], stacked, strict=True)]
+        places = [f"v{s} + ({t} & 1) * {self.width(e)}" for s, e in zip(spare, ends, strict=False)]
+        places += [
+            f"v{e} + {row} * {self.width(d)}" for e, d in zip(ends[k:], outs[k:], strict=True)
+        ]
         named = [f"const Slot r{d} = {place};" for d, place in enumerate(places)]
         made = [f"v{s} = r{d};" for s, d in homes.items()]
         ready = [self.copy(f"r{d}", s) for d, s in copies]
@@ -248,11 +258,6 @@ def results_of(graph: fx.Graph | None) -> Sequence[Node]:
     ):
         raise Unsteady
     return results
-
-
-def numbers(name: str, values: Sequence[int]) -> str:
-    """Return the declaration of an array, which C++ does not allow to be empty."""
-    return f"const int64_t {name}[] = {{{', '.join(map(str, values)) or 0}}};"
 
 
 def indented(lines: Sequence[str]) -> list[str]:
