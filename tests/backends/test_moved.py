@@ -107,3 +107,21 @@ def test_rows_of_infinities():
     x[0], x[1, 2], x[2, 1] = 1.0, math.nan, math.inf
     agree(lambda x: torch.ops.aten._safe_softmax(x, -1), x)
     agree(lambda x: x.logsumexp(1), x)
+
+
+def test_a_value_keeps_the_offset_of_its_memory():
+    """A row replaced in a part of a buffer is at the offset of the part, from which later views
+    count."""
+
+    def f(a, b):
+        a[0] = 7
+        b[..., -1:].mul_(3)
+        a[:, 2:3].add_(b[:, :1])
+        return a.sum() - b.sum()
+
+    for backend in ("cpp", every_kernel):
+        mine, theirs = torch.arange(24.0), torch.arange(24.0)
+        for buf, g in ((mine, jit(f, backend=backend)), (theirs, f)):
+            a = buf[4:].view(2, 10)
+            buf[0] = g(a, a[:, 2:6])
+        assert torch.equal(mine, theirs)
