@@ -151,7 +151,7 @@ def saved_results(n: Node, active: Container[Node]) -> set[int]:
         with torch.enable_grad(), without_modes(), _disable_current_modes():
             args, kwargs = remap((n.args, n.kwargs), {x: example(x) for x in n._input_nodes})
             found = leaves(op(*args, **kwargs))
-    except RuntimeError:  # there is no kernel without data
+    except (RuntimeError, IndexError):  # there is no kernel without data, or for zeros
         return set()
     finally:
         set_aside(aside)

@@ -199,11 +199,11 @@ def forward(self, x):
     sin = aten.sin.default(x)
     mul = aten.mul.Tensor(sin, x)
     mul_1 = aten.mul.Tensor(mul, 2)
-    mul_2 = aten.mul.Tensor(mul_1, x)
-    mul_3 = aten.mul.Tensor(mul_1, sin)
+    mul_2 = aten.mul.Tensor(mul_1, sin)
+    mul_3 = aten.mul.Tensor(mul_1, x)
     cos = aten.cos.default(x)
-    mul_4 = aten.mul.Tensor(mul_2, cos)
-    add = aten.add.Tensor(mul_3, mul_4)
+    mul_4 = aten.mul.Tensor(mul_3, cos)
+    add = aten.add.Tensor(mul_2, mul_4)
     return add
 """,
     )
