@@ -269,10 +269,12 @@ COLLECTIVE = (
 def acts(n: Node) -> bool:
     """Return whether a node calls an op that writes to an argument, returns nothing, or talks to
     other processes."""
-    op = n.target
-    return isinstance(op, OpOverload) and (
-        op._schema.is_mutable or not op._schema.returns or op.namespace in COLLECTIVE
-    )
+    return isinstance(n.target, OpOverload) and acting(n.target)
+
+
+@cache
+def acting(op: OpOverload) -> bool:
+    return op._schema.is_mutable or not op._schema.returns or op.namespace in COLLECTIVE
 
 
 def draws(n: Node) -> bool:

@@ -29,6 +29,8 @@ class Cost(Protocol):
 def hint(size: Any) -> int:
     """Return a size as a number: of a symbolic one what it was at capture. It steers choices,
     never correctness."""
+    if size.__class__ is int:
+        return size
     if isinstance(size, torch.SymInt | torch.SymFloat):
         return int(size.node.hint) if size.node.has_hint() else 1
     return int(size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator, Sequence
 
 from torch import fx
@@ -10,29 +9,24 @@ from torch.fx import Node
 
 from ..graph import output_node
 from .cost import nbytes
-from .ops import base, is_symbol
+from .ops import base, is_single, is_symbol, is_view
 
 
-def new_memory(n: Node) -> list[Node]:
-    """Return the values that own the memory that a node makes: its own, or its parts."""
-    if n.op != "call_function" or is_symbol(n) or n.target is operator.getitem:
-        return []
-    if isinstance(n.meta.get("val"), tuple | list):
-        return [part for part in n.users if base(part) is part]
-    return [n] if base(n) is n else []
+def makes(n: Node) -> int:
+    """Return the bytes of new memory that a value takes; parts of a tuple have their own."""
+    if n.op != "call_function" or not is_single(n) or is_symbol(n) or is_view(n):
+        return 0
+    return nbytes(n.meta["val"])
 
 
 class Layout:
     """Which of some nodes, by number, owns the memory of each, and how many bytes it makes."""
 
-    def __init__(self, nodes: Sequence[Node]) -> None:
+    def __init__(self, nodes: Sequence[Node], inputs: list[list[int]] | None = None) -> None:
         index = {n: i for i, n in enumerate(nodes)}
-        self.inputs = [[index[p] for p in n.all_input_nodes] for n in nodes]
+        self.inputs = inputs or [[index[p] for p in n.all_input_nodes] for n in nodes]
         self.owner = [index[base(n)] for n in nodes]
-        self.size = [0] * len(nodes)
-        for n in nodes:
-            for part in new_memory(n):
-                self.size[index[part]] = nbytes(part.meta.get("val"))
+        self.size = [makes(n) for n in nodes]
 
     def live(self, order: Iterable[int], given: set[int], kept: set[int]) -> Iterator[int]:
         """Yield the bytes that live while each of these nodes runs: the values ``given``, and what

@@ -57,7 +57,7 @@ class Joint:
     @cached_property
     def layout(self) -> Layout:
         """Return whose memory the values lie in, and how much that is."""
-        return Layout(self.nodes)
+        return Layout(self.nodes, self.inputs)
 
 
 def read_joint(graph: fx.Graph, num_early: int) -> Joint:

@@ -88,7 +88,8 @@ def right_before(joint: Joint, before: list[int], run: list[bool]) -> list[int]:
             need[i] = max(need[i], held + size[i])
     order: list[int] = []
     seen = [False] * count
-    for end in [i for i in range(count) if run[i] and before[i] in (i, count)]:
+    ends = [i for i in range(count) if run[i] and before[i] in (i, count)]
+    for end in sorted(ends, key=lambda i: (before[i], i)):  # what nobody reads is only returned
         todo = [end]
         while todo:
             i = todo[-1]
@@ -97,8 +98,9 @@ def right_before(joint: Joint, before: list[int], run: list[bool]) -> list[int]:
                 todo += reversed(waits)
                 continue
             todo.pop()
-            parts = [joint.index[u] for u in joint.nodes[i].users if u.target is operator.getitem]
-            for made in (i, *parts):  # the parts of a tuple are made with it
+            n = joint.nodes[i]  # the parts of a tuple are made with it
+            parts = [] if is_single(n) else [u for u in n.users if u.target is operator.getitem]
+            for made in (i, *[joint.index[u] for u in parts]):
                 if run[made] and before[made] == before[i] and not seen[made]:
                     seen[made] = True
                     order.append(made)
@@ -189,7 +191,7 @@ class Copy:
             new.args = self.map(n.args)
         if n.kwargs:
             new.kwargs = self.map(n.kwargs)
-        new.meta = n.meta.copy()
+        new.meta.update(n.meta)  # not assigned: fx makes that slow
         self.env[n] = new
         return new
 

@@ -397,6 +397,21 @@ def test_the_backward_keeps_little() -> None:
         assert [n.name for n in bw.graph.nodes if n.op == "call_function"] == order
 
 
+@every
+def test_early_values_are_returned_by_the_backward(partition: object) -> None:
+    """One that is computed again, from another one that a cotangent meets, comes after it."""
+    h = Hand()
+    a, t = h.input("a"), h.input("t", "tangent")
+    b = h(aten.sin.default, a)
+    c = h(aten.exp.default, b)
+    joint = h.module([a, h(aten.mul.Tensor, t, b), c])
+    fw, bw = partition(joint, num_fwd_outputs=1)  # type: ignore[operator]
+    u, s = torch.randn(2, 4)
+    same, *kept = fw(u)
+    grad, again = bw(*kept, s)
+    assert torch.equal(grad, s * u.sin()) and torch.equal(again, u.sin().exp()) and same is u
+
+
 def test_same_graph_same_partition_in_every_process() -> None:
     script = """
         import sys; sys.path[:0] = sys.argv[1:]
