@@ -25,9 +25,9 @@ aten = torch.ops.aten
 def attached(
     base: Program, wrt: Sequence[int], tensors: Sequence[Tensor], tangents: Sequence[Any]
 ) -> list:
-    """Return the tangents of the first outputs of ``base``, constant ones attached to the inputs
-    ``wrt`` that require grad, and those that a zero was multiplied with to the other inputs that
-    do. Sums, views and other linear ops leave a tangent detached."""
+    """Return the tangents of the first outputs of ``base``, each attached to the inputs ``wrt``
+    that require grad, and to the others that do and that a zero was multiplied with. Sums, views
+    and other linear ops leave a tangent detached."""
     every = tuple([i for i, t in enumerate(tensors) if t.requires_grad])
     if not every or not torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return list(tangents)
@@ -40,8 +40,7 @@ def attached(
     found = []
     for t, curved, places in zip(tangents, bent, left, strict=False):
         if isinstance(t, Tensor) and t.is_floating_point():
-            constant = given if curved and not t.requires_grad else ()
-            if by := [*constant, *places]:
+            if by := [*(given if curved else ()), *places]:
                 t = Constant.apply(t, *[tensors[i] for i in by])
         found.append(t)
     return found
@@ -124,7 +123,7 @@ class Constant(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:  # type: ignore[override]
         ctx.zeros = [(o.shape, {"dtype": o.dtype, "device": o.device}) for o in others]
-        return value.view_as(value)
+        return value.detach()  # no view of an input, which autograd lets nobody write to
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]

@@ -316,3 +316,36 @@ def test_gradients_through_tangents_of_zero_are_zeros_as_torchs(f):
             assert (ours is None) == (theirs is None)
             if ours is not None:
                 assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, y: x * y,
+        lambda x, y: x / y + x.floor(),
+        lambda x, y: x.cumsum(0) * y,
+        lambda x, y: torch.where(x > 0, x * y, y),
+        lambda x, y: x.sin() * y.detach(),
+        lambda x, y: x.sum() * y,
+    ],
+)
+def test_tangents_are_attached_to_primals_as_torchs_and_may_be_written_to(f):
+    def run(tangent):
+        x, y = torch.tensor([0.5, 1.5, -2.5]).requires_grad_(), torch.ones(3).requires_grad_()
+        made = tangent(lambda x: f(x, y), x)
+        made *= 2.0
+        if made.requires_grad:
+            made.sum().backward()
+        return made.detach(), x.grad, y.grad
+
+    t = torch.ones(3)
+    expected = run(lambda f, x: torch.func.jvp(f, (x,), (t,))[1])
+    for tangent in (
+        lambda f, x: jvp(f, (x,), (t,))[1],
+        lambda f, x: linearize(f, x)[1](t),
+        lambda f, x: jacfwd(f)(x) @ t,
+    ):
+        for ours, theirs in zip(run(tangent), expected, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                assert_close(ours, theirs)
