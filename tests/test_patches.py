@@ -10,7 +10,7 @@ import torch
 from aotfunc import grad, jit, restore_torch, vmap
 from aotfunc.capture.patches import PATCHES
 from aotfunc.errors import CaptureError
-from aotfunc.trace.patches import ORIGINALS, Code
+from aotfunc.trace.patches import ORIGINALS, Code, Exchange
 
 X = torch.linspace(-1, 1, 3)
 COMPARED = """
@@ -124,3 +124,26 @@ assert torch.compile(g, backend="eager", fullgraph=True)(x).equal(g(x))
 )
 def test_dynamo_imported_in_a_capture_knows_torchs_functions(capture):
     subprocess.run([sys.executable, "-c", IMPORTED.format(capture=capture)], check=True)
+
+
+@pytest.mark.parametrize("interrupted", range(4))
+def test_an_interrupted_exchange_is_undone(interrupted: int) -> None:
+    """Ctrl-C between any two attributes, of exchanging or of putting back."""
+    sets = iter(range(10))
+
+    class Interrupts(type):
+        def __setattr__(cls, name: str, value: object) -> None:
+            if next(sets) == interrupted:
+                raise KeyboardInterrupt
+            super().__setattr__(name, value)
+
+    class Owner(metaclass=Interrupts):
+        a, b = len, max
+
+    exchange = Exchange({(Owner, "a"): abs, (Owner, "b"): min})
+    with pytest.raises(KeyboardInterrupt), exchange:
+        assert (Owner.a, Owner.b) == (abs, min)
+    assert (Owner.a, Owner.b, exchange.count, exchange.done) == (len, max, 0, False)
+    with exchange:
+        assert (Owner.a, Owner.b) == (abs, min)
+    assert (Owner.a, Owner.b) == (len, max)

@@ -101,38 +101,48 @@ class Exchange:
 
     def __enter__(self) -> None:
         with self.lock:
+            if not self.done:
+                try:
+                    self.exchange()
+                except BaseException:  # Ctrl-C
+                    self.put_back()
+                    raise
+                self.done = True
             self.count += 1
-            if self.done:
-                return
-            self.dynamo = sys.modules.get(DYNAMO)
-            if (now := self.now()) != self.theirs:
-                parts = zip(now, self.ours, self.theirs, strict=True)
-                # Ctrl-C may have interrupted this
-                self.theirs = tuple([old if x is ours else x for x, ours, old in parts])
-            exhaust(map(setattr, self.owners, self.names, self.ours))
-            self.done = True
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.count -= 1
             if not self.count:
                 self.done = False
-                if (now := self.now()) == self.ours and None not in self.theirs:
-                    exhaust(map(setattr, self.owners, self.names, self.theirs))
-                else:
-                    self.put_back(now)
+                try:
+                    if self.now() == self.ours and None not in self.theirs:
+                        exhaust(map(setattr, self.owners, self.names, self.theirs))
+                    else:
+                        self.put_back()
+                except BaseException:
+                    self.put_back()
+                    raise
                 dynamo: Any = sys.modules.get(DYNAMO)
                 if dynamo is not self.dynamo and hasattr(dynamo, "clear_lru_cache"):
                     dynamo.clear_lru_cache()
+
+    def exchange(self) -> None:
+        self.dynamo = sys.modules.get(DYNAMO)
+        if (now := self.now()) != self.theirs:
+            parts = zip(now, self.ours, self.theirs, strict=True)
+            # Ctrl-C may have interrupted this
+            self.theirs = tuple([old if x is ours else x for x, ours, old in parts])
+        exhaust(map(setattr, self.owners, self.names, self.ours))
 
     def before(self, owner: Any, name: str) -> Any:
         """Return what was exchanged there; None if nothing was, or the class inherits it."""
         parts = zip(self.owners, self.names, self.theirs, strict=True)
         return next(old for x, attribute, old in parts if x is owner and attribute == name)
 
-    def put_back(self, now: tuple) -> None:
+    def put_back(self) -> None:
         """Put back those that nobody else has exchanged since."""
-        parts = zip(self.owners, self.names, now, self.ours, self.theirs, strict=True)
+        parts = zip(self.owners, self.names, self.now(), self.ours, self.theirs, strict=True)
         for owner, name, x, ours, old in parts:
             if x is ours and old is None:
                 delattr(owner, name)
