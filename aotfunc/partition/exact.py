@@ -77,7 +77,7 @@ class Walk:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.given = (problem.save < INF) & (problem.bytes == 0)
+        self.given = costless(problem)
         self.steps = self.walk()
 
     def walk(self) -> list[Step] | None:
@@ -249,6 +249,15 @@ def in_order(values: list[int], inputs: list[list[int]], forward: np.ndarray) ->
     for v in values:
         when[v] = v if forward[v] else max([when[u] for u in inputs[v]], default=v)
     yield from sorted(values, key=lambda v: (when[v], v))
+
+
+def costless(problem: Problem) -> np.ndarray:
+    """Return the values that are saved at no cost: they take no bytes, and nothing runs for them
+    that would not run anyway."""
+    found = (problem.save < INF) & (problem.bytes == 0)
+    for v, inputs in enumerate(problem.inputs):
+        found[v] &= problem.forward[v] or found[inputs].all()
+    return found
 
 
 def contracted(problem: Problem, given: np.ndarray) -> tuple[list[list[int]], list[int]]:

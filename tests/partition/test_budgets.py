@@ -30,7 +30,8 @@ from tests.partition.test_solve import MODELS
 
 def small(seed: int) -> fx.GraphModule:
     """A random joint graph with at most 14 nodes before the backward: values that the forward
-    needs, values that only the backward reads, draws, and values of several sizes."""
+    needs, values that only the backward reads, draws, and values of several sizes; from seed 20 on
+    many have no elements."""
     rng = random.Random(seed)
     h = Hand()
     values = [h.input(name) for name in "ab"[: rng.randint(1, 2)]]
@@ -41,7 +42,7 @@ def small(seed: int) -> fx.GraphModule:
         )
         inputs = rng.sample(values, min(len(values), 2)) if op is aten.mul.Tensor else [values[-1]]
         inputs = inputs * 2 if op is aten.mul.Tensor and len(inputs) == 1 else inputs
-        values.append(h(op, *inputs, val=sig(rng.choice([1, 4, 16, 64]))))
+        values.append(h(op, *inputs, val=sig(rng.choice([1, 4, 16, 64] if seed < 20 else [0, 4]))))
     gradient = t
     for v in rng.sample(values, rng.randint(1, min(5, len(values)))):
         gradient = h(aten.mul.Tensor, gradient, v)
@@ -92,7 +93,7 @@ def all_choices(gm: fx.GraphModule) -> list[tuple[int, float]]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(36))
 def test_no_choice_is_better(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     gm = small(seed)
     problem = Problem(read_joint(gm.graph, 1), Uneven())
