@@ -25,9 +25,9 @@ aten = torch.ops.aten
 def attached(
     base: Program, wrt: Sequence[int], tensors: Sequence[Tensor], tangents: Sequence[Any]
 ) -> list:
-    """Return the tangents of the first outputs of ``base``, each attached to the inputs ``wrt``
-    that require grad, and to the others that do and that a zero was multiplied with. Sums, views
-    and other linear ops leave a tangent detached."""
+    """Return the tangents of the first outputs of ``base``, each attached to those inputs ``wrt``
+    that require grad and that it is not linear in, and to the others that require grad and that a
+    zero was multiplied with."""
     every = tuple([i for i, t in enumerate(tensors) if t.requires_grad])
     if not every or not torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return list(tangents)
@@ -35,12 +35,12 @@ def attached(
         return list(tangents)
     given = tuple([i for i in every if i in wrt])
     others = tuple([i for i in every if i not in wrt])
-    bent = base.once(("bent", given), lambda: bent_outputs(base, given))
+    bent = base.once(("bent", given), lambda: [bent_outputs(base, (i,)) for i in given])
     left = base.once(("left", tuple(wrt), others), lambda: left_out(base, wrt, others))
     found = []
-    for t, curved, places in zip(tangents, bent, left, strict=False):
+    for k, (t, places) in enumerate(zip(tangents, left, strict=False)):
         if isinstance(t, Tensor) and t.is_floating_point():
-            if by := [*(given if curved else ()), *places]:
+            if by := [*(i for i, curved in zip(given, bent, strict=True) if curved[k]), *places]:
                 t = Constant.apply(t, *[tensors[i] for i in by])
         found.append(t)
     return found

@@ -349,3 +349,11 @@ def test_tangents_are_attached_to_primals_as_torchs_and_may_be_written_to(f):
             assert (ours is None) == (theirs is None)
             if ours is not None:
                 assert_close(ours, theirs)
+
+
+def test_tangents_are_attached_to_none_but_the_primals_that_bend_them():
+    x, y, t = torch.ones(3).requires_grad_(), torch.ones(3).requires_grad_(), torch.ones(3)
+    for transform in (torch.func.jvp, jvp):
+        made = transform(lambda x, y: x * x + y, (x, y), (t, t))[1]
+        of_x, of_y = torch.autograd.grad(made.sum(), [x, y], allow_unused=True)
+        assert of_x.tolist() == [2.0] * 3 and of_y is None
