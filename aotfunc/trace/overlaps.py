@@ -45,7 +45,7 @@ def check_overlaps(trace: Trace) -> None:
     """Refuse the op in place that was recorded last if it meets memory that it writes through two
     views, and its kernel does something else then than a graph does."""
     instr, refs, *_ = trace.records[-1]
-    if len(refs) == 1 or apart(trace, refs):
+    if len(refs) == 1 or assigns_to_a_part(instr) or apart(trace, refs):
         return
     written = written_slots(instr)
     places = {
@@ -72,6 +72,14 @@ def check_overlaps(trace: Trace) -> None:
         f"of shape {read}, too: the result depends on the order in which PyTorch's kernel goes "
         f"through it{line}; give it a clone() of what it reads"
     )
+
+
+def assigns_to_a_part(instr: Instr) -> bool:
+    """Return whether this stands for ``x[i] = value`` with numbers ``i`` in tensors: eager copies
+    the value to a view of ``x`` then, and not by the op."""
+    if instr.op is not aten.index_put_.default:
+        return False
+    return not any(s.ndim or s.dtype in (torch.bool, torch.uint8) for s in instr.sigs[1:-1])
 
 
 def apart(trace: Trace, refs: Sequence[int]) -> bool:

@@ -58,6 +58,7 @@ PARTS = {
     "x[i] = number": lambda x, i: assign(x * 1, i, 3.0),
     "x[i, 1:] = tensor": lambda x, i: assign(x * 1, (i, slice(1, None)), x[0, 1:] * 2),
     "x[i] += tensor": lambda x, i: add_to(x * 1, i, x[0]),
+    "x[i] = part": lambda x, i: (y := x * 1, assign(y, i, y[i - 1]))[0],
     "x[i, i] += number": lambda x, i: add_to(x * 1, (i, i), 1),
     "a part": lambda x, i: write_to_a_part(x * 1, i),
     "the whole": lambda x, i: write_to_the_whole(x * 1, i),
