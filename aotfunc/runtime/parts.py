@@ -6,8 +6,8 @@ parts and which collectives run between them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from ..graph import Program
 from ..trace.dtensors import mesh_and_placements, of_spec
 from ..trace.emit import Builder, remap, remap_dict
 from ..trace.kinds import is_dtensor
+from ..trace.patches import Exchange
 from ..trace.placing import dtensor, moved, on_whole, replicated, rule_for, spec_of, waited
 from ..transforms.lower import EVERYTHING, lowered
 
@@ -165,26 +166,20 @@ BETWEEN: dict[Any, Callable] = {
 }
 
 
-@contextmanager
-def propagating() -> Any:
+@functools.cache
+def propagating() -> Exchange:
     """Let PyTorch find placements, which it does by running ops without values, unrecorded."""
     from torch.distributed.tensor import DTensor
 
-    propagator, name = (
-        DTensor._op_dispatcher.sharding_propagator,
-        "_propagate_tensor_meta_non_cached",
-    )
+    name = "_propagate_tensor_meta_non_cached"
+    propagator = DTensor._op_dispatcher.sharding_propagator
     found = getattr(propagator, name)
 
     def unrecorded(*args: Any, **kwargs: Any) -> Any:
         with _disable_current_modes():
             return found(*args, **kwargs)
 
-    setattr(propagator, name, unrecorded)
-    try:
-        yield
-    finally:
-        delattr(propagator, name)
+    return Exchange({(propagator, name): unrecorded})
 
 
 def laid_as_inputs(program: Program, tensors: Sequence[Any]) -> tuple[Program, bool]:
