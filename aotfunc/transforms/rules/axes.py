@@ -7,11 +7,13 @@ another axis goes through the op like any other dimension.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from .schema import op_of_graphs
 from .table import linear, nondiff
 
 _library = torch.library.Library("aotfunc", "FRAGMENT")
@@ -21,12 +23,7 @@ def without_axis(*args: Any) -> NoReturn:
     raise RuntimeError(f"there is no vmap with axis_name={args[-1]!r} around this op")
 
 
-def defined(schema: str, meta: Any) -> Any:
-    _library.define(schema)
-    name = schema.partition("(")[0]
-    _library.impl(name, without_axis, "CompositeExplicitAutograd")
-    _library.impl(name, meta, "Meta")
-    return getattr(torch.ops.aotfunc, name).default
+defined = functools.partial(op_of_graphs, _library, without_axis)
 
 
 #: the sum over the samples, in the argument's dtype

@@ -8,11 +8,13 @@ dimensions.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from .schema import op_of_graphs
 from .table import linear
 
 #: a namespace of its own: its ops are collectives, see ``graph.acts``
@@ -25,12 +27,7 @@ def alone(*args: Any) -> NoReturn:
     )
 
 
-def defined(schema: str, meta: Any) -> Any:
-    _library.define(schema)
-    name = schema.partition("(")[0]
-    _library.impl(name, alone, "CompositeExplicitAutograd")
-    _library.impl(name, meta, "Meta")
-    return getattr(torch.ops.aotfunc_layout, name).default
+defined = functools.partial(op_of_graphs, _library, alone)
 
 
 def strided(x: Tensor, shape: Any, stride: Any, *_: Any) -> Tensor:

@@ -1,5 +1,5 @@
 """Questions about an op's schema: its overloads, its tensor arguments, and a call with all
-arguments in order.
+arguments in order; ops of ours by their schemas.
 """
 
 from __future__ import annotations
@@ -53,3 +53,15 @@ def overloads_named(*names: str) -> Any:
         if hasattr(aten, packet) and (which or "default") in getattr(aten, packet).overloads():
             found.append(getattr(getattr(aten, packet), which or "default"))
     return found
+
+
+def op_of_graphs(
+    library: torch.library.Library, alone: Callable, schema: str, meta: Callable
+) -> OpOverload:
+    """Define an op that stands in graphs and never runs: ``alone`` raises where it would, ``meta``
+    makes its result without values."""
+    name = schema.partition("(")[0]
+    library.define(schema)
+    library.impl(name, alone, "CompositeExplicitAutograd")
+    library.impl(name, meta, "Meta")
+    return getattr(getattr(torch.ops, library.ns), name).default
