@@ -89,6 +89,20 @@ LIBRARY.impl("step", torch.empty_like, "Meta")
 pointwise(torch.ops.test_revolve.step, lambda g, out, x: g * 1.01)
 
 
+def counted(f, most, given):
+    """How many steps ran, and carries lived, in the first and the second derivative of ``most``
+    steps."""
+    x, first = torch.tensor(0.3, dtype=torch.float64), grad(f)
+    second = grad(lambda x, given: first(x, given).sin())
+    slope = 2 * torch.tensor(1.01, dtype=torch.float64) ** most
+    expected = slope * x, slope * (slope * x).cos()
+    for derivative, value in zip((first, second), expected, strict=True):
+        MADE.clear()
+        PEAK[0] = 0
+        assert_same(derivative(x, given), value, rtol=1e-9, atol=0)
+        yield len(MADE), PEAK[0]
+
+
 @pytest.mark.parametrize("slots", [1, 2, 5])
 def test_steps_and_memory(slots):
     def f(x, most):
@@ -97,17 +111,10 @@ def test_steps_and_memory(slots):
         loop = functools.partial(while_loop, checkpoint="revolve", slots=slots)
         return loop(lambda c: c[1] < most, body, start)[0].sum()
 
-    x, first = torch.tensor(0.3, dtype=torch.float64), grad(f)
-    second = grad(lambda x, most: first(x, most).sin())
     for most in (20, 60):
-        slope = 2 * torch.tensor(1.01, dtype=torch.float64) ** most
-        expected = slope * x, slope * (slope * x).cos()
-        for order, derivative in enumerate((first, second)):
-            MADE.clear()
-            PEAK[0] = 0
-            assert_same(derivative(x, torch.tensor(most)), expected[order], rtol=1e-9, atol=0)
-            assert len(MADE) == most + (1 + order) * fewest(most, slots)
-            assert PEAK[0] == slots + 1
+        for order, (made, living) in enumerate(counted(f, most, torch.tensor(most))):
+            assert made == most + (1 + order) * fewest(most, slots)
+            assert living == slots + 1
 
 
 # ----- derivatives -------------------------------------------------------------------------------
@@ -392,17 +399,11 @@ def test_steps_and_memory_of_scans(slots):
         step = lambda h, r: (torch.ops.test_revolve.step(h) + r, ())
         return scan(step, x * x, xs, checkpoint="revolve", slots=slots)[0].sum()
 
-    x, first = torch.tensor(0.3, dtype=torch.float64), grad(f)
-    second = grad(lambda x, xs: first(x, xs).sin())
     for most in (20, 60):
-        slope = 2 * torch.tensor(1.01, dtype=torch.float64) ** most
-        expected = slope * x, slope * (slope * x).cos()
-        for order, derivative in enumerate((first, second)):
-            MADE.clear()
-            PEAK[0] = 0
-            assert_same(derivative(x, x.new_zeros(most)), expected[order], rtol=1e-9, atol=0)
-            assert len(MADE) == (1 + order) * fewest(most, slots)  # the value is not read
-            assert PEAK[0] <= slots + 1
+        xs = torch.zeros(most, dtype=torch.float64)
+        for order, (made, living) in enumerate(counted(f, most, xs)):
+            assert made == (1 + order) * fewest(most, slots)  # the value is not read
+            assert living <= slots + 1
 
 
 def test_scans_that_are_refused():
