@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import (
 
 from aotfunc import aot_module, grad, jit, make_fx, vmap
 from aotfunc.errors import CaptureError
+from tests.functions import Twice
 
 ROWS, COLUMNS, ALL = Shard(0), Shard(1), Replicate()
 close = torch.testing.assert_close
@@ -249,16 +250,6 @@ def doubled_whole(part):
     mesh = init_device_mesh("cpu", (2,))
     DTensor.from_local(part, mesh, [ROWS]).redistribute(placements=[ROWS]).mul_(2)
     return part
-
-
-class Twice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * 2
 
 
 def check_two_dimensions():

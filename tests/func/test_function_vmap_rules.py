@@ -10,6 +10,7 @@ from torch.autograd import Function
 from aotfunc import custom_vmap, grad, grad_and_value, graph, jit, jvp, make_fx, scan, vjp, vmap
 from aotfunc.capture import captured
 from aotfunc.errors import AotfuncError, ArgumentError, CaptureError, LoopWarning, RuleError
+from tests.functions import Twice
 from tests.reference import assert_same
 
 X = torch.tensor([[3.0, -1.0, 2.0, 0.5], [0.1, 4.0, -2.0, 1.0], [5.0, 6.0, -7.0, 8.0]])
@@ -257,16 +258,6 @@ BODIES = {
     "a graph from outside": of_a_graph,
     "a function of theirs": lambda x: Twice.apply(x),
 }
-
-
-class Twice(Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * 2
 
 
 @pytest.mark.parametrize("name", BODIES)
