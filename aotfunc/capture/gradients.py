@@ -120,7 +120,7 @@ def autograd_backward(
     inputs: Any = None,
 ) -> None:
     """Run ``.backward()`` inside a recording: add the gradients of the leaves that were made
-    inside."""
+    inside, in their memory unless ``create_graph``, as autograd does."""
     trace = current()
     assert trace is not None
     outs = as_list(tensors)
@@ -145,4 +145,8 @@ def autograd_backward(
     for x, g in zip(
         leaves, autograd_grad(outs, leaves, gs, create_graph=create_graph), strict=True
     ):
-        x.grad = g if x.grad is None else x.grad + g
+        if x.grad is None or create_graph:
+            x.grad = g if x.grad is None else x.grad + g
+        else:
+            with torch.no_grad():
+                x.grad.add_(g)

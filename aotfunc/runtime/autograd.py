@@ -332,7 +332,7 @@ class CompiledFunction(torch.autograd.Function):
             sigs = tuple([sig for sig in plan if sig is not None])
             second = torch.is_grad_enabled()
             if again or second or met or (halves.materializes and not all(have)):
-                known = known_results(ctx, there, again) if second else {}
+                known = known_results(ctx, there, again, saved) if second else {}
                 gradient = halves.gradient(have, sigs, met, tuple(known))
                 values = [*unchanged(ctx, gradient), *known.values(), *given]
                 with redrawn(ctx.states), at_moment(ctx.moment):
@@ -364,11 +364,13 @@ def as_laid_out(
     return torch.get_default_dtype() is dtype
 
 
-def known_results(ctx: Any, outs: frozenset[int], again: bool) -> dict[int, Tensor]:
+def known_results(
+    ctx: Any, outs: frozenset[int], again: bool, saved: Sequence[Tensor]
+) -> dict[int, Tensor]:
     """Return what the second derivative of the results ``outs`` reads as autograd knows it, by its
-    number among the results and further results of the call."""
-    halves, saved = ctx.halves, () if again or not ctx.keeps else ctx.saved_tensors
-    met = () if again else check_met(ctx)
+    number among the results and further results of the call. ``saved`` are the node's saved
+    tensors: a checkpoint around the call lets them be read once."""
+    halves, met = ctx.halves, () if again else check_met(ctx)
     first = len(saved) - len(met)
     found = {halves.count + i: t for i, t in zip(met, saved[first:], strict=True)}
     first -= len(ctx.keeping)

@@ -97,6 +97,22 @@ PROGRAMS = {
 FORWARD = ("plain", "matmul", "layer norm")  # eager's tangents pass no_grad
 
 
+def differentiated_twice(f, around):
+    x = leaf()
+    y = around(f, x)
+    (g,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+    return y, g, torch.autograd.grad(g.sin().sum() + y.sum(), [x, W])
+
+
+@pytest.mark.parametrize("around", ["checkpoint", "in checkpoints", "save_on_cpu"])
+@pytest.mark.parametrize("way", ["jit", "jit in jit"])
+def test_second_derivatives_of_what_is_saved(way, around):
+    """A checkpoint lets a node read what it has saved once for each backward."""
+    for f in PROGRAMS.values():
+        want = differentiated_twice(f, AROUND[around])
+        assert_same(differentiated_twice(WAYS[way](f), AROUND[around]), want)
+
+
 def batch(f):
     x = leaf()
     return torch.autograd.grad(f(x), [x, W], E * 2, is_grads_batched=True)
