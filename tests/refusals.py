@@ -205,6 +205,12 @@ PROGRAMS: dict[str, Callable] = {
         lambda x, y: (setattr(x, "data", y), x * 2)[1]
     ),
     "`x.resize_(6)` of an argument": on(ones())(lambda x: x.resize_(6) * 2),
+    "`x.untyped_storage().resize_(0)` of an argument": on(ones())(
+        lambda x: (x * 2, x.untyped_storage().resize_(0))[0]
+    ),
+    "`c.untyped_storage().resize_(0)`, `c` from outside": closed_over(
+        ones(), lambda c, x: (c * x, c.untyped_storage().resize_(0))[0]
+    ),
     "`c.unsqueeze_(0)`, `c` from outside": closed_over(ones(), lambda c, x: c.unsqueeze_(0) * x),
     "`torch.sin(x, out=b)` of another shape": closed_over(
         ones(2), lambda b, x: torch.sin(x, out=b)

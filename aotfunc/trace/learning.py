@@ -15,6 +15,7 @@ from ..debug import at, user_line
 from ..errors import CaptureError, OpError
 from .kinds import of_nested
 from .nested import leaves, map_nested
+from .outside import ONCE
 from .scalars import NUMBER, with_number
 from .shapes.infer import infer, signatures
 from .shapes.instr import Instr, intern, interned
@@ -35,6 +36,8 @@ def learn(
 ) -> Instr:
     if "nested" in func._schema.name:
         raise of_nested()
+    if func._schema.name == "inductor::resize_storage_bytes_":  # its schema says nothing of this
+        raise CaptureError(f"a storage is resized{at(user_line())}; {ONCE}")
     if func._schema.name == "_c10d_functional::_wrap_tensor_autograd":
         # eager waits when the tensor is first read; a graph waits where it is made
         func = torch.ops._c10d_functional.wait_tensor.default

@@ -22,6 +22,7 @@ from .traced import Traced, around, current
 if TYPE_CHECKING:
     from .tracer import Trace
 
+ONCE = "that would happen during the capture only: do so outside"
 _base = torch._C.TensorBase
 _data, _grad = _base.data, _base.grad
 
@@ -90,6 +91,13 @@ def check_flag(t: Tensor, what: str) -> None:
         )
 
 
+def resize_storage(self: torch.UntypedStorage, size: int) -> Any:
+    trace = current()
+    if trace is not None and not trace.may_ask_constants:
+        raise CaptureError(f"a storage is resized{at(user_line())}; {ONCE}")
+    return torch._C.StorageBase.resize_(self, size)
+
+
 def swap_tensors(t1: Tensor, t2: Tensor) -> None:
     if t1.__class__ is not t2.__class__ or t1.__class__ is not Traced:
         raise CaptureError(
@@ -122,6 +130,7 @@ PATCHES = (
         "register_post_accumulate_grad_hook",
         register_post_accumulate_grad_hook,
     ),
+    Attribute("resize_storage", torch.UntypedStorage, "resize_", resize_storage),
     Code("swap", torch.utils.swap_tensors, swap_tensors, _swap_template),
 )
 
