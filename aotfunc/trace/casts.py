@@ -26,9 +26,13 @@ clear_cache = torch.clear_autocast_cache
 
 
 def record_cast(
-    trace: Trace, x: Tensor, *, dtype: torch.dtype | None = None, **kwargs: Any
+    trace: Trace, x: Tensor | complex, *, dtype: torch.dtype | None = None, **kwargs: Any
 ) -> Any:
-    """Record ``_to_copy``. Autocast's cast of a leaf is kept, and found again for later uses."""
+    """Record ``_to_copy``. Autocast's cast of a leaf is kept, and found again for later uses.
+    torch.func.vmap casts the Python number that an op on scalars is given beside them."""
+    if not isinstance(x, Tensor):
+        with trace:
+            return torch.full((), x, dtype=dtype)
     if (
         dtype is None
         or kwargs

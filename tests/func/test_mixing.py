@@ -48,6 +48,38 @@ THEIRS_INSIDE = {
     ),
 }
 
+WITH_A_NUMBER = {
+    "x * 3.5": lambda x: x * 3.5,
+    "2 - x": lambda x: 2 - x,
+    "x - 2": lambda x: x - 2,
+    "x / 2": lambda x: x / 2,
+    "2 / x": lambda x: 2 / x,
+    "x // 2": lambda x: x // 2,
+    "alpha": lambda x: torch.add(x, 2, alpha=3),
+    "lerp": lambda x: torch.lerp(x, x * 2, 0.5),
+    "integers": lambda x: x.long() * 2 + 1,
+    "complex": lambda x: (x * (1 + 2j)).real,
+    "in place": lambda x: x.clone().mul_(3),
+}
+
+
+@pytest.mark.parametrize("around", [aotfunc.jit, vmap, lambda f: lambda x: make_fx(f)(x)(x)])
+@pytest.mark.parametrize("name", WITH_A_NUMBER)
+def test_numbers_beside_scalars_inside_their_vmap(name, around):
+    f, x = torch.func.vmap(WITH_A_NUMBER[name]), f64(2, 3)
+    if around is vmap:
+        assert_same(vmap(f)(x), WITH_A_NUMBER[name](x))
+    else:
+        assert_same(around(f)(x[0]), f(x[0]))
+
+
+def test_a_changing_number_beside_scalars_inside_their_vmap():
+    f, x = lambda x, s: torch.func.vmap(lambda y: y * s + s)(x), f64(3)
+    compiled = aotfunc.jit(f)
+    for s in (2.0, 3.5, 2, 4.0, True, 1 + 1j):
+        assert_same(compiled(x, s), f(x, s))
+
+
 # ours inside torch.func
 # ----------------------------------------------------------------------------------------------
 
