@@ -47,10 +47,13 @@ class Line(NamedTuple):
                 return number
         return self.code.co_firstlineno
 
+    @property
+    def text(self) -> str:
+        return linecache.getline(self.code.co_filename, self.number).strip()
+
     def __str__(self) -> str:
-        text = linecache.getline(self.code.co_filename, self.number).strip()
         where = f"{os.path.basename(self.code.co_filename)}:{self.number} in {self.code.co_name}"
-        return f"{where}: {text}" if text else where
+        return f"{where}: {text}" if (text := self.text) else where
 
 
 class LineInModule(Line):

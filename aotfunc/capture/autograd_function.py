@@ -137,7 +137,8 @@ def call_function(
     with torch.no_grad():
         output = forward(ctx)
     single = not isinstance(output, tuple | list)
-    outs = [output] if single else list(output)
+    returned = [output] if single else list(output)
+    outs = list(returned)
     places = [i for i, o in enumerate(outs) if isinstance(o, Tensor)]
     raw = [outs[i] for i in places]
     forward_part, kept = recorded_jvp(trace, name, args, ctx, jvp)
@@ -168,6 +169,9 @@ def call_function(
             outs[i] = o
         else:
             outs[i] = new.detach() if id(o) in frozen else new
+    # one tensor in several places is one result, as autograd has it: the last
+    last = {id(o): outs[i] for i, o in zip(places, raw, strict=True)}
+    outs[:] = [last.get(id(o), new) for o, new in zip(returned, outs, strict=True)]
     if rules is not None:
 
         def make(d: Deferred) -> tuple[End, list[int]]:

@@ -74,7 +74,7 @@ class Meta(dict):
     def __init__(self, meta: dict[str, Any], fakes: Fakes) -> None:
         dict.__init__(self, meta)
         self.fakes = fakes
-        if (line := meta.get("line")) is not None:
+        if isinstance(line := meta.get("line"), Line):
             dict.__setitem__(self, "stack_trace", line)
 
     def __getitem__(self, key: str) -> Any:
@@ -83,10 +83,9 @@ class Meta(dict):
             value = self.fakes.of(value)
         elif value.__class__ is Line and key == "line":
             value = str(value)
-        elif value.__class__ is Line and key == "stack_trace":
-            value = (
-                f'  File "{value.code.co_filename}", line {value.number}, in {value.code.co_name}'
-            )
+        elif isinstance(value, Line) and key == "stack_trace":
+            file, name = value.code.co_filename, value.code.co_name
+            value = f'  File "{file}", line {value.number}, in {name}\n    {value.text}'
         else:
             return value
         dict.__setitem__(self, key, value)

@@ -258,7 +258,7 @@ def displaced(planned: Any, x: Any) -> bool:
     return (sig.offset, sig.stride) != (planned.offset, planned.stride)
 
 
-_CARRIED = ("line", "region", "draw", "named")
+_CARRIED = ("line", "stack_trace", "region", "draw", "named")
 
 
 def carried(n: Node) -> dict[str, Any]:

@@ -5,11 +5,12 @@ no data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..debug import at, user_line
 from ..errors import CaptureError
@@ -17,7 +18,7 @@ from .in_place import refresh
 from .marks import hidden_write
 from .patches import ORIGINALS, Attribute, Code
 from .records import written_slots
-from .traced import Traced, around, current
+from .traced import Traced, around, current, quiet
 
 if TYPE_CHECKING:
     from .tracer import Trace
@@ -98,6 +99,28 @@ def resize_storage(self: torch.UntypedStorage, size: int) -> Any:
     return torch._C.StorageBase.resize_(self, size)
 
 
+def reached(trace: Trace) -> Iterator[Tensor]:
+    """Yield the tensors outside of all recordings that a recording has met."""
+    for t in (*trace.origins, *trace.lifted):
+        yield from reached(t.tracer) if t.__class__ is Traced else (t,)  # type: ignore[attr-defined]
+
+
+def unpack_dual(tensor: Tensor, *, level: int | None = None) -> Any:
+    """Unpack what the function has made dual itself; a traced value does not know the tangents of
+    an argument, or of what was computed from one."""
+    read, trace = ORIGINALS["unpack_dual"], current()
+    found = read(tensor, level=level)
+    if trace is not None and tensor.__class__ is Traced and found.tangent is None:
+        with quiet():
+            known = [read(t)[1] for t in reached(trace)]
+        if any(t is not None for t in known):
+            raise CaptureError(
+                "unpack_dual() asks for a tangent that comes from outside of the captured "
+                f"function{at(user_line())}; call it outside, or use aotfunc.jvp"
+            )
+    return found
+
+
 def swap_tensors(t1: Tensor, t2: Tensor) -> None:
     if t1.__class__ is not t2.__class__ or t1.__class__ is not Traced:
         raise CaptureError(
@@ -131,6 +154,7 @@ PATCHES = (
         register_post_accumulate_grad_hook,
     ),
     Attribute("resize_storage", torch.UntypedStorage, "resize_", resize_storage),
+    Attribute("unpack_dual", forward_ad, "unpack_dual", unpack_dual),
     Code("swap", torch.utils.swap_tensors, swap_tensors, _swap_template),
 )
 

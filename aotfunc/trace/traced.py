@@ -229,7 +229,8 @@ class Traced(Tensor):
 
     def untyped_storage(self) -> Any:
         memory = Tensor.untyped_storage(self)
-        return Storage(nbytes=memory.nbytes, size=memory.size, device=memory.device)
+        names = ("nbytes", "size", "device", "_cdata")  # our own code compares the last
+        return Storage(**{name: getattr(memory, name) for name in names})
 
     def _typed_storage(self) -> Any:
         return Storage(nbytes=Tensor.untyped_storage(self).nbytes)

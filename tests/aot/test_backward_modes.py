@@ -401,3 +401,25 @@ def test_a_training_step_inside_is_refused():
     with pytest.raises(CaptureError, match=r"would write the \.grad"):
         jit(step)(torch.randn(5, 3))
     assert m.weight.grad is None
+
+
+def asks_for_the_tangent(x):
+    primal, tangent = fwAD.unpack_dual(x)
+    return primal if tangent is None else tangent
+
+
+def makes_a_dual(x):
+    return fwAD.unpack_dual(fwAD.make_dual(x, x * 3).sin()).tangent
+
+
+@ways
+def test_a_tangent_that_the_function_asks_for(way):
+    """One from outside is refused; one that the function has given is known."""
+    with fwAD.dual_level():
+        for of in (lambda x: x, lambda x: x * 2):
+            x = fwAD.make_dual(X, E[0])
+            f = WAYS[way](lambda x, of=of: asks_for_the_tangent(of(x)))
+            with pytest.raises(CaptureError, match="unpack_dual"):
+                f(x)
+        assert_same(WAYS[way](makes_a_dual)(X), makes_a_dual(X))
+        assert_same(WAYS[way](asks_for_the_tangent)(X), X)

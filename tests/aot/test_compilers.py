@@ -288,6 +288,28 @@ def test_metadata_of_many_kinds():
     given(lambda x: x.sum(), leaf(3, 2).t().detach().requires_grad_())
 
 
+@pytest.mark.parametrize("partition", [default_partition, min_cut_rematerialization_partition])
+def test_lines_of_the_user(partition):
+    """Both halves carry them in PyTorch's format, which its tools print."""
+    texts = []
+
+    def compiler(gm, example_inputs):
+        texts.append(gm.print_readable(print_output=False))
+        return gm
+
+    def f(x):
+        y = x.sin()
+        return y * y.exp()
+
+    aot_function(f, compiler, partition_fn=partition)(
+        torch.ones(2, requires_grad=True)
+    ).sum().backward()
+    assert len(texts) == 2
+    for text in texts:
+        assert "in f, code: y = x.sin()" in text and "in f, code: return y * y.exp()" in text
+        assert "No stacktrace" not in text
+
+
 def test_dynamo_backend():
     """A compiler written for torch.compile serves as it is."""
     from torch._dynamo.backends.registry import lookup_backend

@@ -6,7 +6,7 @@ import torch
 from torch.autograd import Function
 
 import aotfunc
-from aotfunc import grad, jacrev, jit, jvp, make_fx, vjp, vmap
+from aotfunc import aot_function, grad, jacrev, jit, jvp, make_fx, vjp, vmap
 from aotfunc.capture.captured import Captured
 from aotfunc.errors import AotfuncError
 from tests.functions import SavesInputs
@@ -588,3 +588,50 @@ def test_of_a_view_that_was_written(way):
     want = torch.zeros(2, 3)
     want[0] = (s + s.round()) * torch.tensor([0.0, 2.0, 4.0]).cos()
     assert_same(g, want)
+
+
+# ----- one tensor in several places --------------------------------------------------------------
+
+
+def in_two_places(ctx, x):
+    y = x * 2
+    return y, y
+
+
+def in_two_of_three(ctx, x):
+    y = x * 2
+    return y, x * 3, y
+
+
+def without_a_derivative(ctx, x):
+    y = x * 2
+    ctx.mark_non_differentiable(y)
+    return x * 3, y, y
+
+
+@pytest.mark.parametrize("how", [jit, aot_function, lambda f: f])
+@pytest.mark.parametrize("forward", [in_two_places, in_two_of_three, without_a_derivative])
+def test_one_tensor_in_several_places(forward, how):
+    """It is one result, whose cotangent goes to the last place."""
+
+    class Repeats(torch.autograd.Function):
+        @staticmethod
+        def backward(ctx, *gs):
+            return sum(k * g for k, g in enumerate(gs, 2) if g is not None)
+
+    Repeats.forward = staticmethod(forward)
+
+    def f(x):
+        outs = Repeats.apply(x)
+        same = [a is b for a in outs for b in outs]
+        return sum(k * y.sin() for k, y in enumerate(outs, 1)), sum(
+            x * 2**k for k, yes in enumerate(same) if yes
+        )
+
+    x = torch.arange(3.0, dtype=torch.float64, requires_grad=True)
+    (y, told), (want, wanted) = how(f)(x), f(x)
+    assert_same([y, told], [want, wanted])
+    assert_same(torch.autograd.grad(y.sum(), x), torch.autograd.grad(want.sum(), x))
+    assert_same(grad(lambda x: f(x)[0].sum())(x), torch.autograd.grad(f(x)[0].sum(), x)[0])
+    outs, theirs = how(Repeats.apply)(x), Repeats.apply(x)
+    assert [[a is b for a in outs] for b in outs] == [[a is b for a in theirs] for b in theirs]
