@@ -13,10 +13,10 @@ from .ops import base, is_single, is_symbol, is_view
 
 
 def makes(n: Node) -> int:
-    """Return the bytes of new memory that a value takes; parts of a tuple have their own."""
-    if n.op != "call_function" or not is_single(n) or is_symbol(n) or is_view(n):
-        return 0
-    return nbytes(n.meta["val"])
+    """Return the bytes of new memory that a value takes that is no view; parts of a tuple have
+    their own."""
+    new = n.op == "call_function" and is_single(n) and not is_symbol(n)
+    return nbytes(n.meta["val"]) if new else 0
 
 
 class Layout:
@@ -25,8 +25,12 @@ class Layout:
     def __init__(self, nodes: Sequence[Node], inputs: list[list[int]] | None = None) -> None:
         index = {n: i for i, n in enumerate(nodes)}
         self.inputs = inputs or [[index[p] for p in n.all_input_nodes] for n in nodes]
-        self.owner = [index[base(n)] for n in nodes]
-        self.size = [makes(n) for n in nodes]
+        self.owner: list[int] = []
+        self.size: list[int] = []
+        for i, n in enumerate(nodes):
+            view = is_view(n)
+            self.owner.append(self.owner[self.inputs[i][0]] if view else i)
+            self.size.append(0 if view else makes(n))
 
     def live(self, order: Iterable[int], given: set[int], kept: set[int]) -> Iterator[int]:
         """Yield the bytes that live while each of these nodes runs: the values ``given``, and what

@@ -21,7 +21,7 @@ from .report import Report, bytes_text
 from .roles import read_joint
 from .solve import INF
 from .split import module, split
-from .verify import verify
+from .verify import check
 from .within import Within
 
 
@@ -195,7 +195,7 @@ def verified_split(
     fw, bw = module(joint, early, "forward"), module(joint, late, "backward")
     fw.meta["num_fwd_outputs"] = count
     fw.meta["reasons"] = {n.name: reason for n, reason in reasons.items()}
-    verify(fw, bw, joint, num_fwd_outputs=count)
+    check(fw, bw, problem.joint)
     return fw, bw
 
 

@@ -62,10 +62,13 @@ class Report:
         self, fw: fx.GraphModule, within: Within, choice: Choice, budget: Budget | None
     ) -> None:
         self.limit = budget.limit if type(budget) is Bytes else choice.bytes
-        self.saved = residuals(fw)
         self.bytes, self.time = choice.bytes, choice.time
         self.forward_time = within.problem.forward_time
-        self._within, self._choice = within, choice
+        self._forward, self._within, self._choice = fw, within, choice
+
+    @cached_property
+    def saved(self) -> list[Residual]:
+        return residuals(self._forward)
 
     @cached_property
     def recomputed(self) -> list[Recomputed]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import getitem
 from typing import Any
 
 from torch import fx
@@ -17,7 +18,7 @@ from torch.fx import Node
 
 from ..errors import PartitionError
 from .memory import Layout
-from .ops import is_pinned, made_at, writes
+from .ops import is_pinned, is_single, made_at, once, writes
 
 
 def describe(n: Node) -> str:
@@ -58,6 +59,20 @@ class Joint:
     def layout(self) -> Layout:
         """Return whose memory the values lie in, and how much that is."""
         return Layout(self.nodes, self.inputs)
+
+    @cached_property
+    def moves(self) -> list[bool]:
+        """Return which nodes of the backward may run later: those whose value is one tensor or
+        number that they alone make, and that nothing tells when."""
+        return [n.target is not getitem and is_single(n) and not once(n) for n in self.nodes]
+
+    @cached_property
+    def parts(self) -> list[list[int]]:
+        """Return for each node the parts of its value, if that is a tuple."""
+        return [
+            [] if is_single(n) else [self.index[u] for u in n.users if u.target is getitem]
+            for n in self.nodes
+        ]
 
 
 def read_joint(graph: fx.Graph, num_early: int) -> Joint:

@@ -8,7 +8,6 @@ reader, and so does what takes more memory than it frees."""
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch.fx.node import map_arg
 
 from ..errors import PartitionError
 from ..trace.emit import paused_gc
-from .ops import is_single, once
 from .roles import Joint, ancestors
 
 try:  # the Python code of a module is made when it is asked for, if torch offers that
@@ -62,7 +60,7 @@ def readers_of(joint: Joint, run: list[bool]) -> list[int]:
         if joint.live[i]:
             freed = sum([size[o] for o in owners if last[o] < reader])
             grows = owner[i] != i or size[i] > freed
-            if reader == count or not grows or not moves(joint.nodes[i]):
+            if reader == count or not grows or not joint.moves[i]:
                 before[i] = i
         for o in owners:
             last[o] = max(last[o], before[i])
@@ -98,19 +96,11 @@ def right_before(joint: Joint, before: list[int], run: list[bool]) -> list[int]:
                 todo += reversed(waits)
                 continue
             todo.pop()
-            n = joint.nodes[i]  # the parts of a tuple are made with it
-            parts = [] if is_single(n) else [u for u in n.users if u.target is operator.getitem]
-            for made in (i, *[joint.index[u] for u in parts]):
+            for made in (i, *joint.parts[i]):  # the parts of a tuple are made with it
                 if run[made] and before[made] == before[i] and not seen[made]:
                     seen[made] = True
                     order.append(made)
     return order
-
-
-def moves(n: Node) -> bool:
-    """Return whether a node of the backward may run later: its value is one tensor or number that
-    it alone makes, and nothing tells when."""
-    return n.target is not operator.getitem and is_single(n) and not once(n)
 
 
 def split(

@@ -12,19 +12,24 @@ from torch.fx import Node
 
 from ..errors import PartitionError
 from .ops import base, is_single, once
-from .roles import describe, read_joint
+from .roles import Joint, describe, read_joint
 
 
 def verify(
     fw: fx.GraphModule, bw: fx.GraphModule, joint: fx.GraphModule, *, num_fwd_outputs: int
 ) -> None:
     """Check that ``fw`` followed by ``bw`` computes what ``joint`` does; raise PartitionError if
-    not.
+    not."""
+    check(fw, bw, read_joint(joint.graph, num_fwd_outputs))
+
+
+def check(fw: fx.GraphModule, bw: fx.GraphModule, roles: Joint) -> None:
+    """Check that ``fw`` followed by ``bw`` computes what a joint graph does that was read before;
+    raise PartitionError if not.
 
     Inputs and outputs are in the right order, ``None`` included; every other node is the joint
     graph's node of the same name, on the same arguments; what may run only once does; draws and
     effects all run, in order; no storage is saved twice."""
-    roles = read_joint(joint.graph, num_fwd_outputs)
     named = {n.name: n for n in roles.nodes}
     early, late = list(fw.graph.nodes), list(bw.graph.nodes)
     saved = late_args(early, len(roles.early_outputs))

@@ -72,7 +72,7 @@ class Within:
     def choice(self, budget: Budget) -> Choice:
         """Return the best choice within the budget. Raises PartitionError if there is none."""
         match budget:
-            case Share(1.0) if not self.exact:
+            case Share(1.0) | Time(0.0) if not self.exact:
                 return self.problem.cheapest(INF)
             case Share(share):
                 most, least = self.worthwhile[0], self.worthwhile[-1]
