@@ -32,31 +32,34 @@ class Layout:
             self.owner.append(self.owner[self.inputs[i][0]] if view else i)
             self.size.append(0 if view else makes(n))
 
-    def live(self, order: Iterable[int], given: set[int], kept: set[int]) -> Iterator[int]:
+    def live(self, order: Sequence[int], given: set[int], kept: set[int]) -> Iterator[int]:
         """Yield the bytes that live while each of these nodes runs: the values ``given``, and what
-        is made. Each is freed after the last op that reads it or a view of it, those ``kept`` are
-        not. What kernels need for themselves is not counted."""
-        order, owner, size = list(order), self.owner, self.size
-        last = {owner[i]: i for i in order}
-        for i in order:
-            for p in self.inputs[i]:
-                last[owner[p]] = i
-        ends: dict[int, list[int]] = {}
-        for o, i in last.items():
-            if o not in kept:
-                ends.setdefault(i, []).append(o)
+        is made. Each is freed after the last op that reads it or a view of it before it is made
+        anew, those ``kept`` are not. What kernels need for themselves is not counted."""
+        owner, size = self.owner, self.size
+        ends: list[list[int]] = []
+        awaited: set[int] = set()
+        for i in reversed(order):
+            mine = owner[i]
+            ended = {owner[p] for p in self.inputs[i]} | {mine}
+            ended -= awaited
+            ends.append([o for o in ended if o not in kept])
+            awaited |= ended
+            if mine == i:
+                awaited.discard(i)
         live = sum([size[o] for o in given])
         made = set(given)
-        for i in order:
+        for i, ended in zip(order, reversed(ends), strict=True):
             if owner[i] == i and i not in made:
                 made.add(i)
                 live += size[i]
             yield live
-            for o in ends.get(i, ()):
+            for o in ended:
                 if o in made:
+                    made.remove(o)
                     live -= size[o]
 
-    def peak(self, order: Iterable[int], given: set[int], kept: set[int]) -> int:
+    def peak(self, order: Sequence[int], given: set[int], kept: set[int]) -> int:
         """Return the most bytes that live at one time while these nodes run, as ``live`` says."""
         start = sum([self.size[o] for o in given])
         return max(start, max(self.live(order, given, kept), default=0))

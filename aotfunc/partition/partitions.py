@@ -22,7 +22,7 @@ from .roles import read_joint
 from .solve import INF
 from .split import module, split
 from .verify import check
-from .within import Within
+from .within import Within, is_low
 
 
 def default_partition(
@@ -115,6 +115,9 @@ def partition(
     - ``Peak("6GiB")``: at most so much lives at one time, as simulated;
     - ``Time(0.1)``: at most a tenth of the forward is computed again, and as few bytes are saved.
 
+    Under a share below 1 and a ``Peak`` the backward also computes once more what lives at its
+    peak without being read there, for up to 5 % of the forward's time (``report.anew``).
+
     ``policy`` says which values may be saved at all (:mod:`aotfunc.partition.policies`), the
     budget how much of them is.
 
@@ -144,7 +147,8 @@ def partition(
         problem = Problem(read_joint(joint.graph, count), as_cost(cost), policy)
         within = Within(problem, exact)
         choice = within.choice(budget)
-        fw, bw = verified_split(joint, problem, choice)
+        run = within.run(choice, is_low(budget))
+        fw, bw = verified_split(joint, problem, choice, (run.early, run.late))
     return Partition(fw, bw, Report(fw, within, choice, budget))
 
 
@@ -186,12 +190,15 @@ def under(partition_fn: Callable, cost: Cost) -> Callable:
 
 
 def verified_split(
-    joint: fx.GraphModule, problem: Problem, choice: Choice
+    joint: fx.GraphModule,
+    problem: Problem,
+    choice: Choice,
+    orders: tuple[list[int], list[int]] | None = None,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Split the joint graph at a choice, and verify the parts."""
+    """Split the joint graph at a choice, its halves in these orders, and verify them."""
     count = len(problem.joint.early_outputs)
     reasons = problem.reasons(choice)
-    early, late = split(problem.joint, list(reasons), problem.offloaded(choice))
+    early, late = split(problem.joint, list(reasons), problem.offloaded(choice), orders)
     fw, bw = module(joint, early, "forward"), module(joint, late, "backward")
     fw.meta["num_fwd_outputs"] = count
     fw.meta["reasons"] = {n.name: reason for n, reason in reasons.items()}

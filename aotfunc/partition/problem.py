@@ -44,7 +44,7 @@ class Problem:
     parallel to ``nodes``."""
 
     def __init__(self, joint: Joint, cost: Cost, policy: Policy | None = None) -> None:
-        self.joint = joint
+        self.joint, self.cost = joint, cost
         inside, self.border = regions(joint)
         relevant = [i for i, yes in enumerate(ancestors(joint.inputs, joint.needed)) if yes]
         local = {i: k for k, i in enumerate(relevant)}

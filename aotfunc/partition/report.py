@@ -4,6 +4,7 @@ picture."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from .cost import Cost, nbytes, shape_of
 from .ops import base, made_at
 from .problem import Choice, Problem
 from .roles import read_joint
-from .within import Within
+from .within import Within, is_low
 
 GIVEN = ("input", "parameter")
 
@@ -51,7 +52,8 @@ class Recomputed:
 class Report:
     """What :func:`partition` decided.
 
-    ``saved`` and ``recomputed`` list the values, ``bytes`` what is saved beyond the inputs,
+    ``saved`` and ``recomputed`` list the values, ``anew`` what the backward runs once more so that
+    its peak is lower, ``bytes`` what is saved beyond the inputs,
     ``time`` what is computed again, in the unit of the cost, and ``forward_time`` what the forward
     takes. What takes a while to find is found when it is asked for: the simulated ``peaks`` of the
     two halves, the ``bound`` on the time of any choice that saves at most ``limit`` bytes (the
@@ -65,6 +67,7 @@ class Report:
         self.bytes, self.time = choice.bytes, choice.time
         self.forward_time = within.problem.forward_time
         self._forward, self._within, self._choice = fw, within, choice
+        self._run = within.run(choice, is_low(budget))
 
     @cached_property
     def saved(self) -> list[Residual]:
@@ -74,16 +77,17 @@ class Report:
     def recomputed(self) -> list[Recomputed]:
         problem = self._within.problem
         twice = problem.twice(self._choice.saved) & (problem.time > 0)
-        found = []
-        for k in np.flatnonzero(twice):
-            n = problem.nodes[k]
-            time, size = float(problem.time[k]), nbytes(n.meta["val"])
-            found.append(Recomputed(n.name, str(n.target), time, size, made_at(n)))
-        return found
+        return [run_again(problem.nodes[k], problem.cost) for k in np.flatnonzero(twice)]
 
     @cached_property
+    def anew(self) -> list[Recomputed]:
+        problem, runs = self._within.problem, Counter(self._run.late)
+        more = [problem.joint.nodes[i] for i, count in runs.items() for _ in range(count - 1)]
+        return [a for n in more if (a := run_again(n, problem.cost)).time]
+
+    @property
     def peaks(self) -> tuple[int, int]:
-        return self._within.peaks(self._choice)
+        return self._run.peaks
 
     @property
     def peak(self) -> int:
@@ -103,7 +107,7 @@ class Report:
     @cached_property
     def frontier(self) -> list[tuple[int, float, int]]:
         points = self._within.frontier.points
-        return [(c.bytes, c.time, max(self._within.peaks(c))) for c in points]
+        return [(c.bytes, c.time, self._within.peak(c)) for c in points]
 
     def share(self, time: float) -> float:
         """Return a time as a share of the forward's."""
@@ -114,6 +118,9 @@ class Report:
         if self.recomputed:
             lines += ["", again(self.recomputed, self.forward_time)]
         lines += ["", f"peak {bytes_text(self.peak)}, simulated"]
+        if self.anew:
+            time = self.share(sum([a.time for a in self.anew]))
+            lines[-1] += f"; for it {len(self.anew)} ops run once more, {time:.2%} of the forward"
         if self.time:
             lines.append(
                 f"computed again: {self.share(self.time):.2%} of the forward's time; no partition "
@@ -133,6 +140,7 @@ class Report:
                 "peaks": self.peaks,
                 "saved": [asdict(r) | {"dtype": dtype_text(r.dtype)} for r in self.saved],
                 "recomputed": [asdict(r) for r in self.recomputed],
+                "anew": [asdict(r) for r in self.anew],
                 "frontier": self.frontier,
             },
             indent=1,
@@ -170,6 +178,11 @@ class Report:
         )
 
     _repr_svg_ = svg  # how notebooks show it
+
+
+def run_again(n: fx.Node, cost: Cost) -> Recomputed:
+    """Return what another run of a node takes."""
+    return Recomputed(n.name, str(n.target), cost.time(n), nbytes(n.meta["val"]), made_at(n))
 
 
 def report_on(

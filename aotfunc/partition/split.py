@@ -1,9 +1,5 @@
 """A joint graph and what to save -> ``early(*inputs) -> (*outputs, *saved)`` and ``late(*saved,
-*late_inputs)``.
-
-Values are placed where they live shortest. What the early graph computes only to be saved stands
-right after its last input. In the late graph what is computed again stands right before its first
-reader, and so does what takes more memory than it frees."""
+*late_inputs)``."""
 
 from __future__ import annotations
 
@@ -18,7 +14,8 @@ from torch.fx.node import map_arg
 
 from ..errors import PartitionError
 from ..trace.emit import paused_gc
-from .roles import Joint, ancestors
+from .order import schedule
+from .roles import Joint
 
 try:  # the Python code of a module is made when it is asked for, if torch offers that
     from torch.fx._lazy_graph_module import _LazyGraphModule as GraphModule
@@ -26,103 +23,34 @@ except ImportError:  # pragma: no cover
     from torch.fx import GraphModule
 
 
-def schedule(joint: Joint, held: list[bool], hosted: set[int]) -> tuple[list[int], list[int]]:
-    """Return the numbers of the nodes that the early and the late part run, in order, when those
-    ``held`` are handed over. Those ``hosted`` come back from the host in the late part."""
-    nodes, inputs = joint.nodes, joint.inputs
-    kept = ancestors(inputs, [i for i, h in enumerate(held) if h])
-    # nodes that run only to be saved follow their last input; all others stay where they are
-    when = list(range(len(nodes)))
-    for i in range(len(nodes)):
-        if kept[i] and not joint.forward[i] and nodes[i].op != "placeholder":
-            when[i] = max([when[p] for p in inputs[i]], default=i)
-    early = sorted(
-        [i for i in range(len(nodes)) if joint.forward[i] or kept[i]], key=lambda i: (when[i], i)
-    )
-    wanted = ancestors(inputs, [i for i in joint.needed if not held[i]], stop=held)
-    run = [live or want for live, want in zip(joint.live, wanted, strict=True)]
-    for i in hosted:
-        run[i] = True
-    return early, right_before(joint, readers_of(joint, run), run)
-
-
-def readers_of(joint: Joint, run: list[bool]) -> list[int]:
-    """Return for each node that the late part runs the one before whose run it stands: its first
-    reader's for what is computed again, and for what takes more memory than it frees; the node
-    itself for all others."""
-    owner, size = joint.layout.owner, joint.layout.size
-    count = len(run)
-    before, last = [count] * count, [-1] * count  # of an owner's readers the last one
-    for i in range(count - 1, -1, -1):
-        if not run[i]:
-            continue
-        owners, reader = {owner[p] for p in joint.inputs[i]}, before[i]
-        if joint.live[i]:
-            freed = sum([size[o] for o in owners if last[o] < reader])
-            grows = owner[i] != i or size[i] > freed
-            if reader == count or not grows or not joint.moves[i]:
-                before[i] = i
-        for o in owners:
-            last[o] = max(last[o], before[i])
-        for p in joint.inputs[i]:
-            before[p] = min(before[p], before[i])
-    return before
-
-
-def right_before(joint: Joint, before: list[int], run: list[bool]) -> list[int]:
-    """Return the nodes that ``run`` in order, each in the group of the node ``before`` which it
-    stands. Of the inputs of a node those come first that need most memory beside their result
-    (Sethi and Ullman, JACM 17, 1970)."""
-    size, count = joint.layout.size, len(run)
-    need, inputs = [0] * count, list(joint.inputs)
-    for i in range(count):
-        if run[i]:
-            group = {p for p in joint.inputs[i] if run[p] and before[p] == before[i]}
-            inputs[i] = sorted(group, key=lambda p: (size[p] - need[p], p))
-            held = 0
-            for p in inputs[i]:
-                need[i] = max(need[i], held + need[p])
-                held += size[p]
-            need[i] = max(need[i], held + size[i])
-    order: list[int] = []
-    seen = [False] * count
-    ends = [i for i in range(count) if run[i] and before[i] in (i, count)]
-    for end in sorted(ends, key=lambda i: (before[i], i)):  # what nobody reads is only returned
-        todo = [end]
-        while todo:
-            i = todo[-1]
-            waits = [] if seen[i] else [p for p in inputs[i] if not seen[p]]
-            if waits:
-                todo += reversed(waits)
-                continue
-            todo.pop()
-            for made in (i, *joint.parts[i]):  # the parts of a tuple are made with it
-                if run[made] and before[made] == before[i] and not seen[made]:
-                    seen[made] = True
-                    order.append(made)
-    return order
-
-
 def split(
-    joint: Joint, saved: Sequence[Node], hosted: Collection[Node] = ()
+    joint: Joint,
+    saved: Sequence[Node],
+    hosted: Collection[Node] = (),
+    orders: tuple[list[int], list[int]] | None = None,
 ) -> tuple[fx.Graph, fx.Graph]:
     """Return the early and the late graph of ``joint`` when ``saved`` is handed over, in that
-    order, and those ``hosted`` by way of the host's memory.
+    order, and those ``hosted`` by way of the host's memory; ``orders`` of nodes are what
+    :func:`schedule` returns where they are not given.
 
     The late graph computes again what it reads and is not handed. Nodes keep their names and
     metadata. Raises PartitionError if an input is needed and not among ``saved``."""
+    index = joint.index
+    if orders is None:
+        held = {index[n] for n in saved}
+        orders = schedule(joint, held, {index[n] for n in hosted})
     with paused_gc():
-        return _split_now(joint, saved, hosted)
+        return _split_now(joint, saved, hosted, *orders)
 
 
 def _split_now(
-    joint: Joint, saved: Sequence[Node], hosted: Collection[Node]
+    joint: Joint,
+    saved: Sequence[Node],
+    hosted: Collection[Node],
+    early_order: list[int],
+    late_order: list[int],
 ) -> tuple[fx.Graph, fx.Graph]:
-    nodes, index = joint.nodes, joint.index
-    held = [False] * len(nodes)
-    for n in saved:
-        held[index[n]] = True
-    early_order, late_order = schedule(joint, held, {index[n] for n in hosted})
+    nodes = joint.nodes
     early = Copy()
     for n in joint.early_inputs:
         early.placeholder(n)
@@ -174,14 +102,20 @@ class Copy:
         self.away: dict[Node, Node] = {}  # copies in the host's memory
 
     def node(self, n: Node) -> Node:
+        """Add a node; what reads ``n`` from then on reads this one."""
+        again = n in self.env
+        name = f"{n.name}_again" if again else n.name
         # arguments come afterwards: create_node searches those it is given for SymInts, half of
         # its time
-        new = self.graph.create_node(n.op, n.target, name=n.name, type_expr=n.type)
+        new = self.graph.create_node(n.op, n.target, name=name, type_expr=n.type)
         if n.args:
             new.args = self.map(n.args)
         if n.kwargs:
             new.kwargs = self.map(n.kwargs)
         new.meta.update(n.meta)  # not assigned: fx makes that slow
+        new.meta.pop("again", None)
+        if again:
+            new.meta["again"] = n.name
         self.env[n] = new
         return new
 

@@ -51,10 +51,11 @@ def check(fw: fx.GraphModule, bw: fx.GraphModule, roles: Joint) -> None:
         for n in graph:
             if n.op in ("placeholder", "output") or n in back or is_handed_copy(n):
                 continue
-            if n.name in named:
-                check_copy(n, named[n.name])
-            else:
+            if (original := named.get(first_name(n))) is None:
                 raise PartitionError(f"{describe(n)} is not in the joint graph")
+            check_copy(n, original)
+            if original.name != n.name and once(original):
+                raise PartitionError(f"{describe(original)} runs in the backward and again there")
 
     run_early, run_late = (
         [n.name for n in g if n.op not in ("placeholder", "output") and n not in back]
@@ -115,7 +116,7 @@ def equal_by_name(a: Any, b: Any) -> bool:
     ):
         return False
     if a.__class__ is Node:
-        return a.name == b.name
+        return first_name(a) == b.name
     if isinstance(a, tuple | list):
         return len(a) == len(b) and all([equal_by_name(x, y) for x, y in zip(a, b, strict=True)])
     if isinstance(a, Mapping):
@@ -123,6 +124,11 @@ def equal_by_name(a: Any, b: Any) -> bool:
     if isinstance(a, slice):
         return equal_by_name((a.start, a.stop, a.step), (b.start, b.stop, b.step))
     return bool(a == b) or (a != a and b != b)
+
+
+def first_name(n: Node) -> str:
+    """Return the name of the node of the joint graph that ``n`` runs, be it once more."""
+    return n.meta.get("again", n.name)
 
 
 def is_clone_of_input(n: Node) -> bool:

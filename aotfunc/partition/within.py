@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from torch.fx import Node
@@ -12,15 +13,26 @@ from ..progress import along
 from .budget import Budget, Bytes, Peak, Share, Time
 from .exact import Walk
 from .frontier import Frontier
+from .lowered import lowered
+from .order import schedule
 from .problem import Choice, Problem
 from .solve import INF
-from .split import schedule
 
 #: a choice may cost this share more than it must, and so many partial choices are made to find a
 #: better one: some seconds' worth at most
 QUICK, SHARP = (1e-3, 2e7), (1e-6, 5e7)
 #: of more values than these only the cuts choose, unless asked for the exact best
 MANY = 12_000
+#: what the backward computes once more for a low peak takes at most this share of the forward
+ANEW = 0.05
+
+
+class Run(NamedTuple):
+    """In what order the forward and the backward run their nodes, and the peaks of the two."""
+
+    early: list[int]
+    late: list[int]
+    peaks: tuple[int, int]
 
 
 class Within:
@@ -29,6 +41,7 @@ class Within:
 
     def __init__(self, problem: Problem, exact: bool = False) -> None:
         self.problem, self.exact = problem, exact
+        self.runs: dict[tuple[bytes, bool], Run] = {}
         self.solved: dict[tuple[float, str], tuple[Choice | None, float]] = {}
 
     @cached_property
@@ -39,23 +52,32 @@ class Within:
     def walk(self) -> Walk:
         return Walk(self.problem)
 
-    def peaks(self, choice: Choice) -> tuple[int, int]:
-        """Return the most bytes that live at one time in the forward and in the backward: what the
-        halves make, and what was saved until it is read for the last time. Inputs and cotangents
-        are not counted, nor what is in the host's memory, before it comes back."""
-        joint, nodes = self.problem.joint, self.problem.nodes
-        held = [False] * len(joint.nodes)
-        for k in np.flatnonzero(choice.saved):
-            held[joint.index[nodes[k]]] = True
+    def run(self, choice: Choice, low: bool) -> Run:
+        """Return in what order the halves of a choice run, with the most bytes that live at one
+        time in each: what the half makes, and what was saved until it is read for the last time.
+        Inputs and cotangents are not counted, nor what is in the host's memory, before it comes
+        back. If the peaks are to be ``low``, the backward computes some values once more."""
+        if (key := (choice.saved.tobytes(), low)) in self.runs:
+            return self.runs[key]
+        joint, layout = self.problem.joint, self.problem.joint.layout
+        held = {joint.index[self.problem.nodes[k]] for k in np.flatnonzero(choice.saved)}
         hosted = {joint.index[n] for n in self.problem.offloaded(choice)}
         early, late = schedule(joint, held, hosted)
-        layout = joint.layout
-        saved = {layout.owner[i] for i, h in enumerate(held) if h and i not in hosted}
+        saved = {layout.owner[i] for i in held - hosted}
         results, grads = (
             {layout.owner[joint.index[o]] for o in outs if isinstance(o, Node)}
             for outs in (joint.early_outputs, joint.late_outputs)
         )
-        return layout.peak(early, set(), saved | results), layout.peak(late, saved, grads)
+        if low:
+            most = ANEW * self.problem.forward_time
+            late = lowered(joint, late, saved | hosted, grads, self.problem.cost, most)
+        peaks = layout.peak(early, set(), saved | results), layout.peak(late, saved, grads)
+        self.runs[key] = Run(early, late, peaks)
+        return self.runs[key]
+
+    def peak(self, choice: Choice) -> int:
+        """Return the lowest peak of a choice that was found."""
+        return max(self.run(choice, low=True).peaks)
 
     @cached_property
     def worthwhile(self) -> list[Choice]:
@@ -64,7 +86,7 @@ class Within:
         found: list[Choice] = []
         least = INF
         for choice in along("peaks of the frontier", self.frontier.points[::-1]):
-            if (peak := max(self.peaks(choice))) <= least:
+            if (peak := self.peak(choice)) <= least:
                 found.append(choice)
                 least = peak
         return found
@@ -84,7 +106,7 @@ class Within:
                 if self.exact:
                     raise ArgumentError("exact: peaks are simulated, and have no bound; drop it")
                 points = along("peaks of the frontier", self.frontier.points)
-                peaks = [(max(self.peaks(c)), c) for c in points]
+                peaks = [(self.peak(c), c) for c in points]
                 fit = [c for peak, c in peaks if peak <= budget.limit]
                 if not fit:
                     raise too_little("a peak", budget.limit, min(peak for peak, _ in peaks))
@@ -120,6 +142,11 @@ class Within:
         if choice is None:
             raise too_little("saving", limit, self.frontier.ends[0].choice.bytes)
         return choice
+
+
+def is_low(budget: Budget | None) -> bool:
+    """Return whether a budget is of peaks: whether the backward may compute values once more."""
+    return isinstance(budget, Peak) or (isinstance(budget, Share) and budget.share < 1)
 
 
 def cost_of(choice: Choice, axis: str) -> float:

@@ -16,7 +16,7 @@ from tests.partition import test_solve as solving
 
 Broken = list[tuple[Any, str, Any]]
 SCHEDULE, SAVING_COST = split.schedule, problem.saving_cost
-NO_VERIFIER: Broken = [(partitions, "verify", lambda *args, **kwargs: None)]
+NO_VERIFIER: Broken = [(partitions, "check", lambda *args, **kwargs: None)]
 
 
 def in_order_of_the_joint(
