@@ -49,12 +49,12 @@ class Layout:
                 awaited.discard(i)
         live = sum([size[o] for o in given])
         made = set(given)
-        for i, ended in zip(order, reversed(ends), strict=True):
+        for i, freed in zip(order, reversed(ends), strict=True):
             if owner[i] == i and i not in made:
                 made.add(i)
                 live += size[i]
             yield live
-            for o in ended:
+            for o in freed:
                 if o in made:
                     made.remove(o)
                     live -= size[o]
