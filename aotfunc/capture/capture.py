@@ -27,6 +27,7 @@ from . import patches
 from .captured import Captured
 from .concretize import agreed
 from .instances import reassigned
+from .plain_trees import flatten_plain
 from .tree import Arguments, leaf_labels
 
 
@@ -96,7 +97,7 @@ def capture(
             # an index may stand beside traced ones
             whole = samples is not None and i not in samples and x.dim()
             values[i] = x if whole or id(x) in outside else t
-            if is_dtensor(x) and values[i] is t:
+            if trace.dtensors and is_dtensor(x) and values[i] is t:
                 values[i] = stand_in(t, x)
     for i in differentiated:
         autograd.leaves[values[i].ref] = True
@@ -108,7 +109,10 @@ def capture(
             else [x if d is None else None for x, d in zip(reals, batch.dims, strict=True)]
         )
     trace.origins = reals
-    args, kwargs = with_known_sizes(trace, rebuild(values), values, leaves)
+    args, kwargs = rebuild(values)
+    trees = kwargs or [a for a in args if not issubclass(type(a), Tensor)]
+    if trees:
+        args, kwargs = with_known_sizes(trace, (args, kwargs), values, leaves)
 
     def call() -> Captured:
         try:
@@ -117,7 +121,6 @@ def capture(
             if (better := refusal_of(e)) is None:
                 raise
             raise better from e
-        trees = kwargs or [a for a in args if not issubclass(type(a), Tensor)]
         if trees and reassigned((args, kwargs), values):
             raise CaptureError(
                 "the function assigns to an attribute of an argument, which the caller would not "
@@ -135,7 +138,7 @@ def with_known_sizes(trace: Trace, tree: Any, values: Sequence, leaves: Sequence
     """Return arguments whose packed sequences have the sizes of their steps as constants:
     recurrent layers read these from memory. A sample of a batch does not know them."""
     packed = lambda x: isinstance(x, PackedSequence)
-    if not any(map(packed, tree_leaves(tree, is_leaf=packed))):
+    if flatten_plain(tree) is not None or not any(map(packed, tree_leaves(tree, is_leaf=packed))):
         return tree
     reals = {id(v): x for v, x in zip(values, leaves, strict=True)}
 

@@ -84,10 +84,12 @@ class Captured:
                         "capture is over; return a list or a tuple of the values"
                     )
         self.refs = tuple([trace.ref_of(self.leaves[i])[0] for i in self.tensors])
-        check_shared_parts(trace, self.refs)
-        check_stand_ins(trace, self.refs)
-        check_calls(trace)
-        check_checkpoints(trace)
+        if trace.stand_ins:
+            check_stand_ins(trace, self.refs)
+        if trace.mutates:
+            check_shared_parts(trace, self.refs)
+            check_calls(trace)
+            check_checkpoints(trace)
 
     @cached_property
     def seen(self) -> dict[int, Shown]:

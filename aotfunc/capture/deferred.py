@@ -134,7 +134,7 @@ def check_checkpoints(trace: Trace) -> None:
     """Refuse a write, before a gradient is taken, to a tensor that a checkpoint reads and its
     recomputation would read again. The checkpoint's own writes, such as statistics, do not count:
     they are made once, and not read."""
-    if not (trace.mutates and trace.regions):
+    if not trace.regions:
         return
     regions: dict[int, list[tuple[int, range]]] = {}
     number = len(trace.inputs)
@@ -172,7 +172,7 @@ def check_checkpoints(trace: Trace) -> None:
 
 def check_calls(trace: Trace) -> None:
     """Refuse a write to a value that the backward of a nested compiled function reads."""
-    if not (trace.mutates and any(isinstance(r[0], CallStep) for r in trace.records)):
+    if not any(isinstance(r[0], CallStep) for r in trace.records):
         return
     number = len(trace.inputs)
     for k, (instr, refs, grad, _, line) in enumerate(trace.records):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 
-from ..trace.kinds import ordinary_tensor
+from ..trace.kinds import KINDS, ordinary_tensor
 from .instances import Opened, flatten_tree, is_data, is_whole, stored_names, unflatten_tree
 from .plain_trees import flatten_plain
 
@@ -26,6 +27,12 @@ class Arguments:
         self.leaves: list[Any] = []
         self.specs: list[TreeSpec | None] = []
         self.spans: list[range] = []
+        self.kw_spec: TreeSpec | None = None
+        if not kwargs and KINDS.issuperset(map(type, args)):
+            self.leaves += args
+            self.specs += repeat(None, len(args))
+            self.spans += map(range, range(len(args)), range(1, len(args) + 1))
+            return
         for a in args:
             start = len(self.leaves)
             if issubclass(type(a), Tensor):  # isinstance asks the object
@@ -36,7 +43,6 @@ class Arguments:
                 self.leaves += flat
                 self.specs.append(spec)
             self.spans.append(range(start, len(self.leaves)))
-        self.kw_spec: TreeSpec | None = None
         if kwargs:
             flat, self.kw_spec = flatten_tree(kwargs)
             self.leaves += flat
@@ -80,7 +86,8 @@ class Arguments:
 
 def in_order_of(template: Any, tree: Any) -> Any:
     """Return ``tree`` with the keys of its dictionaries in the order of ``template``."""
-    if issubclass(type(tree), Tensor) or is_data(tree) or is_whole(tree):
+    plain = type(tree) in (tuple, list, dict)
+    if not plain and (issubclass(type(tree), Tensor) or is_data(tree) or is_whole(tree)):
         return tree
     if isinstance(tree, dict) and isinstance(template, dict) and tree.keys() == template.keys():
         new = copy.copy(tree)

@@ -18,7 +18,7 @@ from torch.fx import Node
 from ..capture.calls import CallStep, hidden_writes, on_eager
 from ..debug import outside_dynamo
 from ..graph import Program
-from ..trace.modes import without_modes
+from ..trace.modes import any_modes, without_modes
 from ..trace.node_views import storage_root
 from ..trace.shapes.sig import Sig, contiguous_stride, reach
 from ..trace.traced import current
@@ -69,6 +69,8 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     trace = current()
     if trace is not None:
         return trace.record(program.once(CallStep, lambda: CallStep(program, run_eager)), tensors)
+    if (run := program.once(alone, lambda: alone(program))) is not None and not any_modes():
+        return run(*tensors)[: program.n_outputs]
     by_us = ours(program)
     forward = forward_ad._current_level >= 0
     if by_us and forward and torch._C._functorch.peek_interpreter_stack() is None:
@@ -88,6 +90,13 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
         if program.mutated:
             write_back(program, given, outs)
     return outs[: program.n_outputs]
+
+
+def alone(program: Program) -> Callable[..., tuple] | None:
+    """Return the program as a function of real tensors if no more than a call of it is to be done:
+    autograd differentiates its ops, and it writes to no input."""
+    more = program.mutated or ours(program) or has_control_flow(program)
+    return None if more else on_eager(program)
 
 
 def has_control_flow(program: Program) -> bool:

@@ -190,8 +190,9 @@ class Autograd:
             if any(bases.get(r, r) == base for r in later):
                 self.overwritten.add(k)
         self.leaf_tensors.clear()
-        self.kept = {t.ref for t in self.retained}
-        self.retained.clear()
+        if self.retained:
+            self.kept = {t.ref for t in self.retained}
+            self.retained.clear()
 
 
 def needs_grad(t: Tensor) -> bool:

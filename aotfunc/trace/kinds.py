@@ -33,7 +33,7 @@ def check_kind(t: Tensor, dtensors: bool = False) -> None:
             f"only dense tensors can be captured, not {t.layout} with dtype "
             f"{t.dtype}{at(debug.user_line())}"
         )
-    if type(t) in _KINDS:
+    if type(t) in KINDS:
         return
     if hasattr(getattr(t, "fake_mode", None), "of_parts"):
         raise CaptureError(
@@ -60,13 +60,14 @@ def check_kind(t: Tensor, dtensors: bool = False) -> None:
         raise of_subclass(t, "an argument")
 
 
-_KINDS = {Tensor, torch.nn.Parameter, Traced}
+#: the classes of ordinary tensors
+KINDS = frozenset((Tensor, torch.nn.Parameter, Traced))
 
 
 def dispatches(t: Tensor) -> bool:
     """Return whether a tensor is of a foreign subclass that answers ops itself."""
     cls = type(t)
-    return cls not in _KINDS and getattr(cls, "__torch_dispatch__", _plain) is not _plain
+    return cls not in KINDS and getattr(cls, "__torch_dispatch__", _plain) is not _plain
 
 
 def is_fake(t: Tensor) -> bool:
@@ -107,7 +108,7 @@ def ordinary_tensor(x: Any) -> Any:
     Anything else is itself."""
     cls = x.__class__
     if (
-        cls in _KINDS
+        cls in KINDS
         or not isinstance(x, Tensor)
         or cls.__torch_function__ is _disabled
         or dispatches(x)

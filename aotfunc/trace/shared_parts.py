@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def check_shared_parts(trace: Trace, returned: Sequence[int]) -> None:
     """Raise CaptureError if a value is used, or known outside, that a write to another one would
     have changed."""
-    if not (trace.mutates and dtensor_class()):
+    if not dtensor_class():
         return
     of, number = trace.roots().of, len(trace.inputs)
     together: dict[int, set[int]] = {}  # by what each value was made with
