@@ -263,8 +263,8 @@ def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | N
         flat = broadcast_prefix(in_dims, tuple(args), "in_dims")
     dims: list[int | None] = []
     for k, (dim, x) in enumerate(zip(flat, arguments.leaves, strict=False)):
-        if dim is None:
-            dims.append(None)
+        if dim is None or (type(dim) is int and isinstance(x, Tensor) and 0 <= dim < x.dim()):
+            dims.append(dim)
             continue
         if not isinstance(dim, int) or isinstance(dim, bool):
             raise ArgumentError(

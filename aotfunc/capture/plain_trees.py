@@ -6,6 +6,7 @@ kind.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ..cache import Cache
 from ..trace.traced import Traced
 
 _LEAVES = frozenset({Tensor, nn.Parameter, Traced, int, float, bool, str, type(None)})
+_NAMES = frozenset({str})
 _specs = Cache(4096)
 #: ``id`` of a spec -> (the spec, the function from leaves to its tree)
 _makers = Cache(4096)
@@ -37,13 +39,17 @@ def describe_tree(x: Any, leaves: list[Any], key: list[Any]) -> bool:
         return True
     if cls is dict:
         key += (cls, len(x), *x)
-        if not all([type(k) is str for k in x]):
+        if not _NAMES.issuperset(map(type, x)):
             return False
         x = x.values()
     elif cls is list or cls is tuple:
         key += (cls, len(x))
     else:
         return False
+    if _LEAVES.issuperset(map(type, x)):
+        leaves += x
+        key += repeat(None, len(x))
+        return True
     for child in x:
         if type(child) in _LEAVES:
             leaves.append(child)
