@@ -234,6 +234,11 @@ def is_beyond_autograd(n: Node) -> bool:
     return which == "all" or "_backward" in n.target._schema.name
 
 
+def zeros_of(n: Any) -> Tensor:
+    sig = n.meta["val"]
+    return torch.zeros(sig.shape, dtype=sig.dtype, device=sig.device)
+
+
 def alive(program: Program, tensors: Sequence[Tensor]) -> Sequence[bool]:
     """Return which of the results have a derivative."""
     forward = forward_ad._current_level >= 0  # any may have a tangent
@@ -270,7 +275,7 @@ class ProgramFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        flags = alive(ctx.program, tensors)
+        ctx.flags = flags = alive(ctx.program, tensors)
         ctx.mark_non_differentiable(
             *[o for o, yes in zip(output, flags, strict=True) if isinstance(o, Tensor) and not yes]
         )
@@ -284,7 +289,12 @@ class ProgramFunction(torch.autograd.Function):
             outs = execute(
                 pushed_program(program, wrt), [*ctx.saved_tensors, *(given[i] for i in wrt)]
             )
-        return tuple(outs[len(program.outputs) :])
+        pushed = outs[len(program.outputs) :]
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            return tuple(pushed)
+        # torch.func pushes no tangents of tangents if a result that may have one has none
+        whole = zip(pushed, program.outputs, ctx.flags, strict=True)
+        return tuple([zeros_of(n) if yes and t is None else t for t, n, yes in whole])
 
     @staticmethod
     @outside_dynamo

@@ -262,6 +262,30 @@ def test_torch_func_and_forward_ad_around_it():
     )
 
 
+LINEAR = {
+    "scan": lambda h: scan(lambda c, x: ((c[0] + 1, c[1] * x), c[0]), (0, h), XS)[0][1],
+    "bounded while_loop": lambda h: aotfunc.while_loop(
+        lambda c: c[1].sum() < 30,
+        lambda c: (c[0] + 1, c[1] * 2),
+        (torch.tensor(0), h),
+        max_steps=9,
+    )[1],
+    "cond": lambda h: aotfunc.cond(h.sum() > 0, lambda h: h * 2, lambda h: h * 3, h),
+    "map": lambda h: aotfunc.map(lambda x: (x * 2, x.floor()), h)[0],
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_second_tangents_of_torch_func_where_there_are_none(name):
+    f = lambda h: LINEAR[name](h).sum()
+    zeros = torch.zeros(3, 3, dtype=torch.float64)
+    assert_same(torch.func.jacfwd(f)(H), grad(f)(H))
+    assert_same(torch.func.hessian(f)(H), zeros)
+    assert_same(torch.func.jacfwd(torch.func.jacfwd(f))(H), zeros)
+    cubed = lambda h: (LINEAR[name](h) ** 3).sum()
+    assert_same(torch.func.hessian(cubed)(H), hessian(cubed)(H))
+
+
 @pytest.mark.parametrize("batch_size", [None, 1, 2, 5, 9])
 def test_map(batch_size):
     f = lambda x: {"a": x["a"] * x["b"].sin(), "b": x["b"].sum()}
