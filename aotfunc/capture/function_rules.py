@@ -6,7 +6,6 @@ is being recorded, because its derivative calls its own Function, is recorded on
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -243,16 +242,15 @@ def held(ctx: Context) -> tuple[Context, list[Tensor]]:
     once."""
     tensors = list({id(t): t for t in contents(ctx)}.values())
     numbers = {id(t): Held(i) for i, t in enumerate(tensors)}
-    bare = copy.copy(ctx)
+    bare = with_kept(ctx, lambda x: numbers[id(x)] if isinstance(x, Tensor) else x)
     bare.dirty_tensors = bare.non_differentiable = ()
-    return with_kept(bare, lambda x: numbers[id(x)] if isinstance(x, Tensor) else x), tensors
+    return bare, tensors
 
 
 def with_kept(ctx: Context, put: Callable[[Any], Any]) -> Context:
     """Return a copy of ``ctx`` with ``put`` applied to each value that it keeps."""
-    new = copy.copy(ctx)
-    for name, value in vars(ctx).items():
-        setattr(new, name, put(value))
+    new = type(ctx)()
+    vars(new).update({name: put(value) for name, value in vars(ctx).items()})
     new.to_save, new.saved_for_forward = (
         tuple(map(put, ctx.to_save)),
         tuple(map(put, ctx.saved_for_forward)),
@@ -335,12 +333,15 @@ def earlier(key: tuple, new: Later) -> Later:
 
 def plain_key(x: Any) -> Any:
     """Return a key for a plain value. Raises TypeError for others."""
+    if type(x) in _PLAIN:
+        return type(x), repr(x)
     if isinstance(x, tuple):
         return type(x), tuple(map(plain_key, x))
     if isinstance(x, Operands) and not x.tensors:
         return type(x), x.spec, x.places, plain_key(x.plain)
     if isinstance(x, TreeSpec):
         return x
-    if type(x) not in (*SIMPLE, float, complex, Held):
-        raise TypeError(f"{type(x).__name__} is no plain value")
-    return type(x), repr(x)
+    raise TypeError(f"{type(x).__name__} is no plain value")
+
+
+_PLAIN = SIMPLE | {float, complex, Held}
