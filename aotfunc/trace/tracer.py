@@ -57,7 +57,7 @@ class Trace(Answering, TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
         if func.__class__ is not OpOverload:
             return of_objects(self, func, args)
-        if types and (types[0] is not Traced or len(types) > 1) and takes_dtensors(types):
+        if types != _OURS and takes_dtensors(types):
             return record_op(self, func, args, kwargs or {})
         if self.autograd.made:
             self.autograd.adopt_leaves()
@@ -283,6 +283,9 @@ class Trace(Answering, TorchDispatchMode):
         """Record an op that the recording itself answers, and return its results."""
         self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
         return self.wrap(instr.outs, instr.facts)
+
+
+_OURS = (Traced,)
 
 
 @cache

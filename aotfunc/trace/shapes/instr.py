@@ -66,6 +66,9 @@ SIMPLE = frozenset(
 )
 
 
+_INTS = frozenset({int})
+
+
 def env_key() -> tuple:
     """Return the global settings that inference depends on."""
     return (torch.get_default_dtype(), _deterministic())
@@ -88,6 +91,10 @@ def encode(a: Any, key: list, sink: Any) -> Any:
         key.append(sig)
         return slot
     if isinstance(a, list | tuple):
+        if a and _INTS.issuperset(map(type, a)):
+            key.append(list)  # what follows them in a key is no int
+            key += a
+            return list(a) if cls is not tuple else a
         key.append("[")
         result = [encode(x, key, sink) for x in a]
         key.append("]")
