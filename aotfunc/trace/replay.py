@@ -22,14 +22,23 @@ from .shapes.instr import Instr
 from .tape import Tape
 from .traced import Traced, quiet, under_way
 
+#: so many elements take longer than to let a step wait
+MANY = 1 << 12
+
 
 class Replay:
     """A run of a recording on its concrete inputs, on copies of written tensors. Generators of
-    random numbers keep their states."""
+    random numbers keep their states.
+
+    A step on many elements waits until its result is asked for, or something is written, drawn or
+    called."""
 
     def __init__(self, trace: Answering) -> None:
-        self.done = self.lifted = self.numbers = 0  # how far it has run
+        self.done = self.lifted = self.numbers = 0  # how far it has come
         self.env: dict[int, Any] = {}
+        #: steps that wait, by the number of their first result, and that number for each result
+        self.steps: dict[int, tuple[Instr, Sequence[int]]] = {}
+        self.makers: dict[int, int] = {}
         self.storages: dict[Any, Tensor] = {}  # copies share memory as the originals do
         # samples of a batch, recordings inside of others, and each call of a compiled function
         # start at another state of the generator
@@ -78,17 +87,52 @@ class Replay:
                 self.env[FIRST - i] = trace.numbers[i]
             self.numbers = len(trace.numbers)
             for instr, refs, *_ in new:
-                unknown = [r for r in refs if r not in self.env]
-                if unknown or (instr.facts.random and not self.draws):
-                    for slot in written_slots(instr):
-                        self.lose(trace, trace.root(refs[slot]))
-                    self.number += results_of(instr)
-                    continue
-                for o in instr_run(instr, [self.env[r] for r in refs]):
-                    self.env[self.number] = o
-                    self.number += 1
-            self.done += len(new)
+                self.take(trace, instr, refs)
+            self.run(self.needed(ref))
         return self.env.get(ref)
+
+    def take(self, trace: Answering, instr: Any, refs: Sequence[int]) -> None:
+        """Take the next step: run it, or let it wait. One that reads what is not known is
+        skipped."""
+        first = self.number
+        if instr.__class__ is Instr and instr.simple and instr.size < MANY:
+            if all([r in self.env for r in refs]):
+                [self.env[first]] = instr_run(instr, [self.env[r] for r in refs])
+                self.number, self.done = first + 1, self.done + 1
+                return
+        waits, end = may_wait(instr), first + results_of(instr)
+        if not waits:
+            self.run([*self.steps])
+        unknown = [r for r in refs if r not in self.env and r not in self.makers]
+        if unknown or (instr.facts.random and not self.draws):
+            for slot in written_slots(instr):
+                self.lose(trace, trace.root(refs[slot]))
+        else:
+            self.steps[first] = instr, refs
+            self.makers.update(dict.fromkeys(range(first, end), first))
+            if not waits:
+                self.run([first])
+        self.number, self.done = end, self.done + 1
+
+    def needed(self, ref: int) -> list[int]:
+        """Return the steps that wait and that a value depends on, in order."""
+        found: set[int] = set()
+        refs = [ref]
+        while refs:
+            first = self.makers.get(refs.pop())
+            if first is not None and first not in found:
+                found.add(first)
+                refs += self.steps[first][1]
+        return sorted(found)
+
+    def run(self, steps: Sequence[int]) -> None:
+        """Run steps that wait."""
+        for first in steps:
+            instr, refs = self.steps[first]
+            for k, o in enumerate(instr_run(instr, [self.env[r] for r in refs]), first):
+                self.env[k] = o
+                del self.makers[k]
+            del self.steps[first]
 
     def drawing(self, records: Sequence[Record]) -> AbstractContextManager:
         """Set the generators, inside the block, to where this run left them."""
@@ -107,6 +151,12 @@ class Replay:
         finally:
             for g, state in outside.items():
                 g.set_state(state)
+
+
+def may_wait(instr: Any) -> bool:
+    """Return whether a step gives the same later, as long as nothing is written."""
+    facts = instr.facts
+    return instr.__class__ is Instr and not (facts.writes or facts.random or facts.effect)
 
 
 class Answering(Tape):

@@ -388,12 +388,18 @@ def as_if_outside() -> Any:
 _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Set the recording aside, and all modes, which recorded programs have been through."""
-    under_way.quiet += 1
-    try:
-        with torch._C._DisableTorchDispatch(), without_modes():
-            yield
-    finally:
+class quiet:
+    """Set the recording aside in a ``with`` block, and all modes, which recorded programs have
+    been through."""
+
+    __slots__ = ("modes", "recording")
+
+    def __enter__(self) -> None:
+        self.modes, self.recording = without_modes(), torch._C._DisableTorchDispatch()
+        self.recording.__enter__()
+        under_way.quiet += 1
+
+    def __exit__(self, *error: Any) -> None:
         under_way.quiet -= 1
+        self.recording.__exit__(*error)
+        self.modes.__exit__(*error)

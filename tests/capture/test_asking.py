@@ -539,3 +539,60 @@ def test_writes_between_questions(f, around, monkeypatch):
         torch.testing.assert_close(row, expected)
     if f in (of_what_is_the_same_for_all, an_accumulator):  # the others read what is stale
         assert around != "vmap" or not whole
+
+
+# what waits until it is asked for
+# -------------------------------------------------------------------------------------------------
+
+
+def asked_after_a_write(x, y):
+    doubled = x * 2
+    x.add_(1)
+    return y * 2 if doubled.sum() < 5 * x.numel() else y * 3
+
+
+def asked_beside_a_write(x, y):
+    row = x[0]
+    sums = row.sin(), x.cos()
+    row.mul_(3)
+    return y * float(sums[0][0]) + y * float(sums[1][0, 0]) + y * float(x[0, 0] + row[1])
+
+
+def asked_after_a_draw(x, y):
+    halves = x / 2
+    drawn = torch.rand_like(x) * halves
+    return y * 2 if (drawn <= halves).all() else y * drawn.sum().item()
+
+
+def asked_for_parts(x, y):
+    largest, where = (x * 2).max(1)
+    left, right = largest.split(32)
+    return y * float(right[3]) + y * int(where[5]) + y * float(left[2])
+
+
+WAITING = [asked_after_a_write, asked_beside_a_write, asked_after_a_draw, asked_for_parts]
+
+
+@pytest.mark.parametrize("f", WAITING, ids=lambda f: f.__name__)
+def test_large_steps_that_wait_see_what_they_would_have_seen(f):
+    x, y = torch.full((64, 128), 2.0, dtype=torch.float64), f64(4)
+    run = lambda y: f(x.clone(), y).sum()
+    torch.manual_seed(0)
+    expected = grads(run)(y)
+    torch.manual_seed(0)
+    assert_same(grad(run)(y), expected)
+    assert_same(grad(lambda x: f(x.clone(), y).sum())(x), torch.zeros_like(x))
+
+
+def test_large_steps_run_early_only_if_they_are_asked_for(monkeypatch):
+    early = []
+    run = replay.instr_run
+    monkeypatch.setattr(replay, "instr_run", lambda i, v: early.append(str(i.op)) or run(i, v))
+
+    def f(x, w):
+        h = (x @ w).tanh()
+        return h.sum() * 2 if w.sum() > 0 else (h @ w).sum()
+
+    x, w = f64(128, 64), f64(64, 64) ** 2
+    assert_same(grad(f)(x, w), grads(f)(x, w))
+    assert early == ["aten.sum.default", "aten.gt.Scalar"]

@@ -27,11 +27,11 @@ class Instr:
     ``anywhere`` is the Instr of the same call with every tensor at the beginning of its storage,
     if that changes only the signatures; ``number`` is the dtype in which a Python number among its
     arguments may be a tensor; ``simple`` says that it makes one new tensor and has no other
-    effect."""
+    effect; ``size`` is the number of elements of the largest argument."""
 
     __slots__ = (
         *("op", "args", "kwargs", "sigs", "outs", "facts", "anywhere"),
-        *("number", "made", "simple"),
+        *("number", "made", "simple", "size"),
     )
 
     def __init__(
@@ -51,6 +51,8 @@ class Instr:
         self.simple = outs.__class__ is Sig and bool(
             sigs and facts.pure and not (facts.random or facts.factory)
         )
+
+        self.size = max([s.numel for s in sigs], default=0)
 
     def __repr__(self) -> str:
         return f"{self.op}{self.args}"
