@@ -235,6 +235,7 @@ def is_beyond_autograd(n: Node) -> bool:
 
 
 def zeros_of(n: Any) -> Tensor:
+    """Return the tangent of zeros of a result, which is this node."""
     sig = n.meta["val"]
     return torch.zeros(sig.shape, dtype=sig.dtype, device=sig.device)
 
