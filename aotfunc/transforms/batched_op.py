@@ -22,7 +22,7 @@ from ..trace.shapes.sig import Facts, Sig
 from . import fallback, loops
 from .rules.schema import full_args, tensor_args
 from .rules.table import entry_for
-from .walk import Make, apply, as_graph, errors_of, traced
+from .walk import Make, apply, as_graph, check_count, errors_of, traced
 
 if TYPE_CHECKING:
     from .vmap import Batch
@@ -185,6 +185,7 @@ def checked_result(b: Builder, result: Any, want: Any, size: int) -> Any:
     if isinstance(want, tuple):
         if not isinstance(result, list | tuple):
             result = [result]
+        check_count(result, len(want))
         return [
             checked_result(b, r, w, size) if w.__class__ is Sig else r
             for r, w in zip(result, want, strict=False)

@@ -26,7 +26,7 @@ from .activity import active_nodes
 from .rules.schema import full_args, tensor_args
 from .rules.table import entry_for
 from .vjp import as_arguments, contiguous_sig, primals, reverse
-from .walk import apply, as_graph, builder, errors_of, node_outputs, traced
+from .walk import apply, as_graph, builder, check_count, errors_of, node_outputs, traced
 
 aten = torch.ops.aten
 
@@ -182,12 +182,16 @@ def fit_tangents(b: Builder, result: Any, out: Any) -> Any:
     """Return tangents in the shape and dtype of their outputs."""
     if isinstance(out, list):
         parts = result if isinstance(result, list | tuple) else [result]
+        check_count(parts, len(out))
         parts = [*parts, *[None] * (len(out) - len(parts))]
         return [fit_tangents(b, r, o) for r, o in zip(parts, out, strict=True)]
     if isinstance(result, list | tuple):
+        check_count(result, 1)
         result = result[0] if result else None
     if result is None or not isinstance(out, Node) or not out.meta["val"].differentiable:
         return None
+    if not isinstance(result, Node):
+        raise ValueError(f"it returned {result!r}")
     val, want = result.meta["val"], out.meta["val"]
     if val.dtype is not want.dtype:
         if val.dtype.is_complex and not want.dtype.is_complex:

@@ -32,7 +32,7 @@ from .activity import active_nodes, has_derivative
 from .hooked_rules import BY_VALUE, answered, behind_hooks, has_formula, of_result
 from .rules.schema import full_args, tensor_args
 from .rules.table import entry_for, zeros
-from .walk import apply, builder, errors_of, filled_node, node_outputs, traced
+from .walk import apply, builder, check_count, errors_of, filled_node, node_outputs, traced
 
 aten = torch.ops.aten
 
@@ -271,10 +271,11 @@ def as_arguments(rule: Any, op: OpOverload) -> Any:
         g, out = (tuple(x) if isinstance(x, list) else x for x in (g, out))
         grads = rule(g, out, *args, needs=needs)
         grads = [grads] if isinstance(grads, Tensor) else list(grads)
+        check_count(grads, len(where))
         grads += [None] * (len(where) - len(grads))
         return [
             fit(ga, args[i]) if need else None
-            for ga, i, need in zip(grads, where, needs, strict=False)
+            for ga, i, need in zip(grads, where, needs, strict=True)
         ]
 
     return call

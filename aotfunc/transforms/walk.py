@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -168,6 +168,13 @@ def errors_of(kind: str, n: Node, rule: Callable) -> Iterator[None]:
             f"the {kind} rule of {n.target} ({place}) failed{line}: {type(e).__name__}: "
             f"{str(e).removesuffix(line)}"
         ) from e
+
+
+def check_count(results: Sequence[Any], count: int) -> None:
+    """Raise ValueError for more results of a rule than there may be; those it leaves out at the
+    end are absent."""
+    if len(results) > count:
+        raise ValueError(f"it returned {len(results)} results where there are {count}")
 
 
 def constant_node(b: Builder, t: Tensor) -> Node:

@@ -39,6 +39,10 @@ def no_tensor(*_):
     return "x"
 
 
+def too_many(*args):
+    return args[-1], args[-1]
+
+
 def looked_at(*args):
     return args[0] if float(torch.ones(())) and float(args[-1].sum()) else args[-1]
 
@@ -54,8 +58,11 @@ TRANSFORMS = {
 }
 
 
+RULES = [divided, mismatched, of_another_shape, no_tensor, too_many, looked_at]
+
+
 @pytest.mark.parametrize("kind", TRANSFORMS)
-@pytest.mark.parametrize("rule", [divided, mismatched, of_another_shape, no_tensor, looked_at])
+@pytest.mark.parametrize("rule", RULES)
 def test_a_rule_that_fails(rule, kind):
     register, called = TRANSFORMS[kind]
     op = defined()

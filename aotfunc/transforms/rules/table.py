@@ -11,8 +11,8 @@ fragment, and may as well be called in a Python shell. Conventions, the same for
   (zero) one is ``None``.
 - *Tensor arguments* are those whose schema type is ``Tensor``, ``Tensor?``, ``Tensor[]`` or
   ``Tensor?[]``. A vjp rule returns one cotangent per tensor argument, in order: ``None`` for no
-  gradient, a list for a tensor list. A jvp rule gets one tangent per tensor argument in the same
-  form and returns one tangent per output.
+  gradient, a list for a tensor list; those left out at the end have none. A jvp rule gets one
+  tangent per tensor argument in the same form and returns one tangent per output.
 - The walkers own the chores: un-broadcasting, casting to the primal's dtype (real part of a
   complex cotangent of a real argument), accumulation, absent cotangents and tangents, moving the
   batch dimension to 0.
