@@ -24,8 +24,10 @@ from .kinds import is_dtensor
 from .placing import mirrored, rule_for, without_values
 from .traced import Traced, current, no_recording
 
-#: layout -> its mesh and placements
-_layouts: dict[str, tuple[Any, tuple]] = {}
+#: name -> the mesh made last under it: one for each arrangement of processes, however often made
+_meshes: dict[str, Any] = {}
+#: text -> placements
+_placements: dict[str, tuple] = {}
 
 
 def layout(mesh: Any, placements: Sequence[Any], summed: bool = False) -> str:
@@ -33,19 +35,20 @@ def layout(mesh: Any, placements: Sequence[Any], summed: bool = False) -> str:
     from torch.distributed.tensor import Replicate
 
     placements = tuple([Replicate() if summed and p.is_partial() else p for p in placements])
-    name = ";".join([name_of(mesh), *map(str, placements)])
-    _layouts[name] = mesh, placements
-    return name
+    name, text = name_of(mesh), ";".join(map(str, placements))
+    _meshes[name], _placements[text] = mesh, placements
+    return f"{name};{text}"
 
 
-@functools.lru_cache
+@functools.lru_cache(8)  # it keeps the meshes
 def name_of(mesh: Any) -> str:
     with no_recording(), _disable_current_modes():
         return f"{mesh.device_type} {mesh.mesh.tolist()} {mesh.mesh_dim_names}"
 
 
 def mesh_and_placements(layout: str) -> tuple[Any, tuple]:
-    return _layouts[layout]
+    name, _, text = layout.partition(";")
+    return _meshes[name], _placements[text]
 
 
 def of_spec(spec: Any, summed: bool = False) -> str:
