@@ -20,14 +20,7 @@ from .table import vjp_of, vmap_of
 
 
 def recordable(
-    ctc_loss: Callable[..., Tensor],
-    log_probs: Tensor,
-    targets: Tensor,
-    input_lengths: Any,
-    target_lengths: Any,
-    blank: int,
-    reduction: str,
-    zero_infinity: bool,
+    ctc_loss, log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity
 ) -> Tensor:
     """Return ``F.ctc_loss`` with buffers of a known size: append one dummy example whose target
     has maximal length. (C++ fills a tensor of lengths, and makes a buffer as long as the longest,
@@ -113,16 +106,16 @@ def _(g, out, log_probs, targets, input_lengths, target_lengths, blank, zero_inf
 
 @vmap_of(aten._ctc_loss.default, aten._ctc_loss.Tensor)
 def _(
-    log_probs: Tensor,
-    targets: Tensor,
-    input_lengths: Any,
-    target_lengths: Any,
-    blank: int,
-    zero_infinity: bool,
+    log_probs,
+    targets,
+    input_lengths,
+    target_lengths,
+    blank,
+    zero_infinity,
     *,
-    batched: Any,
-    size: Any,
-    shape: Any,
+    batched,
+    size,
+    shape,
 ) -> tuple[Tensor, Tensor]:
     where = folded(log_probs, targets, (input_lengths, target_lengths), batched, size)
     loss, _ = aten._ctc_loss(*where, blank, zero_infinity)
@@ -131,18 +124,18 @@ def _(
 
 @vmap_of(aten._ctc_loss_backward.default, aten._ctc_loss_backward.Tensor)
 def _(
-    g: Tensor,
-    log_probs: Tensor,
-    targets: Tensor,
-    input_lengths: Any,
-    target_lengths: Any,
-    loss: Tensor,
-    log_alpha: Tensor,
-    blank: int,
-    zero_infinity: bool,
+    g,
+    log_probs,
+    targets,
+    input_lengths,
+    target_lengths,
+    loss,
+    log_alpha,
+    blank,
+    zero_infinity,
     *,
-    batched: Any,
-    size: Any,
+    batched,
+    size,
 ) -> Tensor:
     where = folded(log_probs, targets, (input_lengths, target_lengths), batched[1:-2], size)
     n = log_probs.shape[-2]

@@ -55,15 +55,15 @@ def one_step_on(x: Tensor, skip: Tensor, by: int) -> Tensor:
 
 
 def ctc_gradient(
-    g: Tensor,
-    log_probs: Tensor,
-    targets: Tensor,
-    input_lengths: Any,
-    target_lengths: Any,
-    loss: Tensor,
-    log_alpha: Tensor,
-    blank: int,
-    zero_infinity: bool = False,
+    g,
+    log_probs,
+    targets,
+    input_lengths,
+    target_lengths,
+    loss,
+    log_alpha,
+    blank,
+    zero_infinity=False,
 ) -> Tensor:
     single = log_probs.dim() == 2
     if single:

@@ -7,7 +7,6 @@ formula exists, that comes first."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,14 +20,7 @@ from .table import decompose_as, linear, nondiff, vmap_of
 
 
 def convolution(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int] | None = None,
-    transposed: bool = False,
-    output_padding: Sequence[int] | None = None,
+    x, w, bias, stride, padding, dilation=None, transposed=False, output_padding=None
 ) -> Tensor:
     """Return the convolution of images ``(N, C, ...)``, or of one without ``N``."""
     spatial = w.dim() - 2

@@ -60,19 +60,19 @@ def bag_sizes(indices: Tensor, bag: Tensor, bags: Any, padding_idx: int) -> Tens
 
 @vmap_of(aten._embedding_bag, aten._embedding_bag_forward_only)
 def _(
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    by_freq: bool,
-    mode: int,
-    sparse: bool,
-    weights: Tensor | None,
-    last: bool,
-    padding_idx: int,
+    weight,
+    indices,
+    offsets,
+    by_freq,
+    mode,
+    sparse,
+    weights,
+    last,
+    padding_idx,
     *,
-    batched: Any,
-    size: Any,
-    shape: Any,
+    batched,
+    size,
+    shape,
 ) -> Any:
     weight, indices, offsets, weights = all_batched(
         (weight, indices, offsets, weights), batched, size
@@ -102,19 +102,19 @@ def _(
 
 @vmap_of(aten._embedding_bag_dense_backward)
 def _(
-    g: Tensor,
-    indices: Tensor,
-    bag_of: Tensor,
-    count: Tensor,
-    largest: Tensor,
-    table: Any,
-    by_freq: bool,
-    mode: int,
-    weights: Tensor | None,
-    padding_idx: int,
+    g,
+    indices,
+    bag_of,
+    count,
+    largest,
+    table,
+    by_freq,
+    mode,
+    weights,
+    padding_idx,
     *,
-    batched: Any,
-    size: Any,
+    batched,
+    size,
 ) -> Tensor:
     if not any(batched[1:]):  # the samples' rows side by side
         width = g.shape[2]
@@ -149,18 +149,7 @@ def _(
 
 
 @vmap_of(aten._embedding_bag_per_sample_weights_backward)
-def _(
-    g: Tensor,
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    bag_of: Tensor,
-    mode: int,
-    padding_idx: int,
-    *,
-    batched: Any,
-    size: Any,
-) -> Tensor:
+def _(g, weight, indices, offsets, bag_of, mode, padding_idx, *, batched, size) -> Tensor:
     g, weight, indices, offsets, bag_of = all_batched(
         (g, weight, indices, offsets, bag_of), batched, size
     )
@@ -199,19 +188,7 @@ def largest_rows(weight: Tensor, bags: Any, *args: Any) -> tuple[Tensor, Tensor]
 
 @vjp_of(aten._embedding_bag, aten._embedding_bag_forward_only, diff_outputs=(0,))
 def _(
-    g: Any,
-    out: Any,
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    by_freq: bool,
-    mode: int,
-    sparse: bool,
-    weights: Tensor | None,
-    last: bool,
-    padding_idx: int,
-    *,
-    needs: Any,
+    g, out, weight, indices, offsets, by_freq, mode, sparse, weights, last, padding_idx, *, needs
 ) -> list[Tensor | None]:
     """Differentiate by ops that have derivatives of their own; the reverse kernels have none."""
     refuse_sparse(sparse and needs[0])
@@ -242,17 +219,7 @@ def _(
 
 @jvp_of(aten._embedding_bag, aten._embedding_bag_forward_only)
 def _(
-    tangents: Any,
-    out: Any,
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    by_freq: bool,
-    mode: int,
-    sparse: bool,
-    weights: Tensor | None,
-    last: bool,
-    padding_idx: int,
+    tangents, out, weight, indices, offsets, by_freq, mode, sparse, weights, last, padding_idx
 ) -> Any:
     """Differentiate what is linear in the table and in the weights, except that the largest rows
     (mode 2) are read where they are."""

@@ -158,16 +158,7 @@ def weight_vectors(weight: Tensor | None, carries: bool, size: Any) -> Tensor | 
 
 
 @vmap_of(aten.histogram.bin_ct)
-def _(
-    x: Tensor,
-    bins: int,
-    given: Any,
-    weight: Tensor | None,
-    density: bool,
-    *,
-    batched: Any,
-    size: Any,
-) -> Any:
+def _(x, bins, given, weight, density, *, batched, size) -> Any:
     x = as_vectors(with_batch(x, batched[0], size))
     counts, edges = counted([x], [bins], given, weight_vectors(weight, batched[1], size), density)
     return counts, edges[0]
@@ -198,16 +189,7 @@ def _(
 
 
 @vmap_of(aten._histogramdd_from_bin_cts)
-def _(
-    x: Tensor,
-    bins: Any,
-    given: Any,
-    weight: Tensor | None,
-    density: bool,
-    *,
-    batched: Any,
-    size: Any,
-) -> Tensor:
+def _(x, bins, given, weight, density, *, batched, size) -> Tensor:
     points = coordinates(x, batched[0], size)
     return counted(points, bins, given, weight_vectors(weight, batched[1], size), density)[0]
 

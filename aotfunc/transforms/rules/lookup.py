@@ -31,16 +31,7 @@ def check_rows(index: Tensor, table: Any) -> None:
 
 
 @vmap_of(aten.embedding)
-def _(
-    weight: Tensor,
-    indices: Tensor,
-    padding_idx: Any,
-    by_freq: bool,
-    sparse: bool,
-    *,
-    batched: Any,
-    size: Any,
-) -> Tensor:
+def _(weight, indices, padding_idx, by_freq, sparse, *, batched, size) -> Tensor:
     weight_batched, indices_batched = batched
     if not weight_batched and not by_freq:
         return aten.embedding(weight, indices, padding_idx)
@@ -81,14 +72,7 @@ def embedding_dense_back(
 
 
 def batch_embedding_dense_backward(
-    g: Tensor,
-    indices: Tensor,
-    rows: Any,
-    padding_idx: Any,
-    by_freq: bool,
-    *,
-    batched: Any,
-    size: Any,
+    g, indices, rows, padding_idx, by_freq, *, batched, size
 ) -> Tensor:
     width = g.shape[-1]
     if not batched[1]:
@@ -121,17 +105,7 @@ nondiff(aten.nonzero_static, aten.nonzero)
 
 
 @vmap_of(aten.searchsorted.Tensor)
-def batch_searchsorted(
-    row: Tensor,
-    x: Tensor,
-    int32: bool,
-    right: bool,
-    side: Any,
-    sorter: Tensor | None,
-    *,
-    batched: Any,
-    size: Any,
-) -> Tensor:
+def batch_searchsorted(row, x, int32, right, side, sorter, *, batched, size) -> Tensor:
     shape = x.shape if batched[1] else (size, *x.shape)
     if row.dim() - batched[0] > 1:  # a sequence for each row of x
         row, x = expand_lead(row, batched[0], size), expand_lead(x, batched[1], size)

@@ -127,17 +127,7 @@ def fused(op: Any, product: Any, left: Any, right: Any, batch: Any) -> None:
     made of those of its product."""
 
     @vjp_of(op)
-    def vjp(
-        g: Tensor,
-        out: Tensor,
-        c: Tensor,
-        a: Tensor,
-        b: Tensor,
-        beta: Any,
-        alpha: Any,
-        *,
-        needs: Any,
-    ) -> Any:
+    def vjp(g, out, c, a, b, beta, alpha, *, needs) -> Any:
         scaled = times(g, conj(alpha))
         return (
             times(g, conj(beta)) if needs[0] else None,
@@ -286,18 +276,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, *, batched: Any, size: Any
 
 
 @vjp_of(aten._trilinear)
-def _(
-    g: Tensor,
-    out: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    ea: Any,
-    eb: Any,
-    ec: Any,
-    over: Any,
-    unroll: Any,
-) -> Any:
+def _(g, out, a, b, c, ea, eb, ec, over, unroll) -> Any:
     # out sums a * b * c over `over`; each cotangent has the same form with g and that factor
     # swapped
     return (

@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .batching import all_batched, elementwise
 from .schema import aten
@@ -32,17 +31,7 @@ def _(x, scale, zero, enabled, low, high, *, batched, size):
 
 
 @vmap_of(aten.fake_quantize_per_channel_affine_cachemask)
-def _(
-    x: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    axis: int,
-    low: int,
-    high: int,
-    *,
-    batched: Any,
-    size: Any,
-) -> Any:
+def _(x, scale, zero, axis, low, high, *, batched, size) -> Any:
     op = aten.fake_quantize_per_channel_affine_cachemask
     axis %= x.dim() - batched[0]
     if not any(batched[1:]):

@@ -233,16 +233,7 @@ nondiff(aten.multinomial)
 
 
 @vmap_of(aten.multinomial)
-def _(
-    p: Tensor,
-    count: int,
-    replacement: bool,
-    generator: Any,
-    *,
-    batched: tuple[bool],
-    size: int,
-    randomness: str,
-) -> Tensor:
+def _(p, count, replacement, generator, *, batched, size, randomness) -> Tensor:
     def draw(p: Tensor) -> Tensor:
         return aten.multinomial(p, count, replacement, generator=generator)
 
@@ -302,16 +293,7 @@ pointwise(
 
 @vmap_of(aten.rrelu_with_noise_functional)
 def _(
-    x: Tensor,
-    noise: Tensor,
-    low: float,
-    high: float,
-    train: bool,
-    generator: Any,
-    *,
-    batched: tuple[bool, bool],
-    size: int,
-    randomness: str,
+    x, noise, low, high, train, generator, *, batched, size, randomness
 ) -> tuple[Tensor, Tensor]:
     x, noise = expand_lead(x, batched[0], size), expand_lead(noise, batched[1], size)
     if randomness == "different" or not train:

@@ -104,14 +104,7 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: int, index: Tensor, value: Any, re
 
 
 def scatter_reduce_back(
-    g: Tensor,
-    out: Tensor,
-    x: Tensor,
-    dim: int,
-    index: Tensor,
-    src: Tensor,
-    reduce: str,
-    include_self: bool = True,
+    g, out, x, dim, index, src, reduce, include_self=True
 ) -> tuple[Tensor, None, Tensor]:
     """Return the cotangents of ``scatter_reduce``; other reducing writes are special cases."""
 
@@ -291,32 +284,13 @@ def _(tangents: Any, out: Tensor, x: Tensor, dim: int, index: Tensor) -> Tensor:
 
 
 @vjp_of(aten.index_reduce)
-def _(
-    g: Tensor,
-    out: Tensor,
-    x: Tensor,
-    dim: int,
-    index: Tensor,
-    source: Tensor,
-    reduce: str,
-    include_self: bool,
-) -> Any:
+def _(g, out, x, dim, index, source, reduce, include_self) -> Any:
     at = every_position(index, source.shape, dim) if source.dim() else index.reshape(source.shape)
     return scatter_reduce_back(g, out, x, dim, at, source, reduce, include_self)
 
 
 @vmap_of(aten.index_reduce)
-def _(
-    x: Tensor,
-    dim: int,
-    index: Tensor,
-    source: Tensor,
-    reduce: str,
-    include_self: bool,
-    *,
-    batched: Any,
-    size: Any,
-) -> Tensor:
+def _(x, dim, index, source, reduce, include_self, *, batched, size) -> Tensor:
     def scatter(
         x: Tensor, dim: int, at: Tensor, source: Tensor, reduce: str, include_self: bool
     ) -> Tensor:

@@ -25,19 +25,7 @@ def contiguous_batch(x: Tensor | None, carries: bool, size: Any) -> Tensor | Non
 
 
 @vmap_of(aten.segment_reduce)
-def _(
-    data: Tensor,
-    reduce: str,
-    lengths: Tensor | None,
-    indices: Tensor | None,
-    offsets: Tensor | None,
-    axis: int,
-    unsafe: bool,
-    initial: Any,
-    *,
-    batched: Any,
-    size: Any,
-) -> Tensor:
+def _(data, reduce, lengths, indices, offsets, axis, unsafe, initial, *, batched, size) -> Tensor:
     data, lengths, _, offsets = (
         contiguous_batch(t, b, size)
         for t, b in zip((data, lengths, indices, offsets), batched, strict=True)
@@ -47,19 +35,7 @@ def _(
 
 
 @vmap_of(aten._segment_reduce_backward)
-def _(
-    g: Tensor,
-    out: Tensor,
-    data: Tensor,
-    reduce: str,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    axis: int,
-    initial: Any,
-    *,
-    batched: Any,
-    size: Any,
-) -> Tensor:
+def _(g, out, data, reduce, lengths, offsets, axis, initial, *, batched, size) -> Tensor:
     g, out, data, lengths, offsets = (
         contiguous_batch(t, b, size)
         for t, b in zip((g, out, data, lengths, offsets), batched, strict=True)
