@@ -81,13 +81,8 @@ class Program:
         mutated: Sequence[int] = (),
         name: str = "",
     ) -> None:
-        self.graph, self.n_inputs, self.n_outputs, self.mutated = (
-            graph,
-            n_inputs,
-            n_outputs,
-            tuple(mutated),
-        )
-        self.name = name
+        self.graph, self.n_inputs, self.n_outputs = graph, n_inputs, n_outputs
+        self.mutated, self.name = tuple(mutated), name
         self.cache: dict[Any, Any] = {}  # what belongs to it: see once
         if debug.LEVEL:
             verify_graph(graph, name)

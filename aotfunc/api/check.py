@@ -143,10 +143,8 @@ def _check(
         out, pull = vjp(f, *args)
         cotangent = _directions(out)
         gradient = pull(cotangent)
-        got, want = (
-            _real_dot(gradient, direction),
-            _real_dot(cotangent, _as_tree(numeric, cotangent)),
-        )
+        got = _real_dot(gradient, direction)
+        want = _real_dot(cotangent, _as_tree(numeric, cotangent))
         torch.testing.assert_close(
             got, want, **close, msg=lambda m: f"reverse mode is wrong{path}: {m}"
         )

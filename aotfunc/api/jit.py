@@ -27,14 +27,10 @@ MemoryBudget: TypeAlias = float | int | str | Budget | None
 
 #: options of functorch's aot_function that are accepted and ignored
 FUNCTORCH_OPTIONS = frozenset(
-    {
-        "num_params_buffers",
-        "keep_inference_input_mutations",
-        "inference_compiler",
-        "dynamic",
-        "enable_log",
-    }
-    | {"disable_functionalization"}
+    """
+    num_params_buffers keep_inference_input_mutations inference_compiler dynamic enable_log
+    disable_functionalization
+    """.split()
 )
 
 

@@ -319,7 +319,5 @@ def repeatable(body: Callable) -> Callable:
     return call
 
 
-vjp_in_graph, linearize_in_graph = (
-    in_two_steps(read_pull, run_pull),
-    in_two_steps(read_push, run_push_again),
-)
+vjp_in_graph = in_two_steps(read_pull, run_pull)
+linearize_in_graph = in_two_steps(read_push, run_push_again)

@@ -132,21 +132,10 @@ BINDINGS: dict[Any, Callable] = {
     },
     **{
         getattr(aten, name).default: getattr(functions, name)
-        for name in (
-            "sin",
-            "cos",
-            "tanh",
-            "exp",
-            "log",
-            "sqrt",
-            "rsqrt",
-            "neg",
-            "abs",
-            "sigmoid",
-            "relu",
-            "reciprocal",
-        )
-        + ("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "t", "unsqueeze", "permute")
+        for name in """
+        sin cos tanh exp log sqrt rsqrt neg abs sigmoid relu reciprocal
+        mm bmm mv dot addmm baddbmm t unsqueeze permute
+        """.split()
     },
     aten.transpose.int: functions.transpose,
     aten.view.default: methods.view,

@@ -85,10 +85,8 @@ def keep_saved(trace: Trace, start: int, context: Any) -> None:
     for i, (instr, refs, grad, inside, line) in enumerate(trace.records[start:], start):
         if isinstance(instr, Instr) and inside == trace.regions:
             protos = [s.proto for s in instr.sigs]
-            args, kwargs = (
-                fill(instr.args, protos),
-                {k: fill(v, protos) for k, v in instr.kwargs.items()},
-            )
+            args = fill(instr.args, protos)
+            kwargs = {k: fill(v, protos) for k, v in instr.kwargs.items()}
             if context.policy_fn(told, instr.op, *args, **kwargs) in save:
                 trace.records[i] = (instr, refs, grad, None, line)
 

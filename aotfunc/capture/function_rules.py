@@ -251,10 +251,8 @@ def with_kept(ctx: Context, put: Callable[[Any], Any]) -> Context:
     """Return a copy of ``ctx`` with ``put`` applied to each value that it keeps."""
     new = type(ctx)()
     new.__dict__.update({name: put(value) for name, value in vars(ctx).items()})
-    new.to_save, new.saved_for_forward = (
-        tuple(map(put, ctx.to_save)),
-        tuple(map(put, ctx.saved_for_forward)),
-    )
+    new.to_save = tuple(map(put, ctx.to_save))
+    new.saved_for_forward = tuple(map(put, ctx.saved_for_forward))
     return new
 
 

@@ -35,12 +35,8 @@ class GradStep(Step):
         size: int | None = None,
     ) -> None:
         super().__init__(outs)
-        self.n_outputs, self.given, self.create_graph, self.size = (
-            n_outputs,
-            given,
-            create_graph,
-            size,
-        )
+        self.n_outputs, self.given = n_outputs, given
+        self.create_graph, self.size = create_graph, size
 
     def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
         return [self.create_graph] * len(self.outs), []

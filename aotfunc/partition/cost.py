@@ -63,33 +63,12 @@ def nbytes(val: Any) -> int:
 #: memory movers that a fusing backend folds into their readers, though they are not tagged as
 #: pointwise
 _FOLDS = frozenset(
-    {
-        "_to_copy",
-        "cat",
-        "constant_pad_nd",
-        "convert_element_type",
-        "copy",
-        "embedding",
-        "expand_copy",
-        "fill",
-        "flip",
-        "fma",
-        "full_like",
-        "gather",
-        "index",
-        "index_select",
-        "lift_fresh_copy",
-        "masked_scatter",
-        "repeat",
-        "roll",
-        "select_scatter",
-        "slice_scatter",
-        "stack",
-        "tril",
-        "triu",
-    }
+    """
+    _to_copy cat constant_pad_nd convert_element_type copy embedding expand_copy fill flip fma
+    full_like gather index index_select lift_fresh_copy masked_scatter repeat roll select_scatter
+    slice_scatter stack tril triu
+    """.split()
 )
-# fmt: on
 #: matrix products: where the left factor stands among the arguments
 _PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "_int_mm": 0, "_scaled_mm": 0}
 _PRODUCTS |= {"addmm": 1, "baddbmm": 1, "addbmm": 1, "addmv": 1, "_addmm_activation": 1}

@@ -129,11 +129,8 @@ def view_step(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node
         op = functional_twin(op, None)
     sig: Sig = val if step.index is None else val[step.index]
     if op in (aten.as_strided.default, aten.resize.default):
-        op, args, kwargs = (
-            aten.as_strided.default,
-            (x, list(sig.shape), list(sig.stride), sig.offset),
-            {},
-        )
+        op = aten.as_strided.default
+        args, kwargs = (x, list(sig.shape), list(sig.stride), sig.offset), {}
     call = (x, id(step.call))  # results of one call are made together
     if call not in made:
         unseen = step.cut and not quiet and not Facts(step.call[0]).reshapes

@@ -154,13 +154,8 @@ class Chain:
         views: dict[int, int],
         written: Sequence[int],
     ) -> None:
-        self.program, self.steps, self.outs, self.views, self.written = (
-            program,
-            steps,
-            outs,
-            views,
-            written,
-        )
+        self.program, self.steps, self.outs = program, steps, outs
+        self.views, self.written = views, written
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], dict[int, Tensor]]:
         program = self.program

@@ -33,17 +33,8 @@ SHAPE_OF_GRADIENT = (
 #: ops that replace a tensor's value, and its derivative
 OVERWRITES = frozenset(
     getattr(packet, name)
-    for packet in (
-        aten.copy_,
-        aten.zero_,
-        aten.fill_,
-        aten.eq_,
-        aten.ne_,
-        aten.lt_,
-        aten.le_,
-        aten.gt_,
-        aten.ge_,
-    )
+    for packet in (aten.copy_, aten.zero_, aten.fill_)
+    + (aten.eq_, aten.ne_, aten.lt_, aten.le_, aten.gt_, aten.ge_)
     for name in packet.overloads()
 )
 

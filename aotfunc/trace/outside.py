@@ -236,11 +236,8 @@ def check_stand_ins(trace: Trace, returned: Sequence[int]) -> None:
     """Refuse ops that would tell that a stand-in has memory of its own."""
     root = trace.root
     for start, value, old, new, why, hooks in trace.stand_ins:
-        shared, results, later = (
-            {root(value), root(old)},
-            {root(r) for r in returned},
-            trace.records[start:],
-        )
+        shared, results = {root(value), root(old)}, {root(r) for r in returned}
+        later = trace.records[start:]
         used = results | {root(r) for _, refs, *_ in later for r in refs}
         written = {root(refs[s]) for instr, refs, *_ in later for s in written_slots(instr)}
         outside = root(value) < len(trace.inputs)

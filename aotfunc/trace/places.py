@@ -22,12 +22,8 @@ from .traced import Traced, current, under_way
 from .views import narrow_at
 
 aten = torch.ops.aten
-_getitem, _setitem, _narrow, _select = (
-    Tensor.__getitem__,
-    Tensor.__setitem__,
-    Tensor.narrow,
-    Tensor.select,
-)
+_getitem, _setitem = Tensor.__getitem__, Tensor.__setitem__
+_narrow, _select = Tensor.narrow, Tensor.select
 
 
 def is_integer(x: Tensor) -> bool:

@@ -37,11 +37,8 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
     Raises CaptureError where a number was refused, even if ``body`` caught the error.
     """
     dynamo, traces = torch._C._dynamo.eval_frame, under_way.traces
-    grad, tangents, cache = (
-        torch.is_grad_enabled(),
-        torch._C._is_fwd_grad_enabled(),
-        cache_enabled(),
-    )
+    grad, tangents = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+    cache = cache_enabled()
     compiling = dynamo.get_eval_frame_callback()
     set_aside = torch._C._autograd._saved_tensors_hooks_set_tracing
     set_aside(aside := set_aside(True))

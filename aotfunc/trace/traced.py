@@ -364,18 +364,10 @@ def only_adds(cls: type) -> bool:
 
 
 _HARMLESS = frozenset(
-    (
-        "__doc__",
-        "__module__",
-        "__dict__",
-        "__weakref__",
-        "__new__",
-        "__init__",
-        "__repr__",
-        "__str__",
-        "__slots__",
-    )
-    + ("__annotations__", "__annotate_func__", "__static_attributes__", "__firstlineno__")
+    """
+    __doc__ __module__ __dict__ __weakref__ __new__ __init__ __repr__ __str__ __slots__
+    __annotations__ __annotate_func__ __static_attributes__ __firstlineno__
+    """.split()
 )
 
 

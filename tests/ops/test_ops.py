@@ -28,7 +28,7 @@ slice_scatter softmax sort split sqrt square squeeze stack std sub sum t tan tan
 transpose tril triu unbind unfold unsqueeze var view view_as_complex view_as_real where zeros_like
 _segment_reduce_lengths nn_functional_embedding_bag nn_functional_multi_margin_loss
 nn_functional_multilabel_margin_loss NumpyCubeAutogradFunction NumpySplitCopyWithIntCustomOp
-""".split()  # noqa: SIM905  the lines say it shorter
+""".split()
 
 OTHERS = [name for name in table.OPS if name not in CORE]
 SAMPLE = [name for name in table.OPS if name in CORE] + OTHERS[::30]

@@ -49,10 +49,8 @@ class Check:
         """Compare with the objects of an equal state from now on. (Another thread may be checking
         meanwhile.)"""
         self.described = state.lines, state.constants, state.paths
-        source, found = (
-            check_source(state),
-            {**state.constants, "alike": metadata_check(state.tensors)},
-        )
+        source = check_source(state)
+        found = {**state.constants, "alike": metadata_check(state.tensors)}
         if source == self.source:
             self.space.update(found)
             if self.native:

@@ -286,14 +286,8 @@ def classes_in(spec: TreeSpec) -> list[type]:
 
 #: the meaning of each part of :func:`environment_key`
 ENVIRONMENT = (
-    *(
-        "grad mode",
-        "inference mode",
-        "forward AD level",
-        "default dtype",
-        "default device",
-        "autocast",
-    ),
+    *("grad mode", "inference mode", "forward AD level", "default dtype", "default device"),
+    "autocast",
     "deterministic algorithms",
     "validation of distributions",
 )

@@ -35,17 +35,10 @@ _NOT_STATE = frozenset(
 )
 #: methods that Python calls unnamed, but not while a function computes, unless it makes texts
 _NOT_CALLED = frozenset(
-    {
-        "__repr__",
-        "__str__",
-        "__format__",
-        "__reduce__",
-        "__reduce_ex__",
-        "__getstate__",
-        "__setstate__",
-        "__copy__",
-    }
-    | {"__deepcopy__", "__del__", "__init_subclass__"}
+    """
+    __repr__ __str__ __format__ __reduce__ __reduce_ex__ __getstate__ __setstate__ __copy__
+    __deepcopy__ __del__ __init_subclass__
+    """.split()
 )
 _FUNCTION_RULES = frozenset({"forward", "backward", "setup_context", "vmap", "jvp"})
 #: classes whose instances are known by their content

@@ -24,14 +24,12 @@ from .state import State
 from .stores import Place, finder, store
 
 #: methods by which a class controls how its instances are made and copied
-_COPYING = (
-    "__new__",
-    "__reduce__",
-    "__reduce_ex__",
-    "__getstate__",
-    "__setstate__",
-    "__copy__",
-) + (("__deepcopy__", "__getnewargs__", "__getnewargs_ex__"))
+_COPYING = tuple(
+    """
+    __new__ __reduce__ __reduce_ex__ __getstate__ __setstate__ __copy__ __deepcopy__ __getnewargs__
+    __getnewargs_ex__
+    """.split()
+)
 _OTHERWISE = (Tensor, nn.Module, types.FunctionType, types.MethodType, list, tuple, dict, set)
 
 

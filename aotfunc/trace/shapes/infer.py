@@ -98,24 +98,17 @@ AFFORDABLE = 1 << 22
 
 
 #: ops whose results have strides, or are empty, as only the device's kernel knows
-DEVICE_DECIDES = (
-    "linalg_",
-    "_linalg_",
-    "_fft_",
-    "multi_margin_loss",
-    "multilabel_margin_loss",
-    "nonzero_static",
-    "mkldnn_rnn_layer",
-) + (("_embedding_bag", "_embedding_bag_forward_only"))
+DEVICE_DECIDES = tuple(
+    """
+    linalg_ _linalg_ _fft_ multi_margin_loss multilabel_margin_loss nonzero_static mkldnn_rnn_layer
+    _embedding_bag _embedding_bag_forward_only
+    """.split()
+)
 #: ops to which zeros are indices out of bounds, or a failed assertion, which kernels on a GPU do
 #: not survive
-NOT_OF_ZEROS = {
-    "lu_unpack",
-    "linalg_lu_solve",
-    "linalg_ldl_solve",
-    "multinomial",
-    "_functional_assert_async",
-}
+NOT_OF_ZEROS = (
+    "lu_unpack linalg_lu_solve linalg_ldl_solve multinomial _functional_assert_async".split()
+)
 
 
 def better_tried(op: OpOverload, sigs: tuple) -> bool:
@@ -144,14 +137,7 @@ def by_values(op: OpOverload, sigs: tuple) -> bool:
 
 
 #: composed of ops with such kernels
-MADE_OF_SUCH = {
-    "rot90",
-    "_trilinear",
-    "constant_pad_nd",
-    "randint_like",
-    "mish_backward",
-    "_conj_physical",
-}
+MADE_OF_SUCH = "rot90 _trilinear constant_pad_nd randint_like mish_backward _conj_physical".split()
 
 
 @cache
@@ -212,16 +198,9 @@ def plain_name(op: OpOverload) -> str:
 
 #: ops whose indices may lie on the CPU, or that copy from anywhere
 MIXES = frozenset(
-    (
-        "copy",
-        "copy_",
-        "index",
-        "index_put",
-        "index_put_",
-        "_index_put_impl_",
-        "_unsafe_index",
-        "_unsafe_index_put",
-    )
+    """
+    copy copy_ index index_put index_put_ _index_put_impl_ _unsafe_index _unsafe_index_put
+    """.split()
 )
 
 

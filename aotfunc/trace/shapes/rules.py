@@ -230,49 +230,24 @@ def memory_order(shape: tuple, operands: Sequence[Sig]) -> list[int]:
 # ----- pointwise ops -----------------------------------------------------------------------------
 
 #: pointwise ops without the tag
-UNTAGGED = {
-    *(
-        "elu_backward",
-        "hardtanh_backward",
-        "leaky_relu_backward",
-        "hardsigmoid_backward",
-        "hardswish_backward",
-    ),
-    *("softplus_backward", "softshrink_backward", "hardshrink_backward", "mish_backward"),
-    *("hardswish", "complex", "polar", "rsub"),
-}
+UNTAGGED = frozenset(
+    """
+    elu_backward hardtanh_backward leaky_relu_backward hardsigmoid_backward hardswish_backward
+    softplus_backward softshrink_backward hardshrink_backward mish_backward hardswish complex polar
+    rsub
+    """.split()
+)
 #: pointwise ops that meta composes of others; their strides follow the rule only if all operands
 #: are in natural order
-COMPOSED = {
-    *(
-        "masked_fill",
-        "mvlgamma",
-        "div.Tensor_mode",
-        "floor_divide",
-        "rsub",
-        "copysign",
-        "xlogy",
-        "special_xlog1py",
-    ),
-    *("logical_and", "logical_or", "logical_xor", "pow.Scalar", "angle", "abs", "frexp"),
-    *("nan_to_num", "rad2deg", "deg2rad"),
-    *(
-        "threshold_backward",
-        "hardswish_backward",
-        "leaky_relu_backward",
-        "logit_backward",
-        "hardtanh_backward",
-    ),
-}
+COMPOSED = frozenset(
+    """
+    masked_fill mvlgamma div.Tensor_mode floor_divide rsub copysign xlogy special_xlog1py
+    logical_and logical_or logical_xor pow.Scalar angle abs frexp nan_to_num rad2deg deg2rad
+    threshold_backward hardswish_backward leaky_relu_backward logit_backward hardtanh_backward
+    """.split()
+)
 #: tagged ops that the rule does not cover
-LEFT_OUT = {
-    "clone",
-    "ldexp",
-    "select_scatter",
-    "slice_scatter",
-    "diagonal_scatter",
-    "as_strided_scatter",
-}
+LEFT_OUT = "clone ldexp select_scatter slice_scatter diagonal_scatter as_strided_scatter".split()
 
 
 @cache

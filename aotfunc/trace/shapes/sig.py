@@ -37,13 +37,8 @@ class Sig:
     def __init__(
         self, shape: tuple, stride: tuple, dtype: torch.dtype, device: torch.device, offset: int
     ) -> None:
-        self.shape, self.stride, self.dtype, self.device, self.offset = (
-            shape,
-            stride,
-            dtype,
-            device,
-            offset,
-        )
+        self.shape, self.stride, self.offset = shape, stride, offset
+        self.dtype, self.device = dtype, device
         self.plain = offset == 0 and stride == contiguous_stride(shape)
         #: a tensor without data is made with these, after its class
         laid = (None, None) if self.plain else (stride, offset)

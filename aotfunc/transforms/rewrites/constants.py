@@ -19,21 +19,11 @@ from ...trace.shapes.sig import Sig, contiguous_stride
 from .table import EXACT, aten, fit_or_none, is_call, rewrite, tried
 
 FULL = aten.full.default
-VIEW, EXPAND, PERMUTE, TRANSPOSE, T = (
-    aten.view.default,
-    aten.expand.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-)
+VIEW, EXPAND = aten.view.default, aten.expand.default
+PERMUTE, TRANSPOSE, T = aten.permute.default, aten.transpose.int, aten.t.default
 TURNS = frozenset((PERMUTE, TRANSPOSE, T))
-RESHAPES = (
-    VIEW,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.squeeze.default,
-)
+SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+RESHAPES = (VIEW, aten.unsqueeze.default, *SQUEEZES)
 #: ops that return the same elements in another shape or order
 MOVES = TURNS | {EXPAND, *RESHAPES}
 
@@ -249,30 +239,14 @@ for name in ("mm", "bmm", "addmm", "baddbmm"):
     op = getattr(aten, name).default
     rewrite(op)(partial(_solid_matrix, op))
 for op in (
-    *(
-        aten.select_scatter.default,
-        aten.slice_scatter.default,
-        aten.index_put.default,
-        aten.index_add.default,
-    ),
-    *(
-        aten.scatter.src,
-        aten.scatter.value,
-        aten.scatter_add.default,
-        aten.select_backward.default,
-    ),
-    *(
-        aten.slice_backward.default,
-        aten._softmax_backward_data.default,
-        aten._log_softmax_backward_data.default,
-    ),
+    *(aten.select_scatter.default, aten.slice_scatter.default, aten.index_put.default),
+    *(aten.index_add.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default),
+    *(aten.select_backward.default, aten.slice_backward.default),
+    *(aten._softmax_backward_data.default, aten._log_softmax_backward_data.default),
     *(aten.gelu_backward.default, aten.silu_backward.default, aten.elu_backward.default),
     *(aten.max_pool2d_with_indices_backward.default, aten.avg_pool2d_backward.default),
     *(aten.native_layer_norm_backward.default, aten.native_batch_norm_backward.default),
-    *(
-        aten.convolution_backward.default,
-        aten.embedding_dense_backward.default,
-        aten.diagonal_backward.default,
-    ),
+    *(aten.convolution_backward.default, aten.embedding_dense_backward.default),
+    aten.diagonal_backward.default,
 ):
     rewrite(op)(partial(_solid, op))

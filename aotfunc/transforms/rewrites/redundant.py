@@ -64,20 +64,9 @@ def _from_the_front(
 
 
 for op in (
-    *(
-        aten.sum.dim_IntList,
-        aten.mean.dim,
-        aten.var.correction,
-        aten.amax.default,
-        aten.amin.default,
-    ),
-    *(
-        aten.logsumexp.default,
-        aten.cumsum.default,
-        aten.flip.default,
-        aten.select.int,
-        aten.slice.Tensor,
-    ),
+    *(aten.sum.dim_IntList, aten.mean.dim, aten.var.correction, aten.amax.default),
+    *(aten.amin.default, aten.logsumexp.default, aten.cumsum.default, aten.flip.default),
+    *(aten.select.int, aten.slice.Tensor),
     *(aten.gather.default, aten._softmax.default, aten._log_softmax.default),
 ):
     rewrite(op)(partial(_from_the_front, op))

@@ -67,20 +67,14 @@ def ctc_gradient(
 ) -> Tensor:
     single = log_probs.dim() == 2
     if single:
-        log_probs, targets, g, loss = (
-            log_probs.unsqueeze(1),
-            targets.reshape(1, -1),
-            g.reshape(1),
-            loss.reshape(1),
-        )
+        log_probs, targets = log_probs.unsqueeze(1), targets.reshape(1, -1)
+        g, loss = g.reshape(1), loss.reshape(1)
     steps, _, classes = log_probs.shape
     of_input, of_target = (column(n, targets) for n in (input_lengths, target_lengths))
     states = states_of(targets, of_target.flatten(), blank, classes)
     number = torch.arange(states.shape[1], device=states.device)
-    valid, last = (
-        number <= 2 * of_target,
-        (number == 2 * of_target) | (number == 2 * of_target - 1),
-    )
+    valid = number <= 2 * of_target
+    last = (number == 2 * of_target) | (number == 2 * of_target - 1)
     skip = (states != blank) & (states != moved(states, 2, blank))
     index = states.expand(steps, *states.shape)
     emitted = log_probs.gather(2, index)

@@ -15,31 +15,10 @@ from .table import jvp_of, nondiff, vjp_of, vmap_of
 
 # Made from numbers alone: there is nothing to differentiate or to batch.
 for packet in (
-    *(
-        aten.zeros,
-        aten.ones,
-        aten.full,
-        aten.empty,
-        aten.empty_strided,
-        aten.empty_permuted,
-        aten.scalar_tensor,
-    ),
-    *(
-        aten.arange,
-        aten.range,
-        aten.linspace,
-        aten.logspace,
-        aten.eye,
-        aten.tril_indices,
-        aten.triu_indices,
-    ),
-    *(
-        aten.bartlett_window,
-        aten.blackman_window,
-        aten.hamming_window,
-        aten.hann_window,
-        aten.kaiser_window,
-    ),
+    *(aten.zeros, aten.ones, aten.full, aten.empty, aten.empty_strided, aten.empty_permuted),
+    *(aten.scalar_tensor, aten.arange, aten.range, aten.linspace, aten.logspace, aten.eye),
+    *(aten.tril_indices, aten.triu_indices, aten.bartlett_window, aten.blackman_window),
+    *(aten.hamming_window, aten.hann_window, aten.kaiser_window),
     aten._efficientzerotensor,
 ):
     for name in packet.overloads():

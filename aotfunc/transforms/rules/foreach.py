@@ -17,7 +17,7 @@ NAMES = """
 abs acos add addcdiv addcmul asin atan ceil clamp_max clamp_min clone copy cos cosh div erf erfc
 exp expm1 floor frac lerp lgamma log log10 log1p log2 max maximum minimum mm mul neg norm pow
 powsum reciprocal round rsqrt sigmoid sign sin sinh sqrt sub tan tanh trunc zero
-""".split()  # noqa: SIM905  the lines say it shorter
+""".split()
 
 
 def bounded(best: Any) -> Any:

@@ -144,10 +144,8 @@ def _(tangents: Any, out: Tensor, x: Tensor, pad: Any, value: Any) -> Tensor:
 def pad_lines(kind: str, rank: int) -> None:
     """State the rules of reflection and replication pads of ``rank`` dimensions; the backward
     reads only the shape of its ``self``."""
-    forward, backward = (
-        getattr(aten, f"{kind}_pad{rank}d"),
-        getattr(aten, f"{kind}_pad{rank}d_backward"),
-    )
+    forward = getattr(aten, f"{kind}_pad{rank}d")
+    backward = getattr(aten, f"{kind}_pad{rank}d_backward")
     linear(forward, lambda g, x, pad: backward(g, x, pad), batch=by_folding(forward, rank))
     linear(
         backward, lambda g, y, x, pad: forward(g, pad), None, batch=by_folding(backward, rank, 2)

@@ -44,13 +44,8 @@ PUBLIC = ["inv_ex", "cholesky_ex", "qr", "eig", "lu", "lu_factor_ex", "ldl_facto
 for op in (
     *(getattr(aten, f"_linalg_{name}") for name in PRIVATE),
     *(getattr(aten, f"linalg_{name}") for name in PUBLIC),
-    *(
-        aten.cholesky,
-        aten.cholesky_inverse,
-        aten.geqrf,
-        aten.ormqr,
-        aten.linalg_householder_product,
-    ),
+    *(aten.cholesky, aten.cholesky_inverse, aten.geqrf, aten.ormqr),
+    aten.linalg_householder_product,
 ):
     vmap_of(op)(leading(op))
 # no view of the leading dimensions

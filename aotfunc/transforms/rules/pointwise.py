@@ -301,13 +301,7 @@ for op in functional(
     *(aten.isnan, aten.isinf, aten.isposinf, aten.isneginf, aten.signbit),
     *(aten.logical_and, aten.logical_or, aten.logical_xor, aten.logical_not),
     *(aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor, aten.bitwise_not),
-    *(
-        aten.bitwise_left_shift,
-        aten.bitwise_right_shift,
-        aten.__lshift__,
-        aten.__rshift__,
-        aten.gcd,
-        aten.lcm,
-    ),
+    *(aten.bitwise_left_shift, aten.bitwise_right_shift, aten.__lshift__, aten.__rshift__),
+    *(aten.gcd, aten.lcm),
 ):
     pointwise(op)

@@ -339,14 +339,8 @@ def selection(op: OpOverload) -> None:
 
 
 for op in (
-    *(
-        aten.max.dim,
-        aten.min.dim,
-        aten.median.dim,
-        aten.nanmedian.dim,
-        aten.mode.default,
-        aten.kthvalue.default,
-    ),
+    *(aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim, aten.mode.default),
+    aten.kthvalue.default,
     *(aten.topk.default, aten.sort.default, aten.sort.stable),
 ):
     selection(op)

@@ -39,15 +39,7 @@ def nll_loss(
     return (loss.sum() / total if reduction == 1 else loss.sum()), total
 
 
-def nll_loss_backward(
-    g: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    total: Tensor,
-) -> Any:
+def nll_loss_backward(g, x, target, weight, reduction, ignore_index, total) -> Any:
     if not fits_nll(x, target, weight):
         return NotImplemented
     known = class_of(target, x.shape[1], ignore_index)

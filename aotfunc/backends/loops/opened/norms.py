@@ -31,14 +31,7 @@ def layer_norm(
 
 
 def layer_norm_backward(
-    g: Tensor,
-    x: Tensor,
-    shape: Sequence[int],
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    wanted: Sequence[bool],
+    g, x, shape, mean, rstd, weight, bias, wanted
 ) -> tuple[Tensor | None, ...]:
     rank = x.dim() - len(shape)
     dims, rows = list(range(rank, x.dim())), list(range(rank))
@@ -130,14 +123,7 @@ def of_batch(
 
 
 def batch_norm_functional(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    training: bool,
-    momentum: float,
-    eps: float,
+    x, weight, bias, running_mean, running_var, training, momentum, eps
 ) -> Any:
     count = x.numel() // x.shape[1]
     if not training or count == 1 or is_slower(x):
@@ -150,13 +136,7 @@ def batch_norm_functional(
 
 
 def batch_norm_inference(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float,
-    eps: float,
+    x, weight, bias, mean, var, momentum, eps
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, shape = channels(x)
     y = (x - mean.view(shape)) * (as_floats(var) + eps).rsqrt().view(shape)
@@ -165,25 +145,14 @@ def batch_norm_inference(
 
 
 def batch_norm_backward(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    save_mean: Tensor | None,
-    save_rstd: Tensor | None,
-    training: bool,
-    eps: float,
-    wanted: Sequence[bool],
+    g, x, weight, running_mean, running_var, save_mean, save_rstd, training, eps, wanted
 ) -> Any:
     dims, shape = channels(x)
     if training:
         mean, rstd = save_mean, save_rstd
     else:
-        mean, rstd = (
-            running_mean,
-            None if running_var is None else (as_floats(running_var) + eps).rsqrt(),
-        )
+        mean = running_mean
+        rstd = None if running_var is None else (as_floats(running_var) + eps).rsqrt()
     # a gradient of another layout is copied first, as PyTorch does
     if mean is None or rstd is None or g.stride() != x.stride() or is_slower(x, not training):
         return NotImplemented
@@ -199,16 +168,7 @@ def batch_norm_backward(
     return tuple([y if asked else None for y, asked in zip(gradients, wanted, strict=True)])
 
 
-def group_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    n: int,
-    c: int,
-    size: int,
-    groups: int,
-    eps: float,
-) -> Any:
+def group_norm(x, weight, bias, n, c, size, groups, eps) -> Any:
     if not x.is_contiguous() or x.dtype is torch.bfloat16:
         return NotImplemented
     in_groups = x.view(n, groups, -1)
@@ -218,18 +178,7 @@ def group_norm(
     return y.view(x.shape), mean.view(n, groups), rstd.view(n, groups)
 
 
-def group_norm_backward(
-    g: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    n: int,
-    c: int,
-    size: int,
-    groups: int,
-    wanted: Sequence[bool],
-) -> Any:
+def group_norm_backward(g, x, mean, rstd, weight, n, c, size, groups, wanted) -> Any:
     """Compute the gradients from sums over each channel of each element of the batch."""
     if not (x.is_contiguous() and g.is_contiguous()):
         return NotImplemented

@@ -63,13 +63,7 @@ def slices(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> list[tuple]
 
 
 def avg_pool(
-    x: Tensor,
-    size: Sequence[int],
-    stride: Sequence[int] = (),
-    padding: Sequence[int] = (0, 0),
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor: int | None = None,
+    x, size, stride=(), padding=(0, 0), ceil_mode=False, count_include_pad=True, divisor=None
 ) -> Any:
     """Return the mean of each window of few elements. PyTorch's own is as fast for large windows
     several steps apart."""
@@ -92,16 +86,7 @@ def in_rows(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and x.numel() > 0
 
 
-def avg_pool_backward(
-    g: Tensor,
-    x: Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor: int | None,
-) -> Any:
+def avg_pool_backward(g, x, size, stride, padding, ceil_mode, count_include_pad, divisor) -> Any:
     """Compute the gradient of windows that lie beside each other."""
     kh, kw = pair(size)
     if pair(padding) != (0, 0) or ceil_mode or pair(stride or size) != (kh, kw):
