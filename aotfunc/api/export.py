@@ -26,7 +26,7 @@ from ..runtime.graph_module import graph_module
 from ..runtime.guards.reads import Names
 from ..runtime.guards.state import State
 from ..runtime.guards.stores import changed_stores, undo_changes
-from ..runtime.halved import Halved, halves_of
+from ..runtime.halved import Halved, halved_programs
 from ..runtime.pipeline import Compiler, Partition
 from ..runtime.saved import program_data, program_of
 from ..runtime.saved_state import (
@@ -226,7 +226,7 @@ class Exported(nn.Module):
         flags = [*self._data["differentiated"], *(t.requires_grad for t in state)]
         wrt = tuple(i for i, yes in enumerate(flags) if yes)
         if wrt:
-            halves = halves_of(self._run, self._signatures, wrt, partition)
+            halves = halved_programs(self._run, self._signatures, wrt, partition)
             self._pipeline.halves = halves
             self._data["halves"] = {k: program_data(p) for k, p in halves.items()}
 

@@ -203,7 +203,7 @@ class Pullback:
             _, residuals = rules.output_and_residuals(residuals)
         tree = unflatten_tree(list(cotangents), context.spec)
         grads = rules.backward(*fixed, residuals, tree)  # type: ignore[misc]
-        args = unflatten_tree(list(context.primals.plain), spec)
+        args = unflatten_tree(list(context.primals.literals), spec)
         given = rules.varying(args)
         if not isinstance(grads, tuple | list) or len(grads) != len(given):
             raise ArgumentError(

@@ -336,7 +336,7 @@ def plain_key(x: Any) -> Any:
     if isinstance(x, tuple):
         return type(x), tuple(map(plain_key, x))
     if isinstance(x, Operands) and not x.tensors:
-        return type(x), x.spec, x.places, plain_key(x.plain)
+        return type(x), x.spec, x.places, plain_key(x.literals)
     if isinstance(x, TreeSpec):
         return x
     raise TypeError(f"{type(x).__name__} is no plain value")

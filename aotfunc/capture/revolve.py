@@ -42,12 +42,12 @@ def stride(steps: int, slots: int) -> int:
     """Return after how many of these steps, at least two, to keep the next state: the steps before
     it need ``slots``, those after it one less, and none is computed more often than necessary."""
     times = 1
-    while reach(slots, times) < steps:
+    while steps_for(slots, times) < steps:
         times += 1
-    return max(1, reach(slots, times - 2), steps - reach(slots - 1, times))
+    return max(1, steps_for(slots, times - 2), steps - steps_for(slots - 1, times))
 
 
-def reach(slots: int, times: int) -> int:
+def steps_for(slots: int, times: int) -> int:
     """Return how many steps these slots suffice for, if each is computed at most ``times`` times
     before it is visited."""
     return comb(slots + times, slots) if times >= 0 else 0

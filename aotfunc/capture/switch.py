@@ -173,7 +173,7 @@ def chosen_rows(
             results = found
             continue
         for j, (new, old) in enumerate(zip(found, results, strict=True)):
-            results[j] = b.call(aten.where.self, beside(b, mask, new), new, old)
+            results[j] = b.call(aten.where.self, spread_along(b, mask, new), new, old)
     return results
 
 
@@ -203,10 +203,10 @@ def on_rows(body: Program, mask: Node, met: Sequence[bool]) -> tuple[Program, Pr
 def own_or_copied(b: Builder, mask: Node, x: Node, row: Node) -> Node:
     """Return the rows of ``x`` in the mask, with copies of one of them for the others."""
     copy = b.call(aten.detach.default, b.call(aten.index_select.default, x, 0, row))
-    return b.call(aten.where.self, beside(b, mask, x), x, copy)
+    return b.call(aten.where.self, spread_along(b, mask, x), x, copy)
 
 
-def beside(b: Builder, mask: Node, x: Node) -> Node:
+def spread_along(b: Builder, mask: Node, x: Node) -> Node:
     """Return a mask of rows in a shape that broadcasts with ``x``."""
     rank = x.meta["val"].ndim
     return b.call(aten.view.default, mask, [-1, *[1] * (rank - 1)]) if rank > 1 else mask

@@ -117,7 +117,7 @@ class Operands:
         leaves, self.spec = flatten_plain(tuple(args)) or flat(tuple(args))
         self.places = tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor))
         self.tensors = [leaves[i] for i in self.places]
-        self.plain = tuple(None if isinstance(x, Tensor) else x for x in leaves)
+        self.literals = tuple(None if isinstance(x, Tensor) else x for x in leaves)
 
     def without_tensors(self) -> Operands:
         """Return the operands without their tensors, so that keeping them keeps no tensor
@@ -128,7 +128,7 @@ class Operands:
 
     def rebuilt(self, values: Sequence[Any]) -> tuple:
         """Return the arguments with ``values`` for the tensors."""
-        leaves = list(self.plain)
+        leaves = list(self.literals)
         for i, x in zip(self.places, values, strict=True):
             leaves[i] = x
         return unflatten_tree(leaves, self.spec)
@@ -136,7 +136,7 @@ class Operands:
     def dims(self, values: Sequence[int | None]) -> tuple:
         """Return the same trees of dimensions: ``values`` for the tensors, None for other
         leaves."""
-        leaves: list[int | None] = [None] * len(self.plain)
+        leaves: list[int | None] = [None] * len(self.literals)
         for i, d in zip(self.places, values, strict=True):
             leaves[i] = d
         return unflatten_tree(leaves, self.spec)
@@ -144,8 +144,8 @@ class Operands:
     @property
     def key(self) -> tuple:
         # 1, 1.0, True are equal
-        kinds = tuple((type(x), repr(x) if isinstance(x, float) else "") for x in self.plain)
-        return (self.spec, self.places, self.plain, kinds)
+        kinds = tuple((type(x), repr(x) if isinstance(x, float) else "") for x in self.literals)
+        return (self.spec, self.places, self.literals, kinds)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Operands) and self.key == other.key

@@ -55,7 +55,7 @@ def digest(key: str, content: bytes) -> bytes:
     return hashlib.sha256(key.encode() + content).digest()
 
 
-def whole(path: Path) -> bool:
+def intact(path: Path) -> bool:
     """Return whether this file is there, and as it was written."""
     try:
         content = path.read_bytes()
@@ -75,12 +75,12 @@ def kernel_directory() -> Path:
 def find(key: str) -> Path | None:
     """Return the compiled kernel of this key, or None."""
     path = kernel_directory() / f"{key}.so"
-    return path if whole(path) else None
+    return path if intact(path) else None
 
 
 def find_any(start: str) -> Path | None:
     """Return a compiled kernel whose key begins so, or None."""
-    return next(filter(whole, kernel_directory().glob(f"{start}*.so")), None)
+    return next(filter(intact, kernel_directory().glob(f"{start}*.so")), None)
 
 
 def add(key: str, source: str, build: Callable[[Path, Path], None]) -> Path:

@@ -91,7 +91,7 @@ class Walk:
         place: dict[int, int] = {}  # of a value that waits, among the bits of a state
         room = list(range(3 * (_ROOM - 1), -1, -3))
         states, steps, wanted = np.zeros(1, dtype=np.int64), [], set(needed)
-        for v in in_order(values, inputs, problem.forward):
+        for v in narrow_order(values, inputs, problem.forward):
             fates = fates_of(problem, v, v in wanted)
             early, at_hand = np.ones((2, len(states)), dtype=bool)
             for u in inputs[v]:
@@ -242,7 +242,7 @@ def fates_of(problem: Problem, v: int, wanted: bool) -> list[int]:
     return [f for f in fates if f & (SAVED | LATE)] if wanted else fates
 
 
-def in_order(values: list[int], inputs: list[list[int]], forward: np.ndarray) -> Iterator[int]:
+def narrow_order(values: list[int], inputs: list[list[int]], forward: np.ndarray) -> Iterator[int]:
     """Yield the values in an order in which few of them wait to be read: that of the forward, and
     what only the backward needs right after its last input."""
     when: dict[int, int] = {}

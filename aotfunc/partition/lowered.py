@@ -98,7 +98,8 @@ class Ways:
         if joint.layout.owner[i] != freed and self.is_there(i, place):
             return True
         again[i] = False
-        able = joint.nodes[i].op == "call_function" and joint.moves[i] and len(again) <= LONG
+        able = joint.nodes[i].op == "call_function" and joint.may_run_later[i]
+        able = able and len(again) <= LONG
         if able and all([self.redo(p, freed, place, again) for p in joint.inputs[i]]):
             del again[i]  # after its inputs
             again[i] = True

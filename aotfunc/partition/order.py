@@ -27,10 +27,10 @@ def schedule(joint: Joint, held: set[int], hosted: set[int]) -> tuple[list[int],
     run = [live or want for live, want in zip(joint.live, wanted, strict=True)]
     for i in hosted:
         run[i] = True
-    return early, right_before(joint, readers_of(joint, run), run)
+    return early, right_before(joint, places_before(joint, run), run)
 
 
-def readers_of(joint: Joint, run: list[bool]) -> list[int]:
+def places_before(joint: Joint, run: list[bool]) -> list[int]:
     """Return for each node that the late part runs the one before whose run it stands: its first
     reader's for what is computed again, and for what takes more memory than it frees; the node
     itself for all others."""
@@ -44,7 +44,7 @@ def readers_of(joint: Joint, run: list[bool]) -> list[int]:
         if joint.live[i]:
             freed = sum([size[o] for o in owners if last[o] < reader])
             grows = owner[i] != i or size[i] > freed
-            if reader == count or not grows or not joint.moves[i]:
+            if reader == count or not grows or not joint.may_run_later[i]:
                 before[i] = i
         for o in owners:
             last[o] = max(last[o], before[i])

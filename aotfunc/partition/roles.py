@@ -61,7 +61,7 @@ class Joint:
         return Layout(self.nodes, self.inputs)
 
     @cached_property
-    def moves(self) -> list[bool]:
+    def may_run_later(self) -> list[bool]:
         """Return which nodes of the backward may run later: those whose value is one tensor or
         number that they alone make, and that nothing tells when."""
         return [n.target is not getitem and is_single(n) and not once(n) for n in self.nodes]

@@ -110,7 +110,7 @@ class Entry:
         self.reusable = not (
             rec.trace.runs_always or any(t.__class__ is Traced for t in self.sources)
         )
-        self.plain = rec.spec is None
+        self.single = rec.spec is None
         self.rebuild = rebuilder(rec.spec)
         self.check = Check(state)
         self.finish = finish or None
@@ -171,14 +171,14 @@ class Entry:
             halves = halves_of(call, wrt)
             if not halves.any_live or halves.late_reads is not None:
                 return None
-            tree = itemgetter(0) if self.plain else lambda outs: self.tree(outs, ())
+            tree = itemgetter(0) if self.single else lambda outs: self.tree(outs, ())
             return same_node(halves, tensors, tree) or (
                 lambda *tensors: tree(differentiated(halves, tensors)[0])
             )
         run: Any = call.compiled(tensors)
         if getattr(run, "own", -1) < count or any(t.is_neg() or t.is_conj() for t in tensors):
             return None
-        if self.plain and run.alone is not None:
+        if self.single and run.alone is not None:
             return run.alone
         return lambda *tensors: self.tree(run.unchecked(*tensors), ())
 
@@ -225,7 +225,7 @@ class Entry:
 
     def tree(self, outs: Sequence[Any], where: tuple) -> Any:
         """Return the function's result with these tensors in it."""
-        if self.plain:
+        if self.single:
             return outs[0]
         leaves = list(self.leaves)
         for i, t in zip(self.tensors, outs, strict=True):

@@ -35,7 +35,7 @@ class Halved(Pipeline):
         return forward, backward
 
 
-def halves_of(
+def halved_programs(
     run: Callable, signatures: Sequence[Sig], wrt: tuple[int, ...], partition: Partition
 ) -> dict[str, Program]:
     """Return the joint program of ``run`` for tensors like these, differentiated by those that

@@ -45,7 +45,7 @@ def check_overlaps(trace: Trace) -> None:
     """Refuse the op in place that was recorded last if it meets memory that it writes through two
     views, and its kernel does something else then than a graph does."""
     instr, refs, *_ = trace.records[-1]
-    if len(refs) == 1 or assigns_to_a_part(instr) or apart(trace, refs):
+    if len(refs) == 1 or assigns_to_a_part(instr) or made_apart(trace, refs):
         return
     written = written_slots(instr)
     places = {
@@ -82,7 +82,7 @@ def assigns_to_a_part(instr: Instr) -> bool:
     return not any(s.ndim or s.dtype in (torch.bool, torch.uint8) for s in instr.sigs[1:-1])
 
 
-def apart(trace: Trace, refs: Sequence[int]) -> bool:
+def made_apart(trace: Trace, refs: Sequence[int]) -> bool:
     """Return whether values share no memory for the plain reason that all but one were made in
     this recording, each with memory of its own."""
     of, count = trace.roots().of, len(trace.inputs)

@@ -76,7 +76,7 @@ def test_damaged_files_are_compiled_again(cache, compiled, kind):
     whole = path.read_bytes()
     path.unlink()  # it is mapped
     path.write_bytes(DAMAGE[kind](whole))
-    assert right() and len(compiled) == 2 and store.whole(path)
+    assert right() and len(compiled) == 2 and store.intact(path)
 
 
 def test_another_kernel_under_this_name(cache, compiled):

@@ -88,7 +88,7 @@ class Step:
         for n in graph.nodes:
             if n.op == "placeholder":
                 at[n] = next(given)
-                if n.users and not alike(n.meta["val"], self.vals[at[n]]):
+                if n.users and not laid_alike(n.meta["val"], self.vals[at[n]]):
                     raise Unsteady
             elif n.op == "get_attr":
                 at[n] = self.constant(getattr(graph.owning_module, n.target))
@@ -187,7 +187,7 @@ class Step:
         carried, rows = given[first:last], given[last:]
         stacked = [o.meta["val"] for o in results[k:]]
         planned = [*given[:last], *[stack(v, length) for v in rows]]
-        if not all(map(alike, planned, [self.vals[s] for s in inputs])) or not all(
+        if not all(map(laid_alike, planned, [self.vals[s] for s in inputs])) or not all(
             v.is_contiguous() and v.numel() for v in (*carried, *rows, *stacked)
         ):
             raise Unsteady
@@ -297,7 +297,7 @@ def start_of_view(n: Node) -> int | None:
     return view.storage_offset() * val.element_size()
 
 
-def alike(one: Tensor, other: Tensor) -> bool:
+def laid_alike(one: Tensor, other: Tensor) -> bool:
     facts = [(t.shape, t.stride(), t.dtype) for t in (one, other)]
     return facts[0] == facts[1]
 

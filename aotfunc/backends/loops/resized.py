@@ -42,7 +42,7 @@ def resize(x: Tensor, dim: int, size: int, scale: float, corners: bool, cubic: b
     """Return ``x`` with ``size`` elements along a dimension, each ``scale`` elements of ``x``
     apart: interpolated, linear or ``cubic``, between ``corners`` or centres."""
     op = aten.upsample_bicubic2d if cubic else aten.upsample_bilinear2d
-    return by_rows(x, dim, lambda x: op(x, [1, size], corners, None, 1 / scale if scale else None))
+    return in_rows(x, dim, lambda x: op(x, [1, size], corners, None, 1 / scale if scale else None))
 
 
 def resize_backward(
@@ -50,10 +50,10 @@ def resize_backward(
 ) -> Tensor:
     op = aten.upsample_bicubic2d_backward if cubic else aten.upsample_bilinear2d_backward
     factor, n = 1 / scale if scale else None, g.shape[dim]
-    return by_rows(g, dim, lambda g: op(g, [1, n], [*g.shape[:3], size], corners, None, factor))
+    return in_rows(g, dim, lambda g: op(g, [1, n], [*g.shape[:3], size], corners, None, factor))
 
 
-def by_rows(x: Tensor, dim: int, f: Callable[[Tensor], Tensor]) -> Tensor:
+def in_rows(x: Tensor, dim: int, f: Callable[[Tensor], Tensor]) -> Tensor:
     """Return ``f``, of an image of one row, applied to all rows along a dimension."""
     rows = x.movedim(dim, -1)
     y = f(rows.reshape(1, -1, 1, rows.shape[-1]))

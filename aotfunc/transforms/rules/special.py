@@ -97,7 +97,7 @@ pointwise(aten.digamma, lambda g, out, x: g * aten.polygamma(1, x))
 pointwise(aten.polygamma, lambda g, out, n, x: g * aten.polygamma(n + 1, x))
 
 
-def refused(name: str) -> Any:
+def no_formula(name: str) -> Any:
     def formula(*args: Any) -> Tensor:
         raise NotImplementedError(f"{name} has no known derivative in its first argument")
 
@@ -108,10 +108,10 @@ def zeta_in_y(g: Tensor, out: Tensor, x: Any, y: Tensor) -> Tensor:
     return -(g * x * aten.special_zeta(x + 1, y))
 
 
-pointwise(aten.igamma, refused("igamma"), igamma_in_x)
-pointwise(aten.igammac, refused("igammac"), lambda g, out, a, x: -igamma_in_x(g, out, a, x))
-pointwise(aten.special_zeta, refused("zeta"), zeta_in_y)
-pointwise(aten.special_zeta.other_scalar, refused("zeta"))
+pointwise(aten.igamma, no_formula("igamma"), igamma_in_x)
+pointwise(aten.igammac, no_formula("igammac"), lambda g, out, a, x: -igamma_in_x(g, out, a, x))
+pointwise(aten.special_zeta, no_formula("zeta"), zeta_in_y)
+pointwise(aten.special_zeta.other_scalar, no_formula("zeta"))
 pointwise(aten.special_zeta.self_scalar, zeta_in_y)
 
 

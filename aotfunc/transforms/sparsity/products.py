@@ -86,14 +86,14 @@ def products_and_sum(d: Dependence, n: Node, x: Node, a: Node, b: Node, *_: Any)
 BATCH = "abcdefgh"
 
 
-def behind(n: int, letters: str) -> str:
+def lettered(n: int, letters: str) -> str:
     """Return letters for ``n`` dimensions of a batch, numbered from the last, and those behind."""
     return BATCH[:n][::-1] + letters
 
 
 @pattern_of(aten._cdist_forward.default)
 def distances(d: Dependence, n: Node, x: Node, y: Node, *_: Any) -> Pattern:
-    to = lambda a, letters: behind(a.meta["val"].ndim - 2, letters)
+    to = lambda a, letters: lettered(a.meta["val"].ndim - 2, letters)
     return indexed(d, n, to(n, "pr"), (x, to(x, "p*")), (y, to(y, "r*")))
 
 
@@ -101,7 +101,7 @@ def distances(d: Dependence, n: Node, x: Node, y: Node, *_: Any) -> Pattern:
 def distances_backward(
     d: Dependence, n: Node, g: Node, x: Node, y: Node, p: float, norms: Node
 ) -> Pattern:
-    to = lambda a, letters: behind(a.meta["val"].ndim - 2, letters)
+    to = lambda a, letters: lettered(a.meta["val"].ndim - 2, letters)
     given = ((g, "p*"), (x, "p*"), (y, "**"), (norms, "p*"))
     return indexed(d, n, to(n, "p*"), *[(a, to(a, letters)) for a, letters in given])
 
@@ -121,7 +121,7 @@ def pair_distances(d: Dependence, n: Node, x: Node, *_: Any) -> Pattern | None:
 @pattern_of(aten.linalg_cross.default)
 def cross_products(d: Dependence, n: Node, x: Node, y: Node, dim: int) -> Pattern:
     def to(a: Node) -> str:
-        letters = [*behind(a.meta["val"].ndim, "")]
+        letters = [*lettered(a.meta["val"].ndim, "")]
         letters[dim if dim < 0 else dim - n.meta["val"].ndim] = "*"
         return "".join(letters)
 
@@ -140,7 +140,7 @@ def likelihoods(
     d: Dependence, n: Node, x: Node, target: Node, weight: Any, reduction: int, *_: Any
 ) -> Pattern:
     """Return the pattern of each sample's loss, or of their sum."""
-    letters = behind(x.meta["val"].ndim - 1, "")
+    letters = lettered(x.meta["val"].ndim - 1, "")
     own = letters[:1] + "*" + letters[1:] if letters else "*"
     return indexed(d, n, "" if reduction else letters, (x, own))
 
@@ -149,7 +149,7 @@ def likelihoods(
 def likelihoods_backward(
     d: Dependence, n: Node, g: Node, x: Node, target: Node, weight: Any, reduction: int, *_: Any
 ) -> Pattern:
-    letters = behind(x.meta["val"].ndim - 1, "")
+    letters = lettered(x.meta["val"].ndim - 1, "")
     own = letters[:1] + "*" + letters[1:] if letters else "*"
     return indexed(d, n, own, (g, "" if reduction else letters))
 

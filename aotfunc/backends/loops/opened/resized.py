@@ -38,7 +38,7 @@ def quick(x: Tensor, cubic: bool) -> bool:
     return in_rows(x) and (cubic or x.dtype is torch.float32)
 
 
-def resize(cubic: bool) -> Callable:
+def resizing(cubic: bool) -> Callable:
     def body(x: Tensor, after: Sequence[int], corners: bool, *given: float | None) -> Any:
         if not quick(x, cubic):
             return NotImplemented
@@ -51,7 +51,7 @@ def resize(cubic: bool) -> Callable:
     return body
 
 
-def resize_backward(cubic: bool) -> Callable:
+def resizing_backward(cubic: bool) -> Callable:
     def body(
         g: Tensor, after: Sequence[int], shape: Sequence[int], corners: bool, *given: float | None
     ) -> Any:
