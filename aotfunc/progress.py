@@ -1,4 +1,4 @@
-"""Long captures and compilations say what they do, and how far they are, on a line of stderr."""
+"""Say what long captures and compilations do, and how far they are, on a line of stderr."""
 
 from __future__ import annotations
 

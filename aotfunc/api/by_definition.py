@@ -1,4 +1,4 @@
-"""Which ops have, by definition, another derivative than that of their values."""
+"""Find ops that have, by definition, another derivative than that of their values."""
 
 from __future__ import annotations
 

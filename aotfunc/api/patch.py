@@ -1,4 +1,4 @@
-"""Our transforms in torch.func's place, for code that imports them from there."""
+"""Put our transforms in torch.func's place, for code that imports them from there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's recurrent layers as loops: each layer and direction is one, whatever the length."""
+"""Run torch's recurrent layers as loops: one for each layer and direction, whatever the length."""
 
 from __future__ import annotations
 

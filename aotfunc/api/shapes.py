@@ -1,4 +1,5 @@
-"""The results of a function without running it, and the function of all tensors that it reads."""
+"""Tell what a function returns without running it, and make all tensors that it reads
+arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The common half of control flow, whose nodes carry the programs of its bodies."""
+"""Hold what loops and branches have in common: nodes that carry the programs of their bodies."""
 
 from __future__ import annotations
 

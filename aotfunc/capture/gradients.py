@@ -1,4 +1,4 @@
-"""``torch.autograd.grad`` and ``.backward()`` inside a recording."""
+"""Record ``torch.autograd.grad`` and ``.backward()``."""
 
 from __future__ import annotations
 

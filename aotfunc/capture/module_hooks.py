@@ -1,4 +1,4 @@
-"""Full backward hooks and pre-hooks of modules inside a recording.
+"""Record full backward hooks and pre-hooks of modules.
 
 As in eager, an identity in front of the module and one behind it call the hooks when the reverse
 walk passes. The hooks are recorded as programs of the gradients. A hook is given the gradients of

@@ -1,4 +1,4 @@
-"""The table of all that the first capture changes in torch, and how it is undone."""
+"""Exchange functions of torch at the first capture, all in one table, and put them back."""
 
 # The templates get the names that they lack here with the globals of the code they replace.
 # ruff: noqa: F821

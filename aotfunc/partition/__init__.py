@@ -1,4 +1,4 @@
-"""Joint graph -> forward graph + backward graph: what to save, what to compute again."""
+"""Cut a joint graph into a forward and a backward: what to save, what to compute again."""
 
 from ..errors import PartitionError as PartitionError
 from .budget import Bytes as Bytes

@@ -1,4 +1,4 @@
-"""How much a partition may take: what users say as ``memory_budget``."""
+"""Read what users say as ``memory_budget``: how much a partition may take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a value costs: bytes to keep it, time to compute it again.
+"""Estimate what a value costs: bytes to keep it, time to compute it again.
 
 Time is counted in *bytes of memory traffic*: an op takes as long as moving so many bytes takes. A
 price of 1 in the cut then means that a byte kept from forward to backward is worth the moving of

@@ -1,4 +1,4 @@
-"""The best choice within a hard budget, found on a walk along the graph.
+"""Find the best choice within a hard budget, by a walk along the graph.
 
 A choice on the frontier is the best for its own bytes; between two of them others may be better.
 The walk decides value by value, each soon after its inputs. What was decided matters to the rest

@@ -1,5 +1,5 @@
-"""Partition functions of others: told what belongs where in the words of PyTorch's own, and
-checked afterwards."""
+"""Call partition functions of others: tell them what belongs where, in PyTorch's own words, and
+check what they return."""
 
 from __future__ import annotations
 

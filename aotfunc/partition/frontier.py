@@ -1,4 +1,4 @@
-"""The best choices that there are: fewest bytes for each time, and what no choice can do.
+"""Find the best choices: the fewest bytes for each time, and bounds that no choice beats.
 
 For each price the cheapest cut is a point on the lower convex hull of all choices in the plane of
 bytes and time, and the line of that price through it bounds all of them from below: by sweeping

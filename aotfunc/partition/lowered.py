@@ -1,4 +1,4 @@
-"""A lower peak of the backward: what lives there without being read is computed once more instead,
+"""Lower the peak of the backward: what lives there without being read is computed once more,
 right before it is read next.
 
 One value after another: of those that live, idle, at the first place where most bytes live, the

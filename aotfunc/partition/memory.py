@@ -1,4 +1,4 @@
-"""How much memory the values of a graph take while it runs, op by op."""
+"""Tell how much memory the values of a graph take while it runs, op by op."""
 
 from __future__ import annotations
 

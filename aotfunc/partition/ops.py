@@ -1,5 +1,5 @@
-"""What may be done with a node: is it a view, a draw, an effect; may it run twice; may its value
-be saved?
+"""Tell what may be done with a node: whether it is a view, a draw, an effect, and whether it may
+run twice and its value be saved.
 
 Everything here is asked of schemas, tags and metadata. The only names are of ops whose schema does
 not tell."""

@@ -1,4 +1,4 @@
-"""In what order the early and the late part of a joint graph run.
+"""Order the nodes of the early and of the late part of a joint graph.
 
 Values are placed where they live shortest. What the early part computes only to be saved stands
 right after its last input. In the late part what is computed again stands right before its first

@@ -1,4 +1,4 @@
-"""The partitions: a joint graph in, a forward and a backward out."""
+"""Cut a joint graph into a forward and a backward."""
 
 from __future__ import annotations
 

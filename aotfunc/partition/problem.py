@@ -1,7 +1,7 @@
-"""What is to be decided: for each value that the backward may need, what saving it takes and what
+"""State the problem: for each value that the backward may need, what saving it takes, and what
 computing it again takes.
 
-Some values cost nothing or are ruled out, for everyone:
+Some values cost nothing, or are ruled out under every policy:
 
 - views and constants are never saved: a view is redone from the tensor that owns the storage;
 - of tuples the parts are saved; inputs and parameters are kept by the caller anyway, so saving

@@ -1,4 +1,4 @@
-"""What computing a value again costs, measured."""
+"""Measure what computing a value again costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a partition keeps and computes again, and how good it is: for people, as JSON, as a
+"""Report what a partition keeps and computes again, and how good it is: as text, as JSON, as a
 picture."""
 
 from __future__ import annotations

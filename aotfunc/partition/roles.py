@@ -1,4 +1,4 @@
-"""Which part of a joint graph is what: inputs, cotangents, forward, backward, and what stands on
+"""Tell the parts of a joint graph apart: inputs, cotangents, forward, backward, and what stands on
 the border.
 
 Every node is **late** (it depends on a cotangent), **forward** (a forward output, a draw or an

@@ -1,5 +1,5 @@
-"""What to save at the least cost: "bytes saved + price of what is computed again" as an s-t
-minimum cut.
+"""Choose what to save at the least cost, "bytes saved + price of what is computed again", by an
+s-t minimum cut.
 
 A value v is two nodes. The cut separates the source (not in the backward) from the sink (in the
 backward):

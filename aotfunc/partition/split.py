@@ -1,5 +1,5 @@
-"""A joint graph and what to save -> ``early(*inputs) -> (*outputs, *saved)`` and ``late(*saved,
-*late_inputs)``."""
+"""Split a joint graph by what to save: into ``early(*inputs) -> (*outputs, *saved)`` and
+``late(*saved, *late_inputs)``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Is a split right? Checked on the structure alone, after every partition, in one pass over the
-nodes."""
+"""Check a split after every partition: its structure alone, in one pass over the nodes."""
 
 from __future__ import annotations
 

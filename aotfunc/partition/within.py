@@ -1,4 +1,4 @@
-"""Which choice a budget buys."""
+"""Choose the partition that a budget allows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results of a function that are views; they are made outside the compiled graph.
+"""Make results that are views outside the compiled graph.
 
 A view that leaves a compiled graph would be a mere piece of memory. Made by the view's own ops
 from the input, or from the result it is a view of, it is one for autograd too: later writes are

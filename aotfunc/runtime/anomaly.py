@@ -1,4 +1,5 @@
-"""``torch.autograd.set_detect_anomaly`` around a transform: a gradient with a NaN is an error."""
+"""Raise an error for a gradient with a NaN if ``torch.autograd.set_detect_anomaly`` is on around a
+transform."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The Python numbers that may change without another capture: those among a call's arguments that
-the function only computes with.
+"""Find the Python numbers that may change without another capture: those among a call's arguments
+that the function only computes with.
 
 A number that has changed since an earlier call is followed by the next capture
 (:mod:`~aotfunc.trace.following`). Where nothing asked for its value, the entry serves all values

@@ -1,6 +1,6 @@
-"""Inputs that require grad and by which a tangent has no derivative: where torch.func's has one of
-zeros, ours has, too. So ``hessian(f)(x).sum().backward()`` works where ``f`` is quadratic, and the
-``y`` of ``x.floor() * y`` has a gradient."""
+"""Give inputs on which a tangent does not depend a gradient of zeros, where torch.func does. So
+``hessian(f)(x).sum().backward()`` works where ``f`` is quadratic, and the ``y`` of ``x.floor() *
+y`` has a gradient."""
 
 from __future__ import annotations
 

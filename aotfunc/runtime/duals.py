@@ -1,5 +1,5 @@
-"""Tensors of ``torch.autograd.forward_ad`` in a program: which have a tangent, and which may
-not."""
+"""Tell which tensors of a program have a tangent of ``torch.autograd.forward_ad``, and refuse
+programs in which one meets ``no_grad`` or ``detach``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a backward of a compiled call is refused."""
+"""Refuse backwards of a compiled call whose gradients could not be eager's."""
 
 from __future__ import annotations
 

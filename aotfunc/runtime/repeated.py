@@ -1,4 +1,4 @@
-"""A fast path for a call like the last one.
+"""Take a fast path for a call like the last one.
 
 Most calls of a compiled function are like the call before. One that is given tensors without
 attributes, plain values and trees of these needs no key: C++ compares the tensors, and the rest is

@@ -1,4 +1,4 @@
-"""Autograd's answers about the values of a recording: which require grad, are leaves, lead to
+"""Answer for autograd about the values of a recording: which require grad, are leaves, lead to
 others."""
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""Batch norm with ``momentum=None``: its cumulative average, whose factor is read from a counter
-tensor.
-"""
+"""Record the cumulative average of batch norm with ``momentum=None``, whose factor is read from a
+counter tensor."""
 
 from __future__ import annotations
 

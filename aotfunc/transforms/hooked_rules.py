@@ -1,4 +1,4 @@
-"""How an op is differentiated whose result has hooks: autograd passes through them again wherever
+"""Differentiate an op whose result has hooks: autograd passes through them again wherever
 PyTorch's formula reads the result, and nowhere else."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the nodes of a graph are drawn: in layers, with few crossings."""
+"""Place the nodes of a graph: in layers, with few crossings."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What the page shows of each program: its nodes, which values are the same, and the memory that
-they take."""
+"""Describe programs for the page: their nodes, which values are the same, and the memory that they
+take."""
 
 from __future__ import annotations
 
