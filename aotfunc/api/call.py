@@ -193,6 +193,8 @@ class Call:
 def primals_and_tangents(
     name: str, primals: Any, tangents: Any, f: Callable
 ) -> tuple[Arguments, list[Tensor]]:
+    """Return the arguments of a push-forward and its tangents. Raises ArgumentError if they do not
+    match."""
     if not isinstance(primals, tuple) or not primals:
         raise ArgumentError(
             f"{name}: primals must be a non-empty tuple, not {type(primals).__name__}"
@@ -303,6 +305,7 @@ def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list:
 
 
 def batch_size(arguments: Arguments, dims: Sequence[int | None]) -> int:
+    """Return the number of samples. Raises ArgumentError if there is no batch, or sizes differ."""
     sizes = {}
     for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)):
         if d is not None:

@@ -55,6 +55,8 @@ def path(spec: Any, k: int) -> str:
 
 
 def trip_count(name: str, rows: Sequence[Tensor], spec: Any, length: int | None) -> int:
+    """Return how many steps a loop over these stacks takes. Raises ArgumentError if their lengths
+    differ."""
     for k, x in enumerate(rows):
         if not x.dim():
             raise ArgumentError(

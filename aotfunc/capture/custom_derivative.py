@@ -294,5 +294,6 @@ def failing(b: Builder, error: Exception, g: dict[int, Node], inputs: Sequence[N
 def splice_rule(
     b: Builder, part: RuleProgram, given: Sequence[Node], residuals: Sequence[Node]
 ) -> list:
+    """Put a rule's program into the builder, and return its results."""
     inputs = [*given, *residuals[part.first : part.first + part.n_residuals]]
     return b.inlined(part.program, inputs)

@@ -53,6 +53,7 @@ def followed_batches(trace: Trace, tensors: Sequence[Tensor]) -> tuple[list[Tens
 
 
 def follow_trace(trace: Trace) -> Followed:
+    """Return the values of a recording, computed as far as it has come."""
     if trace.followed is None:
         trace.followed = Followed(trace)
     trace.followed.catch_up(trace)
@@ -254,6 +255,7 @@ _programs = Cache(1 << 16, weight)
 def batched_program(
     program: Program, samples: Samples, sigs: Sequence[Any], outs: Sequence[int | None]
 ) -> Program:
+    """Return the program for all samples at once."""
     return program.derived(
         ("asked", *samples, *sigs, *outs),
         lambda: vmap(program, samples.dims, sigs, samples.axis, outs),

@@ -76,6 +76,7 @@ register_pytree_flatten_spec(Opened, lambda x, spec: Opened(x).children)
 
 
 def attributes_of(x: Any) -> dict[str, Any]:
+    """Return the attributes of an instance by name, fields first."""
     cls = type(x)
     fields = [
         *getattr(cls, "__dataclass_fields__", ()),

@@ -60,6 +60,7 @@ def describe_tree(x: Any, leaves: list[Any], key: list[Any]) -> bool:
 
 
 def spec_of(tree: Any) -> TreeSpec:
+    """Return the spec of a tree, and remember how to make one from leaves."""
     spec = tree_flatten(tree)[1]
     count = iter(range(spec.num_leaves))
     _makers.put(id(spec), (spec, eval(f"lambda x: {expression(spec, count)}")))

@@ -38,6 +38,7 @@ def versions(
 
 
 def check_unwritten(known: Versions, name: str) -> None:
+    """Raise AotfuncError if a tensor that a backward reads was written to after the call."""
     for ref, t, before in known:
         if (now := ref()) is not None:
             check_memory([now], [t.untyped_storage()], name)

@@ -134,6 +134,7 @@ def moment() -> Moment | None:
 
 @contextmanager
 def at_moment(m: Moment | None) -> Iterator[None]:
+    """Let what runs inside the block belong to this moment."""
     before, _now.moment = _now.moment, m
     try:
         yield

@@ -34,6 +34,7 @@ SHAPED_BY_MASKS = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.masked_sel
 def learn(
     trace: Trace, key: tuple, func: OpOverload, args: tuple, kwargs: dict, sigs: tuple
 ) -> Instr:
+    """Return the instruction for a call, and remember it under its key."""
     if "nested" in func._schema.name:
         raise of_nested()
     if func._schema.name == "inductor::resize_storage_bytes_":  # its schema says nothing of this

@@ -95,6 +95,7 @@ def rest(x: Tensor, index: Any, places: list[int]) -> tuple[Tensor, list[Tensor 
 
 
 def getitem(self: Tensor, index: Any) -> Tensor:
+    """Return ``self[index]`` where the index may have traced integers."""
     places = places_in(index)
     if not places:
         return _getitem(self, index)

@@ -37,6 +37,7 @@ class Link(tuple):
 
 
 def replay_view(b: Builder, link: Link, node: Node) -> Node:
+    """Return the view of ``node`` that a link describes."""
     op, args, kwargs, index, _ = link
     if op is aten.as_strided.default:
         node, args = in_memory(b, node, args)

@@ -107,6 +107,7 @@ def twin_of(op: OpOverload) -> OpOverload | None:
 
 
 def functional_twin(op: OpOverload, line: Line | None) -> OpOverload:
+    """Return the form of an op that writes nothing. Raises CaptureError if there is none."""
     twin = twin_of(op)
     if twin is None:
         raise CaptureError(

@@ -19,6 +19,7 @@ aten = torch.ops.aten
 
 
 def has_derivative(val: Any) -> bool:
+    """Return whether a value, or one of several, is of a floating or complex dtype."""
     return (
         any(map(has_derivative, val))
         if isinstance(val, tuple)
@@ -54,6 +55,8 @@ def sources(n: Node) -> Sequence[Node]:
 
 
 def is_nondiff(n: Node, active: dict[Node, None], zeros: bool) -> bool:
+    """Return whether no derivative flows through a node: by its rule, or by the outputs it
+    reads."""
     if n.target is operator.getitem:
         parent, i = n.args
         if (live := getattr(parent.target, "live", None)) is not None:  # type: ignore[union-attr]

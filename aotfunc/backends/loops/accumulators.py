@@ -35,6 +35,8 @@ NEXT = {
 
 
 class Accumulators(KernelText):
+    """The C++ of a kernel's reductions and scans."""
+
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
         #: whether the vector axis is one of the outer ones

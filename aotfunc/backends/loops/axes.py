@@ -19,6 +19,8 @@ from .views import static_shape
 
 
 class Axes:
+    """The axes of a kernel and its accesses to memory."""
+
     def __init__(self, factors: list[list[int]], integer: torch.dtype) -> None:
         self.factors = factors
         self.integer = integer  # the dtype of indices

@@ -24,6 +24,8 @@ TILE = 1024
 
 
 class Printer(Accumulators):
+    """The C++ function of a kernel."""
+
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
         #: whether rows are points of the vector axis

@@ -193,6 +193,7 @@ def with_views(n: Node) -> Iterator[Node]:
 
 
 def can_lower(nodes: Sequence[Node]) -> bool:
+    """Return whether one kernel can compute these nodes."""
     try:
         lower(nodes, stored(nodes), "kernel")
     except Unfit:
@@ -214,6 +215,8 @@ def stored(nodes: Sequence[Node]) -> list[Node]:
 
 
 def keeps_its_turn(n: Node) -> bool:
+    """Return whether a node may not change places with others of its kind: it draws, or has
+    effects."""
     if n.target is operator.getitem:
         return False
     return not isinstance(n.target, OpOverload) or draws(n) or n.is_impure()

@@ -34,6 +34,7 @@ def without_views_of_parts(graph: fx.Graph) -> None:
 
 
 def replace(graph: fx.Graph, n: Node, target: Any, *args: Node) -> None:
+    """Put a call in the place of a node, and erase what only that node read."""
     val = n.meta["val"]
     with graph.inserting_before(n):
         new = graph.call_function(target, args)

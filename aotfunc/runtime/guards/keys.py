@@ -110,6 +110,7 @@ class TensorFacts(NamedTuple):
 
 
 def tensor_facts(t: Tensor) -> TensorFacts:
+    """Return what a key says of a tensor. Raises CaptureError for one that cannot be captured."""
     sig = getattr(t, "sig", None)  # a value of a recording under way
     if sig is not None:
         return TensorFacts(

@@ -89,6 +89,7 @@ def left_behind(state: State, titled: Callable[[], str], given: Sequence[Any] = 
 
 
 def store(owner: Any, key: Any, value: Any) -> None:
+    """Bind a value in a cell or under a key."""
     if isinstance(owner, types.CellType):
         owner.cell_contents = value
     else:

@@ -26,6 +26,8 @@ EXACT = frozenset((torch.float32, torch.float64))
 
 
 def rewrite(*targets: Any) -> Any:
+    """Make a decorator: the function is a rewriting of calls of these targets."""
+
     def register(rule: Any) -> Any:
         for target in targets:
             REWRITES[target].append(rule)

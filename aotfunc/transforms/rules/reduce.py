@@ -169,6 +169,7 @@ for op in (
 def norm_backward(
     g: Tensor, norm: Tensor, x: Tensor, p: Any, dim: Any = None, keepdim: bool = False
 ) -> Tensor:
+    """Return the cotangent of ``x`` for that of its ``p``-norm."""
     p = 2.0 if p is None else float(p)
     g, norm = unreduced(g, x, dim, keepdim), unreduced(norm, x, dim, keepdim)
     if p == 0:

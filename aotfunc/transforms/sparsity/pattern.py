@@ -24,6 +24,7 @@ def wide(a: Any) -> Any:
 
 
 def joined(parts: Sequence[Pattern]) -> Pattern:
+    """Return the union of some patterns."""
     found = parts[0]
     for part in parts[1:]:
         found = found + part
