@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 #: no generation is closed with fewer entries: one call may need heavy ones, and needs them again
 #: at once
@@ -12,6 +13,21 @@ FEW = 8
 
 #: every cache, for clear_caches
 EVERY: weakref.WeakSet[Cache] = weakref.WeakSet()
+#: every function that remembers its results, for clear_caches
+REMEMBERED: list[Any] = []
+
+F = TypeVar("F", bound=Callable)
+
+
+def remembered(count: int) -> Callable[[F], F]:
+    """Make a decorator: a function of the user's code, classes and the like remembers its last
+    results, as by ``functools.lru_cache``, until :func:`clear_caches`."""
+
+    def decorated(f: F) -> F:
+        REMEMBERED.append(functools.lru_cache(count)(f))
+        return REMEMBERED[-1]
+
+    return decorated
 
 
 class Cache(dict):
@@ -100,3 +116,5 @@ def clear_caches() -> None:
     """
     for cache in list(EVERY):
         cache.clear()
+    for f in REMEMBERED:
+        f.cache_clear()

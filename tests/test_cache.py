@@ -127,6 +127,7 @@ def test_clear_caches():
     A.grad(lambda x: f(x).sum())(x)
     A.clear_caches()
     assert not len(f.entries) and not len(captured._programs) and not len(graph._derived)
+    assert not any(known.cache_info().currsize for known in cache.REMEMBERED)
     torch.testing.assert_close(f(x), x.sin() * 3)
     torch.testing.assert_close(A.grad(lambda x: f(x).sum())(x), x.cos() * 3)
 

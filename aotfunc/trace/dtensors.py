@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..cache import remembered
 from ..debug import at, user_line
 from ..errors import CaptureError
 from ..graph import drawing
@@ -40,7 +41,7 @@ def layout(mesh: Any, placements: Sequence[Any], summed: bool = False) -> str:
     return f"{name};{text}"
 
 
-@functools.lru_cache(8)  # it keeps the meshes
+@remembered(8)
 def name_of(mesh: Any) -> str:
     with no_recording(), _disable_current_modes():
         return f"{mesh.device_type} {mesh.mesh.tolist()} {mesh.mesh_dim_names}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from ..cache import remembered
 from ..errors import GraphError
 from ..graph import Program
 from ..trace.emit import Builder, paused_gc, remap
@@ -88,7 +88,7 @@ def by_schema(op: OpOverload, body: Callable) -> Callable:
     return call
 
 
-@cache
+@remembered(1024)
 def keywords_of(body: Callable) -> frozenset[str]:
     try:
         parameters = inspect.signature(body).parameters.values()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import logging
 import types
 import weakref
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...cache import remembered
 from ...trace.holding import slots_of
 from .description import NOTHING, Description, passing
 from .keys import Named, noted
@@ -268,7 +268,7 @@ class Objects(Description):
                 self.same(table[name], f"{where}['{name}']", f"torch.nn.functional.{name}")
 
 
-@functools.lru_cache(1024)
+@remembered(1024)
 def functions_of(cls: type) -> tuple[str, ...]:
     """List the functions of ``torch.nn.functional`` that the methods of a class call, and those
     that these call."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
+from ...cache import remembered
 from ...debug import _OURS, _TORCH
 
 _STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
@@ -47,7 +48,7 @@ class Reads(NamedTuple):
     binds_globals: bool
 
 
-@functools.lru_cache(4096)
+@remembered(4096)
 def reads_of(code: types.CodeType) -> Reads:
     """Find the names that a code object, and the functions defined in it, read."""
     variables: set[str] = set()
@@ -127,7 +128,7 @@ def compiled_texts(texts: Iterable[str]) -> Iterator[types.CodeType]:
             yield compile(text, "<text>", "exec")
 
 
-@functools.lru_cache(4096)
+@remembered(4096)
 def tells_apart(code: types.CodeType) -> bool:
     """Return whether a function calls ``type``, or goes on after errors."""
     kinds = [step.opname for step in dis.get_instructions(code)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ...cache import remembered
 from .products import Dims, labels_of
 from .windows import Windows
 
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
         ]
 
 
-@lru_cache(1 << 12)
+@remembered(4096)
 def cheapest(plan: Plan) -> tuple[float, Order]:
     """Return the least cost of all ways to multiply in pairs, and its order."""
     factors, windows = plan.labels, plan.windows
