@@ -109,14 +109,17 @@ FITS: dict[str, tuple] = {
 
 def printed(name: str) -> str:
     what, f, low, high, degree, weight = FITS[name]
-    *rest, last = [f"{c.hex()}f" for c in minimax(f, low, high, degree, weight)]
-    lines = "\n".join(f"  p = aot_fma(p, x, aot_floats({c}));" for c in reversed(rest))
+    coefficients = [f"{c.hex()}f" for c in minimax(f, low, high, degree, weight)]
+    body = textwrap.fill(
+        f"return aot_polynomial(x, {', '.join(reversed(coefficients))});",
+        99,
+        initial_indent="  ",
+        subsequent_indent="      ",
+    )
     return f"""
 // {what}
 AOT floats aot_{name}_polynomial(floats x) {{
-  floats p = aot_floats({last});
-{lines}
-  return p;
+{body}
 }}"""
 
 
@@ -174,9 +177,18 @@ static const float aot_{name}_pieces[{DEGREE + 2}][32] = {{
 }};"""
 
 
+HORNER = """// Written by benchmarks/fit_polynomials.py: nearly minimax, in float32.
+
+// A polynomial in x by Horner's rule, its highest coefficient first.
+template <class... F> AOT floats aot_polynomial(floats x, float first, F... rest) {
+  floats p = aot_floats(first);
+  ((p = aot_fma(p, x, aot_floats(rest))), ...);
+  return p;
+}"""
+
+
 def header() -> str:
-    first = "// Written by benchmarks/fit_polynomials.py: nearly minimax, in float32."
-    return "\n".join([first, *map(printed, FITS), *map(table, TABLES)]) + "\n"
+    return "\n".join([HORNER, *map(printed, FITS), *map(table, TABLES)]) + "\n"
 
 
 if __name__ == "__main__":
