@@ -19,6 +19,7 @@ from ..trace.entering import entry
 from ..trace.shapes.sig import Sig
 from ..trace.tape import signature
 from ..transforms.laplacian import laplacian as laplacian_pass
+from ..transforms.rules.table import total
 from ..transforms.taylor import taylor
 from .call import Call, like_tangent, positions, tensors_of
 from .func import grad, jvp, vjp
@@ -181,7 +182,7 @@ def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -
             sig = signature(rows)
             program = call.derived((sig,), partial(laplacian_pass, base, wrt, n_out, sig))
             parts = execute(program, [*tensors_of(arguments), rows, *call.rec.closed_over])
-            found = [sum_of(t, part) for t, part in zip(found, parts, strict=True)]
+            found = [total(t, part) for t, part in zip(found, parts, strict=True)]
         vals = [v for v in base.vals if isinstance(v, Sig)]
         return unflatten(
             [
@@ -192,8 +193,3 @@ def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -
         )
 
     return sums
-
-
-def sum_of(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    """Return the sum of these, None for zero."""
-    return y if x is None else x if y is None else x + y

@@ -155,7 +155,7 @@ def _as_called(
     out = output_node(gm.graph)
     if plain_in:
         if rec.spec is not None:
-            out.args = (_literal_tree(out.args[0], rec.spec),)
+            out.args = (tree_unflatten(list(out.args[0]), rec.spec),)
             gm.recompile()
         return
     # every leaf is an argument; those that are not tensors were specialised and are ignored
@@ -191,10 +191,6 @@ class AsCalled(_PyTreeCodeGen):
 
     def process_inputs(self, *args: Any) -> Any:
         return flatten_tree(args)[0]
-
-
-def _literal_tree(leaves: Any, spec: Any) -> Any:
-    return tree_unflatten(list(leaves), spec)
 
 
 def _with_lines(gm: fx.GraphModule) -> None:

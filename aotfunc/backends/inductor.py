@@ -142,9 +142,9 @@ def compiled_by_inductor(gm: fx.GraphModule, say: Callable[[str, Exception], Non
                     fn = compile_fx_inner(ours, fakes)
                 return first_results(fn, count) if more else fn
             except Exception as e:
-                culprit = next(
-                    (op for op in sorted(ops_of(gm), key=str) if str(op) in targets_named(e)), None
-                )
+                named = re.findall(r"target: (\S+)", str(e))
+                ops = sorted(ops_of(gm), key=str)
+                culprit = next((op for op in ops if str(op) in named), None)
                 if culprit is None or culprit in failing:
                     raise
                 failing.add(culprit)
@@ -284,11 +284,6 @@ def swapped(n: fx.Node) -> list[int]:
 
 def ops_of(gm: fx.GraphModule) -> set[OpOverload]:
     return {n.target for n in gm.graph.nodes if isinstance(n.target, OpOverload)}
-
-
-def targets_named(error: Exception) -> set[str]:
-    """Return the ops that an error of Inductor's lowering names."""
-    return set(re.findall(r"target: (\S+)", str(error)))
 
 
 def decompositions() -> dict:
