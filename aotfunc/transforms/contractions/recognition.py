@@ -84,14 +84,9 @@ def recognises(*ops: Any) -> Callable:
     return register
 
 
-@recognises(aten.view.default, aten._unsafe_view.default)
-def _view(ps: Products, n: Node, x: Node, shape: Any) -> Product | None:
-    return ps.viewed(ps.of(n, x), n.meta["val"].shape)
-
-
 @recognises(
+    *(aten.view.default, aten._unsafe_view.default, aten.clone.default),
     *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
-    aten.clone.default,
 )
 def _same_values(ps: Products, n: Node, x: Node, *_: Any, **__: Any) -> Product | None:
     return ps.viewed(ps.of(n, x), n.meta["val"].shape)

@@ -191,7 +191,7 @@ def norm_backward(
     return (x.sgn() * x.abs() ** (p - 1) if p < 2 else x * x.abs() ** (p - 2)) * scale
 
 
-@vjp_of(aten.linalg_vector_norm)
+@vjp_of(aten.linalg_vector_norm, aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype)
 def _(g: Tensor, out: Tensor, x: Tensor, p: Any, dim: Any, keepdim: bool) -> list[Tensor]:
     return [norm_backward(g, out, x, p, dim, keepdim)]
 
@@ -199,18 +199,8 @@ def _(g: Tensor, out: Tensor, x: Tensor, p: Any, dim: Any, keepdim: bool) -> lis
 vmap_of(aten.linalg_vector_norm)(shifted(aten.linalg_vector_norm, "dim"))
 
 
-@vjp_of(aten.norm.Scalar)
+@vjp_of(aten.norm.Scalar, aten.norm.ScalarOpt_dtype)
 def _(g: Tensor, out: Tensor, x: Tensor, p: Any) -> list[Tensor]:
-    return [norm_backward(g, out, x, p)]
-
-
-@vjp_of(aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype)
-def _(g: Tensor, out: Tensor, x: Tensor, p: Any, dim: Any, keepdim: bool) -> list[Tensor]:
-    return [norm_backward(g, out, x, p, dim, keepdim)]
-
-
-@vjp_of(aten.norm.ScalarOpt_dtype)
-def _(g: Tensor, out: Tensor, x: Tensor, p: Any, dtype: Any) -> list[Tensor]:
     return [norm_backward(g, out, x, p)]
 
 
