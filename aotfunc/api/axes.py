@@ -18,7 +18,7 @@ from ..transforms.rules import axes as ops
 
 
 def axis_size(axis_name: str) -> int:
-    """Return how many samples there are. Raises ArgumentError, as all functions of this page, if
+    """Return how many samples there are. Raises ArgumentError, as :func:`psum` and its kind do, if
     no ``vmap`` around the call has this ``axis_name``; a compiled function sees only the ``vmap``s
     inside of it.
 
