@@ -3,10 +3,12 @@
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
+import aotfunc
 from aotfunc import grad, jit, restore_torch, vmap
 from aotfunc.capture.patches import PATCHES
 from aotfunc.errors import CaptureError
@@ -46,6 +48,15 @@ for _ in range(2):
         for n in {**named, **named_}:
             assert named.get(n) is named_.get(n) and codes.get(n) is codes_.get(n), (owner, n)
 """
+
+
+def test_what_is_exchanged_during_a_capture_is_what_the_docs_list():
+    """docs/semantics.md, "The process"; api/patch.py is a call of the user's."""
+    package = Path(aotfunc.__file__).parent
+    found = {x.relative_to(package).as_posix(): x.read_text() for x in package.rglob("*.py")}
+    listed = {"trace/recording.py": 2, "trace/numbers.py": 1, "runtime/parts.py": 1}
+    counts = {name: text.count(" Exchange(") for name, text in found.items()}
+    assert {k: n for k, n in counts.items() if n} == {**listed, "api/patch.py": 1}
 
 
 def test_everything_is_put_back():
