@@ -67,6 +67,7 @@ LOOKED_UP = {
     "pairs": (lambda x, i, j: x[i, j].exp(), floats(7, 7), I, I.flip(0)),
     "pairs apart": (lambda x, i, j: x[i, :, j].exp(), floats(7, 3, 7), I, I.flip(0)),
     "broadcast": (lambda x, i, j: x[i[:, None], j].exp(), floats(7, 7), I, I.flip(0)),
+    "by a copy": (lambda x, i: x[i.expand(3, 5).clone()].exp(), floats(7, 4), I),
     "of what was computed": (lambda x, i: (x.exp() * 2)[i[:1]], floats(7, 19), I),
     "gathered": (lambda x, i: x.gather(1, i).exp(), floats(7, 19), torch.randint(19, (7, 4))),
     "gathered columns": (

@@ -46,12 +46,14 @@ def wrapped(work: Lowering, found: Expr, size: int) -> Expr:
 
 
 def check_of(n: Node, tensor: Node, low: int, high: int, error: Any) -> Requirement:
-    """Return the requirement on the elements of a view of a tensor in memory."""
+    """Return the requirement on the elements of a view of a tensor in memory. Raises Unfit for a
+    copy of it, which is computed."""
     shape = static_shape(n)
     place: Place = tuple([index_along(d) for d in range(len(shape))])
     while n is not tensor:
-        place = source_place(n, place, shape)
-        n = source_of(n)  # type: ignore[assignment]
+        if (source := source_of(n)) is None:
+            raise Unfit("indices that are computed")
+        place, n = source_place(n, place, shape), source
     strides, start = [0] * len(shape), 0
     for index, stride in zip(place, n.meta["val"].stride(), strict=True):
         start += index.start * stride
