@@ -394,6 +394,19 @@ def imported_by_name():
 
 
 @case
+def imported_beside_quotes():
+    m = sys.modules["state_of_this_test"] = types.ModuleType("state_of_this_test")
+    m.K = 2.0
+
+    def f(x):
+        if x.dim() > 3:
+            raise ValueError("'x' has too many dimensions,\n'4' or more \\")
+        return x * importlib.import_module("state_of_this_test").K
+
+    return f, lambda: setattr(m, "K", m.K + 1)
+
+
+@case
 def module_by_its_name():
     m = sys.modules["state_of_this_test"] = types.ModuleType("state_of_this_test")
     m.K = 2.0

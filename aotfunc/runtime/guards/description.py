@@ -36,7 +36,7 @@ class Description:
         self.distinct: list[str] = []
         self.kept: list[Any] = []  # so that their ids stay their own
         self._classes: set[type] = set()
-        self._bases: set[type] = set()  # and the bases of these
+        self._bases: set[tuple[type, bool, bool]] = set()  # and the bases of these, by their kind
         self._globals: set[tuple[int, str]] = set()
         self._todo: list[tuple[Any, str, str]] = []
         self._static: dict[type, list[str]] = {}

@@ -79,18 +79,18 @@ class Functions(Containers):
                     x = scope.get(name, NOTHING)
                     if x is NOTHING:
                         self.key.append(None)
-                        self.lines.append(f"if '{name}' in {scoped}: return")
+                        self.lines.append(f"if {name!r} in {scoped}: return")
                     elif name in reads.variables or not passing(x):
-                        self.meet(x, f"{scoped}['{name}']", f"{scope.get('__name__')}.{name}")
+                        self.meet(x, f"{scoped}[{name!r}]", f"{scope.get('__name__')}.{name}")
                     else:
-                        self.may_grow(x, f"{scoped}['{name}']")
+                        self.may_grow(x, f"{scoped}[{name!r}]")
             for name in sorted(reads.imports):
                 name = scope["__name__"] if name == "__name__" else name
                 modules = self.constant(sys.modules)
                 if name in sys.modules:
-                    self.meet(sys.modules[name], f"{modules}['{name}']", name)
+                    self.meet(sys.modules[name], f"{modules}[{name!r}]", name)
                 else:  # it may be imported where it can be
-                    self.lines.append(f"if '{name}' in {modules}: return")
+                    self.lines.append(f"if {name!r} in {modules}: return")
         if f is os.getenv:
             self.meet(os.environ, self.constant(os.environ), "os.environ")
         for name in sorted(_OWN & self.names.attributes):
@@ -103,10 +103,10 @@ class Functions(Containers):
             if name == "__wrapped__" or (not known and self.wants(name, x)):
                 self.key.append(name)
                 self.meet(
-                    x, f"{d}['{name}']", label if name == "__wrapped__" else f"{label}.{name}"
+                    x, f"{d}[{name!r}]", label if name == "__wrapped__" else f"{label}.{name}"
                 )
             elif not known and name in self.names.written:
-                self.may_grow(x, f"{d}['{name}']")
+                self.may_grow(x, f"{d}[{name!r}]")
 
     def python_module(self, m: types.ModuleType, v: str, label: str) -> None:
         """Describe the names that the code may look up in the module."""
@@ -120,12 +120,12 @@ class Functions(Containers):
             x = table.get(name, NOTHING)
             if x is NOTHING or not self.wants(name, x):
                 if not library:
-                    self.may_grow(x, f"{v}.__dict__['{name}']")
+                    self.may_grow(x, f"{v}.__dict__[{name!r}]")
                 continue
             d = d or self.bind(f"{v}.__dict__")
             self.key.append(name)
             read = isinstance(x, types.ModuleType | os._Environ) or x is os.getenv
             if library and not is_plain(x) and not read and not tells(x):
-                self.same(x, f"{d}['{name}']", f"{label}.{name}")
+                self.same(x, f"{d}[{name!r}]", f"{label}.{name}")
             else:
-                self.meet(x, f"{d}['{name}']", f"{label}.{name}")
+                self.meet(x, f"{d}[{name!r}]", f"{label}.{name}")

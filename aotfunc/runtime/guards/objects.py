@@ -111,7 +111,7 @@ class Objects(Description):
         for name in slots:
             self.key.append(name)
             if (e := getattr(x, name, NOTHING)) is NOTHING:
-                self.lines.append(f"if hasattr({v}, '{name}'): return")
+                self.lines.append(f"if hasattr({v}, {name!r}): return")
             else:
                 self.meet(e, f"{v}.{name}", f"{label}.{name}")
         told = len(slots) + (isinstance(x, _RECORDS) or dataclasses.is_dataclass(x))
@@ -179,7 +179,7 @@ class Objects(Description):
         for name in _TABLES:
             children = table[name]
             self.key.append(len(children))
-            t = self.bind(f"{d}['{name}']") if children else f"{d}['{name}']"
+            t = self.bind(f"{d}[{name!r}]") if children else f"{d}[{name!r}]"
             self.owners.append((children, t, dict(children)))
             if users or (
                 name == "_modules" and (children or cls.__module__ == nn.Sequential.__module__)
@@ -189,9 +189,9 @@ class Objects(Description):
             for k, child in children.items():
                 self.key.append(k)
                 self.meet(child, f"{t}[{k!r}]", f"{label}.{k}")
-        if self.hooks([(table[n], f"{d}['{n}']", f"{label}.{n}") for n in _HOOKS]):
+        if self.hooks([(table[n], f"{d}[{n!r}]", f"{label}.{n}") for n in _HOOKS]):
             for name in _HOW_HOOKS_ARE_CALLED:
-                self.meet(table[name], f"{d}['{name}']", f"{label}.{name}")
+                self.meet(table[name], f"{d}[{name!r}]", f"{label}.{name}")
 
     def hooks(self, tables: Sequence[tuple[dict, str, str]]) -> bool:
         """Describe tables of hooks, which are nearly always empty."""
@@ -211,7 +211,8 @@ class Objects(Description):
             return
         self._classes.add(cls)
         named = self.names.attributes
-        if issubclass(cls, torch.autograd.Function):
+        function, module = issubclass(cls, torch.autograd.Function), issubclass(cls, nn.Module)
+        if function:
             named = named | _FUNCTION_RULES
         for owner in cls.__mro__:
             library = library_of_module(owner.__module__) in CLOSED
@@ -224,6 +225,9 @@ class Objects(Description):
             table = owner.__dict__
             p = self.constant(table)
             self.key += (id(owner),)
+            if (owner, function, module) in self._bases:
+                continue
+            self._bases.add((owner, function, module))
             self.opaque.append(owner)
             if library:
                 self.names.enter_class(owner)
@@ -236,26 +240,22 @@ class Objects(Description):
             if "__subclasses__" in named:
                 known = f"{self.constant(owner)}.__subclasses__()"
                 self.meet(owner.__subclasses__(), known, f"{owner.__name__}.__subclasses__()")
-            if owner not in self._bases:
-                self._bases.add(owner)
-                attributes = Attributes(owner)
-                self.owners.append(
-                    (attributes, self.constant(attributes), dict(attributes.items()))
-                )
+            attributes = Attributes(owner)
+            self.owners.append((attributes, self.constant(attributes), dict(attributes.items())))
             for name, e in table.items():
                 if isinstance(e, _SLOTS) or name == "__classcell__":
                     continue
                 elif name.startswith("__"):
                     method = isinstance(e, types.FunctionType | staticmethod | classmethod)
                     called = method and (name not in _NOT_CALLED or name in named)
-                    if called and not (name == "__init__" and issubclass(cls, nn.Module)):
+                    if called and not (name == "__init__" and module):
                         self.key.append(name)
-                        self.meet(e, f"{p}['{name}']", f"{owner.__name__}.{name}")
+                        self.meet(e, f"{p}[{name!r}]", f"{owner.__name__}.{name}")
                 elif name in named or (self.wants(name, e) and name != "_abc_impl"):
                     self.key.append(name)
-                    self.meet(e, f"{p}['{name}']", f"{owner.__name__}.{name}")
+                    self.meet(e, f"{p}[{name!r}]", f"{owner.__name__}.{name}")
                 elif name in self.names.written:
-                    self.may_grow(e, f"{p}['{name}']")
+                    self.may_grow(e, f"{p}[{name!r}]")
 
     def functional(self, cls: type) -> None:
         """Describe the functions of ``torch.nn.functional`` that the methods of one of torch's
@@ -265,7 +265,7 @@ class Objects(Description):
             self._functions.update(found)
             where = self.constant(table)
             for name in found:
-                self.same(table[name], f"{where}['{name}']", f"torch.nn.functional.{name}")
+                self.same(table[name], f"{where}[{name!r}]", f"torch.nn.functional.{name}")
 
 
 @remembered(1024)

@@ -72,7 +72,7 @@ class State(Functions):
         if self._modules:
             table = vars(nn.modules.module)
             where = self.constant(table)
-            self.hooks([(table[n], f"{where}['{n}']", n) for n in _GLOBAL_HOOKS])
+            self.hooks([(table[n], f"{where}[{n!r}]", n) for n in _GLOBAL_HOOKS])
             self.finish()
         if len(self.distinct) > 1:
             ids = ", ".join(f"id({v})" for v in self.distinct)
@@ -89,7 +89,7 @@ class State(Functions):
             if isinstance(x, types.FunctionType) and self.names.follows(
                 library_of(x.__code__.co_filename), x.__code__
             ):
-                self.meet(x, f"{where}['{name}']", f"Tensor.{name}")
+                self.meet(x, f"{where}[{name!r}]", f"Tensor.{name}")
         self.finish()
 
     def finish(self) -> None:
