@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from operator import getitem
 from typing import Any
 
@@ -60,8 +59,12 @@ def write_back(
     for index, new, quiet in zip(program.mutated, news, hidden, strict=True):
         if index in done:
             continue
-        with torch.no_grad() if quiet else nullcontext():
-            tensors[index].copy_(new)
+        t = tensors[index]
+        if quiet and (t.requires_grad or new.requires_grad):
+            with torch.no_grad():
+                t.copy_(new)
+        else:
+            t.copy_(new)
 
 
 def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:

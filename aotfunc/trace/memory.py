@@ -8,6 +8,7 @@ buffer are told apart even if they are samples of a batch, although the signatur
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import combinations
 from math import lcm
@@ -43,6 +44,8 @@ def places_of(
 ) -> tuple[MemoryPlace, ...]:
     """Return the place of each tensor. ``dims``: the dimensions along which they are batches."""
     known = [memory_of(t) for t in tensors]
+    if len({memory for memory, _ in known}) == len(known):
+        return apart(len(known))
     groups = list(range(len(tensors)))
     beside: dict[Any, list[int]] = {}
     for i, (memory, _) in enumerate(known):
@@ -71,6 +74,12 @@ def places_of(
         )
         for i, (g, t, (_, start)) in enumerate(zip(groups, tensors, known, strict=True))
     )
+
+
+@functools.cache
+def apart(count: int) -> tuple[MemoryPlace, ...]:
+    """Return the places of so many tensors that share no memory."""
+    return tuple([MemoryPlace(i, 0, None) for i in range(count)])
 
 
 def whereabouts(tensors: Sequence[Tensor]) -> tuple:

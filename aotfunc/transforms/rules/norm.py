@@ -64,8 +64,10 @@ def batch_norm(op: OpOverload | OpOverloadPacket, arguments: str) -> None:
         grads = (None, None, None)
         if g[0] is not None:
             mask = [bool(n) for n in needs[:3]]
+            # in training they are not read, and must not be kept: the forward writes to them
+            stats = (None, None) if training else (mean, var)
             grads = aten.native_batch_norm_backward(
-                g[0], x, weight, mean, var, out[1], out[2], training, eps, mask
+                g[0], x, weight, *stats, out[1], out[2], training, eps, mask
             )
         of_x = total(grads[0], by_mean)
         return [of_x, *grads[1:], *[None] * (len(needs) - 3)]
