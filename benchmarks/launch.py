@@ -29,7 +29,7 @@ def row(n: int, quick: bool) -> list[str]:
     x, y = torch.randn(2, n)
     assert torch.equal(launch(x, y), x + y)
     number, repeat = 10_000_000 // (n + 10_000), 5 if quick else 50
-    calls = (launch.run, launch, launch.plain, torch.add)
+    calls = (launch.entry, launch, launch.plain, torch.add)
     # what others do on the machine meanwhile makes no call quicker
     times = [
         min(
@@ -50,7 +50,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     report = Report("launch", "The cost of calling a kernel", "python -m benchmarks.launch")
     report.note(f"The native form was {'made' if found else 'not to be had'} in {ms(seconds)}.")
-    head = ["elements", "launch.run", "launch", "plain form", "torch.add"]
+    head = ["elements", "launch.entry", "launch", "plain form", "torch.add"]
     sizes = (0, 64, 4096, 1_000_000)
     report.table("Time per call, best of 50", head, [row(n, options.quick) for n in sizes])
     if options.write:
