@@ -18,6 +18,7 @@ from ..backends import Backend
 from ..backends.auto import automatic, possible, suited
 from ..backends.eager import compile_graph
 from ..backends.results import is_lazy
+from ..capture.blocks import in_blocks
 from ..capture.bodies import dense, results_as
 from ..capture.calls import CompiledCall
 from ..capture.captured import Captured
@@ -93,7 +94,7 @@ class Pipeline:
     ) -> Callable:
         program = self.opened(program)
         if self.reassociates(program, backend):
-            program = reassociated(lowered(program, EVERYTHING))
+            program = reassociated(in_blocks(lowered(program, EVERYTHING)))
         step = lambda: f"{self.name}, {half} of {size(program.graph):,} ops"
         with naming(f"{self.name}_{half}"), doing(step):
             fn = compiled_by(backend, program, tensors, f"{self.name}: {half}")

@@ -17,6 +17,7 @@ from ..trace.emit import Builder, paused_gc, remap
 from ..trace.node_views import storage_root
 from ..trace.shapes.sig import Sig
 from ..trace.views import laid_out
+from .fresh import output_copy
 from .rules.schema import full_args
 from .walk import as_graph, builder, traced
 
@@ -66,7 +67,7 @@ def separate_outputs(b: Builder, outs: Sequence, env: dict[Node, Any]) -> list:
         if isinstance(mine, Node) and owners.setdefault(
             storage_root(mine), storage_root(old)
         ) is not storage_root(old):
-            new[i] = b.make("call_function", aten.clone.default, (mine,), {}, mine.meta["val"])
+            new[i] = output_copy(b, mine, mine, storage_root(mine), i, True, {})
     return new
 
 

@@ -133,7 +133,8 @@ class Step:
             split = f"{self.number(rows)}, {self.number(grain)}"
             call = f"run.divide((Kernel){self.number(kernel.address)}, {split}"
         elif kernel.text:
-            call = f"{self.inlined(kernel)}(0, {self.number(rows)}"
+            count = "1" if rows == 1 else self.number(rows)
+            call = f"{self.inlined(kernel)}(0, {count}"
         else:
             call = f"((Kernel){self.number(kernel.address)})(0, {self.number(rows)}"
         return f"{{ void *const b[] = {{{buffers}}}; {call}, {self.array(sizes)}, b); }}", outs
@@ -168,11 +169,17 @@ class Step:
             lines += [f"case {i}: {{", *indented([*branch, *copies, "break;"]), "}"]
         return [*lines, "default: return OUT_OF_RANGE;", "}"], outs
 
-    def copy(self, to: str, slot: int) -> str:
-        return f"__builtin_memcpy({to}, v{slot}, {self.width(slot)});"
+    def copy(self, to: str, slot: int, given: str = "") -> str:
+        """Copy the value of a slot, or a ``given`` one of its size."""
+        return f"__builtin_memcpy({to}, {given or f'v{slot}'}, {self.width(slot)});"
 
     def width(self, slot: int) -> str:
-        return self.number(width(self.vals[slot]))
+        val = self.vals[slot]
+        return str(width(val)) if is_number(val) else self.number(width(val))
+
+    def in_registers(self, ends: Sequence[int]) -> set[int]:
+        """Return the slots of numbers that only the text knows: it declares them."""
+        return {s for s in self.made.difference(ends) if is_number(self.vals[s])}
 
     def loop(
         self, target: Any, bodies: Sequence[fx.Graph | None], inputs: Sequence[int]
@@ -197,7 +204,9 @@ class Step:
         homes, copies, following = self.placed(outs, own[first:last])
         self.made -= homes.keys()
         ends = [self.new(v) for v in (*carried, *[stack(v, length) for v in stacked])]
-        spare = [self.new(stack(v, 2)) for v in carried]
+        spare = [self.new(v if is_number(v) else stack(v, 2)) for v in carried]
+        numbers = {o for o in own[first:last] if is_number(self.vals[o])}
+        self.made |= numbers
         t, count = f"t{ends[0] if ends else own[0]}", self.number(length)
         row = f"({count} - 1 - {t})" if target.reverse else t
         test += [f"if (!*(bool *)v{slot}) break;" for slot in holds]
@@ -205,7 +214,10 @@ class Step:
             f"v{o} = v{i} + {row} * {self.width(o)};"
             for o, i in zip(own[last:], inputs[last:], strict=True)
         ]
-        places = [f"v{s} + ({t} & 1) * {self.width(e)}" for s, e in zip(spare, ends, strict=False)]
+        places = [
+            f"v{s}" if o in numbers else f"v{s} + ({t} & 1) * {self.width(o)}"
+            for s, o in zip(spare, own[first:last], strict=True)
+        ]
         places += [
             f"v{e} + {row} * {self.width(d)}" for e, d in zip(ends[k:], outs[k:], strict=True)
         ]
@@ -213,12 +225,17 @@ class Step:
         made = [f"v{s} = r{d};" for s, d in homes.items()]
         ready = [self.copy(f"r{d}", s) for d, s in copies]
         next_ = [
-            f"v{o} = r{d};" for o, d in zip(own[first:last], following, strict=True) if d >= 0
+            self.copy(f"v{o}", o, f"r{d}") if o in numbers else f"v{o} = r{d};"
+            for o, d in zip(own[first:last], following, strict=True)
+            if d >= 0
         ]
         stop = "if (run.interrupted()) return INTERRUPTED;"
         inside = [*test, *reads, *named, *made, *step, *ready, *next_, stop]
         return [
-            *[f"v{o} = v{i};" for o, i in zip(own[:last], inputs, strict=False)],
+            *[
+                self.copy(f"v{o}", i) if o in numbers else f"v{o} = v{i};"
+                for o, i in zip(own[:last], inputs, strict=False)
+            ],
             f"for (int64_t {t} = 0; {t} < {count}; {t}++) {{",
             *indented(inside),
             "}",
@@ -307,6 +324,10 @@ def width(val: Tensor) -> int:
     return bytes_of(val.shape, val.stride(), val.dtype)
 
 
+def is_number(val: Tensor) -> bool:
+    return val.numel() == 1
+
+
 def stack(row: Tensor, count: int) -> Tensor:
     return torch.empty((count, *row.shape), dtype=row.dtype, device="meta")
 
@@ -348,12 +369,12 @@ def packed(
     results = [step.vals[s] for s in ends]
     fixed = [(s, c.data_ptr()) for s, c in step.constants.items()]
     memory, size = [], 1
-    for s in step.made.difference(ends):
+    for s in step.made.difference(ends, step.in_registers(ends)):
         memory.append((s, size := -(-size // LINE) * LINE))
         size += width(step.vals[s])
     if size > MOST or not all(v.dtype in dtypes for v in results):
         raise Unsteady
-    printed = native.load_kernels(source(step, lines))["aot_run"]
+    printed = native.load_kernels(source(step, lines, step.in_registers(ends)))["aot_run"]
     words = [printed.address, len(step.vals), size, len(inputs), len(results)]
     for v in inputs:
         words += [v.dim(), *v.stride()]
@@ -364,14 +385,18 @@ def packed(
     return [*words, *step.numbers], list(step.constants.values())
 
 
-def source(step: Step, lines: Sequence[str]) -> str:
-    """Return a loop as the source of the function ``aot_run``."""
+def source(step: Step, lines: Sequence[str], numbers: set[int]) -> str:
+    """Return a loop as the source of the function ``aot_run``; ``numbers`` are variables."""
     kernels = [
         text.replace(f"{native.EXPORTED} void {name.rpartition('_')[0]}(", f"AOT void {name}(")
         for text, name in step.kernels.items()
     ]
-    slots = [f"Slot v{i} = slots[{i}];" for i in range(len(step.vals))]
-    head = f"{native.EXPORTED} End aot_run(const Slot *slots, const int64_t *numbers, Run &run) {{"
+    slots = [f"alignas(16) char m{i}[16];" for i in sorted(numbers)]
+    slots += [
+        f"Slot v{i} = {f'm{i}' if i in numbers else f'slots[{i}]'};" for i in range(len(step.vals))
+    ]
+    given = "const Slot *slots, const int64_t *__restrict numbers, Run &__restrict run"
+    head = f"{native.EXPORTED} End aot_run({given}) {{"
     body = [head, *indented([*slots, *lines, "return DONE;"]), "}"]
     shared = (native.HERE / "loop.h").read_text()
     return "\n".join([native.PRELUDE, shared, *kernels, *body, ""])
