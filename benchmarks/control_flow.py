@@ -1,6 +1,7 @@
 """Loops of 10 to 100,000 tiny steps: what capturing and compiling one takes, a step, and the
 memory of its backward; beside JAX's scan and a Python loop under torch.autograd. And a loop on the
-eager backend, in the time of a Python loop over its compiled step.
+eager backend, in the time of a Python loop over its compiled step. And loops of other tiny steps,
+alternating with JAX's in one process.
 
 python -m benchmarks.control_flow [--quick] [--write]. The step is ``h = tanh(w @ h + x)`` of 16
 numbers in float32. Every cell is a process of its own, of which the processor's time counts.
@@ -10,6 +11,7 @@ small loop included."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -138,18 +140,93 @@ def against_a_loop(steps: int) -> float:
     return min(ours) / min(plain)
 
 
-def measured(library: str, steps: int, gradient: bool) -> list[float]:
-    command = [sys.executable, "-m", "benchmarks.control_flow", "--child", library, str(steps)]
+def beside_jax(steps: int) -> None:
+    """Print, for other tiny steps and their gradients, seconds of ours and of JAX."""
+    import jax
+    import jax.numpy as jnp
+    import torch
+
+    import aotfunc
+
+    torch.set_num_threads(1)
+    w = torch.eye(WIDTH) * 0.5 + 0.01
+    jw, found = jnp.array(w.numpy()), []
+    maps: dict[str, tuple[Callable, Callable, tuple]] = {
+        "map: x * x + sin(x)": (lambda x: x * x + x.sin(), lambda x: x * x + jnp.sin(x), ()),
+        "map: tanh(w[0] * x)": (
+            lambda x: (w[0] * x).tanh(),
+            lambda x: jnp.tanh(jw[0] * x),
+            (WIDTH,),
+        ),
+        "map: w[0] @ x": (lambda x: w[0] @ x, lambda x: jw[0] @ x, (WIDTH,)),
+        "map: x / norm(x)": (
+            lambda x: x / x.norm(),
+            lambda x: x / jnp.linalg.norm(x),
+            (WIDTH,),
+        ),
+        "map: sum(tanh(w @ x))": (
+            lambda x: (w @ x).tanh().sum(),
+            lambda x: jnp.tanh(jw @ x).sum(),
+            (WIDTH,),
+        ),
+        "map: softmax(x)": (lambda x: x.softmax(0), jax.nn.softmax, (4,)),
+        "map: cumsum(x)": (lambda x: x.cumsum(0), jnp.cumsum, (8,)),
+    }
+
+    def compared(f: Callable, g: Callable, x: torch.Tensor) -> None:
+        jx = jnp.array(x.numpy())
+        runs = [lambda: f(x), lambda: jax.block_until_ready(g(jx))]
+        for run in runs:
+            run()
+        times = [[spent(run) for run in runs] for _ in range(12)]
+        found.append([min(column) for column in zip(*times, strict=True)])
+
+    for f, g, shape in maps.values():
+        x = torch.linspace(-1, 1, steps * max(1, math.prod(shape))).view(steps, *shape)
+        ours = lambda x, f=f: aotfunc.map(f, x)
+        theirs = lambda x, g=g: jax.lax.map(g, x)
+        compared(aotfunc.jit(ours), jax.jit(theirs), x)
+        loss = aotfunc.grad(lambda x, ours=ours: ours(x).square().sum())
+        compared(
+            aotfunc.jit(loss), jax.jit(jax.grad(lambda x, f=theirs: jnp.square(f(x)).sum())), x
+        )
+    one = lambda loop: lambda x: loop(lambda c: c < steps, lambda c: c + 1.0, x)
+    two = lambda loop, zero: (
+        lambda x: loop(lambda c: c[1] < steps, lambda c: (c[0] * 0.999 + 0.5, c[1] + 1), (x, zero))
+    )
+    start = torch.tensor(0.0)
+    loops = {
+        "while_loop: x + 1": (one(aotfunc.while_loop), one(jax.lax.while_loop)),
+        "while_loop: 0.999 x + 0.5, t + 1": (
+            two(aotfunc.while_loop, torch.tensor(0)),
+            two(jax.lax.while_loop, 0),
+        ),
+    }
+    for f, g in loops.values():
+        compared(aotfunc.jit(f), jax.jit(g), start)
+    names = [n for name in maps for n in (name, f"{name}, gradient")]
+    print(json.dumps(dict(zip([*names, *loops], found, strict=True))))
+
+
+def in_process(*options: str) -> str:
+    """Return the last line that this file prints with these options, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.control_flow", *options]
     env = os.environ | {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
-    command += ["gradient"] if gradient else []
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()[-1]
+
+
+def measured(library: str, steps: int, gradient: bool) -> list[float]:
+    rest = ["gradient"] if gradient else []
+    return json.loads(in_process("--child", library, str(steps), *rest))
 
 
 def main() -> None:
     if "--child" in sys.argv:
         library, steps, *gradient = sys.argv[sys.argv.index("--child") + 1 :]
         return child(library, int(steps), bool(gradient))
+    if "--beside-jax" in sys.argv:
+        return beside_jax(int(sys.argv[-1]))
     options = arguments(__doc__).parse_args()
     report = Report("control_flow", "Loops", "python -m benchmarks.control_flow")
     head = ["library", *[f"{t:,} steps" for t in STEPS]]
@@ -174,6 +251,16 @@ def main() -> None:
     report.table("Memory that the first gradient adds", head, rows)
     rows = [["scan", *[f"{against_a_loop(t):.2f}" for t in counts]]]
     report.table("Time on the eager backend, of a loop over the compiled step", head, rows)
+    cells = json.loads(in_process("--beside-jax", str(STEPS[-1])))
+    rows = [
+        [name, *[f"{t / STEPS[-1] * 1e9:.2g} ns" for t in (ours, theirs)], f"{ours / theirs:.2f}"]
+        for name, (ours, theirs) in cells.items()
+    ]
+    report.table(
+        f"A step of other loops of {STEPS[-1]:,} steps",
+        ["step", "aotfunc jit", "jax", "ratio"],
+        rows,
+    )
     if options.write:
         report.write()
 

@@ -36,12 +36,12 @@ def network(weights: list, tanh: Callable) -> Callable:
     return f
 
 
-def tower(jvp: Callable, f: Callable, x: Any, v: Any, k: int) -> Callable:
+def tower(jvp: Callable, f: Callable, x: Any, v: Any, k: int, one: Any) -> Callable:
     """The k-th derivative of ``t -> f(x + t v)``, a jvp of a jvp of …"""
     if k == 0:
         return lambda t: f(x + t * v)
-    below = tower(jvp, f, x, v, k - 1)
-    return lambda t: jvp(below, (t,), (t * 0 + 1,))[1]
+    below = tower(jvp, f, x, v, k - 1, one)
+    return lambda t: jvp(below, (t,), (one,))[1]
 
 
 def first(f: Callable, *args: Any) -> tuple[Any, float]:
@@ -68,10 +68,10 @@ def order_row(k: int, weights: list, x: Tensor, v: Tensor) -> list[str]:
     equations = lambda f: str(len(jax.make_jaxpr(f)(jx, jv).eqns))
     towers = ["-", "-"]
     if k <= DEEPEST_TOWER:
-        zero = torch.zeros((), dtype=D)
+        zero, one, of_jax = torch.zeros((), dtype=D), torch.ones((), dtype=D), jnp.ones(())
         towers = [
-            nodes(lambda x, v: tower(aotfunc.jvp, f, x, v, k)(zero)),
-            equations(lambda x, v: tower(jax.jvp, jf, x, v, k)(jnp.zeros(()))),
+            nodes(lambda x, v: tower(aotfunc.jvp, f, x, v, k, one)(zero)),
+            equations(lambda x, v: tower(jax.jvp, jf, x, v, k, of_jax)(jnp.zeros(()))),
         ]
     return [
         *(str(k), nodes(ours), towers[0], equations(theirs), towers[1]),

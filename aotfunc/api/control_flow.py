@@ -152,8 +152,9 @@ def scan(
 def map(f: Callable, xs: Any, batch_size: int | None = None) -> Any:
     """Return ``f`` of each row of the tensors in ``xs``, one after another: the results as stacks.
 
-    It takes the memory of one row at a time, unlike :func:`vmap`, which takes that of all, and
-    ``f`` may branch (:func:`cond`) on each row. With ``batch_size`` so many rows at a time go
+    It takes the memory of one row at a time, or, compiled as C++, of a block of rows whose values
+    take 1 MiB at most, unlike :func:`vmap`, which takes that of all, and ``f`` may branch
+    (:func:`cond`) on each row. With ``batch_size`` so many rows at a time go
     through ``vmap(f)``. Errors are those of :func:`scan`; ArgumentError for a ``batch_size`` below
     1.
 

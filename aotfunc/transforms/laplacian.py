@@ -24,14 +24,21 @@ from .walk import builder
 
 aten = torch.ops.aten
 
+#: ops that keep the order of elements
+RESHAPING = {
+    *(aten.view.default, aten.unsqueeze.default),
+    *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
+}
+
 
 class Summed(Batch):
     """A batching walk that knows which values are already sums over the batch. Without ``early``
-    none are, as in programs whose loops and branches carry values of all degrees."""
+    none are, as in programs whose loops and branches carry values of all degrees. The rows of the
+    input ``basis`` are all unit vectors, in order."""
 
-    def __init__(self, b: Builder, size: int, early: bool) -> None:
+    def __init__(self, b: Builder, size: int, early: bool, basis: Node | None) -> None:
         super().__init__(b, Axis(size, "same"))
-        self.early = early
+        self.early, self.basis = early, {basis}
         self.sums: set[Node] = set()
 
     def walk(self, nodes: Any) -> None:
@@ -44,13 +51,29 @@ class Summed(Batch):
             return b.call_like(n, terms, moved=True)
         if not any(self.batched.get(i) for i in n._input_nodes):
             return NotImplemented
-        new, self.batched[n] = self.batch(n)
+        columns = self.columns(n)
+        new, self.batched[n] = self.batch(n) if columns is None else (columns, True)
         env[n] = new
+        if n.target in RESHAPING and n.args[0] in self.basis:
+            self.basis.add(n)
         if self.early and entry_for(n.target).bilinear and all(map(self.has, n.args[:2])):
             self.batched[n] = False
             self.sums.add(n)
             return b.call(aten.sum.dim_IntList, new, [0])
         return new
+
+    def columns(self, n: Node) -> Any:
+        """Return the products of a matrix with all unit vectors, which are its columns or rows;
+        None for another node."""
+        if n.target not in (aten.mv.default, aten.mm.default) or all(map(self.has, n.args)):
+            return None
+        (left, right), shape, b = n.args, n.meta["val"].shape, self.b
+        if right in self.basis and shape[1:] in ((), (1,)):
+            columns = b.call(aten.t.default, self.env[left])
+            return columns if len(shape) == 1 else b.call(aten.unsqueeze.default, columns, 2)
+        if left in self.basis and n.target is aten.mm.default and shape[0] == 1:
+            return b.call(aten.unsqueeze.default, self.env[right], 1)
+        return None
 
     def total(self, n: Any) -> Any:
         """Return the sum of a value of degree 2 over the batch."""
@@ -61,11 +84,14 @@ class Summed(Batch):
 
 def summed(program: Program, direction: int, sig: Sig) -> Program:
     """Return the sums of the results of a program that is quadratic in its input ``direction``,
-    over the rows of a tensor of signature ``sig`` that take its place. Literal results stay."""
+    over the rows of a tensor of signature ``sig`` that take its place: unit vectors. Literal
+    results stay."""
     with paused_gc():
         b = builder()
         early = not any(hasattr(n.target, "bodies") for n in program.graph.nodes)
-        walk = Summed(b, sig.shape[0], early)
+        given = program.placeholders[direction]
+        all_axes = sig.shape[0] == given.meta["val"].numel
+        walk = Summed(b, sig.shape[0], early, given if all_axes else None)
         for i, p in enumerate(program.placeholders):
             val = sig if i == direction else p.meta["val"]
             walk.env[p] = b.placeholder(p.name, val, role=p.meta.get("role"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -162,7 +163,7 @@ class Series:
         if steady:
             moved = {i: c for i in n._input_nodes if (c := self.coefficient(i, k)) is not None}
             return push(b, n, self.coefficient(n, 0), env, moved)
-        found = [self.scaled(self.coefficient(p, k - 1), 1 / k) for p in slope]
+        found = [self.scaled(self.coefficient(p, k - 1), Fraction(1, k)) for p in slope]
         return found if isinstance(n.meta["val"], tuple) else found[0]
 
     def flow(self, n: Node) -> list:
@@ -218,8 +219,43 @@ class Series:
         return self.b.call(aten.div.Tensor, found, divisor)
 
     def convolved(self, op: Any, x: Any, y: Any, js: Sequence[int], k: int, **how: Any) -> Any:
-        """Return the sum of ``op(x_j, y_(k-j))``."""
-        return self.total([self.times(op, x, j, y, k - j, **how) for j in js])
+        """Return the sum of ``op(x_j, y_(k-j))``; of a square each product once."""
+        if x is y and op is aten.mul.Tensor and len(js) == k + 1:
+            middle = None if k % 2 else self.times(op, x, k // 2, x, k // 2)
+            if middle is not None:
+                return self.products(op, x, x, range(k // 2), k, middle, 2)
+            return self.scaled(self.products(op, x, x, range((k + 1) // 2), k), 2)
+        return self.products(op, x, y, js, k, **how)
+
+    def products(
+        self,
+        op: Any,
+        x: Any,
+        y: Any,
+        js: Sequence[int],
+        k: int,
+        found: Any = None,
+        factor: int = 1,
+        **how: Any,
+    ) -> Any:
+        """Add the sum of ``op(x_j, y_(k-j))``, times ``factor``, to what was ``found``. Where
+        there are many products of numbers, each is one op with its sum."""
+        fused = op is aten.mul.Tensor and self.order > 2
+        for j in reversed(js) if fused else js:
+            left, right = self.coefficient(x, j), self.coefficient(y, k - j)
+            if fused and all(map(alike, (found, found), (left, right))):
+                found = self.multiplied(found, left, right, Fraction(factor))
+            else:
+                term = self.scaled(self.times(op, x, j, y, k - j, **how), factor)
+                found = self.total([found, term])
+        return found
+
+    def multiplied(self, found: Any, left: Any, right: Any, factor: Fraction) -> Any:
+        """Return ``found + factor left right``."""
+        (left, one), (right, other) = factored(left), factored(right)
+        value = number(factor * one * other)
+        value = {} if value == 1 else {"value": value}
+        return self.b.call(aten.addcmul.default, found, left, right, **value)
 
     def times(self, op: Any, x: Any, i: int, y: Any, j: int, **how: Any) -> Any:
         left, right = self.coefficient(x, i), self.coefficient(y, j)
@@ -232,8 +268,22 @@ class Series:
                 found = t if found is None else self.b.call(aten.add.Tensor, found, t)
         return found
 
-    def scaled(self, c: Any, factor: float) -> Any:
-        return c if c is None or factor == 1 else self.b.call(aten.mul.Tensor, c, factor)
+    def scaled(self, c: Any, factor: Fraction | float) -> Any:
+        """Return ``factor c``. A fraction joins the factors inside of ``c``."""
+        if c is None or factor == 1:
+            return c
+        if not isinstance(factor, Fraction):
+            return self.b.call(aten.mul.Tensor, c, factor)
+        inner, one = factored(c)
+        factor *= one
+        if inner.target is aten.addcmul.default:
+            found, left, right = inner.args
+            value = factor * Fraction(inner.kwargs.get("value", 1))
+            return self.multiplied(self.scaled(found, factor), left, right, value)
+        if inner.target is aten.mul.Tensor and inner.args[1].__class__ is Node:
+            (left, one), (right, other) = map(factored, inner.args)
+            inner, factor = self.b.call(aten.mul.Tensor, left, right), factor * one * other
+        return inner if factor == 1 else self.b.call(aten.mul.Tensor, inner, number(factor))
 
 
 class Values(dict[Node, Any]):
@@ -245,6 +295,30 @@ class Values(dict[Node, Any]):
     def __missing__(self, n: Node) -> Any:
         value = self.series.coefficient(n, 0)
         return filled_node(self.series.b, 0, n.meta["val"]) if value is None else value
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Return whether these are tensors of one dtype on one device."""
+    if one.__class__ is not Node or other.__class__ is not Node:
+        return False
+    vals = one.meta["val"], other.meta["val"]
+    return vals[0].dtype is vals[1].dtype and vals[0].device == vals[1].device
+
+
+def factored(c: Any) -> tuple[Any, Fraction]:
+    """Return a coefficient without a factor that is a real number, and this factor."""
+    if c.__class__ is Node and c.target is aten.neg.default:
+        return c.args[0], Fraction(-1)
+    if c.__class__ is Node and c.target is aten.mul.Tensor:
+        x, y = c.args
+        if isinstance(y, int | float) and math.isfinite(y) and x.meta["val"] is c.meta["val"]:
+            return x, Fraction(y)
+    return c, Fraction(1)
+
+
+def number(factor: Fraction) -> int | float:
+    """Return a fraction as an argument of an op."""
+    return int(factor) if factor.denominator == 1 else float(factor)
 
 
 def nodes_between(ends: set[Node], outs: Sequence[Any]) -> list[Node]:
@@ -310,7 +384,7 @@ def taylor(
         outs = [env[o] if isinstance(o, Node) else o for o in program.outputs]
         first = [series.coefficient(o, 0) for o in outs]
         rest = [
-            series.scaled(series.coefficient(o, k), factor(k))
+            series.scaled(series.coefficient(o, k), Fraction(factor(k)))
             for o in outs[:n_out]
             for k in range(1, order + 1)
         ]

@@ -288,3 +288,83 @@ def test_laplacians_of_networks():
         grad(lambda w: laplacian(with_parameters, 1)(w, numbers(4)))(W),
         grad(lambda w: hessian(with_parameters, 1)(w, numbers(4)).trace())(W),
     )
+
+
+V = numbers(4, seed=8)
+
+
+@pytest.mark.parametrize(
+    ("f", "shape", "all_axes"),
+    [
+        (lambda x: torch.tanh(W @ torch.tanh(W @ x)), (4,), True),
+        (lambda x: torch.tanh(x @ W).exp().prod(), (4,), True),
+        (lambda x: torch.tanh(x @ W.t()) @ V, (1, 4), True),
+        (lambda x: torch.tanh(W @ x).sum(0), (4, 1), True),
+        (lambda x: torch.tanh(W @ x).prod(), (4, 2), False),
+        (lambda x: torch.tanh(x @ V), (3, 4), False),
+        (lambda x: torch.tanh(x @ W).sum(1), (3, 4), False),
+        (lambda x: torch.tanh(x @ x.t()).sum(), (1, 4), False),
+        (lambda x: torch.tanh(x @ (W[:3, :3] * x[0]) @ x), (3,), False),
+        (lambda x: torch.nn.functional.linear(x, W, V).sin(), (1, 4), True),
+    ],
+)
+def test_products_with_all_axes_are_matrices(f, shape, all_axes):
+    """No matrix is multiplied with all unit vectors."""
+    x = numbers(*shape)
+    count = x.numel()
+    flat = lambda x: f(x.view(shape)).reshape(-1)
+    expected = torch.stack(
+        [
+            torch.autograd.functional.hessian(lambda x, i=i: flat(x)[i], x.view(-1)).trace()
+            for i in range(flat(x).numel())
+        ]
+    ).view(f(x).shape)
+    torch.testing.assert_close(laplacian(f)(x), expected)
+    torch.testing.assert_close(laplacian(f, chunk_size=count - 1)(x), expected)
+    torch.testing.assert_close(
+        grad(lambda x: laplacian(f)(x).sum())(x), jacrev(lambda x: laplacian(f)(x).sum())(x)
+    )
+    if all_axes:
+        nodes = make_fx(laplacian(f))(x).graph.nodes
+        assert not [n for n in nodes if n.target is torch.ops.aten.eye.default]
+
+
+SQUARES = {
+    "square": lambda x: (x * x).sin() * x,
+    "two factors": lambda x: x.sin() * x.cos() * x,
+    "broadcast": lambda x: x.sum() * x * W,
+    "a number of another dtype": lambda x: x.float() * torch.tensor(2.5, dtype=D) * x[0],
+    "signs": lambda x: (1 - x * x) * (2 - x.exp()) * -x,
+    "quotient": lambda x: (x.sin() * x) / (2 + x * x),
+    "complex": lambda x: ((x + 1j * x.cos()) ** 2 * (x - 2j)).real,
+}
+
+
+@pytest.mark.parametrize("name", SQUARES)
+def test_sums_of_products(name):
+    f, x, v = SQUARES[name], numbers(4), numbers(4, seed=3)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if "dtype" in name else {}
+    for order in (2, 3, 5):
+        along = lambda x, order=order: jet(f, (x,), ([v, *[None] * (order - 1)],))[1][-1]
+        want = lambda x, order=order: tower(f, x, [v, *[None] * (order - 1)])[-1]
+        torch.testing.assert_close(along(x), want(x), **tolerance)
+    torch.testing.assert_close(jit(along)(x), want(x), **tolerance)
+    second = lambda g: jacrev(grad(lambda x: g(x).sum().to(D)))(x)
+    along = lambda x: jet(f, (x,), ([v, None, None],))[1][-1]
+    want = lambda x: tower(f, x, [v, None, None])[-1]
+    torch.testing.assert_close(second(along), second(want), **tolerance)
+
+
+def test_nodes_beside_a_tower():
+    x, v = numbers(4), numbers(4, seed=1)
+    net = lambda x: torch.tanh(W @ torch.tanh(W @ torch.tanh(W @ x))).sum()
+    count = lambda f: len(make_fx(f)(x, v).graph.nodes)
+    one = torch.ones((), dtype=D)
+
+    def nested(x, v, k):
+        if k == 0:
+            return lambda t: net(x + t * v)
+        return lambda t: jvp(nested(x, v, k - 1), (t,), (one,))[1]
+
+    taylor = count(lambda x, v: jet(net, (x,), ([v, *[None] * 5],))[1][-1])
+    assert taylor <= 0.5 * count(lambda x, v: nested(x, v, 6)(one * 0))

@@ -169,9 +169,8 @@ class Step:
             lines += [f"case {i}: {{", *indented([*branch, *copies, "break;"]), "}"]
         return [*lines, "default: return OUT_OF_RANGE;", "}"], outs
 
-    def copy(self, to: str, slot: int, given: str = "") -> str:
-        """Copy the value of a slot, or a ``given`` one of its size."""
-        return f"__builtin_memcpy({to}, {given or f'v{slot}'}, {self.width(slot)});"
+    def copy(self, to: str, slot: int) -> str:
+        return f"__builtin_memcpy({to}, v{slot}, {self.width(slot)});"
 
     def width(self, slot: int) -> str:
         val = self.vals[slot]
@@ -205,8 +204,7 @@ class Step:
         self.made -= homes.keys()
         ends = [self.new(v) for v in (*carried, *[stack(v, length) for v in stacked])]
         spare = [self.new(v if is_number(v) else stack(v, 2)) for v in carried]
-        numbers = {o for o in own[first:last] if is_number(self.vals[o])}
-        self.made |= numbers
+        self.made |= (numbers := {o for o in own[first:last] if is_number(self.vals[o])})
         t, count = f"t{ends[0] if ends else own[0]}", self.number(length)
         row = f"({count} - 1 - {t})" if target.reverse else t
         test += [f"if (!*(bool *)v{slot}) break;" for slot in holds]
@@ -225,7 +223,7 @@ class Step:
         made = [f"v{s} = r{d};" for s, d in homes.items()]
         ready = [self.copy(f"r{d}", s) for d, s in copies]
         next_ = [
-            self.copy(f"v{o}", o, f"r{d}") if o in numbers else f"v{o} = r{d};"
+            f"__builtin_memcpy(v{o}, r{d}, {self.width(o)});" if o in numbers else f"v{o} = r{d};"
             for o, d in zip(own[first:last], following, strict=True)
             if d >= 0
         ]
@@ -391,10 +389,9 @@ def source(step: Step, lines: Sequence[str], numbers: set[int]) -> str:
         text.replace(f"{native.EXPORTED} void {name.rpartition('_')[0]}(", f"AOT void {name}(")
         for text, name in step.kernels.items()
     ]
+    places = {i: f"m{i}" for i in numbers}
     slots = [f"alignas(16) char m{i}[16];" for i in sorted(numbers)]
-    slots += [
-        f"Slot v{i} = {f'm{i}' if i in numbers else f'slots[{i}]'};" for i in range(len(step.vals))
-    ]
+    slots += [f"Slot v{i} = {places.get(i, f'slots[{i}]')};" for i in range(len(step.vals))]
     given = "const Slot *slots, const int64_t *__restrict numbers, Run &__restrict run"
     head = f"{native.EXPORTED} End aot_run({given}) {{"
     body = [head, *indented([*slots, *lines, "return DONE;"]), "}"]
