@@ -253,7 +253,7 @@ def main() -> None:
     report.table("Time on the eager backend, of a loop over the compiled step", head, rows)
     cells = json.loads(in_process("--beside-jax", str(STEPS[-1])))
     rows = [
-        [name, *[f"{t / STEPS[-1] * 1e9:.2g} ns" for t in (ours, theirs)], f"{ours / theirs:.2f}"]
+        [name, *[f"{t / STEPS[-1] * 1e9:.3g} ns" for t in (ours, theirs)], f"{ours / theirs:.2f}"]
         for name, (ours, theirs) in cells.items()
     ]
     report.table(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..capture.blocks import without_loops
 from ..capture.tree import Arguments
 from ..errors import ArgumentError, CaptureError
 from ..trace.entering import entry
@@ -145,7 +146,8 @@ class Entries:
         program, key = self.call.program, ("pattern", name, self.call.wrt)
         plan, read = program.cache.get(key, (None, ()))
         if plan is None or not all(torch.equal(self.call.inputs[i], x) for i, x in read):
-            pattern, places = dependence(program, self.call.wrt[0], self.call.inputs)
+            opened = without_loops(lowered(program, CALLS))
+            pattern, places = dependence(opened, self.call.wrt[0], self.call.inputs)
             plan = make(pattern.tocoo())
             read = [(i, self.call.inputs[i].detach().clone()) for i in places]
             program.cache[key] = plan, read

@@ -14,20 +14,21 @@ from torch.fx import Node
 
 from ..backends.loops.reductions import REDUCTIONS
 from ..errors import AotfuncError
-from ..graph import Program, acts, dependents, draws
+from ..graph import Program, acts, dependents, draws, size
 from ..partition.cost import nbytes
-from ..trace.emit import Builder, paused_gc
+from ..trace.emit import Builder, paused_gc, remap
 from ..trace.views import laid_out
 from ..transforms.contractions import reassociated
 from ..transforms.decompose import separate_outputs
-from ..transforms.lower import EVERYTHING, lowered
+from ..transforms.lower import CALLS, EVERYTHING, lowered, marked
 from ..transforms.rules.schema import tensor_args
 from ..transforms.rules.table import entry_for
-from ..transforms.tidy import FINAL
+from ..transforms.tidy import FINAL, rebuilt
 from ..transforms.vmap import Axis, inserted, vmap
 from ..transforms.walk import builder
 from .bodies import Flow, dense, emit_flow, part
 from .scan import Scan
+from .unrolled import emit_unrolled
 
 aten = torch.ops.aten
 
@@ -36,6 +37,9 @@ BLOCK = 1 << 20
 
 #: fewer steps are not worth a batch
 FEWEST = 4
+
+#: most ops that the steps of a loop may have in all to stand one by one
+FEW = 256
 
 #: sums in these dtypes may be added in another order
 SUMMED = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128))
@@ -61,7 +65,7 @@ def in_blocks(program: Program) -> Program:
     def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
         if not isinstance(n.target, Flow):
             return NotImplemented
-        args = [env[a] for a in n.args]  # type: ignore[index]
+        args = remap(n.args, env)
         if isinstance(n.target, Scan) and (outs := emit_blocks(b, n.target, args)) is not None:
             return outs
         return n.target.inline(b, args, inner)
@@ -74,31 +78,54 @@ def in_blocks(program: Program) -> Program:
     return Program(graph, program.n_inputs, program.n_outputs, program.mutated, "blocks")
 
 
-def emit_blocks(b: Builder, loop: Scan, args: Sequence[Any]) -> list | None:
-    """Add a loop over blocks of the steps of ``loop``, and the remaining steps after it; if all
-    steps are in one block, there is no loop. Return its results, None if its steps stay."""
+def without_loops(program: Program) -> Program:
+    """Return the program with batches in place of loops whose steps need nothing of one another,
+    and with the steps of others one by one where they have few ops in all. Rules of the user's
+    stay."""
+    if not any(isinstance(n.target, Scan) for n in program.graph.nodes):
+        return program
+
+    def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
+        if not isinstance(n.target, Scan):
+            return NotImplemented
+        args, body = remap(n.args, env), without_loops(lowered(n.target.body, CALLS))
+        loop = n.target.with_bodies([body])
+        outs = None if marked(body) else emit_blocks(b, loop, args, loop.length)
+        if outs is None and size(body.graph) * loop.length <= FEW:
+            outs = emit_unrolled(b, loop, args, loop.length)
+        return NotImplemented if outs is None else outs
+
+    return rebuilt(program, "without loops", visit)
+
+
+def emit_blocks(
+    b: Builder, loop: Scan, args: Sequence[Any], most: int | None = None
+) -> list | None:
+    """Add a loop over blocks of the steps of ``loop``, at ``most`` so many, and the remaining
+    steps after it; if all steps are in one block, there is no loop. Return its results, None if
+    its steps stay."""
     k, first = loop.n_carry, loop.n_consts
     body = lowered(loop.body, EVERYTHING)
     summands = body.once(("summands", first, k), lambda: without_sums(body, first, k))
     if summands is None or not separate(summands) or not as_planned(loop, args):
         return None
-    most = BLOCK // max(1, row_bytes(summands, first))
+    most = most or BLOCK // max(1, row_bytes(summands, first))
     if min(most, loop.length) < FEWEST:
         return None
-    size = even_size(loop.length, most)
+    steps = even_size(loop.length, most)
     try:
-        step = functools.partial(block, summands, first, k)
-        count, left = divmod(loop.length, size)
-        bodies = [step(size), *([step(left)] if left else [])]
+        of = functools.partial(block, summands, first, k)
+        count, left = divmod(loop.length, steps)
+        bodies = [of(steps), *([of(left)] if left else [])]
     except AotfuncError:  # an op without a rule for batches
         return None
     consts, carry, rows = args[:first], args[first : first + k], args[first + k :]
-    if size == loop.length:
+    if steps == loop.length:
         return b.inlined(bodies[0], args)
     blocks = [b.call(aten.slice.Tensor, x, 0, 0, loop.length - left) for x in rows]
-    blocks = [b.reshape(x, [count, size, *x.meta["val"].shape[1:]]) for x in blocks]
+    blocks = [b.reshape(x, [count, steps, *x.meta["val"].shape[1:]]) for x in blocks]
     outs = emit_flow(b, Scan(bodies[0], first, k, count), [*consts, *carry, *blocks])
-    ys = [b.reshape(y, [count * size, *y.meta["val"].shape[2:]]) for y in outs[k:]]
+    ys = [b.reshape(y, [count * steps, *y.meta["val"].shape[2:]]) for y in outs[k:]]
     if not left:
         return [*outs[:k], *ys]
     rest = [b.call(aten.slice.Tensor, x, 0, loop.length - left, loop.length) for x in rows]

@@ -15,6 +15,8 @@ from aotfunc import (
     hessian,
     jacrev,
     jit,
+    map,
+    scan,
     sparse_hessian,
     sparse_jacobian,
     vmap,
@@ -486,3 +488,52 @@ def test_errors():
         sparse_jacobian(torch.sin)(X.to(torch.complex128))
     with pytest.raises(ArgumentError, match="zero dimensions"):
         sparse_hessian(torch.sin)(X)
+
+
+@custom_vjp
+def mixing(x):
+    return x.sin()
+
+
+mixing.defvjp(lambda x: (x.sin(), None), lambda _, g: (g.sum() + 0 * g,))
+
+
+def diffused(x, steps):
+    """Return the heat equation after so many explicit steps, as a loop."""
+    step = lambda u, _: (u + 0.1 * F.pad(u[2:] - 2 * u[1:-1] + u[:-2], (1, 1)), None)
+    return scan(step, x, length=steps)[0]
+
+
+#: a function of 12 numbers with a loop in it, and its number of entries
+LOOPS = {
+    "a map": (lambda x: map(lambda y: y.sin() * y, x), 12),
+    "a map of rows": (lambda x: map(lambda y: y.flip(0) * y[0], x.view(4, 3)), 20),
+    "a sum of rows": (lambda x: scan(lambda h, y: (h + y, None), X[:3], x.view(4, 3))[0], 12),
+    "two steps of a stencil": (lambda x: diffused(x, 2), 1 + 4 + 8 * 5 + 4 + 1),
+    "sums so far": (lambda x: scan(lambda h, y: (h * y, h), X[0] * 0 + 1, x)[1], 12 * 11 // 2),
+    "in reverse": (
+        lambda x: scan(lambda h, y: (h + y, h), X[0] * 0, x, reverse=True)[1],
+        12 * 11 // 2,
+    ),
+    "a loop in a loop": (
+        lambda x: map(lambda y: scan(lambda h, z: (h * z, h), y[0], y)[1], x.view(4, 3)),
+        4 * (1 + 1 + 2),
+    ),
+    "a rule in a map": (lambda x: map(mixing, x.view(4, 3)), 4 * 9),
+    "a rule in many steps": (lambda x: map(mixing, x.view(4, 3).repeat(10, 1)), 40 * 9),
+    "a detached row": (lambda x: map(lambda y: y.detach() * y.sum(), x.view(4, 3)), 36),
+    "a compiled loop": (jit(lambda x: diffused(x, 1)), 10 * 3 + 2),
+    "many steps, which stay a loop": (lambda x: diffused(x, 60), 144),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops(name):
+    f, entries = LOOPS[name]
+    dense = jacrev(f)(X)
+    found = sparse_jacobian(f)(X)
+    torch.testing.assert_close(found.to_dense(), dense)
+    assert (dense != 0).sum() <= found._nnz()
+    assert found._nnz() == entries
+    loss = lambda x: (f(x) ** 2).sum()
+    torch.testing.assert_close(sparse_hessian(loss)(X).to_dense(), hessian(loss)(X))
