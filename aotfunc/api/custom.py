@@ -35,6 +35,40 @@ def prepare() -> None:
 prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def numbered(x: Any, leaves: list) -> Any:
+    """Return a tree with the numbers of its leaves in their place, and append these. Values of
+    other classes than the plain ones are leaves, which Dynamo knows or refuses."""
+    if x.__class__ is dict and all([isinstance(k, str | int) for k in x]):
+        return {k: numbered(v, leaves) for k, v in x.items()}
+    if x.__class__ in (tuple, list):
+        return x.__class__([numbered(v, leaves) for v in x])
+    leaves.append(x)
+    return len(leaves) - 1
+
+
+def at_path(tree: Any, path: tuple[int, ...], asked: str, i: int) -> Any:
+    """Return the "type", "size" or i-th "key" of what is at a path, or the "number" of a leaf:
+    Dynamo keeps literals alone."""
+    for k in path:
+        tree = [*tree.values()][k] if isinstance(tree, dict) else tree[k]
+    if asked == "type":
+        return type(tree).__name__
+    if asked == "key":
+        return [*tree][i]
+    return len(tree) if asked == "size" else tree
+
+
+def filled(at: Callable, leaves: tuple, path: tuple[int, ...] = ()) -> Any:
+    """Return the result with these leaves."""
+    kind = at(path, "type")
+    if kind == "int":
+        return leaves[at(path, "number")]
+    parts = [filled(at, leaves, (*path, i)) for i in range(at(path, "size"))]
+    if kind == "dict":
+        return {at(path, "key", i): parts[i] for i in range(len(parts))}
+    return tuple(parts) if kind == "tuple" else parts
+
+
 class CustomFunction(CustomRules):
     """A function with rules of its own. :func:`custom_vjp`, :func:`custom_jvp` and
     :func:`custom_vmap` make it; each takes all rules: ``defvjp``, ``defjvp``, ``def_vmap``."""
@@ -43,10 +77,16 @@ class CustomFunction(CustomRules):
         functools.update_wrapper(self, f)
         super().__init__(f, places)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return self._recorded(*args, **kwargs)
+        def call(*args: Any, **kwargs: Any) -> tuple:
+            leaves: list = []
+            self.form = numbered(self._recorded(*args, **kwargs), leaves)
+            return tuple(leaves)
 
-        self.in_graph = call
+        def at(path: tuple[int, ...], asked: str, i: int = 0) -> Any:
+            return at_path(self.form, path, asked, i)
+
+        at._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        self.in_graph, self.at = call, at
         _in_graph.add(call)
 
     def __repr__(self) -> str:
@@ -90,7 +130,8 @@ class CustomFunction(CustomRules):
             )
         if is_dynamo_compiling():
             prepare()
-            return self.in_graph(*args, **kwargs)
+            leaves = self.in_graph(*args, **kwargs)
+            return filled(self.at, leaves)
         return self._recorded(*args, **kwargs)
 
     @outside_dynamo

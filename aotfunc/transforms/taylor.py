@@ -253,8 +253,8 @@ class Series:
     def multiplied(self, found: Any, left: Any, right: Any, factor: Fraction) -> Any:
         """Return ``found + factor left right``."""
         (left, one), (right, other) = factored(left), factored(right)
-        value = number(factor * one * other)
-        value = {} if value == 1 else {"value": value}
+        factor *= one * other
+        value = {} if factor == 1 else {"value": number(factor)}
         return self.b.call(aten.addcmul.default, found, left, right, **value)
 
     def times(self, op: Any, x: Any, i: int, y: Any, j: int, **how: Any) -> Any:

@@ -3,10 +3,11 @@ writes are those of the same function with torch.func's transforms, or with a lo
 
 import copy
 import warnings
+from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_structure
 
 import aotfunc
 from aotfunc import (
@@ -221,6 +222,35 @@ def test_functions_with_rules(rule, name):
     torch.testing.assert_close(*grads)
 
 
+Pair = namedtuple("Pair", "one other")
+TREES = {
+    "a dict": lambda x: {"a": x * 2, 3: x.sin()},
+    "a list in a dict": lambda x: {"a": [x * 2, (x.sin(),)], "b": {}},
+    "a tuple of trees": lambda x: ({"b": x * 2}, [x.sin()], x),
+    "a named tuple": lambda x: Pair(x * 2, x.sin()),
+    "nothing": lambda x: (x * 2, None),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_trees_of_functions_with_rules(name, backend):
+    """Results are trees of the same form, and derivatives those of the rule, twice."""
+    tensors = lambda tree: [x for x in tree_leaves(tree) if x is not None]
+    rule = custom_vjp(TREES[name])
+    rule.defvjp(lambda x: (rule(x), x), lambda x, g: (3 * x * sum(tensors(g)),))
+    x, y = (X[0].clone().requires_grad_() for _ in "xy")
+    got, want = torch.compile(rule, backend=backend, fullgraph=True)(x), rule(y)
+    assert tree_structure(got) == tree_structure(want)
+    torch.testing.assert_close(tensors(got), tensors(want))
+    again = backend == "eager"  # AOTAutograd has no second derivatives
+    for a, out in ((x, got), (y, want)):
+        total = sum((t * t).sum() for t in tensors(out))
+        (a.first,) = torch.autograd.grad(total, a, create_graph=again)
+        a.second = torch.autograd.grad(a.first.square().sum(), a)[0] if again else 0
+    torch.testing.assert_close((x.first, x.second), (y.first, y.second))
+
+
 def test_functions_with_rules_in_a_graph_of_parts():
     """Where Dynamo cannot read a call it breaks the graph, and says so with fullgraph."""
 
@@ -229,9 +259,9 @@ def test_functions_with_rules_in_a_graph_of_parts():
         f.defvjp(lambda x: (x * 2, None), lambda _, g: (g * 9,))
         return f(x) + 1
 
-    tree = custom_vjp(lambda x: {"a": x * 2})
-    tree.defvjp(lambda x: (tree(x), None), lambda _, g: (g["a"] * 9,))
-    for f in (made, lambda x: tree(x)["a"] + 1):
+    fields = custom_vjp(lambda x: OrderedDict(a=x * 2))
+    fields.defvjp(lambda x: (fields(x), None), lambda _, g: (g["a"] * 9,))
+    for f in (made, lambda x: fields(x)["a"] + 1):
         torch.testing.assert_close(torch.compile(f, backend="eager")(X), 2 * X + 1)
         torch._dynamo.reset()
         with pytest.raises(torch._dynamo.exc.Unsupported):
