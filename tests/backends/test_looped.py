@@ -135,6 +135,21 @@ def nested(loops, w, xs):
     return loops.scan(step, xs[0], xs)
 
 
+def numbers(loops, w, xs):
+    """Carried numbers, which are no memory: exchanged, stacked as they were, read by a loop and by
+    branches, and carried by a loop whose steps end early."""
+
+    def step(carry, x):
+        a, b, c, n = carry
+        d, rows = loops.scan(lambda h, y: (h * y + b[0], h), a, x)
+        new = loops.cond(n.sum() > 2, lambda a: a.sin() * w[0, 0], lambda a: a + c, a)
+        e = loops.while_loop(lambda h: h.abs() > 0.1, lambda h: h * 0.5 * w[0, 1], d, 4)
+        return (c, (e + new).reshape(1), a, n + 1), (a, b, rows, new, n)
+
+    start = xs[0, 0] * 1.0, xs[1, :1] * 1.0, xs[2, 0] * 1.0, torch.tensor([[0]])
+    return loops.scan(step, start, xs)
+
+
 PROGRAMS = (rnn, gru, exchanged, shown, branches, looked_up, until, never, without_rows, nested)
 each_program = pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)
 
@@ -158,7 +173,7 @@ def natively(monkeypatch):
     monkeypatch.setattr(pipeline, "run_bodies", run)
 
 
-@each_program
+@pytest.mark.parametrize("program", [*PROGRAMS, numbers], ids=lambda f: f.__name__)
 def test_a_loop_gives_the_numbers_of_a_python_loop(program, natively):
     w, xs = f32(4, 4) * 0.5, f32(6, 4)
     f = jit(bound(program, aotfunc), backend="cpp")
