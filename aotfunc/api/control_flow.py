@@ -22,7 +22,7 @@ from ..errors import ArgumentError
 from ..partition.policies import Policy, check_policy
 from ..trace.emit import Builder
 from ..trace.entering import entry
-from ..trace.traced import under_way
+from ..trace.traced import current, under_way
 from ..transforms.vmap import inserted
 from ..transforms.walk import filled_node
 from .flow_bodies import (
@@ -250,8 +250,13 @@ def choice(name: str, index: Tensor, branches: Sequence[Callable], operands: tup
         step.check_like(steps[0])
     results = [k for k, x in enumerate(first) if isinstance(x, Tensor)]
     consts, bodies = sharing_constants(steps)
-    build = lambda b, args: emit_flow(b, Switch(bodies), args)
-    outs = run_flow(bodies[0], (name, *bodies), build, [index, *consts, *given])
+    target = Switch(bodies)
+    if current() is None and not inside_torch_func():  # as eager: what is not taken is not there
+        taken = target.bodies[int(index)]
+        outs = run_flow(taken, (name,), lambda b, args: b.inlined(taken, args), [*consts, *given])
+    else:
+        build = lambda b, args: emit_flow(b, target, args)
+        outs = run_flow(bodies[0], (name, *bodies), build, [index, *consts, *given])
     leaves = list(first)
     for k, x in zip(results, outs, strict=True):
         leaves[k] = x

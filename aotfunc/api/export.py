@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..capture.capture import argument_names, capture, parameter_names
+from ..capture.makers import maker
 from ..capture.tree import Arguments
 from ..debug import at, user_line
 from ..errors import AotfuncError, ArgumentError, CaptureError, GraphError
@@ -107,6 +108,10 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
             "return the changed tensor instead"
         )
     state, used = state_of(f, rec.closed_over)
+    program, made = rec.program(), made_by(rec)
+    late = [
+        k for k, (o, m) in enumerate(zip(program.outputs, made, strict=False)) if maker(o) != m
+    ]
     places = TensorTable(inputs)
     data = {
         "version": VERSION,
@@ -118,8 +123,8 @@ def export(f: Callable, *args: Any, **kwargs: Any) -> Exported:
         },
         "positional": len(names),
         "results": results.tree,
-        "program": program_data(fresh(rec.program(), rec.aliases)),
-        "made": made_by(rec),
+        "program": program_data(fresh(program, rec.aliases, late)),
+        "made": made,
         "state": used,
         "not persistent": not_persistent(f),
         "differentiated": [x.requires_grad for x in inputs],

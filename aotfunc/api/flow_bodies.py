@@ -15,7 +15,7 @@ from ..capture.tree import flatten, leaf_paths, structure
 from ..debug import at, user_line, where_defined
 from ..errors import ArgumentError, CaptureError
 from ..graph import Program
-from ..runtime.execute import execute
+from ..runtime.called import called
 from ..trace.emit import Builder, paused_gc
 from ..trace.shapes.sig import Sig
 from ..trace.tape import signature
@@ -212,4 +212,4 @@ def run_flow(
             outs = build(b, args)
             return fresh(Program(b.finish(outs), len(args), len(outs), (), str(key[0])), ())
 
-    return execute(body.derived((*key, sigs), program), inputs)
+    return tuple(called(body.derived((*key, sigs), program), inputs))

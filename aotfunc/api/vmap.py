@@ -20,6 +20,7 @@ from ..debug import where_defined
 from ..errors import ArgumentError, CaptureError
 from ..graph import Program, draws
 from ..runtime.aliasing import Changes, view_program
+from ..runtime.called import called
 from ..runtime.execute import execute
 from ..runtime.resized import resized_program
 from ..trace.tape import signature
@@ -125,7 +126,7 @@ def _run(
     shows, and in the result."""
     rec = changes.rec
     with rec.gradients():
-        outs = list(execute(program, inputs))
+        outs = list(called(program, inputs))
     changes.after(inputs)
     for k, (ref, root, (old, new)) in (
         enumerate(zip(rec.refs, rec.roots, dims, strict=True)) if program.mutated else ()

@@ -32,6 +32,7 @@ from ..transforms.jvp import jvp, tangent_sig
 from ..transforms.lower import lowered
 from ..transforms.vjp import cotangent_sig, vjp
 from ..transforms.vmap import vmap
+from .makers import maker
 
 aten = torch.ops.aten
 
@@ -368,24 +369,25 @@ class CompiledCall:
         )
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
-        flags = tuple(walk.has(a) for a in n.args)
+        dims = tuple(0 if walk.has(a) else None for a in n.args)
         args = remap(n.args, walk.env)
         sigs = tuple(a.meta["val"] for a in args)
 
-        def make() -> Program:
-            dims = [0 if yes else None for yes in flags]
-            base = self.program
-            whole = Program(base.graph, len(n.args), base.n_outputs, base.mutated, base.name)
-            outs = [
-                0 if isinstance(o, Node) else None
-                for o in self.program.outputs[: self.program.n_outputs]
-            ]
-            return vmap(whole, dims, sigs, walk.axis, outs)
+        def batched(base: Program, count: int, apart: bool = False) -> Program:
+            whole = Program(base.graph, len(n.args), count, base.mutated, base.name)
+            there = [0 if isinstance(o, Node) else None for o in base.outputs[:count]]
+            return vmap(whole, dims, sigs, walk.axis, there, apart)
 
-        key = ("vmap", self.compile, flags, sigs, walk.axis)
-        call = self.program.derived(
-            key, lambda: CompiledCall(make(), self.compile, self.split, f"vmap_{self.__name__}")
-        )
+        def make() -> CompiledCall:
+            new = batched(base := self.program, self.program.n_outputs)
+            call = CompiledCall(new, self.compile, self.split, f"vmap_{self.__name__}")
+            each = zip(base.outputs, new.outputs, self.made, strict=False)
+            call.made = [maker(y) if maker(x) == name else name for x, y, name in each]
+            if self.plain is not None and not base.mutated:
+                call.plain = batched(self.plain, len(self.plain.outputs), apart=True)
+            return call
+
+        call = self.program.derived(("vmap", self.compile, dims, sigs, walk.axis), make)
         return emit_call(walk.b, call, args), [True] * len(n.meta["val"])
 
 

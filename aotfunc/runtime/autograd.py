@@ -29,10 +29,12 @@ from .execute import before_writes, execute, lay_cotangents, strided_copy, write
 from .halves import Halves
 from .late_reads import Versions, check_memory, check_unwritten, storages, versions
 from .late_state import at_moment, moment
-from .lifted import as_kept, lifted
+from .lifted import known_results, lifted
+from .meetings import bent_nodes
 from .parts import OnParts
 from .redraw import generator_states, redrawn
-from .refused import check_alone, check_met, unchanged
+from .refused import check_reached, related, relation, unchanged
+from .unseen import watched
 
 aten = torch.ops.aten
 _inside_functorch = torch._C._functorch.peek_interpreter_stack
@@ -177,11 +179,13 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
             *halves.reached(given, inputs),
         )
         results.update(zip(mine, new, strict=False))
+        node = new[0].grad_fn
         if len(new) > 1:
-            node = new[0].grad_fn
             mine = [i for i in mine if i < halves.call.program.n_outputs]
             outs, node.lifts = lifted([results[i] for i in mine], halves.lifts(mine))
             results.update(zip(mine, outs, strict=True))
+        if halves.unseen:
+            node.watched = {k: watched(results[k]) for k in mine if k in halves.unseen}
     return [results[i] for i in range(count)], read_late
 
 
@@ -217,6 +221,8 @@ def facts(
         "part": part,
         "met": met,
         "tasks": tasks,
+        "kin": relation(),
+        "watched": {},
         "keeping": [k for k in part[0] if k in halves.keeping],
         "lifts": {},
         "residuals": {i: None if isinstance(r, Tensor) else r for i, r in residuals.items()},
@@ -236,10 +242,10 @@ def same_node(
     program, count = halves.call.program, halves.count
     run, (outs, inputs) = halves.forward.compiled(tensors), halves.whole
     varies = halves.differing or halves.unreached or halves.reads_state or program.mutated
-    varies = varies or halves.met
-    if varies or halves.layouts is None or len(outs) != count or generator_states(program):
+    apart = halves.met or halves.unseen or bent_nodes(halves.program, bodies=True)
+    if varies or apart or halves.layouts is None or len(outs) != count:
         return None
-    if halves.parts(tensors) != [halves.whole]:
+    if generator_states(program) or halves.parts(tensors) != [halves.whole]:
         return None
     if getattr(run, "own", -1) < count or any(t.is_neg() or t.is_conj() for t in tensors):
         return None
@@ -305,8 +311,7 @@ class CompiledFunction(torch.autograd.Function):
             ctx.moment.check(halves.call.__name__)
         if inputs is not None:
             check_memory(inputs, ctx.memory, halves.call.__name__)
-        if ctx.met is None:
-            check_alone(ctx)
+        check_reached(ctx, [i for i, c in zip(ctx.part[0], cts, strict=False) if c is not None])
         # reading them raises an error the second time, unless the graph was retained, even if
         # there are none
         outs, inputs = ctx.part
@@ -335,7 +340,7 @@ class CompiledFunction(torch.autograd.Function):
                 known = known_results(ctx, there, again, saved) if second else {}
                 gradient = halves.gradient(have, sigs, met, tuple(known))
                 values = [*unchanged(ctx, gradient), *known.values(), *given]
-                with redrawn(ctx.states), at_moment(ctx.moment):
+                with redrawn(ctx.states), at_moment(ctx.moment), related(ctx):
                     let_go(ctx, there)
                     grads = call_batched(call_compiled, gradient, values)
             else:
@@ -362,25 +367,6 @@ def as_laid_out(
         if c is None or c.stride() != strides:
             return False
     return torch.get_default_dtype() is dtype
-
-
-def known_results(
-    ctx: Any, outs: frozenset[int], again: bool, saved: Sequence[Tensor]
-) -> dict[int, Tensor]:
-    """Return what the second derivative of the results ``outs`` reads as autograd knows it, by its
-    number among the results and further results of the call. ``saved`` are the node's saved
-    tensors: a checkpoint around the call lets them be read once."""
-    halves, met = ctx.halves, () if again else check_met(ctx)
-    first = len(saved) - len(met)
-    found = {halves.count + i: t for i, t in zip(met, saved[first:], strict=True)}
-    first -= len(ctx.keeping)
-    for k, t in zip(ctx.keeping, saved[first:] or ctx.keeping, strict=False):
-        if k in halves.kept_for(outs):
-            t = t if (lift := as_kept(ctx.lifts, k)) is None else lift
-            if isinstance(t, Tensor):
-                found.pop(halves.met_at(k), None)
-                found[k] = t
-    return found
 
 
 def let_go(ctx: Any, outs: frozenset[int]) -> None:

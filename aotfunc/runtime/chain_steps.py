@@ -111,19 +111,6 @@ def by_autograd(
     return call
 
 
-#: the name of what is no op: an autograd.Function, a hook
-FUNCTION = "autograd.Function"
-
-
-def name_of(target: Any) -> str:
-    """Return the name of an op, in place or not."""
-    return target._schema.name.rstrip("_") if isinstance(target, OpOverload) else FUNCTION
-
-
-def op_of(n: Node) -> Node:
-    return op_of(n.args[0]) if n.target is operator.getitem else n  # type: ignore[arg-type]
-
-
 def saves_a_result(n: Node) -> bool:
     """Return whether the derivative of PyTorch's op reads a result of it."""
     return bool(saved_results(n, n._input_nodes))

@@ -20,6 +20,7 @@ from torch.fx import Node
 from ..capture.calls import CallStep, CompiledCall, CompiledStep, hidden_writes
 from ..capture.captured import Captured
 from ..capture.live_hooks import TensorHooks, live_hooks
+from ..capture.makers import maker, name_of, op_of
 from ..graph import Program, needed_for
 from ..trace.emit import Builder, remap
 from ..trace.marks import dead_end
@@ -31,7 +32,7 @@ from ..transforms.activity import active_nodes, sources
 from ..transforms.tidy import rebuilt
 from .aliasing import memory_program
 from .autograd import call_compiled, op_by_op
-from .chain_steps import by_autograd, name_of, numbered, op_of, saves_a_result, stage_of, write
+from .chain_steps import by_autograd, numbered, saves_a_result, stage_of, write
 from .execute import before_writes, write_back
 
 
@@ -72,12 +73,18 @@ def made_by(rec: Captured) -> tuple[str, ...]:
         nested: Sequence[str] = ()
         if isinstance(instr, CompiledStep):
             nested = instr.call.made
-        elif isinstance(instr, CallStep):  # of an exported program, which has been rewritten
-            nested = instr.program.once("made", tuple)
+        elif isinstance(instr, CallStep):
+            nested = made_in(instr.program)
         for i in range(results_of(instr)):
             made[end] = nested[i] if i < len(nested) else name_of(instr_op(instr))
             end += 1
     return tuple([made.get(r, "") for r, _ in memory_program(rec)])
+
+
+def made_in(program: Program) -> tuple[str, ...]:
+    """Return the name of the op that made each result of a program; an exported one, which has
+    been rewritten, knows them."""
+    return program.once("made", lambda: tuple(map(maker, program.outputs)))
 
 
 def read_when_written(trace: Trace, ref: int) -> bool:
@@ -314,7 +321,7 @@ class CallCuts:
                     stage = CompiledCall(
                         program, self.call.compile, self.call.split, self.call.__name__
                     )
-                    stage.made = [name_of(op_of(n).target) for n in outs]
+                    stage.made = [*map(maker, outs)]
                     step(partial(call_compiled, stage), [place[i] for i in reads], outs)
             for n in mine:
                 if (hooks := self.hooked.get(n)) is not None:

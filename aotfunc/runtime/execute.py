@@ -29,7 +29,9 @@ from .aliasing import with_own_memory
 from .batched import call_batched, check_draws
 from .duals import pushed_program, refuse_cuts
 from .late_reads import check_memory, storages
+from .meetings import reaches_bent
 from .redraw import generator_states, redrawn
+from .refused import check_kin, related, relation
 
 
 def run_eager(program: Program) -> Callable[..., tuple]:
@@ -275,7 +277,7 @@ class ProgramFunction(torch.autograd.Function):
         # hooks of saved tensors give other tensors back
         kept = torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         ctx.memory = storages(tensors) if kept else []
-        ctx.dtype = torch.get_default_dtype()
+        ctx.dtype, ctx.kin = torch.get_default_dtype(), relation()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -309,9 +311,11 @@ class ProgramFunction(torch.autograd.Function):
         whole = program.flat()
         found = [c if has_derivative(v) else None for v, c in zip(whole.vals, cts, strict=True)]
         have = [c is not None for c in found]
+        if reaches_bent(whole, wrt, [i for i, yes in enumerate(have) if yes]):
+            check_kin(ctx, program.name)
         plan, given = lay_cotangents(found, whole.vals)
         joint = whole.once(("vjp", wrt, plan), lambda: vjp(whole, wrt, have, keep=(), plan=plan))
-        with without_modes(ctx.dtype), redrawn(ctx.states):
+        with without_modes(ctx.dtype), redrawn(ctx.states), related(ctx):
             grads = call_batched(execute, joint, [*tensors, *given])
         zeros = set().union(*itertools.compress(flat_inputs(whole, wrt), have))
         result: list = [None] * (len(tensors) + 2)

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from ..capture.calls import CompiledCall
 from ..capture.custom_derivative import CustomDerivative
+from ..capture.makers import FUNCTION
 from ..graph import Program, needed_for
 from ..trace.emit import Builder, paused_gc
 from ..trace.shapes.sig import Sig
@@ -21,12 +22,13 @@ from ..transforms.activity import active_nodes, flat_inputs, live, sources
 from ..transforms.tidy import rebuilt
 from ..transforms.vjp import contiguous_sig, vjp
 from ..transforms.walk import builder
-from .chain_steps import FUNCTION, stages
+from .chain_steps import stages
 from .execute import before_writes
 from .late_reads import late_reads
 from .late_state import reads_state
 from .lifted import Groups, grouped
 from .meetings import as_known, kept_results, meetings, opened, parted
+from .unseen import unseen_results
 
 aten = torch.ops.aten
 #: nodes of autograd for one call, each with a backward graph of its own
@@ -49,6 +51,7 @@ class Halves:
         self.met = meetings(self.program, wrt, self.live)
         #: results that second derivatives read, too, behind the hooks that the caller registers:
         self.keeping = kept_results(self.program, wrt, self.live, self.met, call.made)
+        self.unseen = unseen_results(self.program, self.live)
         self.needed: tuple[int, ...] = ()
         self.unreached: tuple[int, ...] = ()
         self.masks = masks(self.program, wrt, self.live)

@@ -10,6 +10,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from .refused import check_met
+
 #: results that keep themselves: number -> (their node, their place there)
 Lifts = dict[int, tuple[ref, int]]
 
@@ -78,3 +80,22 @@ def as_kept(lifts: Lifts, k: int) -> Tensor | None:
         return None if node is None else node.saved_tensors[i]
     except RuntimeError:
         return None
+
+
+def known_results(
+    ctx: Any, outs: frozenset[int], again: bool, saved: Sequence[Tensor]
+) -> dict[int, Tensor]:
+    """Return what the second derivative of the results ``outs`` reads as autograd knows it, by its
+    number among the results and further results of the call. ``saved`` are the node's saved
+    tensors: a checkpoint around the call lets them be read once."""
+    halves, met = ctx.halves, () if again else check_met(ctx)
+    first = len(saved) - len(met)
+    found = {halves.count + i: t for i, t in zip(met, saved[first:], strict=True)}
+    first -= len(ctx.keeping)
+    for k, t in zip(ctx.keeping, saved[first:] or ctx.keeping, strict=False):
+        if k in halves.kept_for(outs):
+            t = t if (lift := as_kept(ctx.lifts, k)) is None else lift
+            if isinstance(t, Tensor):
+                found.pop(halves.met_at(k), None)
+                found[k] = t
+    return found

@@ -17,14 +17,16 @@ from torch.fx import Node
 
 from ..capture.calls import CompiledCall
 from ..capture.custom_derivative import CustomDerivative, Later, RuleProgram
+from ..capture.makers import maker, name_of, op_of
 from ..graph import Program, needed_for
 from ..trace.emit import Builder, mergeable, paused_gc, remap
-from ..trace.marks import once
+from ..trace.marks import dead_end, hidden_write, once
 from ..trace.nested import leaves
-from ..transforms.activity import active_nodes, has_derivative
+from ..transforms.activity import active_nodes, has_derivative, sources
 from ..transforms.rules.table import entry_for
 from ..transforms.tidy import rebuilt
-from .chain_steps import name_of, op_of, saved_results
+from ..transforms.unhooked import inside
+from .chain_steps import saved_results
 
 aten = torch.ops.aten
 
@@ -115,7 +117,8 @@ def meetings(program: Program, wrt: Sequence[int], live: Sequence[bool]) -> list
 def is_read(u: Node) -> bool:
     """Return whether a node, or the backward of the Function whose result it is, reads this."""
     n, i = u.args
-    return i in n.target.saved or any(r.op != "output" for r in u.users)  # type: ignore
+    saved = getattr(n.target, "saved", ())  # type: ignore[union-attr]
+    return i in saved or any(r.op != "output" for r in u.users)
 
 
 class Kept(NamedTuple):
@@ -181,7 +184,7 @@ def kept_results(
             continue
         if n.target is aten.clone.default and name != name_of(n.target):
             n = n.args[0]  # two results that are merged have memory of their own
-        if name_of(op_of(n).target) == name and (n in met or is_saved(n, active)):
+        if maker(n) == name and (n in met or is_saved(n, active)):
             same = sum(n is other.value for other in found.values())
             found[k] = Kept(n, (op_of(n), same))
     return found
@@ -227,10 +230,70 @@ def parted(program: Program) -> Program:
 
 def bent(target: Any) -> bool:
     """Return whether this is a derivative of the user's that is not linear, by all that is
-    known: hooks of a module get the gradients of its inputs and outputs together."""
+    known, or contains one: hooks of a module get the gradients of its inputs and outputs
+    together."""
     if getattr(target, "hooks", None):
         return True
-    return isinstance(target, CustomDerivative) and any(map(is_bent, target.rules))
+    if isinstance(target, CustomDerivative):
+        return any(map(is_bent, target.rules))
+    return any(map(has_bent, inside(target)))
+
+
+def has_bent(program: Program) -> bool:
+    """Return whether a program, its bodies or nested calls have such a derivative."""
+
+    def find() -> bool:
+        return any(bent(n.target) for n in program.graph.nodes if n.op == "call_function")
+
+    return program.once(has_bent, find)
+
+
+def bent_nodes(program: Program, bodies: bool) -> list[Node]:
+    """Return the nodes that are such derivatives, or contain one; only those with ``bodies``."""
+
+    def find() -> list[Node]:
+        calls = [n for n in program.graph.nodes if n.op == "call_function" and bent(n.target)]
+        return [n for n in calls if not (bodies and isinstance(n.target, CustomDerivative))]
+
+    return program.once((bent_nodes, bodies), find)
+
+
+def reaches_bent(
+    program: Program, wrt: Sequence[int], outs: Sequence[int], bodies: bool = False
+) -> bool:
+    """Return whether the gradients of the results ``outs`` by the inputs ``wrt`` pass through one
+    of :func:`bent_nodes`."""
+
+    def find() -> bool:
+        nodes = [n for n in program.graph.nodes if n.op == "call_function"]
+        active = active_nodes(nodes, [program.placeholders[i] for i in wrt], zeros=True)
+        mine = behind([program.outputs[k] for k in outs])
+        return any(n in active and is_reached(n, mine) for n in bent_nodes(program, bodies))
+
+    if not bent_nodes(program, bodies):
+        return False
+    return program.once((reaches_bent, *wrt, None, *outs, bodies), find)
+
+
+def behind(outs: Sequence[Node]) -> set[Node]:
+    """Return the nodes that the derivatives of ``outs`` pass through."""
+    found, queue = set[Node](), [*outs]
+    while queue:
+        n = queue.pop()
+        if n not in found and n.target not in (aten.detach.default, dead_end):
+            found.add(n)
+            queue += n.args[1:2] if isinstance(n.target, Known) else sources(n)  # type: ignore
+    return found
+
+
+def is_reached(n: Node, needed: Container[Node]) -> bool:
+    """Return whether such a derivative, or one that the node contains, is behind the ``needed``
+    ones of its results."""
+    target: Any = n.target
+    if not hasattr(target, "reading"):
+        return n in needed
+    read = {u.args[1] for u in n.users if u in needed}
+    return bool(read) and bent(target.reading(read)[0])
 
 
 def is_bent(rule: Any) -> bool:
@@ -243,7 +306,7 @@ def is_bent(rule: Any) -> bool:
         return False  # there is no second derivative
     moved = set(program.placeholders[: len(program.placeholders) - rule.n_residuals])
     for n in calls:
-        if not moved.isdisjoint(n._input_nodes):
+        if n.users and not moved.isdisjoint(n._input_nodes):  # a check has none
             if not is_linear(n, moved):
                 return True
             moved.add(n)
@@ -253,6 +316,20 @@ def is_bent(rule: Any) -> bool:
 SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.neg.default)
 QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
 PARTS = (operator.getitem, aten.detach.default)
+#: ops that are linear in one argument, without a rule that says so: its place
+ALONE = {
+    aten._linalg_solve_ex.default: 1,
+    aten.linalg_solve_triangular.default: 1,
+    aten.cholesky_solve.default: 0,
+}
+#: ops that put a value into the first argument: where the value is
+FILLS = {
+    aten.masked_fill.Scalar: 2,
+    aten.masked_fill.Tensor: 2,
+    aten.index_fill.int_Scalar: 3,
+    aten.scatter.value: 3,
+    aten.constant_pad_nd.default: 2,
+}
 
 
 def is_linear(n: Node, moved: set[Node]) -> bool:
@@ -260,8 +337,8 @@ def is_linear(n: Node, moved: set[Node]) -> bool:
     op: Any = n.target
     if op in PARTS:
         return True
-    if op in SUMS:
-        return all(a in moved for a in n.args[:2])
+    if op in (*SUMS, hidden_write):
+        return all(a in moved or is_zero(a) for a in n.args[:2])
     if op is aten.where.self:
         return n.args[0] not in moved and all(a in moved or is_zero(a) for a in n.args[1:])
     if not isinstance(op, OpOverload):
@@ -269,13 +346,21 @@ def is_linear(n: Node, moved: set[Node]) -> bool:
     places = [i for i, a in enumerate(n.args) if not moved.isdisjoint(leaves(a))]
     if op in QUOTIENTS or op.__name__.split(".")[0].endswith("_backward"):
         return places == [0]
+    if op in FILLS:
+        return places == [0] and all(map(is_zero, n.args[FILLS[op] :][:1]))
+    if op in ALONE:
+        return places == [ALONE[op]]
+    if op is aten.convolution.default:
+        return places in ([0], [1]) and n.args[2] is None
     rules = entry_for(op)
-    whole = not rules.jointly or len(places) == len(rules.linear)
+    whole = not rules.jointly or all(i in places or is_zero(n.args[i]) for i in rules.linear)
     return whole and rules.linear_in(places) and moved.issuperset(leaves(n.args[places[0]]))
 
 
 def is_zero(n: Any) -> bool:
     if not isinstance(n, Node):
         return n == 0
+    if n.target is aten.masked_fill.Scalar:
+        return is_zero(n.args[0]) and is_zero(n.args[2])
     made = {aten.full.default: 1, aten.scalar_tensor.default: 0}.get(n.target)
     return n.target is aten.zeros.default or (made is not None and n.args[made] == 0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +13,65 @@ from torch import Tensor
 from ..capture.calls import CompiledCall
 from ..errors import AotfuncError
 from ..trace.memory import version
+from .meetings import reaches_bent
+from .unseen import check_hooks
+
+
+class Kin:
+    """Which backward has last gone through a call, its gradient, or the gradient of that; and the
+    ``group`` of nodes, those of one of these calls."""
+
+    task, group = -1, None
+
+
+class Related(threading.local):
+    """What the nodes of autograd that are made now are related to, and their group."""
+
+    now: tuple[Kin, Any] | None = None
+
+
+_related = Related()
+
+
+def relation() -> tuple[Kin, Any]:
+    """Return what a new node is related to: to the node whose gradient is computed, or nothing."""
+    return _related.now or (Kin(), None)
+
+
+@contextmanager
+def related(ctx: Any) -> Iterator[None]:
+    """Relate the nodes that are made now to this one."""
+    before, _related.now = _related.now, (ctx.kin[0], object())
+    try:
+        yield
+    finally:
+        _related.now = before
+
+
+def check_kin(ctx: Any, name: str) -> None:
+    """Refuse a backward that goes through a call and through its gradient, where both reach a
+    Function that has no node of its own: its backward gets the sum of the cotangents of both."""
+    (kin, group), task = ctx.kin, torch._C._current_graph_task_id()
+    if kin.task == task and kin.group is not group:
+        raise AotfuncError(
+            f"one backward goes through {name} and through its gradient (create_graph=True), and "
+            "both have cotangents for a Function or hook, in a transform or the body of a branch "
+            "or loop, whose backward is not linear; take that gradient inside of the function, "
+            "with torch.autograd.grad or grad"
+        )
+    kin.task, kin.group = task, group
+
+
+def check_reached(ctx: Any, outs: Sequence[int]) -> None:
+    """Refuse a backward of the results ``outs`` of a node if another node has cotangents for the
+    same Function."""
+    if ctx.met is None:
+        check_alone(ctx)
+    if ctx.watched:
+        check_hooks(ctx, outs)
+    halves = ctx.halves
+    if reaches_bent(halves.program, halves.wrt, outs, bodies=True):
+        check_kin(ctx, halves.call.__name__)
 
 
 def check_alone(ctx: Any) -> None:

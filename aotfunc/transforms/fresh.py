@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,16 @@ aten = torch.ops.aten
 ANYTHING = None
 
 
-def fresh(program: Program, aliases: Iterable[tuple[int, Any]]) -> Program:
+def fresh(
+    program: Program, aliases: Iterable[tuple[int, Any]], late: Container[int] = ()
+) -> Program:
     """Return the program with copies of outputs that would be an input, a view of one, or show
     another output's memory.
 
     ``aliases``: pairs of an output and a number. Outputs of one number share their memory, and are
     views of the input of that number if there is one (closed-over tensors count -1, -2, …); those
-    without a number share none."""
+    without a number share none. Of results that are one value those are copies that are ``late``,
+    as they were computed from another."""
     outs = list(program.outputs)
     groups: dict[int, Any] = {i: ("own", i) for i in range(program.n_outputs)} | dict(aliases)
     count = program.n_inputs
@@ -38,8 +41,8 @@ def fresh(program: Program, aliases: Iterable[tuple[int, Any]]) -> Program:
         p: i if i < count else count - i - 1 for i, p in enumerate(program.placeholders)
     }
     clashes = []
-    for i, o in enumerate(outs[: program.n_outputs]):
-        if isinstance(o, Node):
+    for i in sorted(range(program.n_outputs), key=lambda i: i in late):
+        if isinstance(o := outs[i], Node):
             group = groups[i]
             owner = owners.setdefault(storage_root(o), ("own", i) if group is ANYTHING else group)
             if owner != group and group is not ANYTHING:

@@ -76,6 +76,9 @@ class Batch:
             if not (met or (draws(n) and self.once_each(n))):
                 return NotImplemented
             new, self.batched[n] = self.batch(n)
+            same = any(new is env.get(i) for i in n._input_nodes)
+            if same and not b.merge and n.target not in TRANSPARENT:  # y.clone(), y * 1
+                return b.call(aten.clone.default, new)
             return new
 
         self.b.copy(nodes, self.env, visit)
@@ -162,15 +165,16 @@ def vmap(
     sigs: Sequence[Sig],
     axis: Axis,
     out_dims: Sequence[int | None] | None = None,
+    apart: bool = False,
 ) -> Program:
     """Return the batched program. ``in_dims`` and ``sigs``: one per input, for the *batched*
-    inputs; ``out_dims``: one per result.
+    inputs; ``out_dims``: one per result. With ``apart`` equal values stay several.
 
     A result with ``out_dims`` None must not be batched. A mutated input gets its new value in its
     own layout. An op that only a loop over the samples can batch is reported by a LoopWarning; a
     strict axis refuses it (RuleError)."""
     with paused_gc():
-        b = builder()
+        b = Builder(None, merge=False) if apart else builder()
         batch = Batch(b, axis)
         closed = program.placeholders[len(in_dims) :]
         dims = [*in_dims, *[None] * len(closed)]

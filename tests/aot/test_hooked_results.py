@@ -6,7 +6,8 @@ import itertools
 import pytest
 import torch
 
-from aotfunc import aot_function, export, jit
+from aotfunc import aot_function, cond, export, jit, vmap
+from aotfunc.errors import AotfuncError
 from tests.reference import assert_same
 from tests.sweeps import every
 
@@ -72,6 +73,18 @@ class Saving(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return g * ctx.saved_tensors[0]
+
+
+class Batched(Saving):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.exp()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
 
 
 class Bent(Saving):
@@ -152,6 +165,7 @@ CALLERS = {
     "let go, of another": (lambda x: (y := x.exp(), y.tanh()), let_go),
     "let go, of one op": (lambda x: torch.linalg.qr(x), let_go),
     "a copy": (lambda x: (y := x.exp(), y.clone())[::-1], first_hooked),
+    "a copy that is not a clone": (lambda x: (y := x.exp(), y * 1)[::-1], first_hooked),
     "a Function that saves it": (lambda x: (Saving.apply(x), x.sin()), first_hooked),
     "a Function that is not linear": (lambda x: (Bent.apply(x), x.sin()), first_hooked),
     "the same, and of it": (lambda x: (y := Bent.apply(x), y.sin()), first_hooked),
@@ -169,17 +183,77 @@ CALLERS = {
 }
 
 
-#: an exported graph does not say which of two equal results was computed from the other
-UNKNOWN = ("a copy", "exported")
-
-
-@pytest.mark.parametrize(
-    "name, way", [pair for pair in itertools.product(CALLERS, WAYS) if pair != UNKNOWN]
-)
+@pytest.mark.parametrize("name, way", [*itertools.product(CALLERS, WAYS)])
 def test_of_a_caller(name, way):
     f, after = CALLERS[name]
     got, want = (derivatives(g, after, 3) for g in (WAYS[way](f), f))
     assert_same(got, want, rtol=1e-7, atol=1e-9)
+
+
+#: transforms of compiled functions, and transforms compiled: their results are those of the batch
+BATCHED = {
+    "vmap of jit": lambda f: vmap(jit(f)),
+    "jit of vmap": lambda f: jit(vmap(f)),
+    "jit of vmap of jit": lambda f: jit(lambda x: vmap(jit(f))(x)),
+    "vmap": vmap,
+    "vmap of an exported one": lambda f: lambda x: vmap(export(f, x[0]))(x),
+    "cond": lambda f: lambda x: cond(torch.tensor(True), f, f, x),
+}
+BY_ROWS = {
+    "exp": torch.exp,
+    "softmax": lambda x: x.softmax(-1),
+    "prod": lambda x: x.prod(-1),
+    "std": lambda x: x.std(-1),
+    "two ops": lambda x: (x.exp(), x.tanh()),
+    "a result of another": lambda x: (y := x.exp(), y.sin()),
+    "a copy": lambda x: (y := x.exp(), y.clone()),
+    "a copy that is not a clone": lambda x: (y := x.exp(), y * 1)[::-1],
+    "a custom op": lambda x: saving_op(x),
+    "a Function": Saving.apply,
+    "not saved": lambda x: x.sin(),
+}
+
+
+@torch.library.custom_op("hooked_results::exp", mutates_args=())
+def saving_op(x: torch.Tensor) -> torch.Tensor:
+    return x.exp()
+
+
+saving_op.register_fake(torch.empty_like)
+saving_op.register_vmap(lambda info, dims, x: (saving_op(x), dims[0]))
+saving_op.register_autograd(
+    lambda ctx, g: g * ctx.saved_tensors[0],
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
+)
+
+
+@pytest.mark.parametrize("way", BATCHED)
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_of_a_batch(name, way):
+    f, after = BY_ROWS[name], lambda y: hooked(y, bent)
+    if name == "a Function" and way.startswith(("vmap", "jit of vmap")):
+        f = Batched.apply
+    got, want = (derivatives(g, after, 3) for g in (BATCHED[way](f), BY_ROWS[name]))
+    assert_same(got, want, rtol=1e-7, atol=1e-9)
+
+
+def test_of_a_compiled_branch():
+    """Autograd sees a branch as one op."""
+    branch = lambda f: jit(lambda x: cond(torch.tensor(True), f, f, x))
+    for f in (torch.exp, Saving.apply):
+        y = branch(f)(x := torch.rand(3, requires_grad=True))
+        y.register_hook(bent)
+        torch.autograd.grad(y.sum(), x, retain_graph=True)
+        with pytest.raises(AotfuncError, match=r"a hook was registered on a result of a branch"):
+            torch.autograd.grad(y.sum(), x, create_graph=True)
+    first, second = branch(lambda x: (y := x.exp(), y.sin()))(x)
+    torch.autograd.grad(second.sum(), x, retain_graph=True)
+    first.register_hook(bent)
+    with pytest.raises(AotfuncError, match="from which the branch computes another result"):
+        second.sum().backward()
+    for f in (torch.sin, lambda x: (x.sin(), x.cos())):
+        got, want = (derivatives(g, lambda y: hooked(y, bent), 3) for g in (branch(f), f))
+        assert_same(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from aotfunc import aot_function, jit, make_fx
+from aotfunc import aot_function, cond, jit, make_fx, scan, vmap
 from aotfunc.errors import AotfuncError
 from tests.reference import assert_same
 
@@ -134,8 +134,12 @@ PROGRAMS = {
 }
 
 
+def leaf():
+    return torch.linspace(0.3, 1.1, 3, dtype=torch.float64).requires_grad_()
+
+
 def derivatives(f, third=False):
-    x = torch.linspace(0.3, 1.1, 3, dtype=torch.float64).requires_grad_()
+    x = leaf()
     outs = f(x * 1)
     outs = outs if isinstance(outs, tuple) else (outs,)
     (g,) = torch.autograd.grad(sum(y.sin().sum() for y in outs), x, create_graph=True)
@@ -260,3 +264,102 @@ def test_of_two_gradients_inside(f):
     x = torch.linspace(0.3, 1.1, 3, dtype=torch.float64).requires_grad_()
     for compiled in (jit(second), make_fx(second)(x)):
         assert_same(compiled(x), second(x))
+
+
+# ----- inside of bodies --------------------------------------------------------------------------
+
+TAKEN = torch.tensor(True)
+ROWS = torch.tensor([0.5, 0.6], dtype=torch.float64)
+
+
+def looped(body):
+    return lambda x: scan(lambda c, row: (body(c) * row, None), x, ROWS)[0]
+
+
+def unrolled(body):
+    return lambda x: body(body(x) * ROWS[0]) * ROWS[1]
+
+
+FORMS = {
+    "cond": (lambda body: lambda x: cond(TAKEN, body, lambda x: x * 1, x), lambda body: body),
+    "scan": (looped, unrolled),
+}
+#: bodies, and whether only the loop is refused: the branch returns the Function's results
+BODIES = {
+    "read inside": (lambda x: soft(x.sin()).exp(), False),
+    "saved": (lambda x: own(x.sin()), False),
+    "hooked": (hooked, False),
+    "only returned": (lambda x: soft(x.sin()), True),
+    "linear": (lambda x: linear(x.sin()).exp(), None),
+}
+
+
+def mixed(f, second=True):
+    """Return derivatives in which one backward goes through the call and through its gradient."""
+    x = leaf()
+    y = f(x * 1)
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    alone = torch.autograd.grad(g.square().sum(), x, retain_graph=True)
+    return g, alone, second and torch.autograd.grad(g.square().sum() + y.exp().sum(), x)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", BODIES)
+def test_of_a_body(name, form):
+    """Autograd has no node of its own for what is in a body: both parts of a sum of cotangents
+    would arrive alone."""
+    inside, outside = FORMS[form]
+    body, only_loops = BODIES[name]
+    f, want = inside(body), outside(body)
+    for g in (f, jit(f), aot_function(f, "eager"), lambda x: vmap(f)(x[None])[0]):
+        assert_same(mixed(g, False), mixed(want, False))
+        as_eager = form == "cond" and (only_loops or g is f)  # which calls the branch
+        if only_loops is None or as_eager:
+            assert_same(mixed(g), mixed(want))
+        else:
+            with pytest.raises(AotfuncError, match=r"one backward goes through .* its gradient"):
+                mixed(g)
+
+    def penalty(f):
+        def call(x):
+            y = f(x)
+            (g,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+            return g.square().sum() + y.exp().sum()
+
+        return call
+
+    x = leaf()
+    got, expected = (torch.autograd.grad(g(x), x) for g in (jit(penalty(f)), penalty(want)))
+    assert_same(got, expected)  # as the error says
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", BODIES)
+def test_of_a_body_that_two_nodes_have_in_common(name, form):
+    def of_two(f):
+        return lambda x, y: (lambda h: (h.exp(), h.cos() * y))(f(x))
+
+    def derivatives(f):
+        x, y = leaf(), leaf()
+        a, b = f(x * 1, y * 1)
+        return torch.autograd.grad((a * b).sum(), (x, y)), a, b
+
+    inside, outside = (make(BODIES[name][0]) for make in FORMS[form])
+    assert_same(derivatives(jit(of_two(inside))), derivatives(of_two(outside)))
+
+
+LINEAR = {
+    "a part": lambda ctx, g: torch.zeros_like(g).index_copy(0, torch.tensor([1]), g[:1]),
+    "written": lambda ctx, g: (z := torch.zeros_like(g), z.__setitem__(0, g[0]))[0],
+    "masked": lambda ctx, g: g.masked_fill(ctx.saved_tensors[0] < 0.5, 0),
+    "scattered": lambda ctx, g: torch.zeros_like(g).scatter_add(0, torch.tensor([0, 1, 1]), g),
+    "solved": lambda ctx, g: torch.linalg.solve(2 * torch.eye(3, dtype=g.dtype), g),
+    "convolved": lambda ctx, g: torch.conv1d(g[None], g.new_ones(1, 1, 3), padding=1)[0],
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_linear_backward_is_not_refused(name):
+    body = function(LINEAR[name], saving)
+    f = lambda x: body(x.sin()).exp()
+    assert_same(mixed(lambda x: vmap(f)(x[None])[0]), mixed(f))
