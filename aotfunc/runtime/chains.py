@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from ..capture.calls import CallStep, CompiledCall, CompiledStep, hidden_writes
 from ..capture.captured import Captured
+from ..capture.hooks import Hooked
 from ..capture.live_hooks import TensorHooks, live_hooks
 from ..capture.makers import maker, name_of, op_of
 from ..graph import Program, needed_for
@@ -34,6 +35,7 @@ from .aliasing import memory_program
 from .autograd import call_compiled, op_by_op
 from .chain_steps import by_autograd, numbered, saves_a_result, stage_of, write
 from .execute import before_writes, write_back
+from .recorded_hooks import RecordedHooks, recorded_hooks
 
 
 def as_recorded(rec: Captured, mutated: Sequence[int]) -> Program | None:
@@ -44,7 +46,8 @@ def as_recorded(rec: Captured, mutated: Sequence[int]) -> Program | None:
     count = len(trace.inputs)
     written = [*map(trace.ref_at, mutated)]
     ends = {*refs, *written}
-    hooked = bool(trace.live_hooks)
+    hooked = bool(trace.live_hooks) or any(s.hooks and s.new in refs for s in trace.stand_ins)
+    hooked = hooked or any(map(hooks_results, [i for i, *_ in trace.records]))
     if not hooked and (len(ends) < 2 or not (autograd.active() & ends)):
         return None
     inputs = range(-len(trace.lifted), count)
@@ -98,6 +101,14 @@ def read_when_written(trace: Trace, ref: int) -> bool:
     return last > 0 and any(
         grad and any(trace.root(r) == base for r in refs) for _, refs, grad, *_ in later
     )
+
+
+def hooks_results(step: Any) -> bool:
+    """Return whether a program that is called has recorded hooks of its results."""
+    if not isinstance(step, CallStep):
+        return False
+    made = [op_of(o).target for o in step.program.outputs if isinstance(o, Node)]
+    return any(isinstance(target, Hooked) for target in made)
 
 
 def has_chain(step: Any) -> bool:
@@ -234,16 +245,30 @@ class CallCuts:
         self.hooked = {
             n: hooks
             for n in self.nodes
-            if n in self.active and (hooks := live_hooks(n)) is not None
+            if n in self.active and (hooks := live_hooks(n) or self.recorded(n)) is not None
         }
         #: ops that autograd itself is to record: it saves a result, which has hooks
         self.saving: set[Node] = set()
         for n, hooks in self.hooked.items():
             self.cuts.update(n.users)
-            if isinstance(hooks, TensorHooks):  # those of all that reads the value
+            if isinstance(hooks, TensorHooks | RecordedHooks):  # those of all that reads the value
                 self.cuts.update(self.shown(n))
                 self.saving.update(filter(saves_a_result, map(op_of, self.shown(n))))
         self.stage = numbered(self.nodes, self.cuts, self.saving)
+
+    def recorded(self, n: Node) -> RecordedHooks | None:
+        """Return the hooks of a result that are recorded: autograd calls them before those that
+        the caller registers."""
+        ends = self.ends[: self.call.program.n_outputs]
+        mine = any(u in ends for u in n.users)
+        return recorded_hooks(n, self.call.__name__) if mine else None
+
+    def read(self, n: Node) -> Sequence[Node]:
+        """Return the values that a node reads."""
+        if n not in self.hooked:
+            return n._input_nodes
+        hooks = self.hooked[n]
+        return [*self.shown(n), *(hooks.residuals if isinstance(hooks, RecordedHooks) else ())]
 
     def shown(self, n: Node) -> list[Node]:
         """Return the values that a node with hooks passes on."""
@@ -284,10 +309,9 @@ class CallCuts:
         sources = {chain[0] for chain in self.views.values()}
         wanted = {n for n in self.ends if isinstance(n, Node)} | sources
         for n in self.nodes:
-            read = self.shown(n) if n in self.hooked else n._input_nodes
             wanted.update(
                 i
-                for i in read
+                for i in self.read(n)
                 if i in self.stage and (self.stage[i] < self.stage[n] or n in self.hooked)
             )
         for n in self.hooked:
@@ -325,12 +349,16 @@ class CallCuts:
                     step(partial(call_compiled, stage), [place[i] for i in reads], outs)
             for n in mine:
                 if (hooks := self.hooked.get(n)) is not None:
-                    shown, link = self.shown(n), n.target.link  # type: ignore[union-attr]
-                    items: list[Any] = [None] * len(shown)
+                    items: list[Any] = [None] * len(self.shown(n))
                     for u in n.users:
                         items[u.args[1]] = u  # type: ignore[index, call-overload]
-                    # what the front of a module leaves for what is behind it
-                    reads = [place[x] for x in (*shown, link) if x in place]
+                    reads = [place[x] for x in self.read(n)]
+                    if isinstance(hooks, RecordedHooks):
+                        step(hooks.register, reads, items)
+                        continue
+                    link = n.target.link  # type: ignore[union-attr]
+                    if link in place:  # what the front of a module leaves for what is behind it
+                        reads.append(place[link])
                     step(n.target.call(hooks), reads, [*items, link])  # type: ignore[union-attr]
                 if n in written:
                     step(write, [count + self.written[n], place[n]], [n])

@@ -253,6 +253,7 @@ def captured_entry(
     shared: list[Any] = []
     gradients: list[bool] = []
     errors: list[Exception] = []
+    given_now: list[tuple[Snapshot, list[str]]] = []
 
     def observed(*args: Any, **kwargs: Any) -> Any:
         before = environment_key()
@@ -276,7 +277,8 @@ def captured_entry(
                 result = tensors_of(e)
         give_to_autograd(trace, state)
         late[:] = [read_late(trace.late, compiled._names.opened)]
-        mine.check(argument_names(function, len(args)), name)
+        mine.check(names := argument_names(function, len(args)), name)
+        given_now[:] = [(mine, names)]
         places.extend(left_behind(state, compiled.titled, containers(given)))
         returned = recorded(result, places, state, mine)
         shared[:] = [skeleton(returned[0] if places else returned)]
@@ -315,6 +317,8 @@ def captured_entry(
     if family is not None and not compiled._names.tells_apart:
         following = family.following(values, arguments.leaves, compiled.pipeline.rounds)
     rec = captured(None) if following is None else followed(captured, following, state)
+    for mine, labels in given_now:  # by a hook that is recorded
+        mine.check(labels, name)
     rec.trace.seeds.check_compiled(known, name)
     held = held_by(rec.trace, state)
     rec.literal = not compiled.pipeline.takes_numbers(rec)

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from ..capture.bodies import Flow
 from ..capture.custom_derivative import CustomDerivative, Later, RuleProgram
+from ..capture.hooks import Hooked
 from ..errors import ArgumentError, CaptureError
 from ..graph import Program, verify_graph
 from ..trace.emit import Builder
@@ -97,6 +98,7 @@ def derivative(d: CustomDerivative, depth: int) -> dict[str, Any]:
 
     return {
         "derivative": d.__name__,
+        "hooked": isinstance(d, Hooked),
         "inputs": d.n_inputs,
         "values": as_data(d.vals, {}),
         "backward": rules(d.backward.items()),
@@ -195,7 +197,7 @@ def restored_derivative(data: dict[str, Any]) -> CustomDerivative:
         return tuple([(have and tuple(have), rule(part)) for have, part in backward])
 
     narrow = data["narrow"] and (tuple(data["narrow"][0]), rules(data["narrow"][1]))
-    return CustomDerivative(
+    return (Hooked if data.get("hooked") else CustomDerivative)(
         data["derivative"],
         data["inputs"],
         from_data(data["values"], []),

@@ -227,8 +227,7 @@ saving_op.register_autograd(
 )
 
 
-@pytest.mark.parametrize("way", BATCHED)
-@pytest.mark.parametrize("name", BY_ROWS)
+@pytest.mark.parametrize("name, way", every(2, [*itertools.product(BY_ROWS, BATCHED)]))
 def test_of_a_batch(name, way):
     f, after = BY_ROWS[name], lambda y: hooked(y, bent)
     if name == "a Function" and way.startswith(("vmap", "jit of vmap")):
@@ -254,6 +253,51 @@ def test_of_a_compiled_branch():
     for f in (torch.sin, lambda x: (x.sin(), x.cos())):
         got, want = (derivatives(g, lambda y: hooked(y, bent), 3) for g in (branch(f), f))
         assert_same(got, want)
+
+
+def scaled(h, k):
+    """Register a hook that is recorded: it reads what is computed inside."""
+    k = k.detach().mean()
+    h.register_hook(lambda g: bent(g) * k)
+    return h
+
+
+def twice(x):
+    h = scaled(scaled(x.exp(), x), x * 2)
+    return h, h.sin()
+
+
+#: functions that record hooks of their results
+RECORDED = {
+    "saved": lambda x: (scaled(x.exp(), x), x.cos()),
+    "not saved": lambda x: (scaled(x.sin(), x), x.cos()),
+    "read inside": lambda x: (h := scaled(x.exp(), x), h.sin()),
+    "two hooks": twice,
+    "of both": lambda x: (h := scaled(x.exp(), x), scaled(h.tanh(), h)),
+    "of the second": lambda x: (x.exp(), scaled(x.tanh(), x)),
+    "reads a result": lambda x: (scaled(x.exp(), y := x.cos()), y),
+}
+
+
+def kept(y):
+    y[0].retain_grad()
+    y[1].retain_grad()
+    (y[0].sin() * y[1]).sum().backward(retain_graph=True, create_graph=True)
+    return y[0].grad.sum() + y[1].grad.sin().sum()
+
+
+def taken(y):
+    g, h = torch.autograd.grad((y[0].sin() * y[1]).sum(), y, create_graph=True)
+    return g.sum() + h.sin().sum()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("after", [lambda y: hooked(y, bent), kept, taken])
+@pytest.mark.parametrize("name, way", every(3, [*itertools.product(RECORDED, WAYS)]))
+def test_recorded_hooks_act_before_those_of_the_caller(name, way, after):
+    f = RECORDED[name]
+    got, want = (derivatives(g, after, 2) for g in (WAYS[way](f), f))
+    assert_same(got, want, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])

@@ -433,6 +433,30 @@ def test_what_a_hook_may_not_hold():
         assert not x._backward_hooks
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["a list", "a dictionary", "a list in one"])
+def test_a_recorded_hook_may_not_change_an_argument(kind, way):
+    """It runs once, at the capture: a call would not see the change."""
+    given = {"a list": [], "a dictionary": {}, "a list in one": {"log": []}}[kind]
+    change = {
+        "a list": lambda g, log: log.append(g),
+        "a dictionary": lambda g, log: log.update(g=g),
+        "a list in one": lambda g, log: log["log"].append(g),
+    }[kind]
+
+    def f(x, log):
+        h = x.exp()
+        d = h.detach()
+        h.register_hook(lambda g: (change(g, log), g * d)[1])
+        return h.sin()
+
+    before, x = repr(given), leaf()
+    with pytest.raises(CaptureError, match="changes the list or dictionary that is its argument"):
+        WAYS[way](f)(x, given)
+    assert repr(given) == before
+    assert not x._backward_hooks
+
+
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("way", WAYS)
 def test_hooks_in_a_checkpoint(way, order):

@@ -1,0 +1,48 @@
+"""Recorded hooks of a result, registered at each call: autograd calls them before those that the
+caller registers, and hands what they return on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from ..capture.custom_derivative import CustomDerivative, RuleProgram
+from ..capture.hooks import Hooked
+from .execute import contiguous, execute
+from .late_state import at_moment, moment
+
+
+class RecordedHooks:
+    """The hooks of one value, as a program of its cotangent and of the ``residuals``."""
+
+    def __init__(self, rule: RuleProgram, residuals: Sequence[Node], name: str) -> None:
+        self.program, self.residuals, self.name = rule.program, residuals, name
+
+    def register(self, values: Sequence[Tensor]) -> list[Any]:
+        """Register them on the first of ``values``; the others are the residuals."""
+        (t, *residuals), then = values, moment()
+
+        def hook(g: Tensor) -> Tensor:
+            if then is not None:
+                then.check(self.name)
+            with at_moment(then):
+                return execute(self.program, [contiguous(g), *residuals])[0]
+
+        t.register_hook(hook)
+        return [t]
+
+
+def recorded_hooks(n: Node, name: str) -> RecordedHooks | None:
+    """Return the hooks that a node of a call's program records; None if there are none, or an
+    error of theirs."""
+    target = n.target
+    if not isinstance(target, Hooked):
+        return None
+    rule = CustomDerivative.part(target, target.backward, (True,))
+    if not isinstance(rule, RuleProgram) or not isinstance(rule.program.outputs[0], Node):
+        return None
+    residuals = target.parts(n)[2][rule.first : rule.first + rule.n_residuals]
+    return RecordedHooks(rule, residuals, name)
