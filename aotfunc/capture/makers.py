@@ -27,5 +27,5 @@ def maker(out: Any) -> str:
     if not isinstance(out, Node):
         return ""
     target = op_of(out).target
-    known = getattr(target, "made", ())
-    return known[out.args[1]] if known else name_of(target)  # type: ignore[index]
+    known = dict(enumerate(getattr(target, "made", ())))
+    return known.get(out.args[1], FUNCTION) if known else name_of(target)  # type: ignore

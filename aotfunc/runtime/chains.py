@@ -35,6 +35,7 @@ from .aliasing import memory_program
 from .autograd import call_compiled, op_by_op
 from .chain_steps import by_autograd, numbered, saves_a_result, stage_of, write
 from .execute import before_writes, write_back
+from .late_reads import late_reads, versions
 from .recorded_hooks import RecordedHooks, recorded_hooks
 
 
@@ -171,9 +172,10 @@ class Chain:
         outs: Sequence[int],
         views: dict[int, int],
         written: Sequence[int],
+        late: Sequence[int],
     ) -> None:
-        self.program, self.steps, self.outs = program, steps, outs
-        self.views, self.written = views, written
+        self.program, self.steps, self.outs, self.views = program, steps, outs, views
+        self.written, self.late = written, late
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], dict[int, Tensor]]:
         program = self.program
@@ -185,6 +187,8 @@ class Chain:
             outs.append(values[i].clone() if i in given or i in self.outs[:k] else values[i])
         if program.mutated:
             write_back(program, tensors, outs, self.written)
+        for i in self.late:
+            values[i] += versions(late_reads(program), tensors, outs)
         return outs[: program.n_outputs], {k: values[i] for k, i in self.views.items()}
 
 
@@ -354,7 +358,7 @@ class CallCuts:
                         items[u.args[1]] = u  # type: ignore[index, call-overload]
                     reads = [place[x] for x in self.read(n)]
                     if isinstance(hooks, RecordedHooks):
-                        step(hooks.register, reads, items)
+                        step(hooks.register, reads, [*items, hooks])
                         continue
                     link = n.target.link  # type: ignore[union-attr]
                     if link in place:  # what the front of a module leaves for what is behind it
@@ -368,4 +372,5 @@ class CallCuts:
                     step(by_autograd([source], calls, [n], said), [place[source]], [n])
         views = {k: place[n] for k, n in enumerate(self.returned) if n in self.views}
         done = [self.written[n] for n in written]
-        return Chain(self.call.program, steps, [place[n] for n in self.ends], views, done)
+        late = [place[h] for h in self.hooked.values() if isinstance(h, RecordedHooks)]
+        return Chain(self.call.program, steps, [place[n] for n in self.ends], views, done, late)

@@ -12,6 +12,7 @@ from torch.fx import Node
 from ..capture.custom_derivative import CustomDerivative, RuleProgram
 from ..capture.hooks import Hooked
 from .execute import contiguous, execute
+from .late_reads import Versions, check_unwritten
 from .late_state import at_moment, moment
 
 
@@ -22,17 +23,20 @@ class RecordedHooks:
         self.program, self.residuals, self.name = rule.program, residuals, name
 
     def register(self, values: Sequence[Tensor]) -> list[Any]:
-        """Register them on the first of ``values``; the others are the residuals."""
+        """Register them on the first of ``values``; the others are the residuals. Return it, and
+        the list of what may not be written to until they are called."""
         (t, *residuals), then = values, moment()
+        read_late: Versions = []
 
         def hook(g: Tensor) -> Tensor:
+            check_unwritten(read_late, self.name)
             if then is not None:
                 then.check(self.name)
             with at_moment(then):
                 return execute(self.program, [contiguous(g), *residuals])[0]
 
         t.register_hook(hook)
-        return [t]
+        return [t, read_late]
 
 
 def recorded_hooks(n: Node, name: str) -> RecordedHooks | None:
