@@ -224,6 +224,7 @@ def facts(
         "tasks": tasks,
         "kin": relation(),
         "watched": {},
+        "rewritable": rewritable(halves),
         "keeping": [k for k in part[0] if k in halves.keeping],
         "lifts": {},
         "residuals": {i: None if isinstance(r, Tensor) else r for i, r in residuals.items()},
@@ -298,7 +299,7 @@ class CompiledFunction(torch.autograd.Function):
         ctx.versions = [*map(version, needed)]
         ctx.memory = storages(needed)
         ctx.keeps = bool(needed or kept)
-        ctx.saved_versions = [*map(version, kept)] if rewritable(ctx.halves) else ()
+        ctx.saved_versions = [*map(version, kept)] if ctx.rewritable else ()
         #: the results whose gradients were taken; what was saved for these is gone
         ctx.done = frozenset()
         return tuple(results)

@@ -14,11 +14,11 @@ def rewritten(ctx: Any) -> bool:
     """Return whether such a result of a node was written to."""
     if not ctx.saved_versions or ctx.done or ctx.inputs is None:
         return False
-    free = rewritable(ctx.halves)
     kept = [i for i, r in ctx.residuals.items() if r is None]
     each = zip(kept, ctx._raw_saved_tensors, ctx.saved_versions, strict=False)
+    mine = [(saved, before) for i, saved, before in each if i in ctx.rewritable]
     try:
-        return any(i in free and saved.data._version != before for i, saved, before in each)
+        return any(saved.data._version != before for saved, before in mine)
     except RuntimeError:  # the caller's saved_tensors_hooks hold it
         return False
 
