@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from ..graph import acts, draws
 from ..trace.shapes.sig import Facts
+from ..transforms.rules.layouts import gather
 
 #: libraries whose functional ops compute the same from the same inputs, unless tagged as random
 TRUSTED = frozenset({"aten", "prims", "prim", "aotfunc"})
@@ -66,7 +67,13 @@ def is_pinned(n: Node) -> bool:
 
 def region(n: Node) -> Any:
     """Return the checkpointed region that the node lies in, or None."""
-    return n.meta.get("recompute", n.meta.get("region"))
+    return n.meta.get("recompute", n.meta.get("region", n if gathers_again(n) else None))
+
+
+def gathers_again(n: Node) -> bool:
+    """Return whether the node gathers what lies in parts, and the backward is to do so again
+    instead of keeping the whole."""
+    return n.target is gather and bool(n.args[-1])
 
 
 def once(n: Node) -> bool:
@@ -79,7 +86,7 @@ def once(n: Node) -> bool:
         or torch.Tag.pointwise in op.tags
         or region(n) is not None
     )
-    return not known or is_pinned(n)
+    return not known or (is_pinned(n) and not gathers_again(n))
 
 
 def is_symbol(n: Node) -> bool:

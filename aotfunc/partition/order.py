@@ -6,6 +6,7 @@ reader, and so does what takes more memory than it frees."""
 
 from __future__ import annotations
 
+from .ops import gathers_again
 from .roles import Joint, ancestors
 
 
@@ -27,14 +28,16 @@ def schedule(joint: Joint, held: set[int], hosted: set[int]) -> tuple[list[int],
     run = [live or want for live, want in zip(joint.live, wanted, strict=True)]
     for i in hosted:
         run[i] = True
-    return early, right_before(joint, places_before(joint, run), run)
+    # the order of collectives is one for all processes, whose batches may have other sizes
+    size = [0] * len(nodes) if any(map(gathers_again, nodes)) else joint.layout.size
+    return early, right_before(joint, places_before(joint, run, size), run, size)
 
 
-def places_before(joint: Joint, run: list[bool]) -> list[int]:
+def places_before(joint: Joint, run: list[bool], size: list[int]) -> list[int]:
     """Return for each node that the late part runs the one before whose run it stands: its first
     reader's for what is computed again, and for what takes more memory than it frees; the node
     itself for all others."""
-    owner, size = joint.layout.owner, joint.layout.size
+    owner = joint.layout.owner
     count = len(run)
     before, last = [count] * count, [-1] * count  # of an owner's readers the last one
     for i in range(count - 1, -1, -1):
@@ -53,11 +56,11 @@ def places_before(joint: Joint, run: list[bool]) -> list[int]:
     return before
 
 
-def right_before(joint: Joint, before: list[int], run: list[bool]) -> list[int]:
+def right_before(joint: Joint, before: list[int], run: list[bool], size: list[int]) -> list[int]:
     """Return the nodes that ``run`` in order, each in the group of the node ``before`` which it
     stands. Of the inputs of a node those come first that need most memory beside their result
     (Sethi and Ullman, JACM 17, 1970)."""
-    size, count = joint.layout.size, len(run)
+    count = len(run)
     need, inputs = [0] * count, list(joint.inputs)
     for i in range(count):
         if run[i]:

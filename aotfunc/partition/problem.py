@@ -24,7 +24,7 @@ from torch.fx import Node
 from ..errors import PartitionError
 from ..trace.records import saves, verdict
 from .cost import Cost, nbytes
-from .ops import base, is_random, is_single, is_symbol, is_view, once, region
+from .ops import base, gathers_again, is_random, is_single, is_symbol, is_view, once, region
 from .policies import Policy, Verdict
 from .roles import Joint, ancestors, describe
 from .solve import INF, Network
@@ -233,7 +233,7 @@ def regions(joint: Joint) -> tuple[set[int], set[int]]:
         if joint.forward[i]:
             read.update(p for p in inputs[i] if p in lies_in and lies_in.get(i) != lies_in[p])
     border = {joint.index[base(nodes[i])] for i in read} & lies_in.keys()
-    return set(lies_in), border
+    return set(lies_in), {i for i in border if not gathers_again(nodes[i])}
 
 
 def check_feasible(problem: Problem) -> None:

@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx import Node
 
 from ..errors import PartitionError
-from .ops import base, is_single, once
+from .ops import base, gathers_again, is_single, once
 from .roles import Joint, describe, read_joint
 
 
@@ -77,7 +77,12 @@ def check(fw: fx.GraphModule, bw: fx.GraphModule, roles: Joint) -> None:
     }
     for what, run, side in (("forward", run_early, False), ("backward", run_late, True)):
         due = [name for name, late in pinned.items() if late is side]
-        expect(f"draws and effects of the {what}", [name for name in run if name in pinned], due)
+        ran = [
+            name
+            for name in run
+            if name in pinned and (pinned[name] is side or not gathers_again(named[name]))
+        ]
+        expect(f"draws and effects of the {what}", ran, due)
     check_saved([named[s] for s in saved], early[-1].args[0][len(roles.early_outputs) :])
 
 

@@ -17,6 +17,7 @@ from ..capture.axes import axes
 from ..capture.calls import CompiledCall, CompiledStep
 from ..capture.capture import argument_names, as_called, capture, labelled, parameter_names
 from ..capture.captured import Captured
+from ..capture.gathering import gathering
 from ..capture.instances import containers, remade
 from ..capture.tree import Arguments, rebuilder
 from ..graph import Program, kept_alive
@@ -267,7 +268,8 @@ def captured_entry(
         mine = Snapshot(args, kwargs)
         trace: Any = current()
         trace.live_hooks = []
-        with compiled._names.watching(), axes({}):  # those outside are not in the key
+        # axes outside are not in the key
+        with compiled._names.watching(), axes({}), gathering():
             try:
                 result = called(*args, **kwargs)
             except Exception as e:

@@ -159,7 +159,16 @@ def to_local(x: Any, shape: Any, stride: Any, of: str, back: str) -> Tensor:
     return torch.empty_strided(shape, stride, dtype=part.dtype, device=part.device).copy_(part)
 
 
+def gather(
+    x: Any, shape: Any, stride: Any, dtype: torch.dtype, reduce: Any, of: str, *_: Any
+) -> Tensor:
+    if x.dtype != dtype:
+        x = step(torch.ops.aten._to_copy.default, (x,), {"dtype": dtype})
+    return to_local(x, shape, stride, of, of)
+
+
 BETWEEN: dict[Any, Callable] = {
+    layouts.gather.default: gather,
     layouts.redistribute.default: redistribute,
     layouts.from_local.default: from_local,
     layouts.to_local.default: to_local,

@@ -76,6 +76,7 @@ class Tape:
     place: tuple | None = None  # the index asked for its number, see special
     in_lstsq = False
     dtensors = False  # whether it may have DTensors
+    gathering: Any = None  # what FSDP2's modules have gathered, see capture.gathering
 
     def __init__(
         self,

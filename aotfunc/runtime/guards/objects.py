@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...cache import remembered
+from ...capture.gathering import prepare, settings, state_of
 from ...trace.holding import slots_of
 from .description import NOTHING, Description, passing
 from .keys import Named, noted
@@ -160,6 +161,11 @@ class Objects(Description):
         cls, table = type(m), m.__dict__
         self._modules = True
         self.require(f"type({v})", cls)
+        if (sharded := state_of(m)) is not None:
+            prepare(sharded, label)
+            now = settings(m)
+            self.key += map(tuple, now)
+            self.lines.append(f"if {self.constant(settings)}({v}) != {self.constant(now)}: return")
         self.key.append(id(cls))
         self.opaque.append(cls)
         self.class_of(cls)

@@ -9,7 +9,6 @@ from ...errors import CaptureError
 
 #: how a user makes the classes, and what they do
 _WRAPPERS = {
-    "FSDPModule": ("fully_shard", "gathers parameters and frees them"),
     "FullyShardedDataParallel": ("FullyShardedDataParallel", "gathers parameters and frees them"),
     "DistributedDataParallel": ("DistributedDataParallel", "averages gradients"),
 }

@@ -48,6 +48,16 @@ to_local = defined(
     "to_local(Tensor x, int[] shape, int[] stride, str of, str back) -> Tensor", strided
 )
 
+#: the whole, for each process and in the dtype ``dtype``, of what lies as ``back`` says. Its
+#: cotangents, one of each process, are added up or averaged as ``sums`` says, in the dtype
+#: ``reduce``. ``call`` tells the calls of a module apart. ``again``: the backward gathers it again
+#: instead of keeping it
+gather = defined(
+    "gather(Tensor x, int[] shape, int[] stride, ScalarType dtype, ScalarType? reduce, str of, "
+    "str sums, str back, int call, bool again) -> Tensor",
+    lambda x, shape, stride, dtype, *_: x.new_empty_strided(shape, stride, dtype=dtype),
+)
+
 
 def summed(layout: str) -> str:
     """Return the layout in which cotangents arrive: parts that are to be added up are added up."""
@@ -63,4 +73,21 @@ linear(
 linear(
     to_local,
     lambda g, x, shape, stride, of, back: from_local(g, x.shape, x.stride(), back, summed(back)),
+)
+
+
+def scattered(g: Tensor, x: Tensor, reduce: Any, sums: str, back: str) -> Tensor:
+    """Return the cotangents of all processes, reduced, each process's part of it."""
+    if reduce is not None and g.dtype != reduce:
+        g = g.to(reduce)
+    whole = from_local(g.contiguous(), x.shape, x.stride(), sums, summed(sums))
+    part = redistribute(whole, back, summed(sums))
+    return part if part.dtype == x.dtype else part.to(x.dtype)
+
+
+linear(
+    gather,
+    lambda g, x, shape, stride, dtype, reduce, of, sums, back, *_: scattered(
+        g, x, reduce, sums, back
+    ),
 )
