@@ -26,6 +26,7 @@ from ..trace.tracer import Trace, on_functions
 from . import patches
 from .captured import Captured
 from .concretize import agreed
+from .gathering import exchanged
 from .instances import reassigned
 from .plain_trees import flatten_plain
 from .tree import Arguments, leaf_labels
@@ -128,7 +129,7 @@ def capture(
             )
         return Captured(trace, result, name_of or (lambda: ()))
 
-    with doing(lambda: so_far(trace)):
+    with doing(lambda: so_far(trace)), exchanged():
         recorded = record_into(trace, call)
     trace.seeds.check()
     return recorded

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -49,10 +49,11 @@ def prepare(state: Any, label: str) -> None:
             f"{label} is a module of fully_shard whose forward or backward is under "
             f"way{at(user_line())}: compile the parts that it calls, each by itself"
         )
-    state._lazy_init()
-    for g in groups:
-        g.wait_for_unshard()  # if somebody has begun one
-        g.reshard()
+    with no_recording(), _disable_current_modes():
+        state._lazy_init()
+        for g in groups:
+            g.wait_for_unshard()  # if somebody has begun one
+            g.reshard()
 
 
 #: what may change from call to call, and decides how a group is gathered
@@ -100,11 +101,10 @@ def unknown(group: Any) -> str | None:
 class Gathering:
     """The parameters that are whole in one recording."""
 
-    def __init__(self) -> None:
+    def __init__(self, states: list[Any]) -> None:
         #: group -> the tables of its modules, and what was in them
         self.before: dict[Any, list[tuple[Any, Any, Any]]] = {}
-        self.states: list[Any] = []
-        self.calls = 0
+        self.states, self.calls = states, 0
 
     def gather(self, trace: Any, group: Any) -> None:
         """Put whole parameters into the modules of a group, unless they are there."""
@@ -127,14 +127,18 @@ class Gathering:
                     table[key] = whole
 
     def release(self, group: Any) -> None:
-        """Put the parts back into the modules of a group."""
+        """Put the parts back into the modules of a group, unless it keeps what it gathered."""
+        if group._training_state.name != "FORWARD" or group._reshard_after_forward:
+            self.put_back(group)
+
+    def put_back(self, group: Any) -> None:
         for table, key, x in reversed(self.before.pop(group, [])):
             table[key] = x
 
     def end(self) -> None:
         """Leave all modules as between two calls."""
         for group in list(self.before):
-            self.release(group)
+            self.put_back(group)
         for state in self.states:
             for x in (state, *groups_of(state)):
                 x._training_state = type(x._training_state).IDLE
@@ -160,7 +164,7 @@ def gathered(trace: Any, group: Any, p: Any, call: int) -> Tensor:
         whole_of(trace, p.sharded_param),
         p._orig_size,
         p._contiguous_orig_stride,
-        p.param_dtype or p.orig_dtype,
+        p.param_dtype or p.sharded_param.dtype,
         p.reduce_dtype,
         everywhere(Replicate()),
         everywhere(Partial("avg")),
@@ -170,28 +174,31 @@ def gathered(trace: Any, group: Any, p: Any, call: int) -> Tensor:
     )
 
 
-def gathering() -> Any:
-    """Let modules of FSDP2 gather by ops of the recording inside the block."""
-    return recording() if f"{FSDP}_fully_shard" in sys.modules else nullcontext()
-
-
 @contextmanager
-def recording() -> Iterator[None]:
+def gathering() -> Iterator[None]:
+    """Let modules of FSDP2 gather by ops of the recording inside the block."""
     trace: Any = current()
-    trace.gathering = Gathering()
-    with exchanged():
-        try:
-            yield
-        finally:
-            trace.gathering.end()
+    trace.gathering = Gathering([])
+    try:
+        yield
+    finally:
+        trace.gathering.end()
+
+
+def exchanged() -> AbstractContextManager:
+    """Exchange what the hooks of FSDP2 call, if it is imported."""
+    return exchange() if f"{FSDP}_fully_shard" in sys.modules else _NONE
+
+
+_NONE = nullcontext()
 
 
 @functools.cache
-def exchanged() -> Exchange:
+def exchange() -> Exchange:
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
     from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
-    def instead(cls: type, name: str, ours: Any) -> tuple:
+    def recorded(cls: type, name: str, ours: Callable) -> Callable:
         original = getattr(cls, name)
 
         @functools.wraps(original)
@@ -199,46 +206,41 @@ def exchanged() -> Exchange:
             trace = current()
             if trace is None:
                 return original(self, *args, **kwargs)
-            if trace.gathering is None:
-                raise CaptureError(
-                    "modules of fully_shard are called by compiled functions (jit, aot_function, "
-                    "aot_module), outside of their loops and branches, and by nothing else that "
-                    f"is captured{at(user_line())}"
-                )
-            return ours(trace, self, *args, **kwargs)
+            return ours(trace.gathering, self, *args, **kwargs)
 
-        return (cls, name), f
-
-    def unshard(trace: Any, group: Any, async_op: bool = False) -> None:
-        trace.gathering.gather(trace, group)
-
-    def reshard(trace: Any, group: Any) -> None:
-        if group._training_state.name != "FORWARD" or group._reshard_after_forward:
-            trace.gathering.release(group)
+        return f
 
     first = FSDPState._root_pre_forward
 
-    def root_pre_forward(trace: Any, state: Any, module: Any, args: Any, kwargs: Any) -> Any:
-        trace.gathering.states.append(state)
+    def root_pre_forward(found: Any, state: Any, *args: Any) -> Any:
+        if found is None:
+            Gathering([state]).end()
+            raise CaptureError(
+                "modules of fully_shard are called by compiled functions (jit, aot_function, "
+                "aot_module), outside of their loops and branches, and by nothing else that is "
+                f"captured{at(user_line())}"
+            )
+        found.states.append(state)
         with no_recording(), _disable_current_modes():
             state._lazy_init()
-        return first(state, module, args, kwargs)
+        return first(state, *args)
 
+    ours = {
+        FSDPState: {
+            "_root_pre_forward": root_pre_forward,
+            "_register_pre_backward_hook": lambda found, state, output: output,
+        },
+        FSDPParamGroup: {
+            "unshard": lambda found, group, *_: found.gather(current(), group),
+            "reshard": lambda found, group: found.release(group),
+            "_register_post_backward_hook": lambda found, group, args, kwargs: (args, kwargs),
+            "_record_post_forward": lambda found, group: None,
+        },
+    }
     return Exchange(
-        dict(
-            [
-                instead(FSDPParamGroup, "unshard", unshard),
-                instead(FSDPParamGroup, "reshard", reshard),
-                instead(
-                    FSDPParamGroup,
-                    "_register_post_backward_hook",
-                    lambda trace, group, args, kwargs: (args, kwargs),
-                ),
-                instead(FSDPParamGroup, "_record_post_forward", lambda trace, group: None),
-                instead(FSDPState, "_root_pre_forward", root_pre_forward),
-                instead(
-                    FSDPState, "_register_pre_backward_hook", lambda trace, state, output: output
-                ),
-            ]
-        )
+        {
+            (cls, name): recorded(cls, name, f)
+            for cls, table in ours.items()
+            for name, f in table.items()
+        }
     )

@@ -76,6 +76,11 @@ def gathers_again(n: Node) -> bool:
     return n.target is gather and bool(n.args[-1])
 
 
+def reads_gathered(n: Node) -> bool:
+    """Return whether a node computes with a value that is gathered again."""
+    return not is_view(n) and any([gathers_again(base(i)) for i in n._input_nodes])
+
+
 def once(n: Node) -> bool:
     """Return whether the node may run only once, because a second run could give another value or
     be seen."""

@@ -7,6 +7,8 @@ Some values cost nothing, or are ruled out under every policy:
 - of tuples the parts are saved; inputs and parameters are kept by the caller anyway, so saving
   them is free;
 - draws, effects and unknown ops never run twice;
+- what reads parameters that were gathered runs twice where that was asked for, and never to save
+  memory: the processes, whose batches may have other sizes, gather again in the same order;
 - the inside of a checkpointed region is not saved, except draws, what the forward reads outside,
   and what the region's policy lets be saved;
 - *free* values, which only the backward needs, run once on either side, so only what must be kept
@@ -24,7 +26,17 @@ from torch.fx import Node
 from ..errors import PartitionError
 from ..trace.records import saves, verdict
 from .cost import Cost, nbytes
-from .ops import base, gathers_again, is_random, is_single, is_symbol, is_view, once, region
+from .ops import (
+    base,
+    gathers_again,
+    is_random,
+    is_single,
+    is_symbol,
+    is_view,
+    once,
+    reads_gathered,
+    region,
+)
 from .policies import Policy, Verdict
 from .roles import Joint, ancestors, describe
 from .solve import INF, Network
@@ -69,7 +81,12 @@ class Problem:
         #: time to compute it once more; infinite where that is ruled out
         self.time = np.array(
             [
-                INF if v >= Verdict.OFFLOAD or n.op == "placeholder" or once(n) else cost.time(n)
+                INF
+                if v >= Verdict.OFFLOAD
+                or n.op == "placeholder"
+                or once(n)
+                or (v != Verdict.RECOMPUTE and reads_gathered(n))
+                else cost.time(n)
                 for n, v in zip(self.nodes, verdicts, strict=True)
             ],
             dtype=float,
