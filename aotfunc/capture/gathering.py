@@ -225,7 +225,7 @@ def exchange() -> Exchange:
             state._lazy_init()
         return first(state, *args)
 
-    ours = {
+    ours: dict[type, dict[str, Callable]] = {
         FSDPState: {
             "_root_pre_forward": root_pre_forward,
             "_register_pre_backward_hook": lambda found, state, output: output,

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from ..graph import acts, draws
 from ..trace.shapes.sig import Facts
-from ..transforms.rules.layouts import gather
+from ..transforms.rules.layouts import gather, scatter
 
 #: libraries whose functional ops compute the same from the same inputs, unless tagged as random
 TRUSTED = frozenset({"aten", "prims", "prim", "aotfunc"})
@@ -68,6 +68,11 @@ def is_pinned(n: Node) -> bool:
 def region(n: Node) -> Any:
     """Return the checkpointed region that the node lies in, or None."""
     return n.meta.get("recompute", n.meta.get("region", n if gathers_again(n) else None))
+
+
+def is_together(n: Node) -> bool:
+    """Return whether the node is one of several that are one collective."""
+    return n.target in (gather, scatter)
 
 
 def gathers_again(n: Node) -> bool:

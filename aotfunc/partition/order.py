@@ -6,7 +6,7 @@ reader, and so does what takes more memory than it frees."""
 
 from __future__ import annotations
 
-from .ops import gathers_again
+from .ops import is_together
 from .roles import Joint, ancestors
 
 
@@ -28,8 +28,9 @@ def schedule(joint: Joint, held: set[int], hosted: set[int]) -> tuple[list[int],
     run = [live or want for live, want in zip(joint.live, wanted, strict=True)]
     for i in hosted:
         run[i] = True
-    # the order of collectives is one for all processes, whose batches may have other sizes
-    size = [0] * len(nodes) if any(map(gathers_again, nodes)) else joint.layout.size
+    # what a module gathers or reduces together is the same for all processes, whose batches may
+    # have other sizes
+    size = [0] * len(nodes) if any(map(is_together, nodes)) else joint.layout.size
     return early, right_before(joint, places_before(joint, run, size), run, size)
 
 

@@ -27,6 +27,7 @@ from ..trace.kinds import is_dtensor
 from ..trace.patches import Exchange
 from ..trace.placing import dtensor, moved, on_whole, replicated, rule_for, spec_of, waited
 from ..transforms.lower import EVERYTHING, lowered
+from .together import TOGETHER, one_collective
 
 layouts = torch.ops.aotfunc_layout
 
@@ -122,7 +123,9 @@ def run_whole(program: Program, tensors: Sequence[Any]) -> list:
     """Run a program of whole tensors on DTensors."""
     env: dict[Node, Any] = dict(zip(program.placeholders, tensors, strict=True))
     for n in program.graph.nodes:
-        if n.op == "call_function":
+        if n.target in TOGETHER and n not in env:
+            env.update(one_collective(n, env))
+        elif n.op == "call_function" and n not in env:
             env[n] = step(n.target, remap(n.args, env), remap_dict(n.kwargs, env))
     return list(remap(program.outputs, env))
 
@@ -159,16 +162,7 @@ def to_local(x: Any, shape: Any, stride: Any, of: str, back: str) -> Tensor:
     return torch.empty_strided(shape, stride, dtype=part.dtype, device=part.device).copy_(part)
 
 
-def gather(
-    x: Any, shape: Any, stride: Any, dtype: torch.dtype, reduce: Any, of: str, *_: Any
-) -> Tensor:
-    if x.dtype != dtype:
-        x = step(torch.ops.aten._to_copy.default, (x,), {"dtype": dtype})
-    return to_local(x, shape, stride, of, of)
-
-
 BETWEEN: dict[Any, Callable] = {
-    layouts.gather.default: gather,
     layouts.redistribute.default: redistribute,
     layouts.from_local.default: from_local,
     layouts.to_local.default: to_local,
@@ -195,7 +189,9 @@ def laid_as_inputs(program: Program, tensors: Sequence[Any]) -> tuple[Program, b
     """Return the program with gradients laid out as its inputs are; whether it has DTensors."""
     texts = tuple([of_spec(t._spec, summed=True) if is_dtensor(t) else None for t in tensors])
     if not any(texts):
-        return program, any(n.target in BETWEEN for n in program.graph.nodes)
+        return program, any(
+            n.target in BETWEEN or n.target in TOGETHER for n in program.graph.nodes
+        )
 
     def make() -> Program:
         b = Builder()

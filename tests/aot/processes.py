@@ -202,6 +202,9 @@ def main(rank, count, file):
     from .dtensors import check_dtensors  # imports much
 
     check_dtensors(count)
+    from .fully_sharded import check_fully_sharded
+
+    check_fully_sharded(rank, count)
     if count == 2:  # more processes train by the same collectives
         check_in_place(rank)
         check_refusals()

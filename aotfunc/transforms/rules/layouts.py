@@ -48,14 +48,20 @@ to_local = defined(
     "to_local(Tensor x, int[] shape, int[] stride, str of, str back) -> Tensor", strided
 )
 
-#: the whole, for each process and in the dtype ``dtype``, of what lies as ``back`` says. Its
-#: cotangents, one of each process, are added up or averaged as ``sums`` says, in the dtype
-#: ``reduce``. ``call`` tells the calls of a module apart. ``again``: the backward gathers it again
-#: instead of keeping it
+#: The whole for each process, in the dtype ``dtype``, of what lies as ``back`` says. The graph has
+#: one for each tensor of a ``call``; all of a call are one collective. ``again``: the backward
+#: gathers it again instead of keeping it
 gather = defined(
     "gather(Tensor x, int[] shape, int[] stride, ScalarType dtype, ScalarType? reduce, str of, "
     "str sums, str back, int call, bool again) -> Tensor",
     lambda x, shape, stride, dtype, *_: x.new_empty_strided(shape, stride, dtype=dtype),
+)
+#: The cotangent of what ``gather`` takes: the cotangents of all processes are added up or averaged
+#: as ``sums`` says, in the dtype ``reduce``
+scatter = defined(
+    "scatter(Tensor g, int[] shape, int[] stride, ScalarType dtype, ScalarType? reduce, str of, "
+    "str sums, str back, int call) -> Tensor",
+    lambda g, shape, stride, dtype, *_: g.new_empty_strided(shape, stride, dtype=dtype),
 )
 
 
@@ -74,20 +80,11 @@ linear(
     to_local,
     lambda g, x, shape, stride, of, back: from_local(g, x.shape, x.stride(), back, summed(back)),
 )
-
-
-def scattered(g: Tensor, x: Tensor, reduce: Any, sums: str, back: str) -> Tensor:
-    """Return the cotangents of all processes, reduced, each process's part of it."""
-    if reduce is not None and g.dtype != reduce:
-        g = g.to(reduce)
-    whole = from_local(g.contiguous(), x.shape, x.stride(), sums, summed(sums))
-    part = redistribute(whole, back, summed(sums))
-    return part if part.dtype == x.dtype else part.to(x.dtype)
-
-
 linear(
     gather,
-    lambda g, x, shape, stride, dtype, reduce, of, sums, back, *_: scattered(
-        g, x, reduce, sums, back
-    ),
+    lambda g, x, shape, stride, dtype, *how: scatter(g, x.shape, x.stride(), x.dtype, *how[:-1]),
+)
+linear(
+    scatter,
+    lambda c, g, shape, stride, dtype, *how: gather(c, g.shape, g.stride(), g.dtype, *how, False),
 )
