@@ -56,7 +56,7 @@ def prepare(state: Any, label: str) -> None:
             g.reshard()
 
 
-#: what may change from call to call, and decides how a group is gathered
+#: what may change from call to call
 _settings = attrgetter(
     *("_sharded_state", "_training_state", "_reshard_after_forward", "unshard_in_backward"),
     *("reduce_grads", "all_reduce_grads", "gradient_divide_factor", "_all_reduce_hook"),
@@ -65,6 +65,7 @@ _settings = attrgetter(
 
 
 def settings(m: nn.Module) -> list:
+    """Return what decides how the groups of a module of FSDP2 are gathered."""
     return [
         (*_settings(g), getattr(g, "reduce_scatter_unused_params", False))
         for g in groups_of(state_of(m))
@@ -195,6 +196,8 @@ _NONE = nullcontext()
 
 @functools.cache
 def exchange() -> Exchange:
+    """Return the functions that gather, let go and wait for the backward, as a recording has
+    them."""
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
     from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
@@ -206,20 +209,21 @@ def exchange() -> Exchange:
             trace = current()
             if trace is None:
                 return original(self, *args, **kwargs)
+            if trace.gathering is None:
+                if cls is FSDPState:  # its hook has begun the call
+                    Gathering([self]).end()
+                raise CaptureError(
+                    "modules of fully_shard are called by compiled functions (jit, aot_function, "
+                    "aot_module), outside of their loops and branches, and by nothing else that "
+                    f"is captured{at(user_line())}"
+                )
             return ours(trace.gathering, self, *args, **kwargs)
 
         return f
 
     first = FSDPState._root_pre_forward
 
-    def root_pre_forward(found: Any, state: Any, *args: Any) -> Any:
-        if found is None:
-            Gathering([state]).end()
-            raise CaptureError(
-                "modules of fully_shard are called by compiled functions (jit, aot_function, "
-                "aot_module), outside of their loops and branches, and by nothing else that is "
-                f"captured{at(user_line())}"
-            )
+    def root_pre_forward(found: Gathering, state: Any, *args: Any) -> Any:
         found.states.append(state)
         with no_recording(), _disable_current_modes():
             state._lazy_init()

@@ -281,7 +281,8 @@ _LISTS = [
     for name in dir(torch)
     if name.startswith("_foreach_") and name.endswith("_")
     for packet in [getattr(aten, name)]
-    for op in map(packet.__getattr__, packet.overloads())
+    for overload in packet.overloads()
+    for op in [getattr(packet, overload)]  # (__getattr__ itself would make another one)
 ]
 _ANSWERS: dict[OpOverload, Callable] = {
     **{op: partial(_on_lists, op) for op in _LISTS},

@@ -110,7 +110,7 @@ def trained(net, tokens):
         results[-1].square().mean().backward()
         states += gradients(net)
         if len({isinstance(p, DTensor) for p in net.parameters()}) == 1:
-            nn.utils.clip_grad_norm_(net.parameters(), 0.5, foreach=False)
+            nn.utils.clip_grad_norm_(net.parameters(), 0.5, foreach=True)
         optimizer.step()
         states += [whole(p).detach().clone() for p in net.parameters()]
     return results, states

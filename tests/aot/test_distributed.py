@@ -55,3 +55,19 @@ def test_named_ranges_of_the_profiler():
     with torch.profiler.profile() as p:
         jit(f, "eager")(x)
     assert "a range" in {e.key for e in p.key_averages()}
+
+
+OPS = """
+import torch
+schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("aten::")]
+packets = {s.name[6:]: getattr(torch.ops.aten, s.name[6:]) for s in schemas}
+ops = lambda: [getattr(p, o) for p in packets.values() for o in p.overloads()]
+before = ops()
+import aotfunc
+assert all(x is y for x, y in zip(before, ops(), strict=True))
+"""
+
+
+def test_ops_are_the_same_after_the_import():
+    """DTensor's rules, and tables of others, know them by identity."""
+    subprocess.run([sys.executable, "-c", OPS], cwd=ROOT, check=True)
