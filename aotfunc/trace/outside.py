@@ -102,7 +102,10 @@ def resize_storage(self: torch.UntypedStorage, size: int) -> Any:
 def reached(trace: Trace) -> Iterator[Tensor]:
     """Yield the tensors outside of all recordings that a recording has met."""
     for t in (*trace.origins, *trace.lifted):
-        yield from reached(t.tracer) if t.__class__ is Traced else (t,)  # type: ignore[attr-defined]
+        if t.__class__ is Traced:
+            yield from reached(t.tracer)  # type: ignore[attr-defined]
+        else:
+            yield t
 
 
 def unpack_dual(tensor: Tensor, *, level: int | None = None) -> Any:
