@@ -179,16 +179,16 @@ class Unfit(Exception):
 FUNCTIONS: dict[str, Any] = {
     name: getattr(torch, name)
     for name in (
-        *("add", "sub", "mul", "neg", "abs", "sqrt", "rsqrt", "reciprocal"),
-        *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan"),
-        *("asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
-        *("erf", "erfc", "sigmoid", "lgamma", "pow", "atan2", "fmod", "hypot", "copysign"),
-        *("floor", "ceil", "trunc", "round", "maximum", "minimum", "where"),
-        *("eq", "ne", "lt", "le", "gt", "ge"),
-        *("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not"),
+        *("add", "sub", "mul", "neg", "abs", "sqrt", "rsqrt", "reciprocal", "exp", "exp2"),
+        *("expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan"),
+        *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "erfc", "sigmoid", "lgamma"),
+        *("pow", "atan2", "fmod", "hypot", "copysign", "floor", "ceil", "trunc", "round"),
+        *("maximum", "minimum", "where", "eq", "ne", "lt", "le", "gt", "ge", "bitwise_and"),
+        *("bitwise_or", "bitwise_xor", "bitwise_not", "bitwise_left_shift", "bitwise_right_shift"),
     )
 } | {
     "div": torch.true_divide,
+    "quotient": lambda x, y: torch.div(x, y, rounding_mode="trunc"),
     "fma": lambda x, y, z: (x.double() * y.double() + z.double()).to(x.dtype),
     "as_bf16": lambda x: x.bfloat16().float(),
     "as_f16": lambda x: x.half().float(),
@@ -198,7 +198,7 @@ FUNCTIONS: dict[str, Any] = {
 SLOW = frozenset(
     (
         *("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "erfc", "pow"),
-        *("sin", "cos", "lgamma"),
+        *("sin", "cos", "lgamma", "fmod", "quotient"),
     )
 )
 

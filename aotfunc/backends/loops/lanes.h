@@ -164,6 +164,34 @@ template <class T> AOT T aot_iadd(T x, T y) { T z; __builtin_add_overflow(x, y, 
 template <class T> AOT T aot_isub(T x, T y) { T z; __builtin_sub_overflow(x, y, &z); return z; }
 template <class T> AOT T aot_imul(T x, T y) { T z; __builtin_mul_overflow(x, y, &z); return z; }
 
+// Quotients and remainders of integers are rounded to zero; the least number by -1 wraps around,
+// where the instruction would end the process.
+template <class T> AOT T aot_quotient(T x, T y) { return y == -1 ? aot_isub(T{}, x) : (T)(x / y); }
+template <class T> AOT T aot_ifmod(T x, T y) { return y == -1 ? T{} : (T)(x % y); }
+AOT ints aot_quotient(ints x, ints y) { return aot_each(x, y, aot_quotient<int32_t>); }
+AOT longs aot_quotient(longs x, longs y) { return aot_each(x, y, aot_quotient<int64_t>); }
+AOT ints aot_ifmod(ints x, ints y) { return aot_each(x, y, aot_ifmod<int32_t>); }
+AOT longs aot_ifmod(longs x, longs y) { return aot_each(x, y, aot_ifmod<int64_t>); }
+
+// Shifts by less than 0 or by all bits, and more, leave nothing, or the sign.
+template <class U, class V, class T> AOT V aot_shifted_left(V x, V n, T bits) {
+  return (n >= 0) & (n < bits) ? (V)((U)x << (U)(n & (bits - 1))) : V{};
+}
+template <class V, class T> AOT V aot_shifted_right(V x, V n, T bits) {
+  return x >> ((n >= 0) & (n < bits) ? n : V{} + (bits - 1));
+}
+AOT ints aot_bitwise_left_shift(ints x, ints n) { return aot_shifted_left<uints>(x, n, 32); }
+AOT longs aot_bitwise_left_shift(longs x, longs n) { return aot_shifted_left<ulongs>(x, n, 64); }
+AOT ints aot_bitwise_right_shift(ints x, ints n) { return aot_shifted_right(x, n, 32); }
+AOT longs aot_bitwise_right_shift(longs x, longs n) { return aot_shifted_right(x, n, 64); }
+template <class T> AOT T aot_bitwise_left_shift(T x, T n) {
+  return n < 0 || n >= (int)(8 * sizeof(T)) ? T{} : (T)((uint64_t)x << n);
+}
+template <class T> AOT T aot_bitwise_right_shift(T x, T n) {
+  const int bits = 8 * sizeof(T), last = (T)-1 < 0 ? bits - 1 : bits;
+  return n < 0 || n >= bits ? (T)((int64_t)x >> last) : (T)(x >> n);
+}
+
 // The number of each lane.
 template <class V> AOT V aot_count() {
   V v;

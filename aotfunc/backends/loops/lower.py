@@ -20,6 +20,7 @@ from .axes import Axes, merged_in_memory
 from .blocks import block_sums
 from .complexes import in_parts
 from .constants import constant
+from .division import STEPWISE
 from .dtypes import NARROW, as_given, cast, integer, working
 from .indexed import IOTAS, JOINS, MOST, TAKEN, At, iota
 from .ir import (
@@ -229,6 +230,8 @@ class Lowering(Axes):
         common = working(rule.kind, n, out)
         if common.is_complex and n.target not in COMPLEX:
             raise Unfit(f"{n.target} of {common}")
+        if common in ROUNDED and n.target in STEPWISE and isinstance(n.args[1], Node):
+            raise Unfit(f"{n.target} by a tensor of {common}")
         dtype = wide(common)
         read: list[Expr] = []
 

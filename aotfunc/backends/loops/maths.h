@@ -23,27 +23,28 @@
 #define AOT_SLEEF_OF_DOUBLES(name, ulp, as) \
   extern "C" doubles AOT_SLEEF_DOUBLES(name, ulp)(doubles) noexcept; \
   AOT doubles as(doubles x) { return AOT_SLEEF_DOUBLES(name, ulp)(x); }
-#define AOT_SLEEF2(name, ulp) \
+#define AOT_SLEEF_OF_BOTH(name, ulp, as) \
   extern "C" floats AOT_SLEEF_FLOATS(name, ulp)(floats, floats) noexcept; \
   extern "C" doubles AOT_SLEEF_DOUBLES(name, ulp)(doubles, doubles) noexcept; \
-  AOT floats aot_##name(floats x, floats y) { return AOT_SLEEF_FLOATS(name, ulp)(x, y); } \
-  AOT doubles aot_##name(doubles x, doubles y) { return AOT_SLEEF_DOUBLES(name, ulp)(x, y); } \
-  AOT_NUMBER2(aot_##name)
+  AOT floats as(floats x, floats y) { return AOT_SLEEF_FLOATS(name, ulp)(x, y); } \
+  AOT doubles as(doubles x, doubles y) { return AOT_SLEEF_DOUBLES(name, ulp)(x, y); }
 #else
 #define AOT_SLEEF_OF_FLOATS(name, ulp, as) \
   AOT floats as(floats x) { return aot_each(x, [](float a) { return __builtin_##name##f(a); }); }
 #define AOT_SLEEF_OF_DOUBLES(name, ulp, as) \
   AOT doubles as(doubles x) { return aot_each(x, [](double a) { return __builtin_##name(a); }); }
-#define AOT_SLEEF2(name, ulp) \
-  AOT floats aot_##name(floats x, floats y) { \
+#define AOT_SLEEF_OF_BOTH(name, ulp, as) \
+  AOT floats as(floats x, floats y) { \
     return aot_each(x, y, [](float a, float b) { return __builtin_##name##f(a, b); }); \
   } \
-  AOT doubles aot_##name(doubles x, doubles y) { \
+  AOT doubles as(doubles x, doubles y) { \
     return aot_each(x, y, [](double a, double b) { return __builtin_##name(a, b); }); \
-  } \
-  AOT_NUMBER2(aot_##name)
+  }
 #endif
 
+#define AOT_SLEEF2(name, ulp) \
+  AOT_SLEEF_OF_BOTH(name, ulp, aot_##name) \
+  AOT_NUMBER2(aot_##name)
 #define AOT_SLEEF1(name, ulp) \
   AOT_SLEEF_OF_FLOATS(name, ulp, aot_##name) \
   AOT_SLEEF_OF_DOUBLES(name, ulp, aot_##name) \
@@ -234,12 +235,20 @@ AOT floats aot_acosh(floats x) { return aot_acosh_of(x); }
 AOT doubles aot_acosh(doubles x) { return aot_acosh_of(x); }
 AOT_NUMBER1(aot_acosh)
 
-// Exact, as the C library's: by long division.
-AOT floats aot_fmod(floats x, floats y) {
-  return aot_each(x, y, [](float a, float b) { return __builtin_fmodf(a, b); });
+// Exact. Sleef's is NaN where the quotient overflows; the C library's divides at length.
+AOT_SLEEF_OF_BOTH(fmod, , aot_fmod_of_near)
+AOT float aot_long_fmod(float x, float y) { return __builtin_fmodf(x, y); }
+AOT double aot_long_fmod(double x, double y) { return __builtin_fmod(x, y); }
+template <class V, class T> AOT V aot_fmod_of(V x, V y, T (*at_length)(T, T)) {
+  const V rest = aot_fmod_of_near(x, y);
+  const auto lost = (rest != rest) & (x - x == 0) & (y != 0) & (y == y);
+  auto any = lost[0];
+  for (int i = 1; i < aot_lanes<V>; i++) any |= lost[i];
+  return __builtin_expect(any != 0, 0) ? aot_each(x, y, at_length) : rest;
 }
+AOT floats aot_fmod(floats x, floats y) { return aot_fmod_of<floats, float>(x, y, aot_long_fmod); }
 AOT doubles aot_fmod(doubles x, doubles y) {
-  return aot_each(x, y, [](double a, double b) { return __builtin_fmod(a, b); });
+  return aot_fmod_of<doubles, double>(x, y, aot_long_fmod);
 }
 AOT_NUMBER2(aot_fmod)
 

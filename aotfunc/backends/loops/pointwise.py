@@ -14,6 +14,7 @@ import torch
 
 from .activations import ACTIVATIONS
 from .complexes import imag_part, real_part
+from .division import DIVISIONS
 from .functions import (
     Rule,
     absolute,
@@ -32,7 +33,7 @@ from .ir import Expr, Operand, Unfit, function_of, number
 
 aten = torch.ops.aten
 
-RULES: dict[Any, Rule] = {**ACTIVATIONS}
+RULES: dict[Any, Rule] = {**ACTIVATIONS, **DIVISIONS}
 
 
 def add_rule(kind: str, body: Callable[..., Expr], *ops: Any) -> None:
@@ -116,7 +117,8 @@ ROUND_FIRST = frozenset(
     (
         *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar),
         *(aten.rsub.Tensor, aten.rsub.Scalar, aten.pow.Tensor_Scalar, aten.pow.Scalar),
-        *(aten.fmod.Scalar, aten.hardshrink.default),
+        *(aten.fmod.Scalar, aten.remainder.Scalar, aten.remainder.Scalar_Tensor),
+        aten.hardshrink.default,
         *(aten.hardshrink_backward.default, aten.softshrink_backward.default),
     )
 )
@@ -182,7 +184,6 @@ def lerp(start: Expr, end: Expr, weight: Any) -> Expr:
 
 
 add_rule("float", lerp, aten.lerp.Scalar, aten.lerp.Tensor)
-add_rule("float", fn("fmod"), aten.fmod.Tensor, aten.fmod.Scalar)
 add_rule("cast", lambda x, **_: x, aten._to_copy.default, aten.clone.default)
 
 # --- comparisons, logic, bits, choice ---
@@ -202,6 +203,10 @@ add_rule("truth", fn("bitwise_not"), aten.logical_not.default)
 for _name in ("bitwise_and", "bitwise_or", "bitwise_xor"):
     add_rule("bits", fn(_name), getattr(aten, _name).Tensor, getattr(aten, _name).Scalar)
 add_rule("bits", fn("bitwise_not"), aten.bitwise_not.default)
+for _way, _short in (("left", aten.__lshift__), ("right", aten.__rshift__)):
+    _op = getattr(aten, f"bitwise_{_way}_shift")
+    _ops = (_op.Tensor, _op.Tensor_Scalar, _op.Scalar_Tensor, _short.Tensor, _short.Scalar)
+    add_rule("bits", fn(f"bitwise_{_way}_shift"), *_ops)
 add_rule("where", where, aten.where.self)
 add_rule(
     "masked", lambda x, m, v: where(m, v, x), aten.masked_fill.Scalar, aten.masked_fill.Tensor

@@ -143,7 +143,7 @@ class KernelText:
             if floating:
                 return f"aot_{fn[:3]}({', '.join(args)})"
             return f"{args[0]} {'>' if fn == 'maximum' else '<'} {args[1]} ? {args[0]} : {args[1]}"
-        if fn in ("add", "sub", "mul") and not floating:
+        if fn in ("add", "sub", "mul", "fmod") and not floating:
             return f"aot_i{fn}({args[0]}, {args[1]})"
         if fn == "neg" and not floating:
             return f"aot_isub({self.constant(Const(dtype, 0), wide)}, {args[0]})"
