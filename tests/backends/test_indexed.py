@@ -228,6 +228,7 @@ WINDOWS = {
     "adaptive": (lambda x: F.adaptive_avg_pool2d(x, (4, 5)), floats(2, 3, 8, 10)),
     "adaptive to other windows": (lambda x: F.adaptive_avg_pool2d(x, 3), floats(2, 3, 8, 10)),
     "to one": (lambda x: F.adaptive_avg_pool2d(x, 1), floats(2, 3, 8, 10)),
+    "to none": (lambda x: F.adaptive_avg_pool2d(x.detach(), 0).sum() + x, floats(3, 8, 10)),
     "of doubles": (lambda x: F.avg_pool2d(x, 2), floats(2, 3, 8, 10).double()),
     "means, channels last": (
         lambda x: F.avg_pool2d(x, 2),

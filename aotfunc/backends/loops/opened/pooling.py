@@ -116,4 +116,5 @@ def adaptive_backward(g: Tensor, x: Tensor) -> Any:
 
 def window_size(x: Tensor, size: Sequence[int]) -> tuple[int, int] | None:
     (h, w), (oh, ow) = x.shape[-2:], size
-    return None if h % oh or w % ow else (h // oh, w // ow)
+    even = oh and ow and not (h % oh or w % ow)
+    return (h // oh, w // ow) if even else None
