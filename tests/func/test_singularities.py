@@ -48,6 +48,15 @@ def taylor(f, x, order):
     return [math.factorial(order)], [mpmath.taylor(f, mpmath.mpf(x), order)[order]]
 
 
+def test_acosh_where_it_is_not_chosen():
+    """Below -1 the value is NaN and autograd's slope a number, so no NaN leaves a ``where``."""
+    x = torch.tensor([-3.0, -1.5, 1.5, 3.0], dtype=torch.float64, requires_grad=True)
+    f = lambda x: torch.where(x > 1, x.acosh(), 2 * x).sum()
+    torch.testing.assert_close(grad(f)(x), torch.autograd.grad(f(x), x)[0])
+    second = vmap(grad(grad(torch.acosh)))(x)
+    torch.testing.assert_close(second, -x * (x * x - 1) ** -1.5)
+
+
 def test_scaled_bessel_functions_on_both_sides():
     x = torch.tensor([-2.0, -0.05, 0.05, 0.3], dtype=torch.float64)
     for f, n in ((torch.special.i0e, 0), (torch.special.i1e, 1)):

@@ -210,8 +210,15 @@ pointwise(aten.cosh, lambda g, out, x: g * aten.sinh(x))
 pointwise(aten.tanh, lambda g, out, x: aten.tanh_backward(g, out.conj()))
 pointwise(aten.sigmoid, lambda g, out, x: aten.sigmoid_backward(g, out.conj()))
 pointwise(aten.asinh, lambda g, out, x: g * aten.rsqrt(x * x + 1))
-pointwise(aten.acosh, lambda g, out, x: g * (aten.rsqrt(x - 1) * aten.rsqrt(x + 1)))
+pointwise(aten.acosh, lambda g, out, x: g * slope_of_acosh(x))
 pointwise(aten.atanh, lambda g, out, x: g / (1 - x * x))
+
+
+def slope_of_acosh(x: Tensor) -> Tensor:
+    """Return ``1 / sqrt(x² - 1)``. Of real numbers it is one below -1, too, as autograd has it:
+    a ``where`` that does not choose them has gradients of zero there, not NaN."""
+    y = x if x.is_complex() else aten.abs(x)
+    return aten.rsqrt(y - 1) * aten.rsqrt(y + 1)
 
 
 def over_square(y: Tensor, x: Tensor, which: Tensor) -> Tensor:
