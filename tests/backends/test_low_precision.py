@@ -116,3 +116,18 @@ def test_choices_between_numbers_that_are_read_and_zero():
     f = lambda *rows: [(x.roll(1, 0) * 1, F.pad(x, (0, 0, 2, 1)) * 1) for x in rows]
     rows = [x.expand(5, 19) for x in columns]
     assert_close(jit(f, backend=every_kernel)(*rows), f(*rows), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n", [1, 40])
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_signs_of_zeros(dtype, zero, n):
+    """Of one number as of many; a bound that is the other zero leaves them."""
+
+    def f(x):
+        bounds = [x.clamp(0, 6), x.clamp(min=-0.0), x.clamp(max=0.0), F.hardtanh(x, -6.0, 0.0)]
+        return [*bounds, F.relu6(x), x.amax(0, keepdim=True), F.leaky_relu(x), -x, x.expand(2, n)]
+
+    x = torch.full((n,), zero, dtype=dtype)
+    got, want = jit(f, backend=every_kernel)(x), f(x)
+    assert [y.signbit().tolist() for y in got] == [y.signbit().tolist() for y in want]

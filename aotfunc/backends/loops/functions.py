@@ -82,7 +82,8 @@ def both(a: Expr, b: Expr) -> Expr:
 
 
 def clamp(x: Expr, low: Any = None, high: Any = None) -> Expr:
+    """Return x, also where a bound is a zero of the other sign, or the bound that it is beyond."""
     if any(isinstance(a, float) and math.isnan(a) for a in (low, high)):
         raise Unfit("a bound that is nan")
-    x = x if low is None else maximum(x, low)
-    return x if high is None else minimum(x, high)
+    x = x if low is None else function_of("maximum", low, x)
+    return x if high is None else function_of("minimum", high, x)

@@ -105,7 +105,7 @@ AOT halves aot_narrow(floats x, f16) {
 // One of them.
 #define AOT_HALF(half) \
   inline half::operator float() const { return aot_float(halves{} + bits, half{})[0]; } \
-  inline void half::operator=(float x) { bits = aot_narrow(floats{} + x, half{})[0]; }
+  inline void half::operator=(float x) { bits = aot_narrow(aot_floats(x), half{})[0]; }
 AOT_HALF(bf16)
 AOT_HALF(f16)
 // Rounds to bfloat16 or float16 and back, as a cast in the middle of a chain does.
