@@ -25,7 +25,7 @@ ELEMENTS = {
     "hardshrink backward": lambda g, x: aten.hardshrink_backward(g, x, 0.5),
     "softshrink backward": lambda g, x: aten.softshrink_backward(g, x, 0.5),
     "prelu": lambda g, x: F.prelu(x, g.flatten()[:1]),
-    "logit": lambda g, x: (torch.logit(x), torch.logit(x, 1e-3)),
+    "logit": lambda g, x: (torch.logit(x), torch.logit(x, 1e-3), torch.logit(x, 0.9)),
     "logit backward": lambda g, x: aten.logit_backward(g, x),
     "logit backward with a bound": lambda g, x: aten.logit_backward(g, x, 1e-3),
     "xlogy": lambda g, x: (torch.xlogy(g, x), torch.xlogy(x, g), torch.special.xlog1py(x, g)),

@@ -57,4 +57,6 @@ def dropout_backward(g: Tensor, kept: Tensor, scale: float) -> Any:
 
 def logit(x: Tensor, eps: float | None = None) -> Any:
     """Clamp before the logarithm if ``eps`` is given; of bfloat16 and float16 the clamp rounds."""
-    return NotImplemented if eps is None or x.dtype in ROUNDED else x.clamp(eps, 1 - eps).logit()
+    if eps is None or eps > 0.5 or x.dtype in ROUNDED:  # bounds that cross are PyTorch's
+        return NotImplemented
+    return x.clamp(eps, 1 - eps).logit()
