@@ -204,6 +204,11 @@ def _associative_scan_template(  # type: ignore[no-untyped-def]
     return _aotfunc_associative_scan(combine_fn, xs, dim, reverse)
 
 
+def _linearize_template(func, *primals):  # type: ignore[no-untyped-def]
+    f = _torch_linearize if _aotfunc_recording() is None else _aotfunc_linearize
+    return f(func, *primals)
+
+
 graph = torch.autograd.graph
 #: the names of torch's functions as attributes of their modules
 operators = {
@@ -256,6 +261,7 @@ PATCHES: tuple[Code | Attribute | Undisturbed, ...] = (
         partial(above, "torch_associative_scan"),
         _associative_scan_template,
     ),
+    Code("linearize", torch.func.linearize, partial(above, "linearize"), _linearize_template),
     Attribute("numpy", Tensor, "numpy", numpy_of_a_constant),
     Attribute("tolist", Tensor, "tolist", tolist_of_a_constant),
     Attribute("deepcopy", Tensor, "__deepcopy__", deepcopy_of_a_constant),

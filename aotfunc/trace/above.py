@@ -16,6 +16,7 @@ _MODULES = {
     "torch_scan": "api.operators",
     "torch_map": "api.operators",
     "torch_associative_scan": "api.operators",
+    "linearize": "api.func",
     "recurrent": "api.recurrent",
 }
 

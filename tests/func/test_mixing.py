@@ -98,6 +98,32 @@ OURS_INSIDE = {
 }
 
 
+def linearized(x):
+    """Return the derivative of the product of ``sin x`` and ``2 x`` along ``(1, x)``."""
+
+    def product(a, rest):
+        return {"product": a.sin() * rest["b"]}
+
+    _, push = torch.func.linearize(product, x, {"b": 2 * x})
+    return push(torch.ones_like(x), {"b": x})["product"]
+
+
+def sloped(x):
+    """Return the derivative that :func:`linearized` returns, by hand."""
+    return 2 * x * x.cos() + x * x.sin()
+
+
+@pytest.mark.parametrize("around", [aotfunc.jit, vmap, lambda f: lambda x: make_fx(f)(x)(x)])
+def test_their_linearize_inside_ours(around):
+    x = f64(3)
+    assert_same(around(linearized)(x), sloped(x))
+    slopes = torch.autograd.functional.jacobian(sloped, x)
+    for jacobian in (jacrev, aotfunc.jacfwd):
+        assert_same(jacobian(around(linearized))(x), slopes)
+    with pytest.raises(CaptureError, match="use aotfunc's transform there"):
+        around(lambda x: torch.func.grad(lambda x: linearized(x).sum())(x))(x)
+
+
 @pytest.mark.parametrize("name", THEIRS_INSIDE)
 def test_theirs_inside_ours(name):
     x = f64(3)
