@@ -28,7 +28,7 @@ MemoryBudget: TypeAlias = float | int | str | Budget | None
 #: options of functorch's aot_function that are accepted and ignored
 FUNCTORCH_OPTIONS = frozenset(
     """
-    num_params_buffers keep_inference_input_mutations inference_compiler dynamic enable_log
+    num_params_buffers keep_inference_input_mutations dynamic enable_log
     disable_functionalization
     """.split()
 )
@@ -145,13 +145,15 @@ def aot_function(
     exact: bool = False,
     memory_budget: MemoryBudget = None,
     policy: Policy | None = None,
+    inference_compiler: str | Compiler | None = None,
     **options: Any,
 ) -> Any:
     """Return ``fn`` with its forward and backward captured ahead of time, partitioned by
     ``partition_fn`` and compiled.
 
     ``fw_compiler`` and ``bw_compiler`` (default: the same) take ``(gm, example_inputs)`` and
-    return a callable, or are names of backends. ``partition_fn(joint_module, joint_inputs, *,
+    return a callable, or are names of backends; ``inference_compiler`` (default: ``fw_compiler``)
+    compiles for calls that autograd does not record. ``partition_fn(joint_module, joint_inputs, *,
     num_fwd_outputs)`` returns the forward module ``inputs -> (results, residuals)`` and the
     backward module ``(residuals, cotangents) -> gradients``; inputs that require no gradient have
     none. The default computes nothing twice; ``memory_budget`` and ``policy`` are those of
@@ -171,7 +173,8 @@ def aot_function(
     elif memory_budget is not None or policy is not None:
         raise ArgumentError("aot_function: partition_fn decides what memory_budget and policy do")
     pipeline = Pipeline(
-        "aot_function", fw_compiler, bw_compiler, partition_fn, decompositions, exact
+        "aot_function",
+        *(fw_compiler, bw_compiler, partition_fn, decompositions, exact, inference_compiler),
     )
     return Compiled(fn, pipeline) if fn is not None else lambda fn: Compiled(fn, pipeline)
 

@@ -347,7 +347,7 @@ def captured_entry(
         )
         # what ends in an error runs once
         pipeline = Pipeline(name, "eager") if errors else compiled.pipeline
-        call = CompiledCall(whole, pipeline.forward, pipeline.split, name)
+        call = CompiledCall(whole, pipeline.whole, pipeline.split, name)
         if placed:
             call = on_parts(call)
         else:

@@ -59,17 +59,21 @@ class Pipeline:
         partition: Partition = min_cut_rematerialization_partition,
         decompositions: dict | None = None,
         exact: bool = False,
+        inference_compiler: str | Compiler | None = None,
     ) -> None:
         self.name, self.partition, self.decompositions = name, partition, decompositions
         self.exact = exact
-        self.compilers = (compiler, compiler if backward_compiler is None else backward_compiler)
-        self.forward_backend, self.backward_backend = map(backends.lookup, self.compilers)
+        given = compiler, backward_compiler, inference_compiler
+        #: of the forward half, of the backward half, and of a program that is not cut in halves
+        self.compilers = tuple([compiler if c is None else c for c in given])
+        self.backends = tuple(map(backends.lookup, self.compilers))
         #: ops that a backend runs eagerly, by half, and why
         self.eagerly: list[tuple[str, dict[str, str]]] = []
 
     def __reduce__(self) -> Any:  # ops and backends by their names
         table = self.decompositions and {str(op): body for op, body in self.decompositions.items()}
-        return loaded, (self.name, *self.compilers, self.partition, table, self.exact)
+        forward, backward, whole = self.compilers
+        return loaded, (self.name, forward, backward, self.partition, table, self.exact, whole)
 
     def __deepcopy__(self, memo: dict) -> Pipeline:
         return self
@@ -83,11 +87,14 @@ class Pipeline:
         )
         return f"compiled by {' and '.join(names)}"
 
+    def whole(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
+        return self.compiled(self.backends[2], program, tensors, "forward")
+
     def forward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
-        return self.compiled(self.forward_backend, program, tensors, "forward")
+        return self.compiled(self.backends[0], program, tensors, "forward")
 
     def backward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
-        return self.compiled(self.backward_backend, program, tensors, "backward")
+        return self.compiled(self.backends[1], program, tensors, "backward")
 
     def compiled(
         self, backend: Backend, program: Program, tensors: Sequence[Tensor], half: str
@@ -112,13 +119,12 @@ class Pipeline:
         """Return whether an input may be rounded to the low precision of other operands, where
         eager does not round a number."""
         ours = (backends.AUTO, backends.CPP, backends.EAGER)
-        return not (self.forward_backend in ours and self.backward_backend in ours)
+        return not all([b in ours for b in self.backends])
 
     @property
     def rolls(self) -> bool:
         """Return whether loops of small ops run in native code."""
-        native = {self.forward_backend, self.backward_backend} <= {backends.AUTO, backends.CPP}
-        return native and possible()
+        return {*self.backends} <= {backends.AUTO, backends.CPP} and possible()
 
     def takes_numbers(self, rec: Captured) -> bool:
         """Return whether Python numbers may be inputs of its programs."""
@@ -167,13 +173,13 @@ class Pipeline:
     def prepared(self, joint: Program, last: bool) -> Program:
         """Return a joint program as it is cut."""
         joint, dissolve = self.opened(joint), EVERYTHING if last else CALLS
-        if self.reassociates(joint, self.forward_backend, self.backward_backend):
+        if self.reassociates(joint, *self.backends[:2]):
             joint = reassociated(lowered(joint, dissolve))
         return joint
 
     def cost(self, joint: Program) -> Cost:
         """Return what computing again costs on its backend."""
-        return as_cost("fused" if suited(joint.graph, self.forward_backend).fuses else "roofline")
+        return as_cost("fused" if suited(joint.graph, self.backends[0]).fuses else "roofline")
 
 
 class Naming(threading.local):
@@ -219,12 +225,13 @@ def loaded(
     partition: Partition,
     table: dict | None,
     exact: bool = False,
+    whole: Any = None,
 ) -> Pipeline:
     """Make a pipeline of its pickled parts."""
     ops = table and {
         functools.reduce(getattr, op.split("."), torch.ops): body for op, body in table.items()
     }
-    return Pipeline(name, forward, backward, partition, ops, exact)
+    return Pipeline(name, forward, backward, partition, ops, exact, whole)
 
 
 def compiled_by(

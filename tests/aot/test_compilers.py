@@ -2,6 +2,8 @@
 Dynamo-style compilers."""
 # ruff: noqa: E501 (printed code is as wide as it is)
 
+import copy
+
 import expecttest
 import pytest
 import torch
@@ -10,7 +12,13 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from aotfunc import aot_function, default_partition, jit, min_cut_rematerialization_partition
+from aotfunc import (
+    aot_function,
+    aot_module,
+    default_partition,
+    jit,
+    min_cut_rematerialization_partition,
+)
 from aotfunc.compile import make_boxed_compiler
 from tests.aot.compilers import Watched
 
@@ -269,6 +277,26 @@ def test_two_compilers():
     y.backward()
     f(x).backward()
     assert (forward.calls, backward.calls) == (1, 1)
+
+
+def test_a_compiler_for_calls_that_are_not_recorded():
+    """Its graph returns no residuals, as with functorch; it is called where nothing requires
+    grad, where gradients are off, and where no result has a derivative."""
+    forward, whole = Watched(), Watched()
+    f = aot_function(lambda x: x.exp(), forward.compiler, inference_compiler=whole.compiler)
+    x = leaf(3)
+    f(x.detach())
+    with torch.no_grad():
+        assert torch.equal(f(x), x.exp())
+    assert (forward.calls, whole.calls) == (0, 2)
+    assert f(x).requires_grad
+    assert (forward.calls, whole.calls) == (1, 2)
+    g = aot_function(lambda x: x.sign().long(), "eager", inference_compiler=whole.compiler)
+    g(x)
+    assert whole.calls == 3
+    h = copy.deepcopy(aot_module(nn.ReLU(), "eager", inference_compiler=whole.compiler))
+    assert torch.equal(h(x.detach()), x.relu())
+    assert whole.calls == 4
 
 
 def test_metadata_of_many_kinds():
