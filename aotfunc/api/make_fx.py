@@ -12,6 +12,7 @@ from torch.fx import Node
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import tree_unflatten
 
+from ..capture.calls import hidden_writes
 from ..capture.capture import argument_names, capture, parameter_names
 from ..capture.instances import flatten_tree
 from ..capture.tree import Arguments
@@ -92,20 +93,19 @@ def make_fx(
 
         def outputs(b: Builder, inputs: list, results: list) -> Any:
             written: dict[Any, Node] = {}
-            for index, new in zip(program.mutated, results[program.n_outputs :], strict=True):
+            news, hidden = results[program.n_outputs :], hidden_writes(program)
+            for index, new, quiet in zip(program.mutated, news, hidden, strict=True):
                 while isinstance(new, Node) and new.target in (
                     hidden_write,
                     dead_end,
                     aten.detach.default,
                 ):
                     new = new.args[1] if new.target is hidden_write else new.args[0]
-                node = b.make(
-                    "call_function",
-                    aten.copy_.default,
-                    (inputs[index], new),
-                    {},
-                    inputs[index].meta["val"],
-                )
+                x, val = inputs[index], inputs[index].meta["val"]
+                real = [*rec.trace.origins, *constants][index]
+                if quiet and (real.requires_grad or real.is_inference()):  # as in x.data.copy_()
+                    x = b.make("call_function", aten.detach.default, (x,), {}, val)
+                node = b.make("call_function", aten.copy_.default, (x, new), {}, val)
                 written[results[program.n_outputs + len(written)]] = node
             for index, ops in Changes(rec).ops:
                 for op, args, kw, _ in ops:

@@ -62,6 +62,8 @@ def write_back(
         if index in done:
             continue
         t = tensors[index]
+        if quiet and t.is_inference():
+            t = t.detach()  # (outside of the mode it could not be written to itself)
         if quiet and (t.requires_grad or new.requires_grad):
             with torch.no_grad():
                 t.copy_(new)

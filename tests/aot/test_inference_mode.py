@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from aotfunc import aot_function, jit
+import aotfunc
+from aotfunc import aot_function, jit, make_fx
 from aotfunc.errors import CaptureError
 from tests.reference import assert_same
 
@@ -100,3 +101,54 @@ def test_tensors_made_inside_and_outside_of_the_mode_are_refused():
     for g in (f, view):
         with pytest.raises(CaptureError, match="inference_mode"):
             jit(g)(torch.ones(3))
+
+
+def twice_by_data(x):
+    x.data.mul_(2)
+    return x + 1
+
+
+def twice_by_detach(x):
+    d = x.detach()
+    d.add_(1)
+    return d * x
+
+
+def twice_in_the_mode(x):
+    with torch.inference_mode():
+        x.mul_(2)
+    return x + 1
+
+
+WAYS = [
+    jit,
+    lambda f: aot_function(f, "eager"),
+    aotfunc.functionalize,
+    lambda f: lambda x: aotfunc.vjp(f, x)[0],
+    lambda f: lambda x: make_fx(f)(within(torch.clone)(x))(x),
+]
+
+
+@pytest.mark.parametrize("f", [twice_by_data, twice_by_detach, twice_in_the_mode])
+@pytest.mark.parametrize("on", [False, True])
+def test_writes_to_inference_tensors(f, on):
+    found = []
+    for way in (lambda f: f, *WAYS):
+        x = within(torch.arange)(3.0)
+        with torch.inference_mode(on):
+            result = way(f)(x)
+        found.append((x, result, result.is_inference()))
+    for got in found[1:]:
+        assert_same(got, found[0])
+
+
+def test_the_graph_of_a_write_to_the_data_of_a_leaf():
+    """``make_fx``'s graph writes as the function does; a leaf itself may not be written to."""
+    x, y = (torch.arange(3.0, requires_grad=True) for _ in range(2))
+    got, want = make_fx(twice_by_data)(x.detach().clone().requires_grad_())(x), twice_by_data(y)
+    assert_same((got, x), (want, y))
+    got.sum().backward()
+    assert_same(x.grad, torch.ones(3))
+    held = torch.ones(3, requires_grad=True)
+    make_fx(lambda x: twice_by_data(held) * x)(y)(y)
+    assert_same(held, torch.full((3,), 2.0, requires_grad=True))
