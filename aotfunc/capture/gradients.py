@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import debug
 from ..debug import at
-from ..errors import CaptureError
+from ..errors import CaptureError, OpError
 from ..trace import outside
 from ..trace.dtensors import refusal
 from ..trace.kinds import is_dtensor
@@ -47,6 +47,14 @@ def autograd_grad(
     outs, keys = as_list(outputs), list(inputs) if isinstance(inputs, dict) else None
     check_undistributed(outs)
     ins = as_list(inputs if keys is None else inputs.values())
+    if not ins:
+        raise empty("grad")
+    if materialize_grads and allow_unused is False:
+        raise OpError.like(
+            ValueError(),
+            f"torch.autograd.grad: materialize_grads without allow_unused{at(debug.user_line())}; "
+            "leave allow_unused out",
+        )
     if not any(isinstance(t, Traced) for t in (*outs, *ins)):
         return outside_graphs.grad_outside(
             *(outputs, inputs, grad_outputs, retain_graph, create_graph, only_inputs),
@@ -71,6 +79,13 @@ def autograd_grad(
     if materialize_grads:
         grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, ins, strict=True)]
     return dict(zip(keys, grads, strict=True)) if keys is not None else tuple(grads)
+
+
+def empty(what: str) -> Exception:
+    """Return the error for ``inputs`` without an element, which PyTorch 2.11 has as a ValueError,
+    later ones as a RuntimeError."""
+    message = f"torch.autograd.{what}: inputs is empty{at(debug.user_line())}"
+    return OpError.like(ValueError(), message)
 
 
 def gradients_inside(
@@ -124,6 +139,10 @@ def autograd_backward(
     trace = current()
     assert trace is not None
     outs = as_list(tensors)
+    if inputs is not None and not isinstance(inputs, Tensor) and not inputs:
+        raise empty("backward")
+    if not outs:
+        return
     check_undistributed(outs)
     gs = [None] if grad_tensors is None else as_list(grad_tensors)
     refs = [trace.ref_of(o)[0] for o in outs]

@@ -10,7 +10,7 @@ from torch.autograd import functional as AF
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from aotfunc import aot_function, functionalize, grad, jit
+from aotfunc import aot_function, functionalize, grad, jit, make_fx
 from aotfunc.errors import CaptureError
 from tests.reference import assert_same
 
@@ -423,3 +423,34 @@ def test_a_tangent_that_the_function_asks_for(way):
                 f(x)
         assert_same(WAYS[way](makes_a_dual)(X), makes_a_dual(X))
         assert_same(WAYS[way](asks_for_the_tangent)(X), X)
+
+
+EMPTY = {
+    "grad of a list": lambda x: torch.autograd.grad((x * x).sum(), []),
+    "grad of a dict": lambda x: torch.autograd.grad((x * x).sum(), {}, allow_unused=True),
+    "grad of what needs a cotangent": lambda x: torch.autograd.grad(x * x, ()),
+    "backward": lambda x: (x * x).sum().backward(inputs=[]),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_gradients_in_nothing(name):
+    """They are errors of eager's class, a ValueError or a RuntimeError by PyTorch's version."""
+    f = EMPTY[name]
+    with pytest.raises((RuntimeError, ValueError)) as eager:
+        f(X.clone().requires_grad_())
+    for way in (jit, lambda f: lambda x: make_fx(f)(x)):
+        with pytest.raises(type(eager.value), match=r"inputs is empty \(at .*test_backward_modes"):
+            way(f)(X.clone().requires_grad_())
+
+
+def test_flags_that_exclude_each_other():
+    f = lambda x: torch.autograd.grad(x.sum(), x, allow_unused=False, materialize_grads=True)
+    for way in (lambda f: f, jit):
+        with pytest.raises(ValueError, match="allow_unused"):
+            way(f)(X.clone().requires_grad_())
+
+
+def test_a_backward_of_nothing():
+    f = lambda x: (torch.autograd.backward([]), x * 2)[1]
+    assert_same(jit(f)(X), f(X))
