@@ -5,12 +5,13 @@ at each such value, where a call is cut (see :mod:`aotfunc.runtime.chains`).
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils.hooks import BackwardHook
+from torch.utils.hooks import BackwardHook, RemovableHandle
 
 from ..errors import CaptureError
 from ..trace.emit import Builder
@@ -25,10 +26,11 @@ class LiveHooks:
     held: Sequence[Any]
 
 
-class Handle:
+class Handle(RemovableHandle):
     """A hook of a tensor; once ``settled`` it belongs to the function."""
 
     def __init__(self, hook: Callable, where: str) -> None:
+        super().__init__(OrderedDict())
         self.hook, self.where = hook, where
         self.removed = self.settled = False
 
@@ -41,11 +43,11 @@ class Handle:
             )
         self.removed = True
 
-    def __enter__(self) -> Handle:
-        return self
+    def __getstate__(self) -> Any:
+        return self.__dict__ | {"settled": True, "hooks_dict_ref": None}  # a copy removes nothing
 
-    def __exit__(self, *_: Any) -> None:
-        self.remove()
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__ |= state
 
 
 class TensorHooks(LiveHooks):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as every
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from aotfunc import aot_function, aot_module, grad, jit, vmap
 from aotfunc.errors import CaptureError
@@ -516,3 +517,30 @@ def test_nothing_is_kept_alive():
     del f
     gc.collect()
     assert m() is None
+
+
+@pytest.mark.parametrize("way", ["jit", "aot"])
+def test_handles_are_those_of_pytorch(way):
+    """As in eager mode, but for one that outlives the call: removing it, or a copy, is refused."""
+    kinds = []
+
+    def f(x):
+        y = x * x
+        handles = [t.register_hook(lambda g: g * 2) for t in (x, y, y)]
+        kinds.extend(isinstance(h, RemovableHandle) for h in handles)
+        handles[1].remove()
+        handles[1].remove()
+        with x.register_hook(lambda g: g * 3) as h:
+            kinds.append(isinstance(h, RemovableHandle))
+        return y.sum(), handles[2]
+
+    found = []
+    for g in (f, WAYS[way](f)):
+        x = leaf()
+        y, handle = g(x)
+        y.backward()
+        found.append(x.grad)
+    assert_same(found[1], found[0])
+    assert all(kinds) and isinstance(handle, RemovableHandle)
+    with pytest.raises(CaptureError, match="cannot be removed"):
+        handle.remove()
