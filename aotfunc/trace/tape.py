@@ -345,6 +345,16 @@ class Tape:
             )
         return self._roots.extended(self.records)
 
+    def of_inference_mode(self, ref: int) -> bool:
+        """Return whether eager's tensor was made in inference mode: an argument or a tensor from
+        outside by itself, any other value where the function switched the mode on."""
+        root = self.root(ref)
+        if root < 0:
+            return self.lifted[-root - 1].is_inference()
+        if root < len(self.origins):
+            return self.origins[root].is_inference()
+        return root in self.autograd.inference
+
     def conjugated(self, ref: int) -> bool:
         """Return whether ``ref`` is a conjugate, or a view of one, which eager would hold
         lazily."""

@@ -122,7 +122,7 @@ class Traced(Tensor):
         self.__dict__["_grad"] = value
 
     def is_inference(self) -> bool:
-        return self.tracer.root(self.ref) in self.tracer.autograd.inference
+        return self.tracer.of_inference_mode(self.ref)
 
     def retain_grad(self) -> None:
         if not self.requires_grad:

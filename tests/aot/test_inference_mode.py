@@ -152,3 +152,23 @@ def test_the_graph_of_a_write_to_the_data_of_a_leaf():
     held = torch.ones(3, requires_grad=True)
     make_fx(lambda x: twice_by_data(held) * x)(y)(y)
     assert_same(held, torch.full((3,), 2.0, requires_grad=True))
+
+
+HELD = within(torch.ones)(3)
+
+
+def answers(x, y):
+    values = [x, x[0], x.detach(), x.data, x + 1, (x + 1)[0], y, y.view(-1)]
+    values += [HELD, HELD[0], HELD * 2]
+    with torch.inference_mode():
+        values += [x[0], y[0], y * 2, HELD.t()]
+    return x + y, sum(2**k for k, t in enumerate(values) if t.is_inference())
+
+
+def test_what_arguments_are():
+    """Calls with other kinds of tensors are other captures, in the same compiled function too."""
+    plain, made = torch.ones(3), within(torch.ones)(3)
+    inner = jit(answers)
+    for f in (inner, jit(lambda *xs: inner(*xs)), aotfunc.functionalize(answers)):
+        for xs in [(plain, plain), (plain, made), (made, plain), (made, made), (plain, plain)]:
+            assert_same(f(*xs), answers(*xs))

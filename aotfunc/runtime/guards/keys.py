@@ -180,6 +180,7 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
                 x.device,
                 x.requires_grad and 1 + x.is_leaf,
                 x.is_conj(),
+                x.is_inference(),
             )
         except RuntimeError:  # a nested tensor has no shape
             check_kind(x)
@@ -202,7 +203,7 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
     elif isinstance(x, Tensor):
         key.append(cls)
         sig = getattr(x, "sig", None)  # a value of a recording under way
-        key += (x.requires_grad and 1 + x.is_leaf, x.is_conj())
+        key += (x.requires_grad and 1 + x.is_leaf, x.is_conj(), x.is_inference())
         key += (sig.start,) if sig is not None else (x.shape, x.stride(), x.dtype, x.device)
         key.append(x._spec if is_dtensor(x) else None)
         tensors.append(x)
