@@ -192,7 +192,8 @@ class Captured:
             mutated = f.mutated()
             if memory is None:
                 shared = {self.refs[i] for i, _ in self.shared()}
-                results = [f.shown(r) if r in shared else f.read(r) for r in self.refs]
+                found = [f.shown(r) if r in shared else f.read(r) for r in self.refs]
+                results = [*map(f.as_made, self.refs, found)]
             else:
                 results = [self._memory(f, r) if whole else f.read(r) for r, whole in memory]
             outs = [*results, *(n for _, n in mutated)]
@@ -210,7 +211,7 @@ class Captured:
     def _memory(self, f: Functionalizer, ref: int) -> Node:
         """Return the memory of a value, without what was copied into a part of it; cut off if all
         returned views of it are detached."""
-        node = f.memory(ref)
+        node = f.as_made(ref, f.memory(ref))
         if node.meta["val"].offset and f.trace.mutates and f.env[ref].storage.memory.version:
             node = f.fitted(f.b.call(aten.clone.default, node), f.env[ref].storage.sig)
         paths = [

@@ -258,6 +258,21 @@ class ValueNodes:
             node = self.b.call(aten.as_strided.default, node, *place)
         return node
 
+    def as_made(self, ref: int, node: Node) -> Node:
+        """Return the value of a tensor with the gaps in memory that it was made with
+        (``empty_strided``): what was written to it is a value without."""
+        view = self.env[ref]
+        if view.__class__ is not View or view.chain or view.storage.ref is not None:
+            return node
+        sig = view.storage.sig
+        dense = sig.extent - sig.offset <= sig.numel
+        if dense or node.meta["val"].stride == sig.stride or overlaps_itself(sig):
+            return node
+        place = list(sig.shape), list(sig.stride), 0
+        memory = self.b.call(aten.new_zeros.default, node, [sig.extent - sig.offset])
+        memory = self.b.call(aten.as_strided_scatter.default, memory, node, *place)
+        return self.b.call(aten.as_strided.default, memory, *place)
+
     def mutated(self) -> list[tuple[int, Node]]:
         """Return ``(placeholder index, final value)`` of the inputs and lifted tensors that were
         written."""

@@ -7,7 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aotfunc import grad, jit, jvp, linearize, vjp, vmap
+import aotfunc
+from aotfunc import grad, jacfwd, jit, jvp, linearize, make_fx, vjp, vmap
+from tests.inputs import f64
+from tests.reference import assert_same
 
 F64 = torch.float64
 
@@ -160,3 +163,39 @@ def test_cotangents_with_unusual_strides_of_dimensions_of_size_one():
     torch.testing.assert_close(vjp(f, x)[1](ct)[0], want)
     leaf = x.transpose(0, 3).contiguous().transpose(0, 3).requires_grad_()
     torch.testing.assert_close(torch.autograd.grad(jit(f)(leaf), leaf, ct)[0], want)
+
+
+def filled(stride, write):
+    def f(x):
+        made = torch.empty_strided(x.shape, stride, dtype=x.dtype)
+        write(made, x)
+        return made
+
+    return f
+
+
+GAPS = {
+    "rows": filled((4, 1), lambda made, x: made.copy_(x * x)),
+    "columns": filled((1, 5), lambda made, x: made.__setitem__(slice(None), x * x)),
+    "every other element": filled((4, 2), lambda made, x: made.zero_().add_(x * x)),
+    "in parts": filled((4, 1), lambda made, x: (made[0].copy_(x[0]), made[1:].copy_(x[1:]))),
+}
+
+
+@pytest.mark.parametrize("name", GAPS)
+def test_results_with_gaps_in_memory(name):
+    """A tensor that the function makes with gaps has them where it is returned."""
+    f, x = GAPS[name], f64(3, 2)
+    for way in (jit, aotfunc.functionalize, lambda f: lambda x: vjp(f, x)[0]):
+        leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        got, want = way(f)(leaf), f(other)
+        assert_same(got, want)
+        assert got.stride() == want.stride()
+        for y, at in ((got, leaf), (want, other)):
+            (g,) = torch.autograd.grad((y**3).sum(), at, create_graph=True)
+            (g**2).sum().backward()
+        assert_same(leaf.grad, other.grad)
+    assert make_fx(f)(x)(x).stride() == f(x).stride()
+    xs = torch.stack([x, 2 * x])
+    assert_same(vmap(f)(xs), torch.stack([*map(f, xs)]))
+    assert_same(jacfwd(f)(x), torch.autograd.functional.jacobian(f, x))
