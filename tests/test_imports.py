@@ -47,6 +47,7 @@ REFERENCES = (
 MAY_USE = {
     "aotfunc/transforms/fallback.py": REFERENCES,
     "aotfunc/api/stateless.py": ("torch.func.functional_call", "torch.func.stack_module_state"),
+    "aotfunc/capture/patches.py": ("torch.func.linearize",),  # to put ours in its place
     "aotfunc/trace/recording.py": (
         "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack",
     ),

@@ -13,6 +13,7 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
 from torch.autograd.function import Function
+from torch.func import linearize
 from torch.utils._pytree import tree_leaves
 
 from .. import debug
@@ -261,7 +262,7 @@ PATCHES: tuple[Code | Attribute | Undisturbed, ...] = (
         partial(above, "torch_associative_scan"),
         _associative_scan_template,
     ),
-    Code("linearize", torch.func.linearize, partial(above, "linearize"), _linearize_template),
+    Code("linearize", linearize, partial(above, "linearize"), _linearize_template),
     Attribute("numpy", Tensor, "numpy", numpy_of_a_constant),
     Attribute("tolist", Tensor, "tolist", tolist_of_a_constant),
     Attribute("deepcopy", Tensor, "__deepcopy__", deepcopy_of_a_constant),

@@ -2,6 +2,8 @@
 infinities included; they require grad where what they were multiplied by does, and come of the
 results that a gradient reaches alone."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -189,3 +191,40 @@ def test_a_function_before_one_whose_backward_returns_none(name, compiler, secon
         want = [g if g is not None and g.any() else None for g in want]
     assert [g is None for g in got] == [g is None for g in want]
     assert_same([g for g in got if g is not None], [g for g in want if g is not None])
+
+
+def written_twice(a, b, x):
+    y = x.clone()
+    y[0] = a
+    y[0] = b
+    return y
+
+
+TRUE = torch.ones(3, dtype=torch.bool)
+#: functions of two vectors and a matrix: of what they do not take autograd has zeros, or None
+UNTAKEN = {
+    "cat with an empty vector": lambda a, b, x: torch.cat([a[:0], x.clone()]) + b.sum(),
+    "where": lambda a, b, x: torch.where(TRUE, a, b * 2) + x,
+    "where of nothing else": lambda a, b, x: torch.where(TRUE, a.detach(), b),
+    "rows": lambda a, b, x: torch.select_scatter(torch.select_scatter(x, a, 0, 0), b, 0, 0),
+    "parts": lambda a, b, x: x.slice_scatter(a[None], 0, 0, 1).slice_scatter(b[None], 0, 0, 1),
+    "rows in place": written_twice,
+    "a count": lambda a, b, x: torch.linalg.vector_norm(a * 2, 0) + b,
+    "counts": lambda a, b, x: torch.norm(x, 0, dim=0) * a,
+    "a distance": lambda a, b, x: torch.dist(a, b.detach(), 0) + x,
+}
+
+
+@pytest.mark.parametrize("name", UNTAKEN)
+def test_what_is_not_taken(name):
+    """A gradient is None, and a result requires grad, where autograd's is and does."""
+    for mask in itertools.product((True, False), repeat=3):
+        found = []
+        for f in (UNTAKEN[name], jit(UNTAKEN[name])):
+            xs = [torch.ones(3), 2 * torch.ones(3), torch.ones(2, 3)]
+            out = f(*[x.requires_grad_(yes) for x, yes in zip(xs, mask, strict=True)])
+            if out.requires_grad:
+                out.sum().backward()
+            found.append((out, [x.grad for x in xs]))
+        assert_same(found[1], found[0])
+        assert found[1][0].requires_grad == found[0][0].requires_grad

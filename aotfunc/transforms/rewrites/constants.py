@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from ...trace.emit import Builder, infer_val
 from ...trace.shapes.sig import Sig, contiguous_stride
-from .table import EXACT, aten, fit_or_none, is_call, rewrite, tried
+from .table import EXACT, aten, fit_or_none, is_call, may_go, rewrite, tried
 
 FULL = aten.full.default
 VIEW, EXPAND = aten.view.default, aten.expand.default
@@ -199,9 +199,10 @@ def _sum(b: Builder, val: Sig, x: Any, *_: Any, dtype: Any = None) -> Any:
 
 @rewrite(aten.where.self)
 def _where(b: Builder, val: Sig, condition: Any, x: Any, y: Any) -> Any:
-    if is_call(condition, FULL):
-        return fit_or_none(val, x if condition.args[1] else y)
-    return None
+    if not is_call(condition, FULL):
+        return None
+    taken, other = (x, y) if condition.args[1] else (y, x)
+    return fit_or_none(val, taken) if may_go(other, taken) else None
 
 
 # ----- dense where it matters not ----------------------------------------------------------------

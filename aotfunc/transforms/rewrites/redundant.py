@@ -9,7 +9,7 @@ from typing import Any
 from ...trace.emit import Builder
 from ...trace.node_views import storage_root
 from ...trace.shapes.sig import Sig
-from .table import aten, fit_or_none, has_signature, is_call, rewrite
+from .table import aten, fit_or_none, has_signature, is_call, may_go, rewrite
 
 
 @rewrite(aten.clone.default, aten._to_copy.default)
@@ -38,6 +38,7 @@ def _overwritten(b: Builder, val: Sig, x: Any, source: Any, *place: Any, **named
             and x.args[2:] == place
             and dict(x.kwargs) == named
             and x.args[1].meta["val"].shape == source.meta["val"].shape
+            and may_go(x.args[1], x.args[0], source)
         ):
             return fit_or_none(val, b.call(op, x.args[0], source, *place, **named))
     return None

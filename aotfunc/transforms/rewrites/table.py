@@ -9,6 +9,7 @@ others.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.fx import Node
 
 from ...trace.emit import Builder, infer_val
 from ...trace.shapes.sig import Sig
+from ..activity import has_derivative
 
 aten = torch.ops.aten
 
@@ -53,6 +55,23 @@ def has_signature(a: Any, val: Sig) -> bool:
         and sig.device == val.device
         and sig.offset == val.offset
     )
+
+
+def may_go(x: Node, *others: Any) -> bool:
+    """Return whether a result that no longer depends on ``x``, and still on the others, requires
+    grad where it did, and of the same inputs: autograd has zeros for a value that is not taken."""
+    return origins([x]) <= origins(others)
+
+
+def origins(nodes: Iterable[Any]) -> set[Node]:
+    """Return the inputs with a derivative that these values are computed from."""
+    todo = [n for n in nodes if n.__class__ is Node]
+    seen = set(todo)
+    for n in todo:  # which grows
+        new = [a for a in n.all_input_nodes if a not in seen]
+        seen.update(new)
+        todo += new
+    return {n for n in todo if n.op == "placeholder" and has_derivative(n.meta["val"])}
 
 
 def fit_or_none(val: Sig, a: Any) -> Any:

@@ -74,10 +74,13 @@ def skipped(x: Tensor, rank: int) -> bool:
     return x.dim() == 1 and rank != 1 and x.shape[0] == 0
 
 
-def cat_back(g: Tensor, tensors: Sequence[Tensor], dim: int) -> list[Tensor | None]:
+def cat_back(g: Tensor, tensors: Sequence[Tensor], dim: int) -> list[Tensor]:
     sizes = [0 if skipped(x, g.dim()) else x.shape[dim] for x in tensors]
     parts = aten.split_with_sizes(g, sizes, dim)
-    return [None if skipped(x, g.dim()) else part for x, part in zip(tensors, parts, strict=True)]
+    return [
+        torch.zeros_like(x) if skipped(x, g.dim()) else part
+        for x, part in zip(tensors, parts, strict=True)
+    ]
 
 
 def batch_cat(tensors: Sequence[Tensor], dim: int, *, batched: Any, size: Any) -> Tensor:

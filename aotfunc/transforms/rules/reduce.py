@@ -191,17 +191,18 @@ def norm_backward(
     return (x.sgn() * x.abs() ** (p - 1) if p < 2 else x * x.abs() ** (p - 2)) * scale
 
 
+# of a count (p = 0) autograd has None, and zeros of ``cdist``'s
 @vjp_of(aten.linalg_vector_norm, aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype)
-def _(g: Tensor, out: Tensor, x: Tensor, p: Any, dim: Any, keepdim: bool) -> list[Tensor]:
-    return [norm_backward(g, out, x, p, dim, keepdim)]
+def _(g: Tensor, out: Tensor, x: Tensor, p: Any, dim: Any, keepdim: bool) -> list[Tensor | None]:
+    return [None if p == 0 else norm_backward(g, out, x, p, dim, keepdim)]
 
 
 vmap_of(aten.linalg_vector_norm)(shifted(aten.linalg_vector_norm, "dim"))
 
 
 @vjp_of(aten.norm.Scalar, aten.norm.ScalarOpt_dtype)
-def _(g: Tensor, out: Tensor, x: Tensor, p: Any) -> list[Tensor]:
-    return [norm_backward(g, out, x, p)]
+def _(g: Tensor, out: Tensor, x: Tensor, p: Any) -> list[Tensor | None]:
+    return [None if p == 0 else norm_backward(g, out, x, p)]
 
 
 vmap_of(aten.norm.Scalar)(per_sample(lambda x, dims, p: aten.norm.ScalarOpt_dim(x, p, dims)))
@@ -215,7 +216,9 @@ for op in (aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype):
 
 
 @vjp_of(aten.dist)
-def _(g: Tensor, out: Tensor, x: Tensor, y: Tensor, p: Any) -> list[Tensor]:
+def _(g: Tensor, out: Tensor, x: Tensor, y: Tensor, p: Any) -> list[Tensor | None]:
+    if p == 0:
+        return [None, None]
     along = norm_backward(g, out, x - y, p)
     return [along, -along]
 
