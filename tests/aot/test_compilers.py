@@ -233,15 +233,15 @@ def forward(self, div, tangents_0):
             """\
 def forward(self, args_0, const0, param1, param2, const3, const4):
     add = add.Tensor(const0, 1);  const0 = None
-    native_batch_norm_legit_functional = _native_batch_norm_legit_functional.default(args_0, param1, param2, const3, const4, True, 0.1, 1e-05);  param2 = None
+    native_batch_norm_legit_functional = _native_batch_norm_legit_functional.default(args_0, param1, param2, const3, const4, True, 0.1, 1e-05);  param2 = const3 = const4 = None
     getitem = native_batch_norm_legit_functional[1]
     getitem_1 = native_batch_norm_legit_functional[2]
     getitem_2 = native_batch_norm_legit_functional[0]
     getitem_3 = native_batch_norm_legit_functional[3]
     getitem_4 = native_batch_norm_legit_functional[4];  native_batch_norm_legit_functional = None
-    return (getitem_2, add, getitem_3, getitem_4, args_0, param1, const3, const4, getitem, getitem_1)
-def forward(self, args_0, param1, const3, const4, getitem_3, getitem_4, tangents_0):
-    native_batch_norm_backward = native_batch_norm_backward.default(tangents_0, args_0, param1, const3, const4, getitem_3, getitem_4, True, 1e-05, [False, True, True]);  tangents_0 = args_0 = param1 = const3 = const4 = getitem_3 = getitem_4 = None
+    return (getitem_2, add, getitem_3, getitem_4, args_0, param1, getitem, getitem_1)
+def forward(self, args_0, param1, getitem_3, getitem_4, tangents_0):
+    native_batch_norm_backward = native_batch_norm_backward.default(tangents_0, args_0, param1, None, None, getitem_3, getitem_4, True, 1e-05, [False, True, True]);  tangents_0 = args_0 = param1 = getitem_3 = getitem_4 = None
     getitem = native_batch_norm_backward[1]
     getitem_1 = native_batch_norm_backward[2];  native_batch_norm_backward = None
     return (getitem, getitem_1)
