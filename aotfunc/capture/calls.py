@@ -55,6 +55,7 @@ class Step:
     themselves)."""
 
     anywhere = None  # offsets of its inputs do not matter, see Instr
+    runs = True  # as a function of the values that it reads
 
     def __init__(self, outs: Sequence[Any], writes: Sequence[int] = ()) -> None:
         self.outs = tuple(outs)

@@ -25,9 +25,9 @@ from ..trace.scalars import TENSOR, bits_of
 from ..trace.shared_parts import check_shared_parts
 from ..trace.traced import quiet
 from ..trace.tracer import Trace
-from ..transforms.tidy import REWRITES, rebuilt
+from ..transforms.tidy import rebuilt
 from .deferred import check_calls, check_checkpoints
-from .grad_step import GradStep
+from .grad_step import builder_for
 from .live_hooks import TensorHooks
 from .tree import flatten, unflatten
 
@@ -183,10 +183,8 @@ class Captured:
 
     def _build(self, memory: tuple[tuple[int, bool], ...] | None) -> Program:
         trace = self.trace
-        # torch.autograd.grad inside f distinguishes equal nodes: merge later
-        plain = any(r[0].__class__ is GradStep for r in trace.records)
         with paused_gc():
-            b = Builder(None, merge=False) if plain else Builder(REWRITES)
+            b, plain = builder_for(trace)
             f = self._functionalizer(b)
             f.run()
             mutated = f.mutated()

@@ -23,6 +23,7 @@ from ..graph import Program, dependents, weight
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
 from ..trace.kinds import has_values
+from ..trace.modes import without_modes
 from ..trace.records import flat_tensors
 from ..trace.replay import generators
 from ..trace.scalars import bits_of
@@ -30,16 +31,17 @@ from ..trace.seeds import named_generators
 from ..trace.tape import signature
 from ..trace.traced import Traced, around, as_if_outside, quiet
 from ..trace.tracer import Trace
-from ..transforms.tidy import REWRITES, rebuilt
+from ..transforms.tidy import rebuilt
 from .calls import CallStep, on_eager
 from .followed import Unsteady, batched_program, follow_trace, followed_batches
+from .grad_step import builder_for
 
 
 def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:
     """Return ``question(*values)`` for the values of ``tensors``, on which all samples must
     agree."""
     line = at(user_line())
-    with as_if_outside(), paused_gc():
+    with as_if_outside(), paused_gc(), without_modes(trace.dtype):
         values, count = followed_batches(trace, tensors) or batches(trace, tensors, what)
     with quiet(), torch.no_grad():
         if not count:
@@ -69,7 +71,7 @@ def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: st
 def batch_of(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int | None]]:
     """Return real values of ``tensors`` of an outermost ``vmap``, with all samples, and the batch
     dimension of each, None for common values."""
-    with as_if_outside(), paused_gc():
+    with as_if_outside(), paused_gc(), without_modes(trace.dtype):
         try:
             return follow_trace(trace).batch_of(trace, [trace.ref_of(t)[0] for t in tensors])
         except Unsteady:
@@ -123,11 +125,12 @@ def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:
     refs = tuple([trace.ref_of(t)[0] for t in tensors])
 
     def make() -> Program:
-        b = Builder(REWRITES)
+        b, plain = builder_for(trace)
         f = Functionalizer(trace, b, input_nodes(trace, b))
         f.run()
         outs = [f.read(r) for r in refs]
-        return Program(b.finish(outs), len(trace.inputs), len(refs), (), "asked")
+        program = Program(b.finish(outs), len(trace.inputs), len(refs), (), "asked")
+        return rebuilt(program, "asked") if plain else program
 
     return _programs.once((trace.key(), bits_of(trace.numbers), refs), make)
 

@@ -14,6 +14,8 @@ from ..trace.emit import Builder, remap
 from ..trace.functionalize import Functionalizer
 from ..trace.records import instr_op
 from ..trace.shapes.sig import Sig
+from ..trace.tracer import Trace
+from ..transforms.tidy import REWRITES
 from ..transforms.vjp import reverse
 from ..transforms.vmap import Axis, vmap
 from ..transforms.walk import builder, filled_node, unknown
@@ -25,6 +27,8 @@ aten = torch.ops.aten
 class GradStep(Step):
     """A call of ``torch.autograd.grad(outputs, inputs, grad_outputs)`` inside a function. With
     ``size`` it has ``is_grads_batched``: so many gradients per output and per input."""
+
+    runs = False  # it reads the steps before it
 
     def __init__(
         self,
@@ -77,6 +81,13 @@ class GradStep(Step):
                 for ref, (g, sig) in enumerate(zip(grads, self.outs, strict=True), f.number)
             ]
         self.bind(f, grads, grad and self.create_graph)
+
+
+def builder_for(trace: Trace) -> tuple[Builder, bool]:
+    """Return a builder for the program of a recording, and whether it is plain: a gradient inside
+    tells equal nodes apart, so that they may be merged and rewritten only afterwards."""
+    plain = any(r[0].__class__ is GradStep for r in trace.records)
+    return Builder(None, merge=False) if plain else Builder(REWRITES), plain
 
 
 #: views that only some layouts allow

@@ -13,7 +13,7 @@ from ..debug import at, user_line
 from ..errors import CaptureError
 from .kinds import has_values
 from .memory import memory_of
-from .modes import device_generators
+from .modes import device_generators, without_modes
 from .numbers import refusal
 from .records import Record, instr_run, results_of, written_slots
 from .scalars import FIRST
@@ -76,7 +76,7 @@ class Replay:
     def value(self, trace: Answering, ref: int) -> Tensor | None:
         """Return the value of a result; None if it depends on inputs without values."""
         new = trace.records[self.done :]
-        with quiet(), torch.no_grad(), self.drawing(new):
+        with quiet(), without_modes(trace.dtype), torch.no_grad(), self.drawing(new):
             for i in range(self.lifted, len(trace.lifted)):
                 t = trace.lifted[i]
                 real = t if -1 - i in trace.made_inside else known(trace, t)
@@ -92,19 +92,19 @@ class Replay:
         return self.env.get(ref)
 
     def take(self, trace: Answering, instr: Any, refs: Sequence[int]) -> None:
-        """Take the next step: run it, or let it wait. One that reads what is not known is
-        skipped."""
+        """Take the next step: run it, or let it wait. Skip one that reads what is not known,
+        or other than values."""
         first = self.number
         if instr.__class__ is Instr and instr.simple and instr.size < MANY:
             if all([r in self.env for r in refs]):
                 [self.env[first]] = instr_run(instr, [self.env[r] for r in refs])
                 self.number, self.done = first + 1, self.done + 1
                 return
-        waits, end = may_wait(instr), first + results_of(instr)
+        waits, end = not instr.runs or may_wait(instr), first + results_of(instr)
         if not waits:
             self.run([*self.steps])
-        unknown = [r for r in refs if r not in self.env and r not in self.makers]
-        if unknown or (instr.facts.random and not self.draws):
+        known = instr.runs and all([r in self.env or r in self.makers for r in refs])
+        if not known or (instr.facts.random and not self.draws):
             for slot in written_slots(instr):
                 self.lose(trace, trace.root(refs[slot]))
         else:

@@ -596,3 +596,65 @@ def test_large_steps_run_early_only_if_they_are_asked_for(monkeypatch):
     x, w = f64(128, 64), f64(64, 64) ** 2
     assert_same(grad(f)(x, w), grads(f)(x, w))
     assert early == ["aten.sum.default", "aten.gt.Scalar"]
+
+
+# values of gradients taken inside
+# -------------------------------------------------------------------------------------------------
+
+
+def asked_of_a_gradient(x):
+    w = torch.ones_like(x, requires_grad=True)  # x * w is x, but not for its gradient
+    (g,) = torch.autograd.grad(((x.detach() * w) ** 2).sum(), w)
+    g[0] *= 2
+    return x * g.norm().item() if g.sum() > 1e-3 else x * 0
+
+
+def asked_beside_a_gradient(x):
+    y = x * torch.rand(3, dtype=x.dtype)
+    (g,) = torch.autograd.grad((y**3).sum(), y, create_graph=True)
+    return x * g * (2 if x.abs().max() < 9 else 3) + y * torch.rand(1, dtype=x.dtype).item()
+
+
+def asked_of_a_grad(x):
+    w = torch.ones_like(x, requires_grad=True)
+    (x.detach() * w).square().sum().backward()
+    return x * w.grad.norm().item()
+
+
+@pytest.mark.parametrize(
+    "f", [asked_of_a_gradient, asked_beside_a_gradient, asked_of_a_grad], ids=lambda f: f.__name__
+)
+def test_gradients_taken_inside_have_values(f):
+    x, run = f64(3), lambda x: f(x).sum()
+    torch.manual_seed(0)
+    expected = grads(run)(x)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    assert_same(grad(run)(x), expected)
+    assert_same(torch.get_rng_state(), state)
+    with pytest.raises(AotfuncError, match="asked for, but jit"):
+        jit(f)(x)
+
+
+def test_samples_answer_about_a_gradient():
+    def f(x):
+        w = torch.ones_like(x, requires_grad=True)
+        (g,) = torch.autograd.grad(((x.detach() * w) ** 2).sum(), w)
+        return x * 2 if g.sum() > 0 else x * 3
+
+    x = f64(4, 3)
+    assert_same(vmap(f)(x), loop(f)(x))
+
+
+def test_a_question_under_another_default_dtype_changes_no_value():
+    def f(x):
+        third = (x.detach() * 0 + 1).long() / 3  # of the default dtype
+        torch.set_default_dtype(torch.float64)
+        try:
+            return x * third[0].item()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    x = f64(4, 3)
+    assert_same(grad(lambda x: f(x).sum())(x[0]), grads(lambda x: f(x).sum())(x[0]))
+    assert_same(vmap(f)(x), loop(f)(x))

@@ -29,6 +29,7 @@ class Instr:
     arguments may be a tensor; ``simple`` says that it makes one new tensor and has no other
     effect; ``size`` is the number of elements of the largest argument."""
 
+    runs = True  # see capture.calls.Step
     __slots__ = (
         *("op", "args", "kwargs", "sigs", "outs", "facts", "anywhere"),
         *("number", "made", "simple", "size"),
