@@ -241,9 +241,8 @@ def is_beyond_autograd(n: Node) -> bool:
     return which == "all" or "_backward" in n.target._schema.name
 
 
-def zeros_of(n: Any) -> Tensor:
-    """Return the tangent of zeros of a result, which is this node."""
-    sig = n.meta["val"]
+def zeros_of(sig: Any) -> Tensor:
+    """Return the tangent of zeros of a result."""
     return torch.zeros(sig.shape, dtype=sig.dtype, device=sig.device)
 
 
@@ -283,10 +282,15 @@ class ProgramFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        ctx.flags = flags = alive(ctx.program, tensors)
-        ctx.mark_non_differentiable(
-            *[o for o, yes in zip(output, flags, strict=True) if isinstance(o, Tensor) and not yes]
-        )
+        sample = torch._C._functorch.is_batchedtensor
+        flags, vals = alive(ctx.program, tensors), ctx.program.flat().vals
+        # torch.func.vmap loses the marks of samples
+        ctx.flags = [
+            yes or (has_derivative(v) and sample(o))
+            for yes, v, o in zip(flags, vals, output, strict=True)
+        ]
+        marked = [o for o, yes in zip(output, ctx.flags, strict=True) if not yes]
+        ctx.mark_non_differentiable(*[o for o in marked if isinstance(o, Tensor)])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple:
@@ -297,12 +301,9 @@ class ProgramFunction(torch.autograd.Function):
             outs = execute(
                 pushed_program(program, wrt), [*ctx.saved_tensors, *(given[i] for i in wrt)]
             )
-        pushed = outs[len(program.outputs) :]
-        if torch._C._functorch.peek_interpreter_stack() is None:
-            return tuple(pushed)
-        # torch.func pushes no tangents of tangents if a result that may have one has none
-        whole = zip(pushed, program.outputs, ctx.flags, strict=True)
-        return tuple([zeros_of(n) if yes and t is None else t for t, n, yes in whole])
+        pushed = zip(outs[len(program.outputs) :], program.flat().vals, ctx.flags, strict=True)
+        # autograd takes None for the tangents of marked results, and of no others
+        return tuple([(zeros_of(v) if t is None else t) if yes else None for t, v, yes in pushed])
 
     @staticmethod
     @outside_dynamo

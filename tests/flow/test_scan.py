@@ -1,10 +1,12 @@
 """``scan``: trees, layouts, aliases, draws and intent as in a Python loop; graphs that do not grow
 with the number of steps; errors that say what differs."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import aotfunc
@@ -272,6 +274,12 @@ LINEAR = {
     )[1],
     "cond": lambda h: aotfunc.cond(h.sum() > 0, lambda h: h * 2, lambda h: h * 3, h),
     "map": lambda h: aotfunc.map(lambda x: (x * 2, x.floor()), h)[0],
+    "cond of steps": lambda h: math.prod(
+        aotfunc.cond(h.sum() > 0, lambda h: (h * 1, h.floor()), lambda h: (h * 3, h.ceil()), h)
+    ),
+    "cond of constants": lambda h: sum(
+        aotfunc.cond(h.sum() > 0, lambda h: (h * 2, XS[0] * 1), lambda h: (h, XS[1] * 1), h)
+    ),
 }
 
 
@@ -282,6 +290,9 @@ def test_second_tangents_of_torch_func_where_there_are_none(name):
     assert_same(torch.func.jacfwd(f)(H), grad(f)(H))
     assert_same(torch.func.hessian(f)(H), zeros)
     assert_same(torch.func.jacfwd(torch.func.jacfwd(f))(H), zeros)
+    with forward_ad.dual_level():
+        pushed = forward_ad.unpack_dual(f(forward_ad.make_dual(H, XS[0]))).tangent
+    assert_same(pushed, grad(f)(H) @ XS[0])
     cubed = lambda h: (LINEAR[name](h) ** 3).sum()
     assert_same(torch.func.hessian(cubed)(H), hessian(cubed)(H))
 
