@@ -67,15 +67,20 @@ def recorded_backward(
     requiring = tuple(map(requires_grad, args)) if narrows else floats
 
     def record(refs: Callable, residuals: list[int]) -> tuple[tuple, Any]:
+        own = ctx
+
         def recorded(needed: tuple[bool, ...]) -> tuple:
-            ctx.needs_input_grad, found = needed, []
+            nonlocal own
+            found = []
             for have in patterns(sum(diff), ctx.materialize_grads):
+                own = with_kept(ctx, lambda x: x)  # which a backward may change
+                own.needs_input_grad = needed
                 present = iter(have or (True,) * sum(diff))
                 given = tuple([yes and next(present) for yes in diff])
                 here = [sig for sig, yes in zip(sigs, given, strict=True) if sig and yes]
                 rule = Gaps(wanted, given)
                 found.append(
-                    (have, rule_program(name, ctx, rule, here, backward, refs, residuals))
+                    (have, rule_program(name, own, rule, here, backward, refs, residuals))
                 )
             return tuple(found)
 
@@ -83,7 +88,10 @@ def recorded_backward(
         if any(requiring) and requiring != floats:
             mask = tuple(itertools.compress(requiring, tensors))
             narrow = (mask, recorded(requiring))
-        return recorded(floats), narrow
+        every = recorded(floats)
+        # another call sees what this one has changed
+        vars(ctx).update({k: x for k, x in vars(own).items() if not isinstance(x, Tensor)})
+        return every, narrow
 
     return record
 
@@ -100,10 +108,9 @@ def recorded_jvp(
     sigs = [trace.ref_of(a)[1] for a, yes in zip(args, floats, strict=True) if yes]
     dirty = {*map(id, ctx.dirty_tensors or ())}
     rule = Gaps(Tangents(jvp, tuple([id(a) in dirty for a in args])), floats)
-    saved, ctx.to_save = ctx.to_save, ctx.saved_for_forward or ctx.to_save
-    made = rule_program(name, ctx, rule, sigs, jvp, lambda tensors: tensors, kept)
-    ctx.to_save = saved
-    return made, kept
+    own = with_kept(ctx, lambda x: x)
+    own.to_save = ctx.saved_for_forward or ctx.to_save
+    return rule_program(name, own, rule, sigs, jvp, lambda tensors: tensors, kept), kept
 
 
 def rule_program(

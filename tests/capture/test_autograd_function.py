@@ -635,3 +635,44 @@ def test_one_tensor_in_several_places(forward, how):
     assert_same(grad(lambda x: f(x)[0].sum())(x), torch.autograd.grad(f(x)[0].sum(), x)[0])
     outs, theirs = how(Repeats.apply)(x), Repeats.apply(x)
     assert [[a is b for a in outs] for b in outs] == [[a is b for a in theirs] for b in theirs]
+
+
+def test_a_derivative_may_change_its_context():
+    """Each call finds the context as the forward left it, however often it is recorded."""
+
+    class Changing(Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(x)
+            ctx.save_for_forward(x)
+            ctx.factor = 1
+            return x * x, x.sin()
+
+        @staticmethod
+        def backward(ctx, g, h):
+            ctx.factor *= 2
+            (x,) = ctx.saved_tensors
+            ctx.doubled = x * ctx.factor
+            return (0 if g is None else g * ctx.doubled) + (0 if h is None else h * x.cos())
+
+        @staticmethod
+        def jvp(ctx, t):
+            ctx.factor *= 2
+            (x,) = ctx.saved_tensors
+            return t * x * ctx.factor, t * x.cos()
+
+    first, both = lambda x: Changing.apply(x)[0].sum(), lambda x: sum(Changing.apply(x)).sum()
+    x = f64(3)
+    assert_same(grad(first)(x), 2 * x)
+    assert_same(grad(both)(x), 2 * x + x.cos())
+    assert_same(jvp(both, (x,), (x,))[1], ((2 * x + x.cos()) * x).sum())
+
+    def twice(x):  # autograd multiplies by 4 in the second call
+        y = x * 1
+        z = first(y)
+        gradients = [torch.autograd.grad(z, y, retain_graph=True)[0] for _ in range(2)]
+        return (sum(gradients) * x).sum()
+
+    with pytest.raises(AotfuncError, match="reads what changes afterwards"):
+        grad(twice)(x)
