@@ -22,7 +22,7 @@ from ..trace.shapes.sig import Facts, Sig
 from . import fallback, loops
 from .rules.schema import full_args, tensor_args
 from .rules.table import entry_for
-from .walk import Make, apply, as_graph, check_count, errors_of, traced
+from .walk import Make, apply, as_graph, errors_of, traced
 
 if TYPE_CHECKING:
     from .vmap import Batch
@@ -181,14 +181,15 @@ def promotion(sigs: Sequence[Sig]) -> torch.dtype:
 
 def checked_result(b: Builder, result: Any, want: Any, size: int) -> Any:
     """Return the result of a rule, in the unbatched dtype. Raises ValueError for another shape
-    than the unbatched one behind the batch."""
+    than the unbatched one behind the batch, and for another number of results."""
     if isinstance(want, tuple):
         if not isinstance(result, list | tuple):
             result = [result]
-        check_count(result, len(want))
+        if len(result) != len(want):
+            raise ValueError(f"it returned {len(result)} results where there are {len(want)}")
         return [
             checked_result(b, r, w, size) if w.__class__ is Sig else r
-            for r, w in zip(result, want, strict=False)
+            for r, w in zip(result, want, strict=True)
         ]
     if not isinstance(result, Node):
         raise ValueError(f"it returned {result!r}")

@@ -78,6 +78,15 @@ def test_a_rule_that_fails(rule, kind):
     assert str(caught.value).count("<lambda>: ") == 1
 
 
+def test_a_batching_rule_returns_all_results():
+    LIBRARY.define("halves(Tensor x) -> Tensor[]")
+    LIBRARY.impl("halves", lambda x: [x / 2, x / 2], "CompositeExplicitAutograd")
+    op = torch.ops.aotfunc_rule_errors.halves.default
+    vmap_of(op)(lambda x, *, batched, size: [x / 2])
+    with pytest.raises(RuleError, match="returned 1 results where there are 2"):
+        vmap(lambda x: op(x)[0])(X)
+
+
 @pytest.mark.parametrize("kind", TRANSFORMS)
 def test_a_rule_that_is_not_made_for_its_arguments(kind):
     register, called = TRANSFORMS[kind]

@@ -22,7 +22,7 @@ fragment, and may as well be called in a Python shell. Conventions, the same for
   batched), ``size`` (vmap: the batch size), ``randomness`` (vmap: "different" or "same"),
   ``shape`` (vmap: the unbatched shape of the output, a tuple of them for several), ``sample``
   (vmap: the unbatched signature of the first argument).
-- A vmap rule returns the output(s) with the batch at dimension 0.
+- A vmap rule returns the output(s), all of them, with the batch at dimension 0.
 
 Gradients of complex values follow PyTorch's convention: the cotangent of ``x`` is the conjugate
 Wirtinger derivative, so that a step along its negative descends."""
