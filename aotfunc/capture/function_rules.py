@@ -90,7 +90,7 @@ def recorded_backward(
             narrow = (mask, recorded(requiring))
         every = recorded(floats)
         # another call sees what this one has changed
-        vars(ctx).update({k: x for k, x in vars(own).items() if not isinstance(x, Tensor)})
+        ctx.__dict__.update({k: x for k, x in vars(own).items() if not isinstance(x, Tensor)})
         return every, narrow
 
     return record
