@@ -102,10 +102,8 @@ def resize_storage(self: torch.UntypedStorage, size: int) -> Any:
 def reached(trace: Trace) -> Iterator[Tensor]:
     """Yield the tensors outside of all recordings that a recording has met."""
     for t in (*trace.origins, *trace.lifted):
-        if t.__class__ is Traced:
-            yield from reached(t.tracer)  # type: ignore[attr-defined]
-        else:
-            yield t
+        inside = t.__class__ is Traced
+        yield from reached(t.tracer) if inside else (t,)  # type: ignore[attr-defined]
 
 
 def unpack_dual(tensor: Tensor, *, level: int | None = None) -> Any:
