@@ -11,7 +11,8 @@
 
 Every node has ``meta["val"]``, its signature (a tuple of them for several outputs): shape, stride,
 dtype, device, nothing real; ``meta["line"]``, the user's line, where it is known; and
-``meta["region"]`` inside a checkpointed region; ``meta["named"]``, what the user calls the value.
+``meta["region"]`` inside a checkpointed region; ``meta["again"]``, a name of its own, where it
+runs once more on purpose; ``meta["named"]``, what the user calls the value.
 ``aten.detach`` and ``aotfunc.hidden_write`` carry the user's intent about derivatives and are
 removed only when a graph is compiled."""
 

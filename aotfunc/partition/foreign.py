@@ -39,6 +39,7 @@ def cut_by(
     if extra:
         outs = outputs(forward)
         set_outputs(forward, outs[:n_early] + outs[n_early + len(extra) :])
+        forward.meta["num_fwd_outputs"] = n_early
     return forward, backward
 
 

@@ -110,7 +110,7 @@ class Ways:
         o = self.joint.layout.owner[i]
         if not NEVER < self.before(o, place) <= self.before(i, place):
             return False
-        stays = o in self.kept or self.joint.nodes[o].op != "call_function"
+        stays = o in self.kept or o in self.given or self.joint.nodes[o].op == "get_attr"
         return stays or self.after(self.reads, o, place) < self.after(self.runs, o, place)
 
     def before(self, i: int, place: int) -> float:

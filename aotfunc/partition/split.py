@@ -51,7 +51,7 @@ def _split_now(
     late_order: list[int],
 ) -> tuple[fx.Graph, fx.Graph]:
     nodes = joint.nodes
-    early = Copy()
+    early, late = (Copy({n.name for n in nodes}) for _ in range(2))
     for n in joint.early_inputs:
         early.placeholder(n)
     for i in early_order:
@@ -61,7 +61,6 @@ def _split_now(
             early.offload(nodes[i])
     early.output(list(joint.early_outputs) + [early.keep(n) for n in saved])
 
-    late = Copy()
     for n in saved:
         late.placeholder(early.away.get(n, n), role="residual")
     for n in joint.late_inputs:
@@ -94,17 +93,18 @@ def on_host(val: Any) -> Any:
 
 
 class Copy:
-    """A graph copied node by node from another; ``env`` maps old nodes to new ones."""
+    """A graph copied node by node from another; ``env`` maps old nodes to new ones, ``taken`` are
+    the names of the old ones. A new node that has another name tells by ``meta["original"]`` which
+    one it stands for."""
 
-    def __init__(self) -> None:
-        self.graph = fx.Graph()
+    def __init__(self, taken: set[str]) -> None:
+        self.graph, self.taken = fx.Graph(), taken
         self.env: dict[Node, Node] = {}
         self.away: dict[Node, Node] = {}  # copies in the host's memory
 
     def node(self, n: Node) -> Node:
         """Add a node; what reads ``n`` from then on reads this one."""
-        again = n in self.env
-        name = f"{n.name}_again" if again else n.name
+        name = self.fresh(n.name, "_again") if n in self.env else n.name
         # arguments come afterwards: create_node searches those it is given for SymInts, half of
         # its time
         new = self.graph.create_node(n.op, n.target, name=name, type_expr=n.type)
@@ -113,11 +113,17 @@ class Copy:
         if n.kwargs:
             new.kwargs = self.map(n.kwargs)
         new.meta.update(n.meta)  # not assigned: fx makes that slow
-        new.meta.pop("again", None)
-        if again:
-            new.meta["again"] = n.name
+        if name != n.name:
+            new.meta.update(original=n.name, again=name)
         self.env[n] = new
         return new
+
+    def fresh(self, name: str, suffix: str) -> str:
+        """Return a name that no node has, for another one that stands for the one of this name."""
+        while name in self.taken:
+            name += suffix
+        self.taken.add(name)
+        return name
 
     def placeholder(self, n: Node, role: str | None = None) -> None:
         """Add an input that stands for ``n``."""
@@ -138,8 +144,8 @@ class Copy:
         return self.graph.create_node("call_function", to, (n,), {"device": device}, name=name)
 
     def offload(self, n: Node) -> None:
-        new = self.copy(self.env[n], f"{n.name}_host", torch.device("cpu"))
-        new.meta = {"val": on_host(n.meta["val"]), "line": n.meta.get("line")}
+        new = self.copy(self.env[n], self.fresh(n.name, "_host"), torch.device("cpu"))
+        new.meta = {"val": on_host(n.meta["val"]), "line": n.meta.get("line"), "original": n.name}
         self.away[n] = self.env[new] = new
 
     def bring_back(self, n: Node, away: Node) -> None:
@@ -157,9 +163,10 @@ class Copy:
                 "call_function",
                 torch.ops.aten.clone.default,
                 (self.env[n],),
-                name=f"{n.name}_kept",
+                name=self.fresh(n.name, "_kept"),
             )
             new.meta = {k: n.meta[k] for k in ("val", "line") if k in n.meta}
+            new.meta["original"] = n.name
             self.env[new] = new
             return new
         return n

@@ -48,8 +48,7 @@ def program_data(program: Program, depth: int = 0) -> dict[str, Any]:
             found["kwargs"] = {k: as_data(a, number) for k, a in n.kwargs.items()}
         if n.meta.get("line") is not None:
             found["line"] = str(n.meta["line"])
-        if n.meta.get("role") is not None:
-            found["role"] = n.meta["role"]
+        found |= {k: n.meta[k] for k in ("role", "again") if n.meta.get(k) is not None}
         if n.meta.get("region") is not None:
             found["region"] = regions.setdefault(n.meta["region"], len(regions))
         return found
@@ -151,7 +150,7 @@ def program_of(data: dict[str, Any]) -> Program:
     b = Builder(merge=False)
     nodes: list[Node] = []
     for item in data["nodes"]:
-        b.meta = {k: item[k] for k in ("line", "role") if k in item}
+        b.meta = {k: item[k] for k in ("line", "role", "again") if k in item}
         if "region" in item:
             b.meta["region"] = ("loaded", item["region"])
         val = from_data(item["value"], nodes)

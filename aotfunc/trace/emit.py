@@ -135,7 +135,7 @@ class Builder:
             return self.seen[drawn]
         if apart or not mergeable(target):
             return self.make("call_function", target, args, kwargs, val)
-        key = node_key(target, args, kwargs, self.meta.get("region"))
+        key = node_key(target, args, kwargs, self.meta.get("again", self.meta.get("region")))
         if target in COMMUTATIVE and len(args) == 2 and not kwargs:
             x, y = args
             if (
@@ -258,12 +258,12 @@ def displaced(planned: Any, x: Any) -> bool:
     return (sig.offset, sig.stride) != (planned.offset, planned.stride)
 
 
-_CARRIED = ("line", "stack_trace", "region", "draw", "named")
+_CARRIED = ("line", "stack_trace", "region", "again", "draw", "named")
 
 
 def carried(n: Node) -> dict[str, Any]:
     """Return the metadata that a copy of a node keeps: the user's line, its checkpointed region,
-    the number of its draw."""
+    that it runs once more on purpose, the number of its draw."""
     meta = n.meta
     return {k: meta[k] for k in _CARRIED if k in meta}
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx
 
 from aotfunc import aot_function, jit, partition
-from aotfunc.partition import PartitionError, Peak, Roofline, Time, split, verify
+from aotfunc.partition import Peak, Roofline, Time
 from aotfunc.partition.memory import peak
-from aotfunc.partition.ops import once
+from aotfunc.partition.ops import is_random, once
 from aotfunc.partition.problem import Problem
 from aotfunc.partition.roles import Joint, read_joint
 from aotfunc.partition.within import ANEW, Within
+from tests.partition.joints import JointOf
 from tests.partition.test_solve import MODELS
 
 
@@ -27,9 +30,26 @@ def readable(joint: Joint, order: list[int], given: set[int]) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", MODELS)
+def recurrent(x: Tensor, w: Tensor) -> Tensor:
+    h = c = x
+    for _ in range(6):
+        i, f, g, o = (torch.cat([x, h], -1) @ w).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+    return h.sum()
+
+
+GRAPHS = {
+    **MODELS,
+    "recurrent": lambda: JointOf(
+        recurrent, torch.randn(8, 8).requires_grad_(), torch.randn(16, 32).requires_grad_()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
 def test_every_choice_runs_in_order_with_no_higher_peak(name: str) -> None:
-    joint = MODELS[name]().module
+    joint = GRAPHS[name]().module
     problem = Problem(read_joint(joint.graph, 1), Roofline())
     within, cost = Within(problem), Roofline()
     for choice in within.frontier.points:
@@ -66,8 +86,13 @@ def test_a_lower_peak_has_the_same_numbers() -> None:
     assert max(peak(fw.graph), peak(bw.graph, [n for n in owners if n.name in made])) < plain
     assert peak(bw.graph, [n for n in owners if n.name in made]) == report.peaks[1]
     compiled = lambda budget: aot_function(waves, "eager", memory_budget=budget)
-    least = compiled(0.0).lower(*args).partition_report()
+    lowered = compiled(0.0).lower(*args)
+    least = lowered.partition_report()
     assert least.anew
+    made = {r.name for r in least.saved if r.reason not in ("input", "parameter")}
+    late = lowered.graphs["backward"].graph  # what is compiled does not merge what runs twice
+    held = [n for n in late.find_nodes(op="placeholder") if n.name in made]
+    assert peak(late, held) == least.peaks[1]
     expected = torch.autograd.grad(waves(*args), args, create_graph=True)
     for budget in (0.0, Peak(least.peak)):
         got = torch.autograd.grad(compiled(budget)(*args), args)
@@ -78,18 +103,74 @@ def test_a_lower_peak_has_the_same_numbers() -> None:
     assert not partition(joint, memory_budget=report.bytes).report.anew
 
 
-def test_the_verifier_knows_what_may_run_once_more() -> None:
-    args = [torch.ones(4).requires_grad_(), torch.ones(4).requires_grad_()]
-    f = lambda x, w: (torch.nn.functional.dropout(x, 0.5, True) * w).exp().sum()
-    joint = jit(f).lower(*args).graphs["joint"]
-    fw, bw, _ = partition(joint, memory_budget=0.0)
-    bad = fx.GraphModule(bw, split.Copy().graph)
-    copied: dict[fx.Node, fx.Node] = {}
-    bad.graph.graph_copy(bw.graph, copied)
-    draw = next(n for n in joint.graph.nodes if once(n) and n.op == "call_function")
-    with bad.graph.inserting_after(list(bad.graph.nodes)[-1]):
-        new = bad.graph.call_function(draw.target, tuple(copied.get(a, a) for a in draw.args))
-    new.meta.update(draw.meta, again=draw.name)
-    bad.graph.output(tuple(copied[n] for n in bw.graph.output_node().args[0]))
-    with pytest.raises(PartitionError):
-        verify(fw, bad, joint, num_fwd_outputs=1)
+def test_values_may_have_any_names() -> None:
+    """Names that a partition gives are taken, and metadata of another partition is left over."""
+    x = torch.rand(64, 64).requires_grad_()
+    for budget in (0.0, 1.0):
+        joint = jit(waves).lower(x).graphs["joint"]
+        _, bw, _ = partition(joint, memory_budget=0.0)
+        again = [n.meta["original"] for n in bw.graph.nodes if "original" in n.meta]
+        calls = [n for n in joint.graph.nodes if n.op == "call_function" and n.name not in again]
+        for name, n in zip(again, reversed(calls), strict=False):
+            n.name = f"{name}_again"
+        for n in joint.graph.nodes:
+            n.meta["original"] = "x"
+        _, bw, report = partition(joint, memory_budget=budget)
+        assert again and len(report.anew) == (len(again) if budget < 1 else 0)
+
+    def f(x_host: Tensor, x: Tensor, x_kept: Tensor, sin_again: Tensor) -> Tensor:
+        y = (x_host * x * x_kept).sin().exp() * sin_again
+        x.mul_(2)
+        return y.sum()
+
+    args = [torch.rand(3).requires_grad_() for _ in range(4)]
+    args[1].requires_grad_(False)
+    wanted = [args[0], args[2], args[3]]
+    for wrap in (jit, lambda f: aot_function(f, "eager", memory_budget=0.0)):
+        got = torch.autograd.grad(wrap(f)(args[0], args[1].clone(), *args[2:]), wanted)
+        plain = (args[0] * args[1] * args[2]).sin().exp() * args[3]
+        torch.testing.assert_close(got, torch.autograd.grad(plain.sum(), wanted))
+
+
+def test_the_report_counts_results_where_a_draw_is_not_read() -> None:
+    def f(x: Tensor) -> Tensor:
+        torch.nn.functional.dropout(x, 0.5, True)
+        return x.sin().exp().sum()
+
+    lowered = aot_function(f, "eager", memory_budget=0.5).lower(torch.ones(3).requires_grad_())
+    assert [r.name for r in lowered.partition_report().saved]
+
+
+class Noisy(torch.autograd.Function):
+    """Its backward draws what lives idle where most is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        noise = torch.rand_like(g.expand(8, -1, -1))
+        y = (g + noise.sum(0)).expand(8, -1, -1).sin().exp().sum(0)
+        return y * noise.sum(0) * g
+
+
+class Even:
+    """Every op takes as long as every other."""
+
+    def time(self, n: fx.Node) -> float:
+        return float(n.op == "call_function")
+
+
+def test_what_the_backward_draws_runs_once() -> None:
+    def f(x: Tensor) -> Tensor:
+        x = Noisy.apply(x)
+        for _ in range(50):
+            x = x.sin()
+        return x
+
+    def split(module: fx.GraphModule, **options: Any) -> tuple:
+        return partition(module, memory_budget=0.0, cost=Even(), **options)[:2]
+
+    _, bw = JointOf(f, torch.rand(4, 4).requires_grad_()).check(split)
+    assert len([n for n in bw.graph.nodes if is_random(n)]) == 1

@@ -11,6 +11,7 @@ import pytest
 
 from aotfunc.partition import default_partition, ops, partitions, problem, roles, split
 from tests.partition import test_hazards as hazards
+from tests.partition import test_lowered as lowering
 from tests.partition import test_numbers as numbers
 from tests.partition import test_solve as solving
 
@@ -59,6 +60,16 @@ RULES = [
         "attention draws only with dropout",
         [(ops, "draws", lambda n: "attention" in str(n.target))],
         *(hazards.test_attention_is_random_only_with_dropout, 0.0, True),
+    ),
+    rule(
+        "a draw of the backward runs once; the verifier sees it",
+        [(roles, "once", never)],
+        lowering.test_what_the_backward_draws_runs_once,
+    ),
+    rule(
+        "a draw of the backward runs once; the numbers show it",
+        [(roles, "once", never), *NO_VERIFIER],
+        lowering.test_what_the_backward_draws_runs_once,
     ),
     rule(
         "an effect runs once",
@@ -117,7 +128,7 @@ RULES = [
     ),
     rule(
         "both halves compute what the joint graph does",
-        [(sys.modules["aotfunc.partition.verify"], "check_copy", lambda n, original: None)],
+        [(sys.modules["aotfunc.partition.verify"], "check_copy", lambda *args: None)],
         solving.test_verify_finds_every_fault,
     ),
 ]
