@@ -22,7 +22,7 @@ from .roles import read_joint
 from .solve import INF
 from .split import module, split
 from .verify import check
-from .within import Within, is_low
+from .within import Within
 
 
 def default_partition(
@@ -115,8 +115,9 @@ def partition(
     - ``Peak("6GiB")``: at most so much lives at one time, as simulated;
     - ``Time(0.1)``: at most a tenth of the forward is computed again, and as few bytes are saved.
 
-    Under a share below 1 and a ``Peak`` the backward also computes once more what lives at its
-    peak without being read there, for up to 5 % of the forward's time (``report.anew``).
+    Under a share below 1, and a ``Peak`` that is not met without, the backward also computes once
+    more what lives at its peak without being read there, for up to 5 % of the forward's time
+    (``report.anew``).
 
     ``policy`` says which values may be saved at all (:mod:`aotfunc.partition.policies`), the
     budget how much of them is.
@@ -147,7 +148,7 @@ def partition(
         problem = Problem(read_joint(joint.graph, count), as_cost(cost), policy)
         within = Within(problem, exact)
         choice = within.choice(budget)
-        run = within.run(choice, is_low(budget))
+        run = within.run_under(choice, budget)
         fw, bw = verified_split(joint, problem, choice, (run.early, run.late))
     return Partition(fw, bw, Report(fw, within, choice, budget))
 

@@ -21,7 +21,7 @@ from .cost import Cost, nbytes, shape_of
 from .ops import base, made_at
 from .problem import Choice, Problem
 from .roles import read_joint
-from .within import Within, is_low
+from .within import Within
 
 GIVEN = ("input", "parameter")
 
@@ -67,7 +67,7 @@ class Report:
         self.bytes, self.time = choice.bytes, choice.time
         self.forward_time = within.problem.forward_time
         self._forward, self._within, self._choice = fw, within, choice
-        self._run = within.run(choice, is_low(budget))
+        self._run = within.run_under(choice, budget)
 
     @cached_property
     def saved(self) -> list[Residual]:

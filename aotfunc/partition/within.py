@@ -75,6 +75,18 @@ class Within:
         self.runs[key] = Run(early, late, peaks)
         return self.runs[key]
 
+    def run_under(self, choice: Choice, budget: Budget | None) -> Run:
+        """Return how a choice runs under a budget: where that is of peaks, with values that are
+        computed once more, unless a ``Peak`` is met without."""
+        match budget:
+            case Peak():
+                low = max(self.run(choice, False).peaks) > budget.limit
+            case Share(share):
+                low = share < 1
+            case _:
+                low = False
+        return self.run(choice, low)
+
     def peak(self, choice: Choice) -> int:
         """Return the lowest peak of a choice that was found."""
         return max(self.run(choice, low=True).peaks)
@@ -142,11 +154,6 @@ class Within:
         if choice is None:
             raise too_little("saving", limit, self.frontier.ends[0].choice.bytes)
         return choice
-
-
-def is_low(budget: Budget | None) -> bool:
-    """Return whether a budget is of peaks: whether the backward may compute values once more."""
-    return isinstance(budget, Peak) or (isinstance(budget, Share) and budget.share < 1)
 
 
 def cost_of(choice: Choice, axis: str) -> float:
