@@ -164,8 +164,10 @@ def autograd_backward(
     for x, g in zip(
         leaves, autograd_grad(outs, leaves, gs, create_graph=create_graph), strict=True
     ):
-        if x.grad is None or create_graph:
-            x.grad = g if x.grad is None else x.grad + g
-        else:
-            with torch.no_grad():
+        with torch.set_grad_enabled(create_graph):
+            if x.grad is None:
+                x.grad = g.clone()  # one that is expanded could not be added to
+            elif create_graph:
+                x.grad = x.grad + g
+            else:
                 x.grad.add_(g)
