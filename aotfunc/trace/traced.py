@@ -228,12 +228,14 @@ class Traced(Tensor):
         )
 
     def untyped_storage(self) -> Any:
-        memory = Tensor.untyped_storage(self)
-        names = ("nbytes", "size", "device", "_cdata")  # our own code compares the last
-        return Storage(**{name: getattr(memory, name) for name in names})
+        from .storage import Storage
+
+        return Storage(self)
 
     def _typed_storage(self) -> Any:
-        return Storage(nbytes=Tensor.untyped_storage(self).nbytes)
+        from .storage import Storage
+
+        return Storage(self, typed=True)
 
     def __array__(self, dtype: Any = None) -> Any:
         self.check_numpy()
@@ -323,21 +325,6 @@ class GradFn:
 
     register_hook = register_prehook = refuse
     next_functions = metadata = property(refuse)
-
-
-class Storage:
-    """The storage of a traced value, which says how large it is and nothing of what lies in it."""
-
-    def __init__(self, **known: Any) -> None:
-        self.__dict__ |= known
-
-    def __getattr__(self, name: Any, *_: Any) -> Any:
-        raise CaptureError(
-            f"a traced value has no memory: {name!r} of its storage was asked "
-            f"for{at(debug.user_line())}; do so outside, on the tensor itself"
-        )
-
-    __getitem__ = __setitem__ = __getattr__
 
 
 def _live(x: Traced) -> Tensor:

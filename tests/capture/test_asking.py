@@ -598,6 +598,17 @@ def test_large_steps_run_early_only_if_they_are_asked_for(monkeypatch):
     assert early == ["aten.sum.default", "aten.gt.Scalar"]
 
 
+def test_a_storage_is_known_by_its_views():
+    def f(x):
+        y = x * 2
+        mine, part, other = (t.untyped_storage() for t in (y, y[1:], x * 3))
+        same = mine == part, mine._cdata == part._cdata, mine == other, mine._cdata == other._cdata
+        return y, *same, len(mine), len({hash(mine), hash(part)}), mine.nbytes()
+
+    x = torch.ones(3)
+    assert jit(f)(x)[1:] == f(x)[1:] == (True, True, False, False, 12, 1, 12)
+
+
 # values of gradients taken inside
 # -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,45 @@
+"""Stand for the storage of a traced value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import debug
+from ..debug import at
+from ..errors import CaptureError
+from .memory import memory_of
+from .traced import Traced
+
+
+class Storage:
+    """The storage of a traced value, which says how large it is, whose it is, and nothing of what
+    lies in it."""
+
+    def __init__(self, t: Traced, typed: bool = False) -> None:
+        memory = Tensor.untyped_storage(t)
+        self.shown, self.nbytes = t, memory.nbytes
+        if not typed:
+            self.size, self.device = memory.size, memory.device
+
+    @property
+    def _cdata(self) -> Any:
+        return memory_of(self.shown)[0]
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._cdata == getattr(other, "_cdata", None))
+
+    def __hash__(self) -> int:
+        return hash(self._cdata)
+
+    def __len__(self) -> int:
+        return self.size()
+
+    def __getattr__(self, name: Any, *_: Any) -> Any:
+        raise CaptureError(
+            f"a traced value has no memory: {name!r} of its storage was asked "
+            f"for{at(debug.user_line())}; do so outside, on the tensor itself"
+        )
+
+    __getitem__ = __setitem__ = __getattr__
