@@ -169,8 +169,10 @@ def call_function(
             outs[i] = o
         else:
             outs[i] = new.detach() if id(o) in frozen else new
-    # one tensor in several places is one result, as autograd has it: the last
-    last = {id(o): outs[i] for i, o in zip(places, raw, strict=True)}
+    # one tensor in several places is one result, as autograd has it: the last; but not an input
+    # that is returned as it is
+    apart = {id(t) for t in inputs} - dirty.keys()
+    last = {id(o): outs[i] for i, o in zip(places, raw, strict=True) if id(o) not in apart}
     outs[:] = [last.get(id(o), new) for o, new in zip(returned, outs, strict=True)]
     if rules is not None:
 

@@ -610,9 +610,11 @@ def without_a_derivative(ctx, x):
 
 
 @pytest.mark.parametrize("how", [jit, aot_function, lambda f: f])
-@pytest.mark.parametrize("forward", [in_two_places, in_two_of_three, without_a_derivative])
+@pytest.mark.parametrize(
+    "forward", [in_two_places, in_two_of_three, without_a_derivative, lambda ctx, x: (x, x)]
+)
 def test_one_tensor_in_several_places(forward, how):
-    """It is one result, whose cotangent goes to the last place."""
+    """It is one result, whose cotangent goes to the last place; an input is several."""
 
     class Repeats(torch.autograd.Function):
         @staticmethod
