@@ -9,6 +9,7 @@ from typing import Any
 #: name -> the module that has this function
 _MODULES = {
     "check_grad": "trace.outside",
+    "check_inputs": "capture.leaked",
     "give_memory": "trace.outside",
     "register_hook": "capture.hooks",
     "torch_cond": "api.operators",

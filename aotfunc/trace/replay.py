@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..debug import at, user_line
 from ..errors import CaptureError
+from .above import above
 from .kinds import has_values
 from .memory import memory_of
 from .modes import device_generators, without_modes
@@ -173,6 +174,9 @@ class Answering(Tape):
             t.__class__ is not Traced and not self._made(t) for t in tensors
         ):
             raise refusal(what)
+        for t in tensors:
+            if t.__class__ is Traced and t.tracer.finished and t.tracer.why_not is None:
+                above("check_inputs", t.tracer, t)
         values = [self.known_value(t) for t in tensors]
         if any(v is None for v in values):
             inner = (

@@ -17,7 +17,7 @@ from ..errors import CaptureError
 from . import histories
 from .autograd import Autograd
 from .kinds import check_kind, of_subclass, ordinary_tensor
-from .memory import MemoryPlace, places_of
+from .memory import MemoryPlace, places_of, version
 from .records import Record, Roots
 from .seeds import Seeds
 from .shapes.sig import Sig, sig_of
@@ -72,6 +72,7 @@ class Tape:
     _roots: Roots | None = None
     _places: tuple[MemoryPlace, ...] | None = None
     finished = False
+    last_versions: Sequence[int] = ()  # of the inputs and lifted tensors, when it ended
     refused: CaptureError | None = None  # the error of a question without an answer
     place: tuple | None = None  # the index asked for its number, see special
     in_lstsq = False
@@ -234,6 +235,10 @@ class Tape:
         self.finished = True
         self.autograd.settle()
         histories.take_back(self)
+        if self.why_not is None and self.keeps_intent:
+            self.last_versions = [
+                0 if t.__class__ is Traced else version(t) for t in (*self.origins, *self.lifted)
+            ]
         self.finals = [t.ref for t in self.arguments]
         if self.stand_ins:  # an argument with a recorded hook keeps its value
             before = {s.new: s.value for s in self.stand_ins if s.hooks}

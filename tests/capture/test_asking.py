@@ -290,6 +290,62 @@ def test_a_leaked_value_is_usable_after_an_unjitted_grad():
     assert torch.allclose(kept[0] * 2, 2 * x.sin())
 
 
+def normed(x, w):
+    x = torch.stack([x, x.sin()])
+    return torch.nn.functional.batch_norm(x, w, w.exp(), training=True)
+
+
+#: what the function leaves behind, what is written to afterwards, and whether it is then refused
+LEFT = {
+    "argument": (lambda x, w: x.sin(), "x", True),
+    "tensor from outside": (lambda x, w: w.exp(), "w", True),
+    "view": (lambda x, w: w[1:], "w", True),
+    "detached": (lambda x, w: (w * x).sum().detach(), "w", True),
+    "written inside": (lambda x, w: w.add_(1) * x, None, True),
+    "random": (lambda x, w: torch.randn(3), None, True),
+    "of random": (lambda x, w: torch.nn.functional.dropout(x) * 2, None, True),
+    "beside random": (lambda x, w: [x * 2, torch.randn(3)][0], None, False),
+    "of another": (lambda x, w: w.exp(), "x", False),
+    "nothing written": (lambda x, w: w.exp() * x, None, False),
+    "asked for inside": (lambda x, w: [h := w * x, h.sum().item()][0], "w", False),
+    "batch norm": (normed, None, False),
+}
+
+
+RUNS = {
+    "grad": lambda f, x: grad(f)(x),
+    "grad of grad": lambda f, x: grad(lambda x: grad(f)(x).sum())(x),
+    "jacrev": lambda f, x: jacrev(f)(x),
+    "vjp": vjp,
+    "jvp": lambda f, x: jvp(f, (x,), (x,)),
+    "vmap": lambda f, x: vmap(lambda _: f(x), randomness="same")(torch.zeros(2)),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("case", LEFT)
+def test_a_leaked_value_is_that_of_the_call_or_refused(case, run):
+    make, target, refused = LEFT[case]
+    kept, tensors = [], {"x": f64(3), "w": f64(3)}
+    x, w = tensors.values()
+    expected = make(x.clone(), w.clone())
+
+    def f(x):
+        kept.append(make(x, w))
+        return (x * x).sum()
+
+    RUNS[run](f, x)
+    if target:
+        tensors[target].mul_(2)
+    if not refused:
+        assert_same(kept[0] * 1, expected)
+        return
+    with pytest.raises(AotfuncError, match="leaked"):
+        kept[0] * 1
+    with pytest.raises(AotfuncError, match="leaked"):
+        grad(lambda x: (x.sum() * kept[0]).sum())(x)
+
+
 def test_a_value_that_jit_leaves_in_a_list_is_real():
     kept = []
 
