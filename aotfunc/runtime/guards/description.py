@@ -41,7 +41,7 @@ class Description:
         self._todo: list[tuple[Any, str, str]] = []
         self._static: dict[type, list[str]] = {}
         self._functions: set[str] = set()  # of torch.nn.functional
-        self._modules = False
+        self._modules = self._parametrized = False
 
     def constant(self, x: Any) -> str:
         name = f"k{len(self.constants)}"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ...cache import remembered
 from ...capture.gathering import prepare, settings, state_of
@@ -161,6 +162,10 @@ class Objects(Description):
         cls, table = type(m), m.__dict__
         self._modules = True
         self.require(f"type({v})", cls)
+        if "parametrizations" in table["_modules"]:
+            self._parametrized = True
+            if parametrize._cache_enabled:  # its parameters are kept by its id
+                self.same(m, v, label)
         if (sharded := state_of(m)) is not None:
             prepare(sharded, label)
             now = settings(m)

@@ -25,6 +25,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.library import CustomOpDef
+from torch.nn.utils import parametrize
 
 from ...capture.custom_function import CustomRules
 from .containers import BYTES
@@ -73,6 +74,12 @@ class State(Functions):
             table = vars(nn.modules.module)
             where = self.constant(table)
             self.hooks([(table[n], f"{where}[{n!r}]", n) for n in _GLOBAL_HOOKS])
+            self.finish()
+        if self._parametrized:
+            table = vars(parametrize)
+            where = self.constant(table)
+            for name in ("_cache_enabled", "_cache"):
+                self.meet(table[name], f"{where}[{name!r}]", f"parametrize.{name}")
             self.finish()
         if len(self.distinct) > 1:
             ids = ", ".join(f"id({v})" for v in self.distinct)
