@@ -15,6 +15,7 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from . import histories
+from .above import above
 from .autograd import Autograd
 from .kinds import check_kind, of_subclass, ordinary_tensor
 from .memory import MemoryPlace, places_of, version
@@ -175,7 +176,7 @@ class Tape:
             self._keep.append(t)  # no other tensor may get id(t)
             if t.__class__ is Traced and t.tracer.finished and not stands_around(t):
                 check_leak(t)
-                t = t.tracer.value(t)
+                t = above("outside_value", t)
             check_levels(t)
             ordinary = ordinary_tensor(t)
             # the next call would not find it

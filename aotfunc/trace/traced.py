@@ -73,10 +73,7 @@ class Traced(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         """Run an op on a value that leaked from its recording. It has data if the recording can
         run."""
-        from torch.utils._pytree import tree_map_only
-
-        args, kwargs = tree_map_only(Traced, lambda x: x.tracer.value(x), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return above("run_outside", func, args, kwargs or {})
 
     # ----- what autograd would answer ------------------------------------------------------------
 

@@ -346,6 +346,51 @@ def test_a_leaked_value_is_that_of_the_call_or_refused(case, run):
         grad(lambda x: (x.sum() * kept[0]).sum())(x)
 
 
+#: what is computed with leaked values; the last of them depends on the argument
+USES = {
+    "again inside": lambda f, kept, w: vmap(f)(torch.ones(2, 3)),
+    "an op": lambda f, kept, w: kept[0] * 2,
+    "a stack": lambda f, kept, w: torch.stack(kept[:4]),
+    "an op with another": lambda f, kept, w: kept[0] * w,
+    "a view": lambda f, kept, w: kept[0][1:],
+    "detached": lambda f, kept, w: kept[0].detach() * w,
+    "a number": lambda f, kept, w: kept[0].sum().item() * w,
+    "kept detached": lambda f, kept, w: kept[1] * w,
+    "kept under no_grad": lambda f, kept, w: kept[2] * w,
+    "of the argument": lambda f, kept, w: kept[4] * w,
+    "a view of the argument": lambda f, kept, w: kept[4][1:],
+    "the argument again inside": lambda f, kept, w: grad(lambda x: (x * kept[4]).sum())(w),
+}
+
+
+@pytest.mark.parametrize("needs", [False, True])
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("case", USES)
+def test_the_gradient_of_a_leaked_value(case, run, needs):
+    use, kept = USES[case], []
+    w, x = f64(3).requires_grad_(), f64(3).requires_grad_(needs)
+
+    def f(x):
+        if not kept:
+            with torch.no_grad():
+                hidden = w.exp()
+            kept.extend([w.exp(), w.exp().detach(), hidden, w.sin() * w, x * w])
+        return (x * kept[0]).sum()
+
+    RUNS[run](f, x)
+    real = [w.exp(), w.exp().detach(), w.exp().detach(), w.sin() * w, x * w]
+    expected = use(lambda x: (x * real[0]).sum(), real, w)
+    if needs and "argument" in case and run != "vmap":  # there it comes from outside
+        with pytest.raises(AotfuncError, match="leaked"):
+            use(f, kept, w).sum().backward()
+        return
+    y = use(f, kept, w)
+    assert_same(y, expected)
+    assert y.requires_grad == expected.requires_grad
+    if y.requires_grad:
+        assert_same(*[torch.autograd.grad(t.sum(), w) for t in (y, expected)])
+
+
 def test_a_value_that_jit_leaves_in_a_list_is_real():
     kept = []
 
