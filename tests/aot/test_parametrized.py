@@ -61,6 +61,17 @@ def test_cached_parameters(program):
     assert_same(*results)
 
 
+def test_cached_inside():
+    m = nn.Linear(2, 2)
+    parametrize.register_parametrization(m, "weight", Counted(), unsafe=True)
+    twin, x = copy.deepcopy(m), torch.randn(3, 2)
+    f, g = (lambda x, m=m: within(lambda: m(m(x))) for m in (m, twin))
+    compiled = jit(f, backend="eager")
+    for _ in range(3):
+        assert_same(step(compiled, m, x), step(g, twin, x))
+        assert not parametrize._cache
+
+
 def test_cached_parameters_of_two_modules():
     modules = [nn.Linear(2, 2) for _ in range(2)]
     for m in modules:

@@ -78,7 +78,8 @@ class State(Functions):
         if self._parametrized:
             table = vars(parametrize)
             where = self.constant(table)
-            for name in ("_cache_enabled", "_cache"):
+            kept = ("_cache",) if parametrize._cache_enabled else ()  # else it is empty
+            for name in ("_cache_enabled", *kept):
                 self.meet(table[name], f"{where}[{name!r}]", f"parametrize.{name}")
             self.finish()
         if len(self.distinct) > 1:
