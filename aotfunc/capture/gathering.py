@@ -235,7 +235,7 @@ def exchange() -> Exchange:
             "_register_pre_backward_hook": lambda found, state, output: output,
         },
         FSDPParamGroup: {
-            "unshard": lambda found, group, *_: found.gather(current(), group),
+            "unshard": lambda found, group, async_op=False: found.gather(current(), group),
             "reshard": lambda found, group: found.release(group),
             "_register_post_backward_hook": lambda found, group, args, kwargs: (args, kwargs),
             "_record_post_forward": lambda found, group: None,

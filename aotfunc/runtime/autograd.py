@@ -31,7 +31,7 @@ from .late_reads import Versions, check_memory, check_unwritten, storages, versi
 from .late_state import at_moment, moment
 from .lifted import known_results, lifted
 from .meetings import bent_nodes
-from .parts import OnParts
+from .parts import OnParts, check_whole
 from .redraw import generator_states, redrawn
 from .refused import check_reached, related, relation, unchanged
 from .rewritten import rewritable, rewritten
@@ -46,6 +46,7 @@ def call_compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
     differentiable if an input is."""
     program = call.program
     if op_by_op():
+        check_whole(call, tensors)
         return execute(program.once("op by op", lambda: lowered(program, CALLS)), tensors)
     wrt = (
         tuple([i for i, t in enumerate(tensors) if t.requires_grad])
@@ -84,7 +85,10 @@ def op_by_op() -> bool:
 def run_half(call: CompiledCall, tensors: list[Tensor]) -> Sequence:
     """Run a half of a compiled call, and return its results. The list may be empty then: a tensor
     that is only in there is free after its last use."""
-    return execute(call.program, tensors) if op_by_op() else call.compiled(tensors)(tensors)
+    if op_by_op():
+        check_whole(call, tensors)
+        return execute(call.program, tensors)
+    return call.compiled(tensors)(tensors)
 
 
 def own_results(call: CompiledCall, count: int, tensors: Sequence[Tensor]) -> Sequence:

@@ -20,10 +20,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..capture.calls import CompiledCall
 from ..capture.capture import capture
+from ..capture.live_hooks import live_hooks
+from ..debug import at, user_line
+from ..errors import CaptureError
 from ..graph import Program
 from ..trace.dtensors import mesh_and_placements, of_spec
 from ..trace.emit import Builder, remap, remap_dict
-from ..trace.kinds import is_dtensor
+from ..trace.kinds import innermost, is_dtensor
 from ..trace.patches import Exchange
 from ..trace.placing import dtensor, moved, on_whole, replicated, rule_for, spec_of, waited
 from ..transforms.lower import EVERYTHING, lowered
@@ -54,9 +57,25 @@ class SplitOfParts:
 
 def on_parts(call: CompiledCall) -> CompiledCall:
     """Return a compiled call whose tensors may be DTensors."""
+    for n in call.program.graph.nodes:
+        if live_hooks(n) is not None:
+            raise CaptureError(
+                f"{call.__name__} runs on DTensors or modules of fully_shard, and autograd calls "
+                f"hooks inside of it ({n.target.__name__}); register them on what is outside"
+            )
     return CompiledCall(
         call.program, OfParts(call.compile), SplitOfParts(call.split), call.__name__
     )
+
+
+def check_whole(call: CompiledCall, tensors: Sequence[Tensor]) -> None:
+    """Raise CaptureError for a call that is to run op by op and has DTensors."""
+    if isinstance(call.compile, OfParts) or any(is_dtensor(innermost(t)) for t in tensors):
+        raise CaptureError(
+            f"{call.__name__}, a compiled function of DTensors or modules of fully_shard, is not "
+            f"called under torch.func's transforms or forward AD{at(user_line())}: take gradients "
+            "by backward() or torch.autograd.grad, or leave the function uncompiled"
+        )
 
 
 class OnParts:

@@ -23,6 +23,13 @@ def is_dtensor(x: Any) -> bool:
     return isinstance(x, dtensor_class())
 
 
+def innermost(t: Tensor) -> Tensor:
+    """Return the tensor that torch.func's transforms, if any, have wrapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
 def check_kind(t: Tensor, dtensors: bool = False) -> None:
     """Refuse the tensors that a recording cannot stand for. ``dtensors`` may be given to a
     compiled function, and to nothing that is captured inside of it."""

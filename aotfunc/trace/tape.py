@@ -17,7 +17,7 @@ from ..errors import CaptureError
 from . import histories
 from .above import above
 from .autograd import Autograd
-from .kinds import check_kind, of_subclass, ordinary_tensor
+from .kinds import check_kind, innermost, of_subclass, ordinary_tensor
 from .memory import MemoryPlace, places_of, version
 from .records import Record, Roots
 from .seeds import Seeds
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 _wrapper = torch.Tensor._make_wrapper_subclass
 _inference_mode = torch.is_inference_mode_enabled
-
-
-functorch = torch._C._functorch
 
 
 class Tape:
@@ -370,9 +367,7 @@ class Tape:
 def check_levels(t: Tensor) -> None:
     """Refuse a recorded value that a transform of torch.func's follows: as one from outside it
     would lose its derivative."""
-    inner = t
-    while functorch.is_functorch_wrapped_tensor(inner):
-        inner = functorch.get_unwrapped(inner)
+    inner = innermost(t)
     if inner is not t and inner.__class__ is Traced:
         raise CaptureError(
             "a call of a Function, a loop, a transform or a compiled function in a transform of "

@@ -231,6 +231,8 @@ def check_refused(mesh):
         ("a number was asked for", lambda: jit(lambda x: x * x.sum().item())(x)),
         ("a hook or a gradient", lambda: jit(lambda x: (x * 2).register_hook(print))(x)),
         ("a gradient of a DTensor", lambda: jit(lambda x: torch.autograd.grad(x.sum(), x))(x)),
+        (r"under torch.func's transforms", lambda: torch.func.grad(jit(total))(x)),
+        (r"under torch.func's transforms", lambda: torch.func.vmap(jit(torch.sin))(x)),
         (r"x.to_local\(\) gives it", lambda: jit(lambda x: x._local_tensor * 2)(x)),
         ("the Function Twice of a DTensor", lambda: jit(Twice.apply)(x)),
         (r"clone\(\) one of them", lambda: jit(doubled_part)(x.detach())),
@@ -239,6 +241,10 @@ def check_refused(mesh):
     ):
         with pytest.raises(CaptureError, match=words):
             call()
+
+
+def total(x):
+    return x.sum()
 
 
 def doubled_part(x):

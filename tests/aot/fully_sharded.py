@@ -85,6 +85,13 @@ def columns(m):
     return each_layer(m, shard_placement_fn=places)
 
 
+def ahead(m):
+    """Layers are gathered before their calls, by hand and by a plan."""
+    each_layer(m).layers[1].set_modules_to_forward_prefetch([m.layers[2]])
+    m.layers[0].register_forward_pre_hook(lambda *_: (m.layers[1].unshard(async_op=True), None)[1])
+    return m
+
+
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 #: how a model is sharded; a normal run takes each second one
 WAYS = {
@@ -93,6 +100,7 @@ WAYS = {
     "in groups": in_groups,
     "frozen": frozen,
     "columns": columns,
+    "ahead": ahead,
     "kept": lambda m: each_layer(m, reshard_after_forward=False),
     "never kept": lambda m: each_layer(m, reshard_after_forward=True),
     "float64": mixed(F64, None),
@@ -200,6 +208,8 @@ def check_refused(start, tokens):
     offload = CPUOffloadPolicy(pin_memory=False)
     net.set_requires_gradient_sync(False)
     offloaded = aot_module(fully_shard(copy.deepcopy(start), offload_policy=offload), "eager")
+    hooked = aot_module(each_layer(copy.deepcopy(start)), "eager")
+    hooked.get_submodule("layers.1").register_full_backward_hook(lambda m, given, g: None)
     with pytest.raises(CaptureError, match=r"set_requires_gradient_sync\(False\)"):
         compiled(tokens)
     net.set_requires_gradient_sync(True)
@@ -209,6 +219,8 @@ def check_refused(start, tokens):
         (CaptureError, by_others, lambda: make_fx(net)(tokens)),
         (CaptureError, by_others, lambda: vmap(net)(tokens[None])),
         (CaptureError, "go to compiled functions", lambda: jit(lambda x: compiled(x))(tokens)),
+        (CaptureError, "torch.func's transforms", lambda: torch.func.vmap(compiled)(tokens[None])),
+        (CaptureError, "hooks inside of it", lambda: hooked(tokens)),
         (ValueError, "of the model", lambda: compiled(tokens)),
     ):
         net.fails = error is ValueError
