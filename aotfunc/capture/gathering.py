@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import attrgetter
@@ -41,16 +42,24 @@ def groups_of(state: Any) -> list[Any]:
     return [] if group is None else [group]
 
 
-def prepare(state: Any, label: str) -> None:
-    """Let a module hold its parameters in parts, as before its first call."""
+#: states of modules inside of others, before PyTorch asks for the outermost one
+_inside: weakref.WeakSet = weakref.WeakSet()
+
+
+def prepare(m: nn.Module, label: str) -> None:
+    """Let a module of FSDP2 hold its parameters in parts, as before its first call. Which one is
+    the outermost is left to that call."""
+    state = state_of(m)
     groups = groups_of(state)
     if any(x._training_state.name != "IDLE" for x in (state, *groups)):
         raise CaptureError(
             f"{label} is a module of fully_shard whose forward or backward is under "
             f"way{at(user_line())}: compile the parts that it calls, each by itself"
         )
+    if state._is_root is None:
+        _inside.update(s for x in m.modules() if x is not m and (s := state_of(x)) is not None)
+        return
     with no_recording(), _disable_current_modes():
-        state._lazy_init()
         for g in groups:
             g.wait_for_unshard()  # if somebody has begun one
             g.reshard()
@@ -58,17 +67,25 @@ def prepare(state: Any, label: str) -> None:
 
 #: what may change from call to call
 _settings = attrgetter(
-    *("_sharded_state", "_training_state", "_reshard_after_forward", "unshard_in_backward"),
-    *("reduce_grads", "all_reduce_grads", "gradient_divide_factor", "_all_reduce_hook"),
+    *("_sharded_state", "_training_state", "unshard_in_backward", "reduce_grads"),
+    *("all_reduce_grads", "gradient_divide_factor", "_all_reduce_hook"),
     *("_all_gather_comm", "_reduce_scatter_comm"),
 )
 
 
 def settings(m: nn.Module) -> list:
-    """Return what decides how the groups of a module of FSDP2 are gathered."""
+    """Return what decides how the groups of a module of FSDP2 are gathered. The outermost one
+    keeps what it gathered, if nobody said else."""
+    state = state_of(m)
+    outermost = state not in _inside if state._is_root is None else state._is_root
+    keeps = outermost and state._auto_reshard_after_forward
     return [
-        (*_settings(g), getattr(g, "reduce_scatter_unused_params", False))
-        for g in groups_of(state_of(m))
+        (
+            *_settings(g),
+            g._reshard_after_forward and not keeps,
+            getattr(g, "reduce_scatter_unused_params", False),
+        )
+        for g in groups_of(state)
     ]
 
 

@@ -99,7 +99,7 @@ class Ways:
             return True
         again[i] = False
         able = joint.nodes[i].op == "call_function" and joint.may_run_later[i]
-        able = able and not joint.pinned[i] and len(again) <= LONG
+        able = able and len(again) <= LONG
         if able and all([self.redo(p, freed, place, again) for p in joint.inputs[i]]):
             del again[i]  # after its inputs
             again[i] = True

@@ -161,6 +161,8 @@ def check_calls(rank, count, start, tokens):
     """Compiled and eager calls of one module follow each other, with and without gradients, on
     batches of other sizes in each process; second derivatives are those of one process."""
     plain, net = copy.deepcopy(start), each_layer(copy.deepcopy(start))
+    layer = net.layers[0]
+    jit(lambda: layer[0].weight * layer[0].in_features)()  # and is not the outermost one by that
     compiled = aot_module(net, "eager", memory_budget=0.3)
     loss, mine = (lambda m, x: m(x).square().mean()), tokens[rank * 2 :][:2]
     loss(plain, tokens).backward()
@@ -187,6 +189,9 @@ def check_calls(rank, count, start, tokens):
         found = torch.autograd.grad(loss(m, x), [*m.parameters()], create_graph=True)
         sum(whole(g).square().sum() for g in found).backward()
     close(gradients(net), gradients(plain), rtol=1e-4, atol=1e-4)
+    fresh = each_layer(copy.deepcopy(start))
+    once = jit(lambda x: loss(fresh, x), "eager")
+    assert once(mine) == once(mine) and once.captures == 1
     inside = each_layer(copy.deepcopy(start))
     inside.layers[1] = aot_module(inside.layers[1], "eager")
     loss(inside, mine).backward()

@@ -166,8 +166,8 @@ class Objects(Description):
             self._parametrized = True
             if parametrize._cache_enabled:  # its parameters are kept by its id
                 self.same(m, v, label)
-        if (sharded := state_of(m)) is not None:
-            prepare(sharded, label)
+        if state_of(m) is not None:
+            prepare(m, label)
             now = settings(m)
             self.key += map(tuple, now)
             self.lines.append(f"if {self.constant(settings)}({v}) != {self.constant(now)}: return")
