@@ -7,10 +7,10 @@ from torch import nn
 from ...debug import at, user_line
 from ...errors import CaptureError
 
-#: how a user makes the classes, and what they do
+#: names of the classes, and what they do
 _WRAPPERS = {
-    "FullyShardedDataParallel": ("FullyShardedDataParallel", "gathers parameters and frees them"),
-    "DistributedDataParallel": ("DistributedDataParallel", "averages gradients"),
+    "FullyShardedDataParallel": "gathers parameters and frees them",
+    "DistributedDataParallel": "averages gradients",
 }
 
 
@@ -18,13 +18,13 @@ def check_parallel(m: nn.Module, label: str, gradients: bool) -> None:
     """Raise CaptureError for a module that has to run Python code around each of its calls, or,
     with ``gradients``, of their derivatives."""
     for cls in type(m).__mro__:
-        if cls.__name__ not in _WRAPPERS or not cls.__module__.startswith("torch."):
+        name = cls.__name__
+        if name not in _WRAPPERS or not cls.__module__.startswith("torch."):
             continue
-        made, does = _WRAPPERS[cls.__name__]
-        if made == "DistributedDataParallel" and not gradients:
+        if name == "DistributedDataParallel" and not gradients:
             continue
         raise CaptureError(
-            f"{label} is a module of {made}, which {does} around every call{at(user_line())}, by "
-            f"code that is not compiled. Compile its content, {made}(aot_module(part)), and leave "
-            "what calls it uncompiled"
+            f"{label} is a module of {name}, which {_WRAPPERS[name]} around every "
+            f"call{at(user_line())}, by code that is not compiled. Compile its content, "
+            f"{name}(aot_module(part)), and leave what calls it uncompiled"
         )
