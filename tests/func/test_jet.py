@@ -68,6 +68,7 @@ FUNCTIONS = {
     ),
     "detached": lambda x: x.detach() * x,
     "integers": lambda x: x * (x * 10).long(),
+    "complex": lambda x: torch.tanh(x + 1j) * torch.sigmoid(x * 1j - 1),
 }
 
 

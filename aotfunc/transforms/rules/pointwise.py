@@ -265,8 +265,8 @@ def _(tangents: tuple[Tensor | None, ...], out: Tensor, g: Tensor, y: Tensor) ->
 
 for op in (aten.tanh_backward.default, aten.sigmoid_backward.default):
     vmap_of(op)(elementwise(op))
-series_as(aten.tanh_backward, lambda g, y: g * (1 - y * y))
-series_as(aten.sigmoid_backward, lambda g, y: g * (y - y * y))
+series_as(aten.tanh_backward, lambda g, y: g * (1 - y * y).conj())
+series_as(aten.sigmoid_backward, lambda g, y: g * (y - y * y).conj())
 
 
 @vjp_of(aten.frexp.Tensor, diff_outputs=(0,))
