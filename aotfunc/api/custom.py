@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import types
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.utils._pytree import tree_map_only
 
 from ..capture.autograd_function import takes_as_given
 from ..capture.custom_function import CustomRules
@@ -23,6 +26,8 @@ from .func import functionalize
 
 #: what Dynamo's graph calls for a call of each custom function, which it does not look into
 _in_graph: weakref.WeakSet[Callable] = weakref.WeakSet()
+
+_SYMBOLS: dict[type, Callable] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
 
 
 def prepare() -> None:
@@ -44,6 +49,17 @@ def numbered(x: Any, leaves: list) -> Any:
         return x.__class__([numbered(v, leaves) for v in x])
     leaves.append(x)
     return len(leaves) - 1
+
+
+def fixed(x: Any) -> Any:
+    """Return a number for one of Dynamo's symbols, and a tensor of a size in numbers: Dynamo
+    compiles another graph for others."""
+    if x.__class__ in _SYMBOLS:
+        return _SYMBOLS[x.__class__](x)
+    place = (*x.shape, *x.stride(), x.storage_offset()) if x.layout is torch.strided else ()
+    if not any([isinstance(n, torch.SymInt) for n in place]):
+        return x
+    return x.as_strided([*map(int, x.shape)], [*map(int, x.stride())], int(x.storage_offset()))
 
 
 def at_path(tree: Any, path: tuple[int, ...], asked: str, i: int) -> Any:
@@ -77,13 +93,16 @@ class CustomFunction(CustomRules):
         functools.update_wrapper(self, f)
         super().__init__(f, places)
 
+        last = threading.local()  # another thread may run a call while Dynamo looks at this one
+
         def call(*args: Any, **kwargs: Any) -> tuple:
             leaves: list = []
-            self.form = numbered(self._recorded(*args, **kwargs), leaves)
+            args, kwargs = tree_map_only((Tensor, *_SYMBOLS), fixed, (args, kwargs))
+            last.form = numbered(self._recorded(*args, **kwargs), leaves)
             return tuple(leaves)
 
         def at(path: tuple[int, ...], asked: str, i: int = 0) -> Any:
-            return at_path(self.form, path, asked, i)
+            return at_path(last.form, path, asked, i)
 
         at._dynamo_marked_constant = True  # type: ignore[attr-defined]
         self.in_graph, self.at = call, at

@@ -251,6 +251,18 @@ def test_trees_of_functions_with_rules(name, backend):
     torch.testing.assert_close((x.first, x.second), (y.first, y.second))
 
 
+def test_functions_with_rules_at_other_sizes_and_numbers():
+    rule = custom_vjp(lambda x, k: {"a": x[:, 1:] * k} if len(x) < 5 else (x * k, x))
+    rule.defvjp(lambda x, k: (rule(x, k), (x, k)), lambda kept, g: (kept[0] * kept[1], None))
+    f = torch.compile(rule, backend="aot_eager", fullgraph=True)
+    for n, k in ((3, 2), (4, 3), (6, 4), (6, 0.5), (3, 0.25)):
+        x = torch.randn(n, 3, requires_grad=True)
+        got, want = f(x, k), rule(x, k)
+        torch.testing.assert_close(got, want)
+        [gradient] = torch.autograd.grad(sum(t.sum() for t in tree_leaves(got)), x)
+        torch.testing.assert_close(gradient, x * k)
+
+
 def test_functions_with_rules_in_a_graph_of_parts():
     """Where Dynamo cannot read a call it breaks the graph, and says so with fullgraph."""
 
