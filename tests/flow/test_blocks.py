@@ -1,6 +1,8 @@
 """Steps that need nothing of one another run in blocks on the C++ backend: the numbers are those
 of a Python loop, and what could tell the difference keeps its steps."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -52,8 +54,7 @@ def total(ys):
     return sum((y * y.cos()).sum() for y in ([ys] if isinstance(ys, torch.Tensor) else ys))
 
 
-@pytest.mark.parametrize("name", BODIES)
-@pytest.mark.parametrize("length", [*every(2, [37, 5, 36, 1])])
+@pytest.mark.parametrize(("name", "length"), every(3, itertools.product(BODIES, [37, 5, 36, 1])))
 def test_numbers(name, length, small):
     f, xs = BODIES[name], X[:length]
     ours = lambda w, xs: map(lambda x: f(w, x), xs)

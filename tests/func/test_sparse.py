@@ -24,7 +24,7 @@ from aotfunc import (
 from aotfunc.api.sparse import Entries
 from aotfunc.errors import ArgumentError, CaptureError
 from aotfunc.transforms.sparsity.plans import by_symmetry, fewest
-from tests.sweeps import seeds
+from tests.sweeps import every, seeds
 
 D, C = torch.float64, torch.complex128
 GENERATOR = torch.Generator().manual_seed(0)
@@ -527,7 +527,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", every(2, LOOPS))
 def test_loops(name):
     f, entries = LOOPS[name]
     dense = jacrev(f)(X)

@@ -2,6 +2,7 @@
 writes are those of the same function with torch.func's transforms, or with a loop."""
 
 import copy
+import itertools
 import warnings
 from collections import OrderedDict, namedtuple
 
@@ -22,6 +23,7 @@ from aotfunc import (
     vmap,
 )
 from aotfunc.errors import ArgumentError, CaptureError
+from tests.sweeps import every
 
 BACKENDS = ("eager", "aot_eager")
 
@@ -232,8 +234,9 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("name", TREES)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("name", "backend"), every(3, itertools.product(TREES, ["eager", "aot_eager"]))
+)
 def test_trees_of_functions_with_rules(name, backend):
     """Results are trees of the same form, and derivatives those of the rule, twice."""
     tensors = lambda tree: [x for x in tree_leaves(tree) if x is not None]
