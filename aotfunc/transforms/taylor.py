@@ -276,9 +276,9 @@ class Series:
             return self.b.call(aten.mul.Tensor, c, factor)
         inner, one = factored(c)
         factor *= one
-        if inner.target is aten.addcmul.default:
+        if inner.target is aten.addcmul.default and mild(value := inner.kwargs.get("value", 1)):
             found, left, right = inner.args
-            value = factor * Fraction(inner.kwargs.get("value", 1))
+            value = factor * Fraction(value)
             return self.multiplied(self.scaled(found, factor), left, right, value)
         if inner.target is aten.mul.Tensor and inner.args[1].__class__ is Node:
             (left, one), (right, other) = map(factored, inner.args)
@@ -306,19 +306,26 @@ def alike(one: Any, other: Any) -> bool:
 
 
 def factored(c: Any) -> tuple[Any, Fraction]:
-    """Return a coefficient without a factor that is a real number, and this factor."""
+    """Return a coefficient without a factor that is a mild real number, and this factor."""
     if c.__class__ is Node and c.target is aten.neg.default:
         return c.args[0], Fraction(-1)
     if c.__class__ is Node and c.target is aten.mul.Tensor:
         x, y = c.args
-        if isinstance(y, int | float) and math.isfinite(y) and x.meta["val"] is c.meta["val"]:
+        if mild(y) and x.meta["val"] is c.meta["val"] and x.meta["val"].dtype is not torch.float16:
             return x, Fraction(y)
     return c, Fraction(1)
 
 
+def mild(y: Any) -> bool:
+    """Return whether products with and without the factor ``y`` have about the same range: they
+    must not overflow where those of the function do not."""
+    return isinstance(y, int | float) and 2**-24 <= abs(y) <= 2**24
+
+
 def number(factor: Fraction) -> int | float:
     """Return a fraction as an argument of an op."""
-    return int(factor) if factor.denominator == 1 else float(factor)
+    whole = factor.denominator == 1 and abs(factor) < 2**53
+    return int(factor) if whole else float(factor)
 
 
 def nodes_between(ends: set[Node], outs: Sequence[Any]) -> list[Node]:

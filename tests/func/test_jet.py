@@ -337,6 +337,7 @@ SQUARES = {
     "a number of another dtype": lambda x: x.float() * torch.tensor(2.5, dtype=D) * x[0],
     "signs": lambda x: (1 - x * x) * (2 - x.exp()) * -x,
     "quotient": lambda x: (x.sin() * x) / (2 + x * x),
+    "large and small factors": lambda x: (x * 1e10) * (x * 1e10) - (x * 1e-200) * x**2 * 1e215,
     "complex": lambda x: ((x + 1j * x.cos()) ** 2 * (x - 2j)).real,
 }
 
