@@ -324,8 +324,7 @@ def mild(y: Any) -> bool:
 
 def number(factor: Fraction) -> int | float:
     """Return a fraction as an argument of an op."""
-    whole = factor.denominator == 1 and abs(factor) < 2**53
-    return int(factor) if whole else float(factor)
+    return int(factor) if factor.denominator == 1 and abs(factor) < 2**53 else float(factor)
 
 
 def nodes_between(ends: set[Node], outs: Sequence[Any]) -> list[Node]:
