@@ -332,7 +332,7 @@ class CompiledCall:
         """Make the node call the forward half, which also returns residuals, and add a call of the
         backward half."""
         program = self.program
-        wrt = tuple(i for i, a in enumerate(n.args) if a in active and i < len(n.args))
+        wrt = tuple(i for i, a in enumerate(n.args) if a in active)
         whole = program.flat()
         count = whole.n_outputs
         # (new values of written inputs have cotangents, too)
@@ -347,9 +347,8 @@ class CompiledCall:
             ("split", wrt, plan), lambda: self.split(vjp(whole, wrt, have, plan=plan), count)
         )
         residuals = becomes(b, n, forward, count)
-        cotangents = [
-            laid_out(b, g[i], sig, exactly=True) for i, sig in enumerate(plan) if sig is not None
-        ]
+        given = [(i, sig) for i, sig in enumerate(plan) if sig is not None]
+        cotangents = [laid_out(b, g[i], sig, exactly=True) for i, sig in given]
         grads = emit_call(b, backward, [*residuals, *cotangents])
         return [n.args[i] for i in wrt], grads[: len(wrt)]
 
