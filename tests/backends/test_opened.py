@@ -159,3 +159,30 @@ def test_a_small_product_and_a_bias(shape, dtype):
     batch = torch.randn(2, 3, 4, dtype=dtype), torch.randn(2, 4, 5, dtype=dtype)
     biases = bias.to(dtype).expand(2, 3, 5)
     assert_close(jit(torch.baddbmm, backend="cpp")(biases, *batch), biases + batch[0] @ batch[1])
+
+
+#: rows whose numbers are equal, or differ by less than they are rounded by
+NEAR = {
+    "equal": torch.full((4, 772), 1000.1),
+    "equal, large": torch.full((4, 772), 1e8),
+    "nearly equal": 1000.1 + 1e-4 * torch.arange(772.0).sin().repeat(4, 1),
+    "far from zero": 1e6 + torch.arange(772.0).sin().repeat(4, 1),
+}
+
+
+@pytest.mark.parametrize("rows", NEAR)
+def test_rows_far_from_zero(rows):
+    """The mean is corrected by what it leaves: differences are float64's, and variances not
+    negative."""
+    x = NEAR[rows]
+    split = (2, 4, 193, 2)
+
+    def f(x):
+        images = x.reshape(split)
+        return [
+            *(F.layer_norm(x, x.shape[1:]), F.group_norm(images, 2), F.instance_norm(images)),
+            *(F.batch_norm(images, None, None, None, None, True), x.var(1), x.t().std(0)),
+        ]
+
+    want = [y.float() for y in f(x.double())]
+    assert_close(jit(f, backend=every_kernel)(x), want, rtol=1e-5, atol=1e-5)

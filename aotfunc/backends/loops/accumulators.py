@@ -49,9 +49,16 @@ class Accumulators(KernelText):
         """Return whether the lanes of an accumulator are one value."""
         return self.vectors and not self.columns
 
+    def is_long(self, e: Reduce) -> bool:
+        """Return whether a reduction sums floats across lanes: a few are added before they become
+        doubles."""
+        return self.across and e.fn == "sum" and e.dtype is torch.float32
+
     def accumulator(self, e: Reduce) -> str:
+        if self.is_long(e):
+            return "long_sums"
         if e.fn == "sum" and e.dtype is torch.float32:
-            return "double" if not self.vectors else "long_sums" if self.across else "sums"
+            return "sums" if self.vectors else "double"
         return VECTORS[self.lanes][e.dtype] if self.vectors else NUMBERS[e.dtype]
 
     def start(self, e: Reduce) -> str:

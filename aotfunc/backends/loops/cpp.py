@@ -312,6 +312,10 @@ class Printer(Accumulators):
         self.before(values)
         self.carries(values, self.tiles)
         totals = {e: self.fresh("a") for e in now}
+        long = [a for e, a in totals.items() if self.is_long(e)]
+        some = self.fresh("k") if long else ""
+        if long:
+            self.say(f"int {some} = 0;")
         tiles = self.tiles
         for e, a in totals.items():
             if self.tiled:
@@ -328,6 +332,9 @@ class Printer(Accumulators):
         self.store_all([*stores, *kept])
         for e, a in totals.items():
             self.step(e, f"{a}[t]" if self.tiled else a)
+        if long:
+            carried = ", ".join([f"aot_carry({a})" for a in long])
+            self.say(f"if (__builtin_expect(++{some} == 32, 0)) {some} = 0, {carried};")
         self.close(loops)
         self.names = names
         self.spilled |= {s.value: s.access for s in kept}

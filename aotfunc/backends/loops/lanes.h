@@ -208,36 +208,32 @@ template <class V> AOT V aot_or(V x, V neutral, int64_t n) {
 }
 
 // Combines all lanes into one number, pairwise.
+template <int half, class V, int... i> AOT V aot_moved(V x, aot_numbers<i...>) {
+  return __builtin_shufflevector(x, x, ((i + half) % aot_lanes<V>)...);
+}
+template <int half, class V, class F> AOT V aot_halved(V x, F f) {
+  x = f(x, aot_moved<half>(x, typename aot_up_to<aot_lanes<V>>::type{}));
+  if constexpr (half > 1) x = aot_halved<half / 2>(x, f);
+  return x;
+}
 template <class V, class F> AOT auto aot_across(V x, F f) {
-  _Pragma("GCC unroll 4")
-  for (int half = aot_lanes<V> / 2; half; half /= 2) {
-    V y = x;
-    _Pragma("GCC unroll 8")
-    for (int i = 0; i < half; i++) y[i] = x[i + half];
-    x = f(x, y);
-  }
-  return x[0];
+  return aot_halved<aot_lanes<V> / 2>(x, f)[0];
 }
 
 // Sums of floats are doubles, of a few floats each.
 struct sums { doubles low, high; };
-struct long_sums { sums total; floats some; int32_t count; };
+struct long_sums { sums total; floats some; };
 AOT void aot_sum(sums &s, floats x) { s.low += aot_low(x); s.high += aot_high(x); }
 AOT void aot_sum(doubles &s, doubles x) { s += x; }
 AOT void aot_sum(double &s, double x) { s += x; }
-AOT void aot_sum(long_sums &s, floats x) {
-  s.some += x;
-  if (__builtin_expect(++s.count == 32, 0)) {
-    aot_sum(s.total, s.some);
-    s.some = floats{}, s.count = 0;
-  }
-}
+AOT void aot_sum(long_sums &s, floats x) { s.some += x; }
+AOT void aot_carry(long_sums &s) { aot_sum(s.total, s.some), s.some = floats{}; }
 AOT floats aot_summed(sums s) { return aot_join(s.low, s.high); }
 AOT double aot_across_sum(doubles s) {
   return aot_across(s, [](doubles x, doubles y) { return x + y; });
 }
 AOT float aot_across_sum(long_sums s) {
-  aot_sum(s.total, s.some);
+  aot_carry(s);
   return (float)aot_across_sum(s.total.low + s.total.high);
 }
 

@@ -1,7 +1,7 @@
 """Open up layers that centre and scale, their gradients, and variances.
 
 bfloat16 and float16 are computed with floats and the results rounded, as in eager mode. Variances
-are sums of squares of centred values: as exact as Welford's, and in vectors.
+are sums of squares of centred values, corrected: more exact than Welford's, and in vectors.
 """
 
 from __future__ import annotations
@@ -16,14 +16,30 @@ from torch import Tensor
 from ..ir import ROUNDED
 
 
+def moments(
+    x: Tensor, dims: list[int], count: float, keepdim: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean, the sum of squares divided by ``count``, and the centred values.
+
+    The mean that is subtracted first is a rounded one; what it leaves corrects all three (Chan,
+    Golub and LeVeque, "Algorithms for computing the sample variance", 1983)."""
+    size = math.prod([x.shape[d] for d in dims])
+    off = x - x.mean(dims, keepdim=True)
+    total = off.sum(dims, keepdim)
+    left = total / size
+    squares = ((off * off).sum(dims, keepdim) - total * left).clamp_min(0)
+    mean = x.mean(dims, keepdim)
+    mean = torch.where(left.isnan(), mean, mean + left)  # an infinite mean leaves NaN
+    return mean, squares / count, off - off.sum(dims, keepdim=True) / size
+
+
 def layer_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dims = list(range(x.dim() - len(shape), x.dim()))
     x = as_floats(x)
-    mean = x.mean(dims, keepdim=True)
-    centred = x - mean
-    rstd = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
+    mean, var, centred = moments(x, dims, math.prod(shape))
+    rstd = (var + eps).rsqrt()
     y = centred * rstd
     if weight is not None:
         y = y * weight
@@ -57,9 +73,8 @@ def var_mean(
     if count <= 0:
         return NotImplemented
     x = as_floats(x)
-    mean = x.mean(dims, keepdim=True)
-    var = (x - mean).square().sum(dims, keepdim=keepdim) / count
-    return var, (mean if keepdim else x.mean(dims))
+    mean, var, _ = moments(x, dims, count, keepdim)
+    return var, mean
 
 
 def var(x: Tensor, dim: Any = None, **options: Any) -> Any:
@@ -114,9 +129,7 @@ def of_batch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dims, shape = channels(x)
     x = as_floats(x)
-    mean = x.mean(dims, keepdim=True)
-    centred = x - mean
-    var = (centred * centred).mean(dims, keepdim=True)
+    mean, var, centred = moments(x, dims, x.numel() // x.shape[1])
     rstd = (var + eps).rsqrt()
     y = affine(centred * rstd, weight, bias, shape)
     return y, mean.view(-1), rstd.view(-1), var.view(-1)
