@@ -7,6 +7,7 @@ it does what no graph can: assign to arguments, make leaves, and put results int
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -254,7 +255,7 @@ def captured_entry(
     shared: list[Any] = []
     gradients: list[bool] = []
     errors: list[Exception] = []
-    given_now: list[tuple[Snapshot, list[str]]] = []
+    checks: list[Callable[[], None]] = []
 
     def observed(*args: Any, **kwargs: Any) -> Any:
         before = environment_key()
@@ -279,8 +280,8 @@ def captured_entry(
                 result = tensors_of(e)
         give_to_autograd(trace, state)
         late[:] = [read_late(trace.late, compiled._names.opened)]
-        mine.check(names := argument_names(function, len(args)), name)
-        given_now[:] = [(mine, names)]
+        checks[:] = [partial(mine.check, argument_names(function, len(args)), name)]
+        checks[0]()
         places.extend(left_behind(state, compiled.titled, containers(given)))
         returned = recorded(result, places, state, mine)
         shared[:] = [skeleton(returned[0] if places else returned)]
@@ -293,7 +294,7 @@ def captured_entry(
         errors.clear()
         empty_caches(state)
         try:
-            return capture(
+            rec = capture(
                 f,
                 arguments.leaves if following is None else following.among(arguments.leaves),
                 # containers passed twice hold tensors twice
@@ -309,6 +310,8 @@ def captured_entry(
                 name_of=parameter_names(function, arguments),
                 dtensors=True,
             )
+            checks.pop()()  # recorded hooks have run; what holds the arguments goes
+            return rec
         except BaseException:
             errors.clear()  # an error holds the frames that hold it
             raise
@@ -319,8 +322,6 @@ def captured_entry(
     if family is not None and not compiled._names.tells_apart:
         following = family.following(values, arguments.leaves, compiled.pipeline.rounds)
     rec = captured(None) if following is None else followed(captured, following, state)
-    for mine, labels in given_now:  # by a hook that is recorded
-        mine.check(labels, name)
     rec.trace.seeds.check_compiled(known, name)
     held = held_by(rec.trace, state)
     rec.literal = not compiled.pipeline.takes_numbers(rec)
