@@ -27,9 +27,10 @@ def moments(
     off = x - x.mean(dims, keepdim=True)
     total = off.sum(dims, keepdim)
     left = total / size
-    squares = ((off * off).sum(dims, keepdim) - total * left).clamp_min(0)
+    finite = (total * left).clamp_max(torch.finfo(x.dtype).max)  # an infinity less it stays one
+    squares = ((off * off).sum(dims, keepdim) - finite).clamp_min(0)
     mean = x.mean(dims, keepdim)
-    mean = torch.where(left.isnan(), mean, mean + left)  # an infinite mean leaves NaN
+    mean = torch.where(left.abs() < math.inf, mean + left, mean)  # an infinite one leaves NaN
     return mean, squares / count, off - off.sum(dims, keepdim=True) / size
 
 
