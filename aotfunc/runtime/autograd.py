@@ -34,7 +34,6 @@ from .meetings import bent_nodes
 from .parts import OnParts, check_whole
 from .redraw import generator_states, redrawn
 from .refused import check_reached, related, relation, unchanged
-from .rewritten import rewritable, rewritten
 from .unseen import watched
 
 aten = torch.ops.aten
@@ -228,7 +227,6 @@ def facts(
         "tasks": tasks,
         "kin": relation(),
         "watched": {},
-        "rewritable": rewritable(halves),
         "keeping": [k for k in part[0] if k in halves.keeping],
         "lifts": {},
         "residuals": {i: None if isinstance(r, Tensor) else r for i, r in residuals.items()},
@@ -303,7 +301,6 @@ class CompiledFunction(torch.autograd.Function):
         ctx.versions = [*map(version, needed)]
         ctx.memory = storages(needed)
         ctx.keeps = bool(needed or kept)
-        ctx.saved_versions = [*map(version, kept)] if ctx.rewritable else ()
         #: the results whose gradients were taken; what was saved for these is gone
         ctx.done = frozenset()
         return tuple(results)
@@ -327,15 +324,14 @@ class CompiledFunction(torch.autograd.Function):
         if ctx.met:
             cts, further = cts[: len(outs)], cts[len(outs) :]
             met = tuple([i for i, c in zip(ctx.met, further, strict=True) if c is not None])
-        anew = rewritten(ctx)
-        if not (ctx.done or met or anew) and as_laid_out(cts, ctx.layouts, ctx.dtype):
+        if not (ctx.done or met) and as_laid_out(cts, ctx.layouts, ctx.dtype):
             values = [*(ctx.saved_tensors if ctx.keeps else ())]
             values[len(values) - len(further) - len(ctx.keeping) :] = cts
             let_go(ctx, frozenset(outs))
             return None, None, None, None, *halves.backward.compiled(values)(values)
         there = frozenset([i for i, c in zip(outs, cts, strict=True) if c is not None])
         # of another result, which had nothing in common with those: computed again
-        again = anew or bool(ctx.done and ctx.inputs is not None and halves.apart(ctx.done, there))
+        again = bool(ctx.done and ctx.inputs is not None and halves.apart(ctx.done, there))
         saved = ctx.saved_tensors if ctx.keeps and not again else ()
         have = tuple([i in there for i, yes in enumerate(halves.live) if yes])
         with without_modes(ctx.dtype):

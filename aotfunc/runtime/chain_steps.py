@@ -116,41 +116,57 @@ def saves_a_result(n: Node) -> bool:
     return bool(saved_results(n, n._input_nodes))
 
 
-@outside_inference_mode
 def saved_results(n: Node, active: Container[Node]) -> set[int]:
     """Return the numbers of the results that PyTorch's op keeps for its derivative by the
-    ``active`` ones of its arguments: those of a run on zeros, if its kernel without data would
-    import half of PyTorch."""
+    ``active`` ones of its arguments."""
+    found = tried(n, active)
+    if found is None:
+        return set()
+    _, results, kept = found
+    places = {(t.grad_fn, t.output_nr): i for i, t in results.items()}
+    return {places[at] for t in kept if (at := (t.grad_fn, t.output_nr)) in places}
+
+
+def saves(n: Node, x: Node, active: Container[Node]) -> bool:
+    """Return whether a node keeps its argument ``x`` for its derivative by the ``active`` ones; so
+    does all that is no op of PyTorch's."""
+    found = tried(n, active)
+    return found is None or any(t is found[0][x] for t in found[2])
+
+
+@outside_inference_mode
+def tried(
+    n: Node, active: Container[Node]
+) -> tuple[dict[Node, Tensor], dict[int, Tensor], list[Tensor]] | None:
+    """Return ``(its arguments, its differentiable results, what it keeps)`` of a run of PyTorch's
+    op: on zeros, if its kernel without data would import half of PyTorch. None if there is no such
+    kernel, or none for zeros."""
     op = n.target
     if not isinstance(op, OpOverload) or op.namespace != "aten":
-        return set()
+        return None
     size = sum(x.meta["val"].numel for x in n._input_nodes)
-    tried = python_meta(op) and not Facts(op).random and size < AFFORDABLE
+    zeros = python_meta(op) and not Facts(op).random and size < AFFORDABLE
 
     def example(x: Node) -> Tensor:
         val = x.meta["val"]
-        t = zeros_at(val) if tried else val.fresh()
+        t = zeros_at(val) if zeros else val.fresh()
         return t.requires_grad_(val.differentiable and x in active)
 
     set_aside = torch._C._autograd._saved_tensors_hooks_set_tracing
     aside = set_aside(True)  # the caller's saved_tensors_hooks
     try:
         with torch.enable_grad(), without_modes(), _disable_current_modes():
-            args, kwargs = remap((n.args, n.kwargs), {x: example(x) for x in n._input_nodes})
-            found = leaves(op(*args, **kwargs))
-    except (RuntimeError, IndexError):  # there is no kernel without data, or for zeros
-        return set()
+            given = {x: example(x) for x in n._input_nodes}
+            args, kwargs = remap((n.args, n.kwargs), given)
+            found = dict(enumerate(leaves(op(*args, **kwargs))))
+    except (RuntimeError, IndexError):
+        return None
     finally:
         set_aside(aside)
-    places = {
-        (t.grad_fn, t.output_nr): i
-        for i, t in enumerate(found)
-        if isinstance(t, Tensor) and t.grad_fn is not None
-    }
-    made = {fn for fn, _ in places}
+    results = {i: t for i, t in found.items() if isinstance(t, Tensor) and t.grad_fn is not None}
+    made = {t.grad_fn for t in results.values()}
     kept = [getattr(fn, name) for fn in made for name in dir(fn) if name.startswith("_saved_")]
-    kept = [t for t in kept if isinstance(t, Tensor)]
-    return {places[t.grad_fn, t.output_nr] for t in kept if t.grad_fn in made}
+    return given, results, [t for t in leaves(kept) if isinstance(t, Tensor)]
 
 
 def call_moved(b: Builder, n: Node, env: dict[Node, Any]) -> Any:

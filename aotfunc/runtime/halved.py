@@ -10,6 +10,7 @@ from ..capture.tree import Arguments
 from ..graph import Program
 from ..trace.shapes.sig import Sig
 from .aliasing import without_views
+from .chains import made_by
 from .halves import Halves
 from .pipeline import Compiler, Partition, Pipeline
 
@@ -59,6 +60,6 @@ def halved_programs(
     )
     program, _ = without_views(rec)
     pipeline = Pipeline("export", "eager", partition=partition, exact=True)
-    return Halves(
-        CompiledCall(program, pipeline.forward, pipeline.split, "export"), wrt
-    ).programs()
+    call = CompiledCall(program, pipeline.forward, pipeline.split, "export")
+    call.made = made_by(rec)
+    return Halves(call, wrt).programs()

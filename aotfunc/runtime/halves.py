@@ -28,6 +28,7 @@ from .late_reads import late_reads
 from .late_state import reads_state
 from .lifted import Groups, grouped
 from .meetings import as_known, kept_results, meetings, opened, parted
+from .unsaved import apart_from_results
 from .unseen import unseen_results
 
 aten = torch.ops.aten
@@ -78,7 +79,8 @@ class Halves:
         self.needed = tuple(
             inputs_read(joint, joint.outputs[self.early :], len(program.placeholders))
         )
-        self.forward, self.backward = call.split(joint, self.early, last=True)
+        cut = call.split(joint, self.early, last=True)
+        self.forward, self.backward = apart_from_results(call, self.program, wrt, cut, self.early)
         self.saved: Sequence[int] = range(
             len(self.backward.program.placeholders) - sum(map(bool, self.live))
         )

@@ -343,13 +343,27 @@ WRITTEN = {
 }
 
 
+def hidden_write(y):
+    with torch.no_grad():
+        y.mul_(2)
+
+
+WRITES = {"seen": lambda y: y.mul_(2), "no_grad": hidden_write, "data": lambda y: y.data.mul_(2)}
+WRITTEN |= {
+    "a view": lambda x: (x / x.exp()).t(),
+    "a part": lambda x: (x / x.exp())[0],
+    "read by a sum": lambda x: (y := x / x.exp(), y + 1)[0],
+    "without a graph": lambda x: (y := x / x.exp(), y.detach())[0],
+    "read": lambda x: (y := x / x.exp(), y.sin())[0],
+}
+
+
 @pytest.mark.parametrize("name", every(2, WRITTEN))
 def test_a_result_is_written_to_as_eager_lets_it(name):
-    def outcome(f, hidden, second):
+    def outcome(f, write, second):
         x = torch.linspace(0.2, 0.8, 9, dtype=torch.float64).reshape(3, 3).requires_grad_()
         y = f(x * 1)
-        with torch.set_grad_enabled(not hidden):
-            y.mul_(2)
+        write(y)
         try:
             (g,) = torch.autograd.grad(y.sin().sum(), x, create_graph=second)
             return g, torch.autograd.grad(g.sum(), x) if second else None
@@ -358,5 +372,32 @@ def test_a_result_is_written_to_as_eager_lets_it(name):
             return None
 
     f, j = WRITTEN[name], jit(WRITTEN[name])
-    for hidden, second in itertools.product((True, False), (False, True)):
-        assert_same(outcome(j, hidden, second), outcome(f, hidden, second))
+    for write, second in itertools.product(WRITES, (False, True)):
+        if write != "data" or outcome(f, hidden_write, second):  # eager reads what was written
+            assert_same(outcome(j, WRITES[write], second), outcome(f, WRITES[write], second))
+
+
+def test_saved_tensors_hooks_do_not_hold_a_result_that_eager_does_not_save():
+    def gradient(f):
+        x = torch.linspace(0.2, 0.8, 3).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            y = f(x * 1)
+        hidden_write(y)
+        return torch.autograd.grad(y.sum(), x)
+
+    f = lambda x: x / x.exp()
+    assert_same(gradient(jit(f)), gradient(f))
+
+
+def test_what_a_result_was_computed_from_is_written_to():
+    """Eager saves the result of 1 / x, and a value that it does not return."""
+
+    def gradient(f):
+        x = (torch.linspace(0.2, 0.8, 3) * 1).requires_grad_()
+        y = f(x)
+        hidden_write(y)
+        hidden_write(x)
+        return torch.autograd.grad(y.sum(), x)
+
+    f = lambda x: 1 / x
+    assert_same(gradient(jit(f)), gradient(f))
