@@ -244,7 +244,8 @@ def same_node(
     """Return ``(*tensors) -> tree(results)``, which does what :func:`differentiated` does for
     inputs like these; None where nodes differ from call to call."""
     program, count = halves.call.program, halves.count
-    run, (outs, inputs) = halves.forward.compiled(tensors), halves.whole
+    run: Any = halves.forward.compiled(tensors)
+    outs, inputs = halves.whole
     varies = halves.differing or halves.unreached or halves.reads_state or program.mutated
     apart = halves.met or halves.unseen or bent_nodes(halves.program, bodies=True)
     if varies or apart or halves.layouts is None or len(outs) != count:
