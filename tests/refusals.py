@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from aotfunc import jit
+from aotfunc import cond, jit
 from aotfunc.errors import AotfuncError
 
 PAGE = Path(__file__).parents[1] / "docs" / "refusals.md"
@@ -147,6 +147,40 @@ def hooked_and_shared(x):
     return y, z
 
 
+def argument_changed_by_a_hook(compiler):
+    def f(x, seen):
+        y = x.exp()
+        d = y.detach()
+        y.register_hook(lambda g: (seen.append(g), g * d)[1])
+        return y.sin()
+
+    compiler(f)(leaf(), [])
+
+
+def branch_hooked(compiler):
+    y = compiler(lambda x: cond(torch.tensor(True), torch.exp, torch.exp, x))(x := leaf())
+    y.register_hook(lambda g: g * 2)
+    torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+class Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.clamp(-1, 1) * ctx.saved_tensors[0]
+
+
+def call_and_gradient(compiler):
+    body = lambda x: Clipped.apply(x).exp()
+    y = compiler(lambda x: cond(torch.tensor(True), body, body, x))(x := leaf())
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (g.sum() + y.sum()).backward()
+
+
 def hooked_outside():
     x = leaf()
     x.register_hook(lambda g: g * 2)
@@ -249,6 +283,11 @@ PROGRAMS: dict[str, Callable] = {
     "a write, before the backward, to a result that a hook reads": result_written,
     "`x.data = y` between a call and its backward": memory_replaced,
     "`scale = 3.0`, which a checkpoint reads, between a call and its backward": variable_changed,
+    "a hook that changes a list, an argument": argument_changed_by_a_hook,
+    "a second derivative, `y` from `cond(…, torch.exp, …)` with a hook": branch_hooked,
+    "a backward of `y` and of its gradient, `y` from `cond` of a Function that clips": (
+        call_and_gradient
+    ),
     "`x.register_hook(…)` in a checkpoint of `x`": on(leaf)(
         lambda x: checkpoint(
             lambda v: (v.register_hook(print), v.exp())[1], x, use_reentrant=False
