@@ -306,11 +306,24 @@ def is_bent(rule: Any) -> bool:
         return False  # there is no second derivative
     moved = set(program.placeholders[: len(program.placeholders) - rule.n_residuals])
     for n in calls:
-        if n.users and not moved.isdisjoint(n._input_nodes):  # a check has none
+        if is_given(n, moved):
+            moved.add(n)
+        elif isinstance(n.target, CustomDerivative):
+            continue  # its results are what it is given
+        elif n.users and not moved.isdisjoint(n._input_nodes):  # a check has none
             if not is_linear(n, moved):
                 return True
             moved.add(n)
     return any(isinstance(o, Node) and o not in moved for o in program.outputs)
+
+
+def is_given(n: Node, moved: set[Node]) -> bool:
+    """Return whether a node is a result of a derivative of the user's, which is given one that is
+    ``moved``."""
+    op: Any = op_of(n)
+    if op is n or not isinstance(op.target, CustomDerivative):
+        return False
+    return op.target.parts(op)[0][n.args[1]] in moved
 
 
 SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.neg.default)
