@@ -26,9 +26,10 @@ from .pipeline import Pipeline
 def called(program: Program, tensors: Sequence[Tensor]) -> Sequence:
     """Return the results of a program for these inputs and closed-over tensors."""
     plain = program.mutated or current() is not None or op_by_op()
-    if plain or not (torch.is_grad_enabled() and ours(program)):
-        return execute(program, tensors)
     wrt = tuple([i for i, t in enumerate(tensors) if t.requires_grad])
+    # the last looks at the graph, which a program that shares code may not have yet
+    if plain or not (wrt and torch.is_grad_enabled() and ours(program)):
+        return execute(program, tensors)
     call, reads, outs = program.once(("called", wrt), lambda: as_call(program, wrt))
     if call is None:
         return execute(program, tensors)
@@ -44,7 +45,7 @@ def as_call(
     """Return ``(call, its inputs, its results)`` for the results of a program: the only call that
     it has, or one of the program itself if autograd has to know a value; else None."""
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
-    if not wrt:
+    if not calls:
         return None, (), ()
     n, *items = calls
     inputs = program.placeholders

@@ -57,8 +57,8 @@ class Axis(NamedTuple):
 class Batch:
     """One batching walk: the axis, and the batched old nodes in the new graph."""
 
-    def __init__(self, b: Builder, axis: Axis) -> None:
-        self.b, self.axis = b, axis
+    def __init__(self, b: Builder, axis: Axis, apart: bool = False) -> None:
+        self.b, self.axis, self.apart = b, axis, apart
         self.size, self.randomness = axis.size, axis.randomness
         self.maps = axis.maps and axis.size > 0
         self.env: dict[Node, Any] = {}
@@ -77,7 +77,7 @@ class Batch:
                 return NotImplemented
             new, self.batched[n] = self.batch(n)
             same = any(new is env.get(i) for i in n._input_nodes)
-            if same and not b.merge and n.target not in TRANSPARENT:  # y.clone(), y * 1
+            if same and self.apart and n.target not in TRANSPARENT:  # y.clone(), y * 1
                 return b.call(aten.clone.default, new)
             return new
 
@@ -175,7 +175,7 @@ def vmap(
     strict axis refuses it (RuleError)."""
     with paused_gc():
         b = Builder(None, merge=False) if apart else builder()
-        batch = Batch(b, axis)
+        batch = Batch(b, axis, apart)
         closed = program.placeholders[len(in_dims) :]
         dims = [*in_dims, *[None] * len(closed)]
         sigs = [*sigs, *(p.meta["val"] for p in closed)]
