@@ -131,7 +131,7 @@ def test_a_partition_says_how_far_it_is(watch, monkeypatch):
             report = partition(joint, memory_budget=budget, exact=exact, num_fwd_outputs=1).report
             assert report.gap < 1
 
-    functions = [(Walk, "extend"), (Network, "cut"), (Within, "peaks")]
+    functions = [(Walk, "extend"), (Network, "cut"), (Within, "peak")]
     found = steps_of(reports, watch, monkeypatch, *functions)
     assert {re.sub(r"\d+", "#", step) for step in found} == {
         "cut #",

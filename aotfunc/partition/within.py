@@ -94,13 +94,15 @@ class Within:
     @cached_property
     def worthwhile(self) -> list[Choice]:
         """Yield the points of the frontier from the most bytes down, as long as the simulated peak
-        does not rise: what is computed again lives in the backward, in the end all of it."""
+        does not rise: what is computed again lives in the backward, in the end all of it. What
+        runs once more is no reason to save less."""
         found: list[Choice] = []
-        least = INF
+        least = lowest = INF
         for choice in along("peaks of the frontier", self.frontier.points[::-1]):
-            if (peak := self.peak(choice)) <= least:
+            peak = max(self.run(choice, low=False).peaks)
+            if peak <= least and self.peak(choice) <= lowest:
                 found.append(choice)
-                least = peak
+                least, lowest = peak, self.peak(choice)
         return found
 
     def choice(self, budget: Budget) -> Choice:
