@@ -30,7 +30,6 @@ from .halves import Halves
 from .late_reads import Versions, check_memory, check_unwritten, storages, versions
 from .late_state import at_moment, moment
 from .lifted import known_results, lifted
-from .meetings import bent_nodes
 from .parts import OnParts, check_whole
 from .redraw import generator_states, redrawn
 from .refused import check_reached, related, relation, unchanged
@@ -247,7 +246,7 @@ def same_node(
     run: Any = halves.forward.compiled(tensors)
     outs, inputs = halves.whole
     varies = halves.differing or halves.unreached or halves.reads_state or program.mutated
-    apart = halves.met or halves.unseen or bent_nodes(halves.program, bodies=True)
+    apart = halves.met or halves.unseen or halves.bent
     if varies or apart or halves.layouts is None or len(outs) != count:
         return None
     if generator_states(program) or halves.parts(tensors) != [halves.whole]:
@@ -316,7 +315,10 @@ class CompiledFunction(torch.autograd.Function):
             ctx.moment.check(halves.call.__name__)
         if inputs is not None:
             check_memory(inputs, ctx.memory, halves.call.__name__)
-        check_reached(ctx, [i for i, c in zip(ctx.part[0], cts, strict=False) if c is not None])
+        if ctx.met is None or ctx.watched or halves.bent:
+            check_reached(
+                ctx, [i for i, c in zip(ctx.part[0], cts, strict=False) if c is not None]
+            )
         # reading them raises an error the second time, unless the graph was retained, even if
         # there are none
         outs, inputs = ctx.part

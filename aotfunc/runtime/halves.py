@@ -27,7 +27,7 @@ from .execute import before_writes
 from .late_reads import late_reads
 from .late_state import reads_state
 from .lifted import Groups, grouped
-from .meetings import as_known, kept_results, meetings, opened, parted
+from .meetings import as_known, bent_nodes, kept_results, meetings, opened, parted
 from .unsaved import apart_from_results
 from .unseen import unseen_results
 
@@ -53,6 +53,8 @@ class Halves:
         #: results that second derivatives read, too, behind the hooks that the caller registers:
         self.keeping = kept_results(self.program, wrt, self.live, self.met, call.made)
         self.unseen = unseen_results(self.program, self.live)
+        #: whether a body's derivative is not linear
+        self.bent = bool(bent_nodes(self.program, bodies=True))
         self.needed: tuple[int, ...] = ()
         self.unreached: tuple[int, ...] = ()
         self.masks = masks(self.program, wrt, self.live)
