@@ -300,6 +300,11 @@ def drawing(op: OpOverload) -> list[tuple[int, Any]] | None:
     ]
 
 
+def op_of(n: Node) -> Node:
+    """Return the call that makes a value; for a part of a tuple the one that makes the tuple."""
+    return op_of(n.args[0]) if n.target is operator.getitem else n  # type: ignore[arg-type]
+
+
 def size(graph: fx.Graph) -> int:
     """Return how many ops a graph has: calls without ``getitem``."""
     return sum(n.op == "call_function" and n.target is not operator.getitem for n in graph.nodes)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 from torch._ops import OpOverload
 from torch.fx import Node
+
+from ..graph import op_of
 
 #: the name of what is no op: an autograd.Function, a hook
 FUNCTION = "autograd.Function"
@@ -15,10 +16,6 @@ FUNCTION = "autograd.Function"
 def name_of(target: Any) -> str:
     """Return the name of an op, in place or not."""
     return target._schema.name.rstrip("_") if isinstance(target, OpOverload) else FUNCTION
-
-
-def op_of(n: Node) -> Node:
-    return op_of(n.args[0]) if n.target is operator.getitem else n  # type: ignore[arg-type]
 
 
 def maker(out: Any) -> str:

@@ -1,8 +1,8 @@
 """Lower the peak of the backward: what lives there without being read is computed once more,
 right before it is read next.
 
-One value after another: of those that live, idle, at the first place where most bytes live, the
-one that is cheapest to run again is freed there, if that makes the peak lower or shorter."""
+One value after another: of the largest ones that live, idle, at the first place where most bytes
+live, one that is cheap to run again is freed there, if that makes the peak lower or shorter."""
 
 from __future__ import annotations
 

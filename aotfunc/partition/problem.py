@@ -16,7 +16,6 @@ Some values cost nothing, or are ruled out under every policy:
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ import torch
 from torch.fx import Node
 
 from ..errors import PartitionError
+from ..graph import op_of
 from ..trace.records import saves, verdict
 from .cost import Cost, nbytes
 from .ops import (
@@ -109,9 +109,9 @@ class Problem:
             return Verdict.SAVE
         if n.op in ("placeholder", "get_attr"):
             return Verdict.FREE
-        if inside and not saves(maker(n)):
+        if inside and not saves(op_of(n)):
             return Verdict.RECOMPUTE
-        given = Verdict.FREE if policy is None else verdict(policy, maker(n))
+        given = Verdict.FREE if policy is None else verdict(policy, op_of(n))
         if given == Verdict.OFFLOAD and is_single(n) and not off_host(n):
             given = Verdict.SAVE
         single = is_single(n) and not is_view(n)
@@ -199,17 +199,9 @@ def saving_cost(n: Node, inside: bool) -> float:
         return 1.0
     if n.op == "placeholder":  # free, but not worth holding for its sizes alone
         return float(nbytes(n.meta.get("val"))) if n.meta.get("mutated") else 8.0
-    if n.op == "get_attr" or is_view(n) or not is_single(n) or (inside and not once(maker(n))):
+    if n.op == "get_attr" or is_view(n) or not is_single(n) or (inside and not once(op_of(n))):
         return INF
     return float(nbytes(n.meta["val"]))
-
-
-def maker(n: Node) -> Node:
-    """Return the node that computes ``n``; for a part of a tuple the one that computes the
-    tuple."""
-    while n.target is operator.getitem:
-        n = n.all_input_nodes[0]
-    return n
 
 
 def reason(n: Node, border: bool, never: bool, must: bool) -> str:
@@ -218,9 +210,9 @@ def reason(n: Node, border: bool, never: bool, must: bool) -> str:
         return "parameter" if n.meta.get("role") == "param" else "input"
     if is_symbol(n):
         return "size"
-    if is_random(maker(n)):
+    if is_random(op_of(n)):
         return "random: may run only once"
-    if once(maker(n)):
+    if once(op_of(n)):
         return "may run only once"
     if border:
         return "border of a checkpointed region"

@@ -21,8 +21,8 @@ from ..capture.calls import CallStep, CompiledCall, CompiledStep, hidden_writes
 from ..capture.captured import Captured
 from ..capture.hooks import Hooked
 from ..capture.live_hooks import TensorHooks, live_hooks
-from ..capture.makers import maker, name_of, op_of
-from ..graph import Program, needed_for
+from ..capture.makers import maker, name_of
+from ..graph import Program, needed_for, op_of
 from ..trace.emit import Builder, remap
 from ..trace.marks import dead_end
 from ..trace.node_views import chain_of, view_source

@@ -17,8 +17,8 @@ from torch.fx import Node
 
 from ..capture.calls import CompiledCall
 from ..capture.custom_derivative import CustomDerivative, Later, RuleProgram
-from ..capture.makers import maker, name_of, op_of
-from ..graph import Program, needed_for
+from ..capture.makers import maker, name_of
+from ..graph import Program, needed_for, op_of
 from ..trace.emit import Builder, mergeable, paused_gc, remap
 from ..trace.marks import dead_end, hidden_write, once
 from ..trace.nested import leaves

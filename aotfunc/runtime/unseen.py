@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..capture.makers import op_of
 from ..capture.switch import Switch
 from ..errors import AotfuncError
-from ..graph import Program
+from ..graph import Program, op_of
 from .meetings import behind, is_saved
 
 aten = torch.ops.aten
