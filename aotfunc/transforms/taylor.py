@@ -23,7 +23,7 @@ from torch.fx import Node
 
 from ..debug import at
 from ..errors import RuleError
-from ..graph import Program
+from ..graph import Program, op_of
 from ..trace.emit import paused_gc
 from .activity import has_derivative, is_nondiff, sources
 from .jvp import fit_tangents, forward, push, tangent_sig
@@ -63,7 +63,7 @@ class Series:
                 series = self.given.get(n)
                 self.moves[n] = series is None or any(c is not None for c in series[1:])
             else:
-                call = n.args[0] if n.target is operator.getitem else n
+                call = op_of(n)
                 movers = {i: None for i in sources(call) if self.moving(i)}
                 flat = n.target is aten.detach.default or is_nondiff(n, movers, False)
                 self.moves[n] = bool(movers) and not flat

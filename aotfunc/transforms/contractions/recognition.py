@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.fx import Node
 
+from ...graph import op_of
 from ...trace.shapes.sig import Sig
 from .products import Algebra, Factor, Product
 from .windows import WEIGHT_ONLY
@@ -60,7 +61,7 @@ class Products(Algebra):
 def may_be_product(n: Node) -> bool:
     """Return whether a node and the tensors that it reads have elements, on one device, in one
     dtype that is computed in as it is."""
-    call: Any = n.args[0] if n.target is operator.getitem else n
+    call = op_of(n)
     vals = [n.meta["val"], *[a.meta["val"] for a in call.all_input_nodes]]
     return all(
         v.__class__ is Sig
