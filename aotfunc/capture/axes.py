@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class Axes(threading.local):
+class NamedAxes(threading.local):
     """The axes known in this thread: sizes by names."""
 
     def __init__(self) -> None:
         self.sizes: dict[Any, int] = {}
 
 
-AXES = Axes()
+AXES = NamedAxes()
 
 
 @contextmanager
