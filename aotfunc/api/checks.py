@@ -18,10 +18,10 @@ from ..trace.entering import entry
 from ..trace.shapes.sig import floating
 from .call import batch_size, broadcast_prefix, input_dims
 from .rehearse import leaves_behind, pulled, rehearsed, widened
-from .validate import Check, called, dot, values
+from .validate import Validation, called, dot, values
 
 
-class Derivatives(Check):
+class Derivatives(Validation):
     """Base of the transforms that differentiate. A single op becomes a number, by random
     weights."""
 
@@ -115,7 +115,7 @@ class Maps(Derivatives):
         self.again(f, *args)
 
 
-class Batches(Check):
+class Batches(Validation):
     """``vmap``, ``chunk_vmap``."""
 
     derives = False
@@ -190,7 +190,7 @@ class Batches(Check):
             made(*[values[i] for i in n.all_input_nodes])
 
 
-class Compilations(Check):
+class Compilations(Validation):
     """``jit``, ``aot_function``."""
 
     derives = False

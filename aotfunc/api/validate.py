@@ -37,7 +37,7 @@ STEPS = (1e-5, 1e-7, 1e-9)
 Slopes = list[tuple[Tensor, Tensor]]
 
 
-def validated(kind: type[Check]) -> Callable:
+def validated(kind: type[Validation]) -> Callable:
     """Make a decorator that gives a transform the option ``validate``: its first call is then
     compared as ``kind`` says."""
 
@@ -67,7 +67,7 @@ def validated(kind: type[Check]) -> Callable:
 # ----- comparing ---------------------------------------------------------------------------------
 
 
-class Check:
+class Validation:
     """A transform of ``f``, and the comparison of its first result."""
 
     #: whether it differentiates in any grad mode
