@@ -58,7 +58,7 @@ def recorded_backward(
 ) -> Callable[[Callable, list[int]], tuple[tuple, Any]]:
     """Return ``record(refs, residuals)``, which records a Function's backward as programs: for all
     inputs, and for those that require grad. It appends the values that they read."""
-    wanted = Gradients.of(args, backward)
+    wanted = BackwardCall.of(args, backward)
     diff = [floating(o) for o in outs]
     sigs = [contiguous_sig(trace.ref_of(o)[1]) if floating(o) else None for o in outs]
     tensors, floats = [isinstance(a, Tensor) for a in args], tuple(map(floating, args))
@@ -182,7 +182,7 @@ class Tangents:
 
 
 @dataclass(frozen=True)
-class Gradients:
+class BackwardCall:
     """A call of the backward that returns one gradient per tensor argument, as autograd takes it:
     of the argument's shape and dtype, None for integers. It runs without autocast."""
 
@@ -191,7 +191,7 @@ class Gradients:
     wanted: tuple[tuple[torch.Size, torch.dtype] | None, ...]
 
     @classmethod
-    def of(cls, args: Any, backward: Callable) -> Gradients:
+    def of(cls, args: Any, backward: Callable) -> BackwardCall:
         places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
         wanted = [(args[i].shape, args[i].dtype) if floating(args[i]) else None for i in places]
         return cls(backward, tuple(places), tuple(wanted))
