@@ -107,7 +107,7 @@ def recorded_jvp(
     floats = tuple(map(floating, args))
     sigs = [trace.ref_of(a)[1] for a, yes in zip(args, floats, strict=True) if yes]
     dirty = {*map(id, ctx.dirty_tensors or ())}
-    rule = Gaps(Tangents(jvp, tuple([id(a) in dirty for a in args])), floats)
+    rule = Gaps(JvpCall(jvp, tuple([id(a) in dirty for a in args])), floats)
     own = with_kept(ctx, lambda x: x)
     own.to_save = ctx.saved_for_forward or ctx.to_save
     return rule_program(name, own, rule, sigs, jvp, lambda tensors: tensors, kept), kept
@@ -168,7 +168,7 @@ class Gaps:
 
 
 @dataclass(frozen=True)
-class Tangents:
+class JvpCall:
     """A call of the jvp that returns a list. It writes to the tangents of arguments that the
     forward has ``written``, as autograd demands, and gets copies of these."""
 
