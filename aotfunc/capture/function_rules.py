@@ -228,7 +228,7 @@ def _once_differentiable(ctx: Any, g: Any) -> Any:
 _ONCE = _once_differentiable.__code__  # type: ignore[attr-defined]
 
 
-class Held(int):
+class SavedPlace(int):
     """The place of the i-th tensor that a context keeps."""
 
 
@@ -248,7 +248,7 @@ def held(ctx: Context) -> tuple[Context, list[Tensor]]:
     """Return a copy of a context with Held in place of its tensors, and these tensors, each
     once."""
     tensors = list({id(t): t for t in contents(ctx)}.values())
-    numbers = {id(t): Held(i) for i, t in enumerate(tensors)}
+    numbers = {id(t): SavedPlace(i) for i, t in enumerate(tensors)}
     bare = with_kept(ctx, lambda x: numbers[id(x)] if isinstance(x, Tensor) else x)
     bare.dirty_tensors = bare.non_differentiable = ()
     return bare, tensors
@@ -289,7 +289,7 @@ def later(
                 trace.stand_for(x, real)
                 if WeakIdRef(real) in closed:
                     trace.autograd.leaves[x.ref] = real.requires_grad
-        return rule(with_kept(ctx, lambda x: kept[x] if isinstance(x, Held) else x), *given)
+        return rule(with_kept(ctx, lambda x: kept[x] if isinstance(x, SavedPlace) else x), *given)
 
     def make() -> Any:
         alive = [t for c in closed if (t := c()) is not None]
@@ -349,4 +349,4 @@ def plain_key(x: Any) -> Any:
     raise TypeError(f"{type(x).__name__} is no plain value")
 
 
-_PLAIN = SIMPLE | {float, complex, Held}
+_PLAIN = SIMPLE | {float, complex, SavedPlace}
