@@ -203,10 +203,10 @@ class BackwardCall:
         with torch._C._DisableAutocast():
             grads = dict(enumerate(listed(body(ctx, *cts))))
         pairs = zip(self.places, self.wanted, strict=True)
-        return [fitting(grads.get(i), want, last) for i, want in pairs]
+        return [fitted_gradient(grads.get(i), want, last) for i, want in pairs]
 
 
-def fitting(g: Any, want: tuple[torch.Size, torch.dtype] | None, last: bool) -> Any:
+def fitted_gradient(g: Any, want: tuple[torch.Size, torch.dtype] | None, last: bool) -> Any:
     """Return a gradient of this shape and dtype; the ``last`` one may not be differentiated
     again."""
     if g is None or want is None:
