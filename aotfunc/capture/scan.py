@@ -36,7 +36,7 @@ from .bodies import (
     row_sig,
 )
 from .scan_halves import Half, backward_body, linear_body
-from .series import Groups, Tangents, body_series, emit_series, moved
+from .series import SeriesLayout, Tangents, body_series, emit_series, moved
 from .stacked import chosen
 from .unwind import pull_unwinding
 
@@ -245,14 +245,14 @@ class Scan(Flow):
 
     def coefficients(
         self, given: Sequence[bool], order: int, made: Callable
-    ) -> tuple[Scan, Groups, Groups]:
+    ) -> tuple[Scan, SeriesLayout, SeriesLayout]:
         """Return the loop whose body carries and stacks coefficients, as ``made`` makes it, if the
         ``given`` arguments have some; and where they are among its inputs and its results."""
         inputs, results = self.groups(given, order)
         body = made(self.body, inputs, results)
         return self.of(body, inputs.count(0), results.count(0)), inputs, results
 
-    def groups(self, given: Sequence[bool], order: int) -> tuple[Groups, Groups]:
+    def groups(self, given: Sequence[bool], order: int) -> tuple[SeriesLayout, SeriesLayout]:
         """Return the positions of coefficients beside inputs and results of the body, if these
         arguments have some."""
         first, last = self.n_consts, self.n_consts + self.n_carry
@@ -261,7 +261,7 @@ class Scan(Flow):
         carried = [i - first for i in wrt if first <= i < last]
         moving = [*carried, *[j for j in range(self.n_carry, len(flags)) if flags[j]]]
         ends = range(self.n_carry), range(self.n_carry, len(flags))
-        return Groups(kinds, wrt, order), Groups(ends, tuple(moving), order)
+        return SeriesLayout(kinds, wrt, order), SeriesLayout(ends, tuple(moving), order)
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         """Batch the steps; values common to all samples in every step stay unbatched."""

@@ -16,7 +16,7 @@ from ..transforms.walk import builder, filled_node
 from .bodies import dense, emit_flow
 
 
-class Groups(NamedTuple):
+class SeriesLayout(NamedTuple):
     """The order of values and coefficients side by side: those ``wrt`` have coefficients up to
     ``order``, after all values of their group."""
 
@@ -54,14 +54,14 @@ def moved(given: Sequence[Sequence[Node | None]]) -> list[bool]:
     return [any(c is not None for c in row[1:]) for row in given]
 
 
-def body_tangents(body: Program, inputs: Groups, results: Groups) -> Program:
+def body_tangents(body: Program, inputs: SeriesLayout, results: SeriesLayout) -> Program:
     """Return the body with tangents of its inputs and results; absent ones of results are
     zeros."""
     joint = lambda: jvp(body, inputs.wrt, zeros=False)
     return body.once(("tangents", inputs, results), lambda: beside(body, inputs, results, joint()))
 
 
-def body_series(body: Program, inputs: Groups, results: Groups) -> Program:
+def body_series(body: Program, inputs: SeriesLayout, results: SeriesLayout) -> Program:
     """Return the body with coefficients of its inputs and results; absent ones of results are
     zeros."""
     wrt, order, count = inputs.wrt, inputs.order, len(body.vals)
@@ -69,7 +69,7 @@ def body_series(body: Program, inputs: Groups, results: Groups) -> Program:
     return body.once(("series", inputs, results), lambda: beside(body, inputs, results, joint()))
 
 
-def beside(body: Program, inputs: Groups, results: Groups, joint: Program) -> Program:
+def beside(body: Program, inputs: SeriesLayout, results: SeriesLayout, joint: Program) -> Program:
     """Return ``joint``, whose coefficients are behind all values, with these in the order of the
     groups."""
     wrt, order, vals = inputs.wrt, inputs.order, body.vals
@@ -95,8 +95,8 @@ def emit_series(
     b: Builder,
     target: Any,
     given: Sequence[Sequence[Node | None]],
-    inputs: Groups,
-    results: Groups,
+    inputs: SeriesLayout,
+    results: SeriesLayout,
     first: Sequence[Node] = (),
 ) -> list[list]:
     """Add control flow whose bodies carry coefficients, with arguments for these ``given`` behind
@@ -104,7 +104,7 @@ def emit_series(
     return results.parted(emit_flow(b, target, [*first, *arguments(b, given, inputs)]))
 
 
-def arguments(b: Builder, given: Sequence[Sequence[Node | None]], inputs: Groups) -> list:
+def arguments(b: Builder, given: Sequence[Sequence[Node | None]], inputs: SeriesLayout) -> list:
     """Return values and their coefficients in the order of ``inputs``; absent ones are zeros."""
     values = [row[0] for row in given]
 

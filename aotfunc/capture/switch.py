@@ -24,7 +24,7 @@ from ..transforms.vmap import vmap
 from ..transforms.walk import builder, filled_node
 from .bodies import Flow, as_planned, dense, differing, emit_flow, results_as, returning
 from .one_by_one import one_by_one
-from .series import Groups, body_series, emit_series, moved
+from .series import SeriesLayout, body_series, emit_series, moved
 
 aten = torch.ops.aten
 
@@ -118,9 +118,9 @@ class Switch(Flow):
         """Let each branch also return coefficients."""
         wrt = tuple([i for i, yes in enumerate(moved(given[1:])) if yes])
         flags = map(any, zip(*[live(body, wrt) for body in self.bodies], strict=True))
-        inputs = Groups((range(len(given) - 1),), wrt, order)
+        inputs = SeriesLayout((range(len(given) - 1),), wrt, order)
         moving = tuple([j for j, yes in enumerate(flags) if yes])
-        results = Groups((range(len(self.vals)),), moving, order)
+        results = SeriesLayout((range(len(self.vals)),), moving, order)
         target = Switch([body_series(body, inputs, results) for body in self.bodies])
         return emit_series(b, target, given[1:], inputs, results, [given[0][0]])
 

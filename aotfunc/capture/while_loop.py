@@ -21,7 +21,7 @@ from ..transforms.walk import builder
 from .bodies import Flow, as_planned, dense, differing, emit_flow, own_memory, results_as
 from .one_by_one import one_by_one
 from .scan import Scan
-from .series import Groups, Tangents, body_series, emit_series, moved
+from .series import SeriesLayout, Tangents, body_series, emit_series, moved
 from .switch import Switch
 from .unwind import pull_unwinding
 
@@ -154,7 +154,7 @@ class While(Flow):
 
     def coefficients(
         self, given: Sequence[bool], order: int, made: Callable
-    ) -> tuple[While, Groups, Groups]:
+    ) -> tuple[While, SeriesLayout, SeriesLayout]:
         """Return the loop whose body carries coefficients, as ``made`` makes it, if the ``given``
         arguments have some; and where they are among its inputs and its results."""
         inputs, results = self.once().groups(given, order)
@@ -232,7 +232,7 @@ def of_any(condition: Program) -> Program:
         return Program(graph, condition.n_inputs, 1, (), "condition")
 
 
-def without_coefficients(condition: Program, body: Program, inputs: Groups) -> Program:
+def without_coefficients(condition: Program, body: Program, inputs: SeriesLayout) -> Program:
     """Return the condition as a program of the inputs of a ``body`` that carries coefficients."""
     with paused_gc():
         b = builder()
