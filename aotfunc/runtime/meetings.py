@@ -121,7 +121,7 @@ def is_read(u: Node) -> bool:
     return i in saved or any(r.op != "output" for r in u.users)
 
 
-class Kept(NamedTuple):
+class KeptResult(NamedTuple):
     """A result that second derivatives read: its ``value`` in the program, and what it has in
     common with the other results of its op, ``(op, how many results before it are the same)``."""
 
@@ -133,7 +133,7 @@ def as_known(
     program: Program,
     further: Sequence[Node],
     known: Sequence[int] = (),
-    keeping: Mapping[int, Kept] | None = None,
+    keeping: Mapping[int, KeptResult] | None = None,
 ) -> Program:
     """Return the program with ``further`` results, and with the values of the results ``known`` as
     further inputs, where autograd adds up their cotangents; :func:`parted` ends it after the
@@ -173,12 +173,12 @@ def kept_results(
     live: Sequence[bool],
     met: Sequence[Node],
     made: Sequence[str],
-) -> dict[int, Kept]:
+) -> dict[int, KeptResult]:
     """Return the live results, ``made`` by these ops, which the op or Function saves, or which are
     among ``met``."""
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
     active = active_nodes(calls, [program.placeholders[i] for i in wrt], zeros=True)
-    found: dict[int, Kept] = {}
+    found: dict[int, KeptResult] = {}
     for k, (n, yes, name) in enumerate(zip(program.outputs, live, made, strict=False)):
         if not (yes and n in active and n.op == "call_function"):
             continue
@@ -186,7 +186,7 @@ def kept_results(
             n = n.args[0]  # two results that are merged have memory of their own
         if maker(n) == name and (n in met or is_saved(n, active)):
             same = sum(n is other.value for other in found.values())
-            found[k] = Kept(n, (op_of(n), same))
+            found[k] = KeptResult(n, (op_of(n), same))
     return found
 
 
