@@ -29,7 +29,7 @@ from .activity import has_derivative, is_nondiff, sources
 from .jvp import fit_tangents, forward, push, tangent_sig
 from .lower import lowered
 from .rules.table import entry_for
-from .vjp import Kept, primals
+from .vjp import Copies, primals
 from .walk import builder, filled_node, traced
 
 aten = torch.ops.aten
@@ -91,12 +91,12 @@ class Series:
             movers = [i for i in n._input_nodes if self.moving(i)]
             given = {i: self.derivative(i) for i in movers}
             read = {i: self.alias(i) for i in movers}
-            found = push(self.ops, n, n, Kept(read), given)
+            found = push(self.ops, n, n, Copies(read), given)
             parts = found if isinstance(found, list) else [found]
             rest = {read[i]: d for i, d in given.items()}
             rest |= {o: self.derivative(o) for o in self.outputs(n)}
             ends = {*given.values(), *rest}
-            forward(self.ops, nodes_between(ends, parts), Kept(), rest)  # type: ignore
+            forward(self.ops, nodes_between(ends, parts), Copies(), rest)  # type: ignore
             self.slopes[n] = parts, not any(p in rest for p in parts)
         return self.slopes[n]
 

@@ -47,7 +47,7 @@ class Regions:
         for n in b.graph.nodes:
             if "region" in n.meta and n.op == "call_function":
                 self.nodes.setdefault(n.meta["region"], []).append(n)
-        self.again: dict[Any, Kept] = {}
+        self.again: dict[Any, Copies] = {}
 
     def recomputed(self, n: Node) -> Node:
         """Return ``n`` on recomputed arguments, if it lies in a region."""
@@ -56,18 +56,18 @@ class Regions:
             return n
         env = self.again.get(region)
         if env is None:
-            env = self.again[region] = Kept()
+            env = self.again[region] = Copies()
             for m in self.nodes[region]:
                 kept = draws(m) or not is_op(m) or saves(m)
                 env[m] = m if kept else self.copy(m, region, env)
         return env[n]
 
-    def copy(self, m: Node, region: Any, env: Kept) -> Any:
+    def copy(self, m: Node, region: Any, env: Copies) -> Any:
         self.b.meta = {**line_of(m), "region": ("again", region)}
         return self.b.call_like(m, env)
 
 
-class Kept(dict[Node, Any]):
+class Copies(dict[Node, Any]):
     """Copies by node; a node without one returns itself."""
 
     def __missing__(self, n: Node) -> Node:
