@@ -25,7 +25,7 @@ from .autograd_function import End, call_function
 from .custom_derivative import CustomDerivative
 from .deferred import Deferred, calls_late
 from .function_rules import Context
-from .live_hooks import Handle, Identity, Link, TensorHooks
+from .live_hooks import Handle, Identity, SharedIdentity, TensorHooks
 
 
 def register_multi_grad_hook(*_: Any, **__: Any) -> RemovableHandle:
@@ -117,7 +117,7 @@ def register_hook(t: Traced, hook: Callable) -> Any:
         t.ref = call_function(
             "hook", [source], lambda ctx: source.view_as(source), context, backward, kind=Hooked
         ).ref
-    waiting, link = trace.deferred[-1], Link()
+    waiting, link = trace.deferred[-1], SharedIdentity()
     recorded, waiting.hooks, mine.ref = waiting.make, mine, t.ref
 
     def make(d: Deferred) -> tuple[End, list[int]]:

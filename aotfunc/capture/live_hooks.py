@@ -107,7 +107,7 @@ class ModuleHooks(LiveHooks):
         return [*(found[i] for i in self.outputs), None]
 
 
-class Link:
+class SharedIdentity:
     """The common part of the identities of one value, or of one call of a module."""
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class Link:
 class Identity(CustomDerivative):
     """``(values, values, closed-over tensors) -> values``; hooks ignore tangents."""
 
-    def __init__(self, name: str, vals: tuple, backward: tuple, link: Link) -> None:
+    def __init__(self, name: str, vals: tuple, backward: tuple, link: SharedIdentity) -> None:
         super().__init__(name, len(vals), vals, backward, None, (), None)
         self.link = link
 

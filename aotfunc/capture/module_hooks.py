@@ -26,11 +26,11 @@ from .autograd_function import BEGIN, End
 from .custom_derivative import CustomDerivative, RuleProgram, failing, is_ours, splice_rule
 from .deferred import Deferred, calls_late
 from .function_rules import patterns
-from .live_hooks import Identity, Link, ModuleHooks
+from .live_hooks import Identity, ModuleHooks, SharedIdentity
 from .recorded_rule import recorded_rule
 
 
-class HookedCall(Link):
+class HookedCall(SharedIdentity):
     """One call of a module, between its two identities."""
 
     def __init__(self) -> None:
