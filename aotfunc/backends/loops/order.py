@@ -42,7 +42,7 @@ def in_dependency_order(graph: fx.Graph, found: list[Unit]) -> list[Unit]:
             readers[b].append(u)
     left = {u: len(before) for u, before in waits.items()}
     last = {u: max([rank[n] for n in u.nodes]) for u in found}
-    memory = Memory(graph, found)
+    memory = LiveBytes(graph, found)
     ready = [(memory.grows(u), last[u], u) for u in found if not left[u]]
     heapify(ready)
     done: dict[Unit, None] = {}
@@ -78,7 +78,7 @@ def dependencies(graph: fx.Graph, found: Sequence[Unit]) -> dict[Unit, set[Unit]
     return waits
 
 
-class Memory:
+class LiveBytes:
     """The bytes that each unit makes, and the units that have yet to read each value. A view
     counts as the values that it shows."""
 
