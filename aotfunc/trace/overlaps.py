@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-class Place(NamedTuple):
+class Span(NamedTuple):
     """The memory of an argument, and the byte of it at which the argument begins."""
 
     memory: Any
@@ -49,7 +49,7 @@ def check_overlaps(trace: Trace) -> None:
         return
     written = written_slots(instr)
     places = {
-        i: Place(*memory_at(trace, refs[i], sig))
+        i: Span(*memory_at(trace, refs[i], sig))
         for i, sig in enumerate(instr.sigs)
         if sig is not NUMBER
     }
@@ -91,7 +91,7 @@ def made_apart(trace: Trace, refs: Sequence[int]) -> bool:
 
 
 def neighbours(
-    places: Mapping[int, Place], extents: Mapping[int, int]
+    places: Mapping[int, Span], extents: Mapping[int, int]
 ) -> Iterator[tuple[int, int]]:
     """Yield the pairs of arguments whose spans of bytes meet."""
     memories: dict[Any, list[int]] = {}
@@ -108,7 +108,7 @@ def cross(elements: Sequence[Sequence[Tensor]], shared: Sequence[Tensor]) -> boo
     other."""
     every = [(k, i == 0, t) for k, one in enumerate(elements) for i, t in enumerate(one)]
     every += [(-1, False, t) for t in shared]
-    places = {n: Place(*memory_of(t)) for n, (*_, t) in enumerate(every)}
+    places = {n: Span(*memory_of(t)) for n, (*_, t) in enumerate(every)}
     for a, b in neighbours(places, {n: extent(t) for n, (*_, t) in enumerate(every)}):
         (k, writes, s), (other, written, t) = every[a], every[b]
         if k != other and (writes or written):
@@ -117,7 +117,7 @@ def cross(elements: Sequence[Sequence[Tensor]], shared: Sequence[Tensor]) -> boo
     return False
 
 
-def meet(instr: Instr, places: Mapping[int, Place], w: int, i: int) -> bool:
+def meet(instr: Instr, places: Mapping[int, Span], w: int, i: int) -> bool:
     """Return whether a written tensor shares an element with another argument; a pointwise op may
     read at each place what it writes there."""
     to, other = instr.sigs[w], instr.sigs[i]
@@ -127,15 +127,15 @@ def meet(instr: Instr, places: Mapping[int, Place], w: int, i: int) -> bool:
     return overlap(to.proto, places[w].start, other.proto, places[i].start)
 
 
-def near(instr: Instr, places: Mapping[int, Place]) -> dict[int, Place]:
+def near(instr: Instr, places: Mapping[int, Span]) -> dict[int, Span]:
     """Return the places with memories numbered, each cut off in front of the first argument."""
     memories = [*dict.fromkeys(p.memory for p in places.values())]
     first = [min(p.start for p in places.values() if p.memory == m) // 16 * 16 for m in memories]
     numbers = [memories.index(p.memory) for p in places.values()]
-    return {i: Place(n, places[i].start - first[n]) for i, n in zip(places, numbers, strict=True)}
+    return {i: Span(n, places[i].start - first[n]) for i, n in zip(places, numbers, strict=True)}
 
 
-def tried(instr: Instr, places: Mapping[int, Place], written: Sequence[int]) -> str:
+def tried(instr: Instr, places: Mapping[int, Span], written: Sequence[int]) -> str:
     """Return how the op's kernel goes through memory, or what PyTorch says that refuses it. Ops of
     others are not run, nor those that draw."""
     if instr.op.namespace != "aten" or instr.facts.random:
@@ -170,7 +170,7 @@ def tried(instr: Instr, places: Mapping[int, Place], written: Sequence[int]) -> 
         return SAME if all(torch.equal(graph[n], kernel[n]) for n in graph) else OTHER
 
 
-def contents(instr: Instr, places: Mapping[int, Place], written: Sequence[int], n: int) -> Tensor:
+def contents(instr: Instr, places: Mapping[int, Span], written: Sequence[int], n: int) -> Tensor:
     """Return the bytes of a memory: small numbers, zeros for what may be indices."""
     here = [i for i, p in places.items() if p.memory == n]
     sig: Sig = instr.sigs[here[0]]
