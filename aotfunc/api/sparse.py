@@ -17,7 +17,7 @@ from ..errors import ArgumentError, CaptureError
 from ..trace.entering import entry
 from ..trace.traced import current
 from ..transforms.lower import CALLS, lowered, marked
-from ..transforms.sparsity.plans import Plan, Products, blocks, by_symmetry, fewest
+from ..transforms.sparsity.plans import JacobianPlan, Products, blocks, by_symmetry, fewest
 from .call import Call, positions
 from .func import grad, linearize, vjp
 from .vmap import vmap
@@ -74,7 +74,7 @@ def sparse_hessian(
     def hessian(*args: Any, **kwargs: Any) -> Tensor:
         found = Entries("sparse_hessian", grad(f, argnums), argnums, args, kwargs)
 
-        def plan(pattern: Any) -> Plan:
+        def plan(pattern: Any) -> JacobianPlan:
             own = Call("sparse_hessian", f, found.arguments, found.chosen, False)
             rules = marked(lowered(own.program, CALLS))
             return fewest(pattern) if rules else by_symmetry(pattern)
@@ -138,7 +138,7 @@ class Entries:
         (result,) = torch.utils._pytree.tree_leaves(self.f(*given, **named))
         return result
 
-    def plan(self, name: str, make: Callable[[Any], Plan]) -> Plan:
+    def plan(self, name: str, make: Callable[[Any], JacobianPlan]) -> JacobianPlan:
         """Return the plan for the pattern of the function, kept under ``name`` for as long as the
         values that the pattern depends on (indices, zeros of matrices) are the same."""
         from ..transforms.sparsity.dependence import dependence  # imports scipy
@@ -153,7 +153,7 @@ class Entries:
             program.cache[key] = plan, read
         return plan
 
-    def values(self, plan: Plan, chunk_size: int | None) -> Tensor:
+    def values(self, plan: JacobianPlan, chunk_size: int | None) -> Tensor:
         """Return the entries, by products with sums of unit vectors, one for each colour."""
         x, parts = self.x, []
         if plan.columns:
@@ -183,7 +183,7 @@ class Entries:
     def whole(self, i: np.ndarray) -> Tensor:
         return torch.as_tensor(i.astype(np.int64), device=self.x.device)
 
-    def sparse(self, plan: Plan, chunk_size: int | None) -> Tensor:
+    def sparse(self, plan: JacobianPlan, chunk_size: int | None) -> Tensor:
         values, x = self.values(plan, chunk_size), self.x
         places = torch.as_tensor(np.stack([plan.row, plan.col]).astype(np.int64), device=x.device)
         split = [

@@ -26,7 +26,7 @@ class Products(NamedTuple):
         return int(self.colours.max(initial=-1)) + 1
 
 
-class Plan(NamedTuple):
+class JacobianPlan(NamedTuple):
     """The computed entries of a Jacobian, those read from products with sums of columns, and
     those from products with sums of rows."""
 
@@ -45,14 +45,14 @@ def by_columns(row: Any, col: Any, colours: np.ndarray, of: Any = slice(None)) -
     return Products(colours, np.arange(len(row))[of], colours[col[of]], row[of])
 
 
-def fewest(pattern: Pattern) -> Plan:
+def fewest(pattern: Pattern) -> JacobianPlan:
     """Return a plan in which rows with many entries are computed by rows, the others by columns:
     one full row would give each column a colour of its own. The bound is the first of a few that
     needs the fewest products (no row of them is fewer than its entries)."""
     row, col = pattern.row, pattern.col
     lengths = np.bincount(row, minlength=pattern.shape[0])
     longest = int(lengths.max(initial=0))
-    best: Plan | None = None
+    best: JacobianPlan | None = None
     for bound in [longest, *[1 << k for k in range(longest.bit_length())][::-1], 0]:
         many = lengths[row] > bound
         widest = int(np.bincount(col[many]).max(initial=0))
@@ -65,7 +65,7 @@ def fewest(pattern: Pattern) -> Plan:
             colours = coloured(part(pattern, many).T)
             colours[lengths <= bound] = -1
             parts[1] = by_columns(col, row, colours, many)
-        plan = Plan(row, col, *parts)
+        plan = JacobianPlan(row, col, *parts)
         if best is None or plan.n_products < best.n_products:
             best = plan
     assert best is not None
@@ -78,21 +78,23 @@ def part(pattern: Pattern, chosen: np.ndarray) -> Pattern:
     return type(pattern)((pattern.data[chosen], at), pattern.shape)
 
 
-def by_symmetry(pattern: Pattern) -> Plan:
+def by_symmetry(pattern: Pattern) -> JacobianPlan:
     """Return a plan for a symmetric matrix, each entry of which may be read from either of two
     products."""
     pattern = (pattern + pattern.T).tocoo()
     row, col, colours = pattern.row, pattern.col, star_coloured(pattern)
     read = read_by_symmetry(row, col, colours)
-    return Plan(row, col, Products(colours, np.arange(len(row)), *read), None)
+    return JacobianPlan(row, col, Products(colours, np.arange(len(row)), *read), None)
 
 
-def blocks(size: int) -> Callable[[Pattern], Plan]:
+def blocks(size: int) -> Callable[[Pattern], JacobianPlan]:
     """Return how to plan for the entries of square blocks of this size on the diagonal."""
 
-    def make(pattern: Pattern) -> Plan:
+    def make(pattern: Pattern) -> JacobianPlan:
         wanted = part(pattern, pattern.row // size == pattern.col // size)
         colours = coloured(pattern, wanted)
-        return Plan(wanted.row, wanted.col, by_columns(wanted.row, wanted.col, colours), None)
+        return JacobianPlan(
+            wanted.row, wanted.col, by_columns(wanted.row, wanted.col, colours), None
+        )
 
     return make
