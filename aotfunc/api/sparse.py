@@ -17,7 +17,7 @@ from ..errors import ArgumentError, CaptureError
 from ..trace.entering import entry
 from ..trace.traced import current
 from ..transforms.lower import CALLS, lowered, marked
-from ..transforms.sparsity.plans import JacobianPlan, Products, blocks, by_symmetry, fewest
+from ..transforms.sparsity.plans import ColouredProducts, JacobianPlan, blocks, by_symmetry, fewest
 from .call import Call, positions
 from .func import grad, linearize, vjp
 from .vmap import vmap
@@ -169,7 +169,7 @@ class Entries:
         order = np.concatenate([part.entries for part in plan[2:] if part])
         return torch.cat(parts)[self.whole(np.argsort(order))]
 
-    def read(self, part: Products, along: Callable, chunk_size: int | None) -> Tensor:
+    def read(self, part: ColouredProducts, along: Callable, chunk_size: int | None) -> Tensor:
         """Return the entries that are read from some products, which ``along`` makes."""
         if not part.n_products:
             return self.x.new_zeros(0)

@@ -12,7 +12,7 @@ from .colouring import coloured, read_by_symmetry, star_coloured
 Pattern = Any  # a scipy.sparse.coo_array of bools
 
 
-class Products(NamedTuple):
+class ColouredProducts(NamedTuple):
     """Products with sums of unit vectors, those of one colour (-1: in no product); the numbers of
     the entries read from them; the product and the position there of each."""
 
@@ -32,8 +32,8 @@ class JacobianPlan(NamedTuple):
 
     row: np.ndarray
     col: np.ndarray
-    columns: Products | None
-    rows: Products | None
+    columns: ColouredProducts | None
+    rows: ColouredProducts | None
 
     @property
     def n_products(self) -> int:
@@ -41,8 +41,8 @@ class JacobianPlan(NamedTuple):
         return sum(part.n_products for part in self[2:] if part)
 
 
-def by_columns(row: Any, col: Any, colours: np.ndarray, of: Any = slice(None)) -> Products:
-    return Products(colours, np.arange(len(row))[of], colours[col[of]], row[of])
+def by_columns(row: Any, col: Any, colours: np.ndarray, of: Any = slice(None)) -> ColouredProducts:
+    return ColouredProducts(colours, np.arange(len(row))[of], colours[col[of]], row[of])
 
 
 def fewest(pattern: Pattern) -> JacobianPlan:
@@ -58,7 +58,7 @@ def fewest(pattern: Pattern) -> JacobianPlan:
         widest = int(np.bincount(col[many]).max(initial=0))
         if best is not None and (bound >= longest or bound + widest >= best.n_products):
             continue
-        parts: list[Products | None] = [None, None]
+        parts: list[ColouredProducts | None] = [None, None]
         if bound:
             parts[0] = by_columns(row, col, coloured(part(pattern, ~many)), ~many)
         if many.any():
@@ -84,7 +84,7 @@ def by_symmetry(pattern: Pattern) -> JacobianPlan:
     pattern = (pattern + pattern.T).tocoo()
     row, col, colours = pattern.row, pattern.col, star_coloured(pattern)
     read = read_by_symmetry(row, col, colours)
-    return JacobianPlan(row, col, Products(colours, np.arange(len(row)), *read), None)
+    return JacobianPlan(row, col, ColouredProducts(colours, np.arange(len(row)), *read), None)
 
 
 def blocks(size: int) -> Callable[[Pattern], JacobianPlan]:
