@@ -60,7 +60,7 @@ def candidates(gm: fx.GraphModule, inputs: list) -> Iterator[tuple[fx.GraphModul
     """Yield smaller graphs, the smallest first: those that end early, then those that begin
     late."""
     size = len(gm.graph.nodes)
-    values = Recorded(gm)
+    values = ValueRecorder(gm)
     values.run(*inputs)
     calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     returned = output_node(gm.graph).all_input_nodes
@@ -75,7 +75,7 @@ def candidates(gm: fx.GraphModule, inputs: list) -> Iterator[tuple[fx.GraphModul
         width //= 2
 
 
-class Recorded(fx.Interpreter):
+class ValueRecorder(fx.Interpreter):
     """An interpreter that keeps the value of each node."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
