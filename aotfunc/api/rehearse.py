@@ -137,7 +137,7 @@ class Outside:
                 undo_changes(self.state)
 
 
-class Run:
+class EagerRun:
     """An eager run of ``f`` on copies of ``leaves``: ``outs`` and ``aux``, the leaves of its
     result, ``given``, the copies after it, and ``pulled``, the cotangents of the leaves ``wrt``
     among these, then of tensors that ``f`` closes over."""

@@ -29,7 +29,7 @@ from ..trace.traced import current
 from ..transforms.lower import CALLS, lowered, marked
 from .by_definition import defines_derivative
 from .call import Call, positions
-from .rehearse import Outside, Run, rehearsed, widened
+from .rehearse import EagerRun, Outside, rehearsed, widened
 
 #: the steps of differences, in float64, in fractions of the largest number
 STEPS = (1e-5, 1e-7, 1e-9)
@@ -148,14 +148,14 @@ class Validation:
         """Run the function, as it is and in float64, and compute its differences."""
         leaves = self.arguments.leaves
         self.wrt = self.differentiated()
-        self.run = Run(self, leaves)
+        self.run = EagerRun(self, leaves)
         self.d = self.directions([leaves[k] for k in self.wrt])
         self.slopes: Slopes | None = None
         floats = [x for x in (*leaves, *self.run.outs) if floating(x)]
         self.eps = max([torch.finfo(x.dtype).eps for x in floats], default=0.0)
         self.repeats(leaves)
         try:
-            self.wide = Run(self, leaves, wide=True)
+            self.wide = EagerRun(self, leaves, wide=True)
             pairs = zip(self.wrt, self.d, strict=True)
             # some functions read one half of symmetric matrices
             if all(symmetric(d) or not symmetric(leaves[k]) for k, d in pairs):
@@ -191,7 +191,7 @@ class Validation:
 
     def repeats(self, leaves: Sequence[Any]) -> None:
         """Raise ArgumentError unless another run gives the same."""
-        again = Run(self, leaves)
+        again = EagerRun(self, leaves)
         try:
             for name in ("outs", "aux", "pulled"):
                 self.equal("it", getattr(again, name), getattr(self.run, name))
@@ -226,7 +226,7 @@ class Validation:
             leaves = list(self.arguments.leaves)
             for i, d in zip(self.wrt, self.d, strict=True):
                 leaves[i] = widened(leaves[i].detach()) + k * step * d
-            return list(filter(floating, Run(self, leaves, wide=True).outs))
+            return list(filter(floating, EagerRun(self, leaves, wide=True).outs))
 
         found = []
         here = list(filter(floating, self.wide.outs))
