@@ -27,7 +27,7 @@ MANY = 12_000
 ANEW = 0.05
 
 
-class Run(NamedTuple):
+class RunOrder(NamedTuple):
     """In what order the forward and the backward run their nodes, and the peaks of the two."""
 
     early: list[int]
@@ -41,7 +41,7 @@ class Within:
 
     def __init__(self, problem: Problem, exact: bool = False) -> None:
         self.problem, self.exact = problem, exact
-        self.runs: dict[tuple[bytes, bool], Run] = {}
+        self.runs: dict[tuple[bytes, bool], RunOrder] = {}
         self.solved: dict[tuple[float, str], tuple[Choice | None, float]] = {}
 
     @cached_property
@@ -52,7 +52,7 @@ class Within:
     def walk(self) -> Walk:
         return Walk(self.problem)
 
-    def run(self, choice: Choice, low: bool) -> Run:
+    def run(self, choice: Choice, low: bool) -> RunOrder:
         """Return in what order the halves of a choice run, with the most bytes that live at one
         time in each: what the half makes, and what was saved until it is read for the last time.
         Inputs and cotangents are not counted, nor what is in the host's memory, before it comes
@@ -72,10 +72,10 @@ class Within:
             most = ANEW * self.problem.forward_time
             late = lowered(joint, late, saved | hosted, grads, self.problem.cost, most)
         peaks = layout.peak(early, set(), saved | results), layout.peak(late, saved, grads)
-        self.runs[key] = Run(early, late, peaks)
+        self.runs[key] = RunOrder(early, late, peaks)
         return self.runs[key]
 
-    def run_under(self, choice: Choice, budget: Budget | None) -> Run:
+    def run_under(self, choice: Choice, budget: Budget | None) -> RunOrder:
         """Return how a choice runs under a budget: where that is of peaks, with values that are
         computed once more, unless a ``Peak`` is met without."""
         match budget:
