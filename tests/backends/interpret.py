@@ -16,13 +16,13 @@ from aotfunc.backends.loops.ir import (
     Apply,
     Cast,
     Const,
+    Cumulative,
     Expr,
     Kernel,
     Load,
     Position,
     Ramp,
     Reduce,
-    Scan,
     walk,
 )
 
@@ -80,7 +80,7 @@ def interpret(kernel: Kernel, tensors: Sequence[Tensor]) -> None:
         args = [values[a] for a in e.args]
         if isinstance(e, Cast):
             return args[0].to(e.dtype)
-        if isinstance(e, Scan):
+        if isinstance(e, Cumulative):
             return SCANS[e.fn](args[0].expand(kernel.extents), dim=last).to(e.dtype)
         if isinstance(e, Reduce):
             whole = args[0].expand(kernel.extents)

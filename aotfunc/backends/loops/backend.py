@@ -20,7 +20,7 @@ from .blocks import in_blocks
 from .cpp import Printer
 from .folded import fold
 from .fuse import Unit, grouped, stored
-from .ir import Apply, Kernel, Scan, walk
+from .ir import Apply, Cumulative, Kernel, walk
 from .launch import TENSORS, Launch, has_memory
 from .looped import consists_of_launches
 from .lower import lower
@@ -112,7 +112,8 @@ def worth(nodes: Sequence[Node]) -> bool:
         return True
     columns = kernel.vector < kernel.outer
     return any(
-        (isinstance(e, Apply | Scan) and e.fn in QUICK) or (isinstance(e, Scan) and columns)
+        (isinstance(e, Apply | Cumulative) and e.fn in QUICK)
+        or (isinstance(e, Cumulative) and columns)
         for e in walk(kernel.values)
     )
 
