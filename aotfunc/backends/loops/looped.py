@@ -42,7 +42,7 @@ class Unsteady(Exception):
     """Raised for a step that native code cannot run."""
 
 
-class Step:
+class LoopStep:
     """The values of a loop's steps, and the C++ that computes them. The address of a value is a
     variable, ``v`` and its slot. Some values are constants, and some have memory of their own."""
 
@@ -362,7 +362,7 @@ def packed(
     given = [n.meta["val"] for n in bodies[-1].find_nodes(op="placeholder")]
     last = target.n_consts + target.n_carry
     inputs = [*given[:last], *[stack(v, target.length) for v in given[last:]]]
-    step = Step(inputs)
+    step = LoopStep(inputs)
     lines, ends = step.loop(target, bodies, range(len(inputs)))
     results = [step.vals[s] for s in ends]
     fixed = [(s, c.data_ptr()) for s, c in step.constants.items()]
@@ -383,7 +383,7 @@ def packed(
     return [*words, *step.numbers], list(step.constants.values())
 
 
-def source(step: Step, lines: Sequence[str], numbers: set[int]) -> str:
+def source(step: LoopStep, lines: Sequence[str], numbers: set[int]) -> str:
     """Return a loop as the source of the function ``aot_run``; ``numbers`` are variables."""
     kernels = [
         text.replace(f"{native.EXPORTED} void {name.rpartition('_')[0]}(", f"AOT void {name}(")
