@@ -44,7 +44,7 @@ STATES = 4096
 FIRST, WIDER = 64, 8
 
 
-class Step(NamedTuple):
+class Transitions(NamedTuple):
     """What may become of one value: transitions between states, sorted by where they start.
     ``first[s]`` is the first of state s."""
 
@@ -80,7 +80,7 @@ class Walk:
         self.given = costless(problem)
         self.steps = self.walk()
 
-    def walk(self) -> list[Step] | None:
+    def walk(self) -> list[Transitions] | None:
         problem = self.problem
         inputs, needed = contracted(problem, self.given)
         values = np.flatnonzero(ancestors(inputs, needed)).tolist()
@@ -122,7 +122,7 @@ class Walk:
                 return None
             size = np.where(became & SAVED, problem.bytes[v], 0).astype(np.int64)
             time = np.where(became & TWICE == TWICE, problem.time[v], 0.0)
-            steps.append(Step(v, first, end, became, size, time))
+            steps.append(Transitions(v, first, end, became, size, time))
         return steps
 
     @timed("best choice")
