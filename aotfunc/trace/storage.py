@@ -13,7 +13,7 @@ from .memory import memory_of
 from .traced import Traced
 
 
-class Storage:
+class TracedStorage:
     """The storage of a traced value, which says how large it is, whose it is, and nothing of what
     lies in it."""
 

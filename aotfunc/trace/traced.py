@@ -225,14 +225,14 @@ class Traced(Tensor):
         )
 
     def untyped_storage(self) -> Any:
-        from .storage import Storage
+        from .storage import TracedStorage
 
-        return Storage(self)
+        return TracedStorage(self)
 
     def _typed_storage(self) -> Any:
-        from .storage import Storage
+        from .storage import TracedStorage
 
-        return Storage(self, typed=True)
+        return TracedStorage(self, typed=True)
 
     def __array__(self, dtype: Any = None) -> Any:
         self.check_numpy()
