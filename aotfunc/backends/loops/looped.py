@@ -38,7 +38,7 @@ LINE = 64
 FOREVER = (1 << 63) - 1
 
 
-class Unsteady(Exception):
+class UnfitStep(Exception):
     """Raised for a step that native code cannot run."""
 
 
@@ -81,7 +81,7 @@ class LoopStep:
     def code(self, graph: fx.Graph | None, inputs: Sequence[int]) -> tuple[list[str], list[int]]:
         """Return the statements of a body, and the slots of its results. Raises Unsteady."""
         if graph is None:
-            raise Unsteady
+            raise UnfitStep
         lines: list[str] = []
         at: dict[Node, Any] = {}
         given = iter(inputs)
@@ -89,7 +89,7 @@ class LoopStep:
             if n.op == "placeholder":
                 at[n] = next(given)
                 if n.users and not laid_alike(n.meta["val"], self.vals[at[n]]):
-                    raise Unsteady
+                    raise UnfitStep
             elif n.op == "get_attr":
                 at[n] = self.constant(getattr(graph.owning_module, n.target))
             elif n.target is operator.getitem:
@@ -111,12 +111,12 @@ class LoopStep:
             elif hasattr(n.target, "flow"):
                 target, bodies = n.target.flow  # type: ignore[union-attr]
                 if target.__name__ == "unwind":
-                    raise Unsteady
+                    raise UnfitStep
                 flow = self.loop if hasattr(target, "n_consts") else self.switch
                 more, at[n] = flow(target, list(map(steady, bodies)), [at[a] for a in n.args])
                 lines += more
             elif n.op != "output":
-                raise Unsteady
+                raise UnfitStep
         return lines, [at[o] for o in results_of(graph)]
 
     def launch(self, target: Launch, inputs: Sequence[int]) -> tuple[str, list[int]]:
@@ -147,7 +147,7 @@ class LoopStep:
     def check(self, slot: int, check: Requirement) -> str:
         kind = {4: "int32_t", 8: "int64_t"}.get(self.vals[slot].element_size())
         if kind is None:
-            raise Unsteady
+            raise UnfitStep
         shape, strides, start = check.window
         place = f"(const {kind} *)v{slot} + {self.number(start)}"
         window = f"{len(shape)}, {self.array(shape)}, {self.array(strides)}"
@@ -160,7 +160,7 @@ class LoopStep:
         index, *operands = inputs
         kind = {1: "bool", 8: "int64_t"}.get(self.vals[index].element_size())
         if kind is None:
-            raise Unsteady
+            raise UnfitStep
         outs = [self.new(o.meta["val"]) for o in results_of(bodies[0])]
         lines = [f"switch ((int64_t)*({kind} *)v{index}) {{"]
         for i, body in enumerate(bodies):
@@ -196,7 +196,7 @@ class LoopStep:
         if not all(map(laid_alike, planned, [self.vals[s] for s in inputs])) or not all(
             v.is_contiguous() and v.numel() for v in (*carried, *rows, *stacked)
         ):
-            raise Unsteady
+            raise UnfitStep
         own = [self.slot(v) for v in given]
         test, holds = self.code(condition[0], own[:last]) if condition else ([], [])
         step, outs = self.code(body, own)
@@ -271,7 +271,7 @@ def results_of(graph: fx.Graph | None) -> Sequence[Node]:
     if graph is None or not all(
         isinstance(o, Node) and o.meta["val"].is_contiguous() for o in results
     ):
-        raise Unsteady
+        raise UnfitStep
     return results
 
 
@@ -338,7 +338,7 @@ def looped(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable
         return plain
     try:
         words, constants = packed(target, list(map(steady, bodies)), quick.dtypes)
-    except (Unsteady, CompilerError):
+    except (UnfitStep, CompilerError):
         return plain
     data = (array("q", words).tobytes(), plain, constants)
     run = python_function(target.__name__, quick.loop, data, __name__)
@@ -358,7 +358,7 @@ def packed(
     """Return what ``loop.cpp`` needs of a loop, as words, and the constants whose addresses are
     among them. Raises Unsteady, and CompilerError."""
     if bodies[-1] is None:
-        raise Unsteady
+        raise UnfitStep
     given = [n.meta["val"] for n in bodies[-1].find_nodes(op="placeholder")]
     last = target.n_consts + target.n_carry
     inputs = [*given[:last], *[stack(v, target.length) for v in given[last:]]]
@@ -371,7 +371,7 @@ def packed(
         memory.append((s, size := -(-size // LINE) * LINE))
         size += width(step.vals[s])
     if size > MOST or not all(v.dtype in dtypes for v in results):
-        raise Unsteady
+        raise UnfitStep
     printed = native.load_kernels(source(step, lines, step.in_registers(ends)))["aot_run"]
     words = [printed.address, len(step.vals), size, len(inputs), len(results)]
     for v in inputs:
