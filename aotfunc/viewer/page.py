@@ -29,7 +29,7 @@ _COST = Roofline(fused=1.0)
 
 def page(title: str, stages: Iterable[Stage]) -> str:
     """Return the HTML page of these programs."""
-    values = Values()
+    values = ValueNumbers()
     shown = [described(stage, values) for stage in stages]
     mark_halves(shown)
     text = (_FILES / "page.html").read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def page(title: str, stages: Iterable[Stage]) -> str:
     return text.replace("/* data */", data)
 
 
-class Values:
+class ValueNumbers:
     """Numbers for values: one value has one number in all stages.
 
     Two nodes of different stages stand for one value if they call one op with the same values,
@@ -73,7 +73,7 @@ class Values:
         return found
 
 
-def described(stage: Stage, values: Values) -> dict[str, Any]:
+def described(stage: Stage, values: ValueNumbers) -> dict[str, Any]:
     """Return what the page shows of one stage."""
     nodes = [n for n in stage.graph.nodes if n.op != "output"]
     index = {n: i for i, n in enumerate(nodes)}
