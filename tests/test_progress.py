@@ -9,7 +9,7 @@ import torch
 from aotfunc import grad, jit, partition, progress, show_progress
 from aotfunc.errors import BackendWarning
 from aotfunc.partition import Bytes, Peak
-from aotfunc.partition.exact import Walk
+from aotfunc.partition.exact import StateGraph
 from aotfunc.partition.solve import Network
 from aotfunc.partition.within import Within
 from aotfunc.progress import Screen, Watch, along, doing
@@ -131,7 +131,7 @@ def test_a_partition_says_how_far_it_is(watch, monkeypatch):
             report = partition(joint, memory_budget=budget, exact=exact, num_fwd_outputs=1).report
             assert report.gap < 1
 
-    functions = [(Walk, "extend"), (Network, "cut"), (Within, "peak")]
+    functions = [(StateGraph, "extend"), (Network, "cut"), (Within, "peak")]
     found = steps_of(reports, watch, monkeypatch, *functions)
     assert {re.sub(r"\d+", "#", step) for step in found} == {
         "cut #",

@@ -71,7 +71,7 @@ class Partial(NamedTuple):
         return Partial(*(a[places] for a in self))
 
 
-class Walk:
+class StateGraph:
     """The states of a problem and the transitions between them; ``steps`` is None if there are too
     many."""
 

@@ -11,7 +11,7 @@ from torch.fx import Node
 from ..errors import ArgumentError, PartitionError
 from ..progress import along
 from .budget import Budget, Bytes, Peak, Share, Time
-from .exact import Walk
+from .exact import StateGraph
 from .frontier import Frontier
 from .lowered import lowered
 from .order import schedule
@@ -49,8 +49,8 @@ class Within:
         return Frontier(self.problem)
 
     @cached_property
-    def walk(self) -> Walk:
-        return Walk(self.problem)
+    def walk(self) -> StateGraph:
+        return StateGraph(self.problem)
 
     def run(self, choice: Choice, low: bool) -> RunOrder:
         """Return in what order the halves of a choice run, with the most bytes that live at one

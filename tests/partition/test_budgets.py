@@ -17,7 +17,7 @@ from aotfunc import jit, partition
 from aotfunc.errors import ArgumentError
 from aotfunc.partition import Bytes, PartitionError, Peak, Profiled, Roofline, Time, exact
 from aotfunc.partition.budget import Share, as_budget
-from aotfunc.partition.exact import Walk
+from aotfunc.partition.exact import StateGraph
 from aotfunc.partition.frontier import Frontier
 from aotfunc.partition.problem import Problem
 from aotfunc.partition.roles import read_joint
@@ -104,7 +104,7 @@ def test_no_choice_is_better(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
     for c in frontier.points:
         assert not [1 for size, time in every if size < c.bytes - 40 and time < c.time - 1e-9]
         assert (c.bytes, pytest.approx(c.time)) in every
-    walk = Walk(problem)
+    walk = StateGraph(problem)
     levels: dict[float, int] = {}  # each least time, and the fewest bytes that it takes
     for limit in sorted({size for size, _ in every}):
         levels.setdefault(min(time for size, time in every if size <= limit), limit)
