@@ -90,7 +90,7 @@ OPENED: dict[Any, Callable] = {
     aten.max_pool2d_with_indices.default: pooling.max_pool,
     aten.avg_pool2d.default: pooling.avg_pool,
     aten.avg_pool2d_backward.default: pooling.avg_pool_backward,
-    aten._adaptive_avg_pool2d.default: pooling.adaptive,
+    aten._adaptive_avg_pool2d.default: pooling.adaptive_avg_pool,
     aten._adaptive_avg_pool2d_backward.default: pooling.adaptive_backward,
     aten.argmax.default: extremes.arg("amax"),
     aten.argmin.default: extremes.arg("amin"),

@@ -101,7 +101,7 @@ def avg_pool_backward(g, x, size, stride, padding, ceil_mode, count_include_pad,
     return torch.constant_pad_nd(gx, missing) if any(missing) else gx
 
 
-def adaptive(x: Tensor, size: Sequence[int]) -> Any:
+def adaptive_avg_pool(x: Tensor, size: Sequence[int]) -> Any:
     """Compute as average pooling if all windows have one size."""
     window = window_size(x, size)
     return NotImplemented if window is None else avg_pool(x, window)
