@@ -145,7 +145,7 @@ def averaged(
     return pooled(rank, x, out, kernel, stride, padding, [1])
 
 
-def adaptive(rank: int, x: Node, out: Node, *_: Any) -> list[Pattern]:
+def adaptive_windows(rank: int, x: Node, out: Node, *_: Any) -> list[Pattern]:
     def one(size: int, count: int) -> Pattern:
         i = np.arange(count)[:, None]
         first, end = i * size // count, -(-(i + 1) * size // count)
@@ -158,8 +158,8 @@ def adaptive(rank: int, x: Node, out: Node, *_: Any) -> list[Pattern]:
 for rank in (2, 3):
     windowed(f"max_pool{rank}d_with_indices", rank, pooled)
     windowed(f"avg_pool{rank}d", rank, averaged)
-    windowed(f"adaptive_max_pool{rank}d", rank, adaptive)
-    windowed(f"_adaptive_avg_pool{rank}d", rank, adaptive)
+    windowed(f"adaptive_max_pool{rank}d", rank, adaptive_windows)
+    windowed(f"_adaptive_avg_pool{rank}d", rank, adaptive_windows)
 
 
 # ----- resizing ----------------------------------------------------------------------------------
