@@ -115,7 +115,7 @@ class Body:
     def check_like(self, other: Body) -> None:
         """Refuse a body whose results are unlike the ``other``'s."""
         (mine, spec), (theirs, their_spec) = flatten(self.returned), flatten(other.returned)
-        if spec != their_spec or not all(map(alike, mine, theirs)):
+        if spec != their_spec or not all(map(same_leaf, mine, theirs)):
             raise ArgumentError(
                 f"{self.name}: branches must return trees of equal structure, shapes and dtypes: "
                 f"{where_defined(other.f)} returned {structure(other.returned)}, "
@@ -162,7 +162,7 @@ def inside_torch_func() -> bool:
     return current() is None and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def alike(x: Any, y: Any) -> bool:
+def same_leaf(x: Any, y: Any) -> bool:
     """Return whether two leaves are tensors of one shape and dtype, or equal."""
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         return (x.shape, x.dtype) == (y.shape, y.dtype)
