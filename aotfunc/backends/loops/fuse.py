@@ -73,7 +73,7 @@ class Groups:
             if any(self.before[i] >> first & 1 for i in between):
                 return False
         nodes = sorted([*one.nodes, *other.nodes], key=self.rank.__getitem__)
-        if alike(one, other):  # trials take time, and large kernels would need many
+        if same_elementwise(one, other):  # trials take time, and large kernels would need many
             one.untried = True
         elif self.tried(p, q, nodes):
             one.shape, one.untried = None, False
@@ -111,7 +111,7 @@ class Groups:
         return n.target, static_shape(n), str(reads)
 
 
-def alike(one: Unit, other: Unit) -> bool:
+def same_elementwise(one: Unit, other: Unit) -> bool:
     """Return whether two units compute values of one shape element by element, and neither sees
     the other's through views."""
     return (
