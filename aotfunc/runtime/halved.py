@@ -26,7 +26,7 @@ class Halved(Pipeline):
     def split(
         self, joint: Program, n_early: int, last: bool = False
     ) -> tuple[CompiledCall, CompiledCall]:
-        if not (last and self.halves and alike(joint, self.halves["joint"])):
+        if not (last and self.halves and same_programs(joint, self.halves["joint"])):
             return super().split(joint, n_early, last)
         compilers = {"forward": self.forward, "backward": self.backward}
         forward, backward = (
@@ -36,7 +36,7 @@ class Halved(Pipeline):
         return forward, backward
 
 
-def alike(a: Program, b: Program) -> bool:
+def same_programs(a: Program, b: Program) -> bool:
     """Return whether two programs are the same, which a text does not tell of shapes."""
     vals = ([n.meta["val"] for n in p.graph.nodes if n.op != "output"] for p in (a, b))
     return a.code == b.code and next(vals) == next(vals)
