@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from ...trace.shapes.rules import broadcast
+from ...trace.shapes.rules import broadcast_shape
 from .checks import index_of, wrapped
 from .dtypes import as_given, cast
 from .ir import Expr, Given, Unfit, function_of, number
@@ -115,7 +115,7 @@ def together(asked: Sequence[Node | None]) -> tuple[int, tuple[int, ...]]:
     """Return the position and the shape of dimensions that are indexed together: they replace the
     first of them, or come first of all if others are between them."""
     dims = [d for d, i in enumerate(asked) if i is not None]
-    shape = broadcast(*[static_shape(i) for i in asked if i is not None])
+    shape = broadcast_shape(*[static_shape(i) for i in asked if i is not None])
     return (dims[0] if dims[-1] - dims[0] + 1 == len(dims) else 0), tuple(shape)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from .rules import (
     axis,
-    broadcast,
+    broadcast_shape,
     formatted,
     new,
     ordered_strides,
@@ -277,7 +277,7 @@ def _dot(a, b):
 @shape_rule(aten.addmm)
 def _addmm(c, a, b, *, beta=1, alpha=1):
     out = _mm(a, b)
-    sure(c.dtype is out.dtype and broadcast(c.shape, out.shape) == out.shape)
+    sure(c.dtype is out.dtype and broadcast_shape(c.shape, out.shape) == out.shape)
     return out
 
 
@@ -291,7 +291,7 @@ def _addmv(c, a, v, *, beta=1, alpha=1):
 @shape_rule(aten.baddbmm)
 def _baddbmm(c, a, b, *, beta=1, alpha=1):
     out = _bmm(a, b)
-    sure(c.dtype is out.dtype and broadcast(c.shape, out.shape) == out.shape)
+    sure(c.dtype is out.dtype and broadcast_shape(c.shape, out.shape) == out.shape)
     return out
 
 
@@ -326,7 +326,7 @@ def solved(factors: Sig, pivots: Sig, b: Sig, column_major: bool = True) -> Sig:
     sure(factors.ndim >= 2 and b.ndim >= 2 and pivots.dtype is torch.int32)
     *batch, m, n = factors.shape
     sure(m == n and pivots.shape == factors.shape[:-1])
-    shape = (*broadcast(batch, b.shape[:-2]), *b.shape[-2:])
+    shape = (*broadcast_shape(batch, b.shape[:-2]), *b.shape[-2:])
     return new(b, shape, stride=matrix_strides(shape, column_major))
 
 

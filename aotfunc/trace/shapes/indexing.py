@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from .algebra import like, same_dtype
-from .rules import axis, broadcast, new, ordinary, shape_rule, sure, sure_in_order
+from .rules import axis, broadcast_shape, new, ordinary, shape_rule, sure, sure_in_order
 from .sig import Sig, contiguous_stride
 
 aten = torch.ops.aten
@@ -98,7 +98,7 @@ def _index(x, indices):
     sure(given and all(indices[i].dtype in (torch.int32, torch.int64) for i in given))
     sure(given[-1] - given[0] == len(given) - 1)
     sure(ordinary(x))
-    found = broadcast(*[indices[i].shape for i in given])
+    found = broadcast_shape(*[indices[i].shape for i in given])
     before, after = x.shape[: given[0]], x.shape[given[-1] + 1 :]
     return new(x, (*before, *found, *after))
 
@@ -134,7 +134,7 @@ def _index_put(x, indices, values, accumulate=False):
     sure(values.dtype is x.dtype and indices)
     if not fitting_masks(x, indices):
         chosen = _index(x, indices).shape
-        sure(broadcast(values.shape, chosen) == chosen)
+        sure(broadcast_shape(values.shape, chosen) == chosen)
     return like(x)
 
 

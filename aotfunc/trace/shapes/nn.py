@@ -10,7 +10,7 @@ import torch
 from .algebra import like, same_dtype
 from .rules import (
     axis,
-    broadcast,
+    broadcast_shape,
     new,
     ordered_strides,
     result_strides,
@@ -88,7 +88,7 @@ def _loss(x, target, reduction=MEAN, parameter=1.0):
         and reduction in (0, 1, 2)
     )
     sure_in_order(x, target)
-    shape = broadcast(x.shape, target.shape)
+    shape = broadcast_shape(x.shape, target.shape)
     return (
         new(x, (), stride=())
         if reduction
@@ -100,7 +100,7 @@ def _loss(x, target, reduction=MEAN, parameter=1.0):
 def _loss_backward(g, x, target, reduction, *parameter):
     sure(
         g.dtype is x.dtype is target.dtype
-        and broadcast(g.shape, x.shape, target.shape) == x.shape == target.shape
+        and broadcast_shape(g.shape, x.shape, target.shape) == x.shape == target.shape
     )
     sure_in_order(g, x, target)
     return like(x)

@@ -98,7 +98,7 @@ def axis(dim: int, ndim: int) -> int:
     return dim % max(ndim, 1)
 
 
-def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
+def broadcast_shape(*shapes: Sequence[int]) -> tuple[int, ...]:
     """Return the broadcast shape."""
     result = [1] * max(map(len, shapes), default=0)
     for shape in shapes:
@@ -310,7 +310,7 @@ def pointwise_shape(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     outs = results_of_probes(op, args, kwargs)
     shape = operands[0].shape
     if any(s.shape != shape for s in operands):
-        shape = broadcast(*[s.shape for s in operands])
+        shape = broadcast_shape(*[s.shape for s in operands])
     name = op._schema.name.removeprefix("aten::")
     composed = name in COMPOSED or f"{name}.{op._overloadname}" in COMPOSED
     sure(not composed or all(ordinary(s) for s in operands))

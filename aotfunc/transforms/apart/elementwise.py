@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...trace.shapes.rules import Unsure, broadcast
+from ...trace.shapes.rules import Unsure, broadcast_shape
 from ...trace.shapes.sig import Sig
 from .parts import Mixed, OpCall, broadcast_part, part_rule
 
@@ -17,7 +17,7 @@ def aligned(c: OpCall) -> Any:
     """Return where a pointwise op holds the batch: where its arguments do, aligned from the
     right."""
     try:
-        shape = broadcast(*[sig.shape for sig, _ in c.tensors])
+        shape = broadcast_shape(*[sig.shape for sig, _ in c.tensors])
     except Unsure:
         raise Mixed from None
     for val in c.val if isinstance(c.val, tuple) else (c.val,):
