@@ -38,7 +38,7 @@ def all_reduce(x: Tensor, how: str, group: Any) -> Tensor:
     return done(space.all_reduce(x.contiguous(), how, group))
 
 
-def all_gather(g: Tensor, x: Tensor, how: str, size: int, group: Any) -> Tensor:
+def reverse_reduce_scatter(g: Tensor, x: Tensor, how: str, size: int, group: Any) -> Tensor:
     mean_or_sum(how, "reduce_scatter")
     all_of_it = done(space.all_gather_into_tensor(g.contiguous(), size, group))
     return all_of_it / size if how == "avg" else all_of_it
@@ -74,7 +74,7 @@ if torch.distributed.is_available():
     for names in (space, torch.ops._c10d_functional_autograd):
         for op, transpose in (
             (names.all_gather_into_tensor, reduce_scatter),
-            (names.reduce_scatter_tensor, all_gather),
+            (names.reduce_scatter_tensor, reverse_reduce_scatter),
             (names.all_to_all_single, sent_back),
         ):
             linear(op, transpose, batch=beside_pieces(op))
