@@ -44,7 +44,7 @@ def reverse_reduce_scatter(g: Tensor, x: Tensor, how: str, size: int, group: Any
     return all_of_it / size if how == "avg" else all_of_it
 
 
-def reduce_scatter(g: Tensor, x: Tensor, size: int, group: Any) -> Tensor:
+def reverse_all_gather(g: Tensor, x: Tensor, size: int, group: Any) -> Tensor:
     return done(space.reduce_scatter_tensor(g.contiguous(), "sum", size, group))
 
 
@@ -73,7 +73,7 @@ if torch.distributed.is_available():
     linear(space.broadcast, at_source, batch=space.broadcast)
     for names in (space, torch.ops._c10d_functional_autograd):
         for op, transpose in (
-            (names.all_gather_into_tensor, reduce_scatter),
+            (names.all_gather_into_tensor, reverse_all_gather),
             (names.reduce_scatter_tensor, reverse_reduce_scatter),
             (names.all_to_all_single, sent_back),
         ):
