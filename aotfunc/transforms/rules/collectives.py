@@ -33,7 +33,7 @@ def mean_or_sum(how: str, name: str) -> None:
         )
 
 
-def all_reduce(x: Tensor, how: str, group: Any) -> Tensor:
+def reverse_all_reduce(x: Tensor, how: str, group: Any) -> Tensor:
     mean_or_sum(how, "all_reduce")
     return done(space.all_reduce(x.contiguous(), how, group))
 
@@ -58,7 +58,7 @@ def at_source(g: Tensor, x: Tensor, source: int, group: Any) -> Tensor:
     mine = torch.distributed.distributed_c10d._resolve_process_group(group).rank() == source
     here = torch.full((), mine, dtype=torch.bool, device=g.device)
     return torch.where(
-        here, all_reduce(g, "sum", group), 0
+        here, reverse_all_reduce(g, "sum", group), 0
     )  # read by all: else some would not call
 
 
@@ -68,7 +68,9 @@ def beside_pieces(op: Any) -> Callable:
 
 
 if torch.distributed.is_available():
-    linear(space.all_reduce, lambda g, x, *how: all_reduce(g, *how), batch=space.all_reduce)
+    linear(
+        space.all_reduce, lambda g, x, *how: reverse_all_reduce(g, *how), batch=space.all_reduce
+    )
     linear(space.wait_tensor, lambda g, x: g, batch=space.wait_tensor)
     linear(space.broadcast, at_source, batch=space.broadcast)
     for names in (space, torch.ops._c10d_functional_autograd):
