@@ -76,7 +76,9 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     trace = current()
     if trace is not None:
         return trace.record(program.once(CallStep, lambda: CallStep(program, run_eager)), tensors)
-    if (run := program.once(alone, lambda: alone(program))) is not None and not any_modes():
+    if (
+        run := program.once(single_call, lambda: single_call(program))
+    ) is not None and not any_modes():
         return run(*tensors)[: program.n_outputs]
     by_us = ours(program)
     forward = forward_ad._current_level >= 0
@@ -99,7 +101,7 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     return outs[: program.n_outputs]
 
 
-def alone(program: Program) -> Callable[..., tuple] | None:
+def single_call(program: Program) -> Callable[..., tuple] | None:
     """Return the program as a function of real tensors if no more than a call of it is to be done:
     autograd differentiates its ops, and it writes to no input."""
     more = program.mutated or ours(program) or has_control_flow(program)
