@@ -21,13 +21,13 @@ from .table import linear
 _library = torch.library.Library("aotfunc_layout", "DEF")
 
 
-def alone(*args: Any) -> NoReturn:
+def refuse_transforms(*args: Any) -> NoReturn:
     raise RuntimeError(
         "torch.func's transforms and forward AD do not go through a compiled function of DTensors"
     )
 
 
-defined = functools.partial(op_of_graphs, _library, alone)
+defined = functools.partial(op_of_graphs, _library, refuse_transforms)
 
 
 def strided(x: Tensor, shape: Any, stride: Any, *_: Any) -> Tensor:
