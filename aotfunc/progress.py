@@ -61,7 +61,7 @@ class doing:
                 WATCH.end()
 
 
-def along(what: str, items: Sequence[T]) -> Iterator[T]:
+def with_progress(what: str, items: Sequence[T]) -> Iterator[T]:
     """Yield the items; the step that this is says how many there have been."""
     done = 0
     with doing(lambda: f"{what}, {done:,} of {len(items):,}"):

@@ -12,7 +12,7 @@ from aotfunc.partition import Bytes, Peak
 from aotfunc.partition.exact import StateGraph
 from aotfunc.partition.solve import Network
 from aotfunc.partition.within import Within
-from aotfunc.progress import Screen, Watch, along, doing
+from aotfunc.progress import Screen, Watch, doing, with_progress
 from tests.partition.test_solve import MODELS
 
 
@@ -43,7 +43,7 @@ def test_steps_are_said_after_two_seconds_and_cleared(watch):
         assert watch.screen == []
         watch.now += 0.6
         watch.say()
-        for item in along("items", "abcd"):
+        for item in with_progress("items", "abcd"):
             if item == "c":
                 watch.now += 10
                 watch.say()
@@ -198,7 +198,7 @@ def test_threads_that_begin_and_end_while_one_looks(monkeypatch):
         with show_progress():
             for _ in range(300):
                 with doing(lambda: "a"):
-                    for _ in along("b", range(3)):
+                    for _ in with_progress("b", range(3)):
                         pass
 
     threads = [threading.Thread(target=work) for _ in range(4)]

@@ -9,7 +9,7 @@ import numpy as np
 from torch.fx import Node
 
 from ..errors import ArgumentError, PartitionError
-from ..progress import along
+from ..progress import with_progress
 from .budget import Budget, Bytes, Peak, Share, Time
 from .exact import StateGraph
 from .frontier import Frontier
@@ -98,7 +98,7 @@ class Within:
         runs once more is no reason to save less."""
         found: list[Choice] = []
         least = lowest = INF
-        for choice in along("peaks of the frontier", self.frontier.points[::-1]):
+        for choice in with_progress("peaks of the frontier", self.frontier.points[::-1]):
             peak = max(self.run(choice, low=False).peaks)
             if peak <= least and self.peak(choice) <= lowest:
                 found.append(choice)
@@ -119,7 +119,7 @@ class Within:
             case Peak():
                 if self.exact:
                     raise ArgumentError("exact: peaks are simulated, and have no bound; drop it")
-                points = along("peaks of the frontier", self.frontier.points)
+                points = with_progress("peaks of the frontier", self.frontier.points)
                 peaks = [(self.peak(c), c) for c in points]
                 fit = [c for peak, c in peaks if peak <= budget.limit]
                 if not fit:

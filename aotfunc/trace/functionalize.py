@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..debug import Line
-from ..progress import along
+from ..progress import with_progress
 from .emit import Builder, displaced
 from .marks import hidden_write
 from .records import flat_tensors, results_of, written_slots
@@ -41,7 +41,7 @@ class Functionalizer(ValueNodes):
     """A builder of the functional graph of one recording."""
 
     def run(self) -> None:
-        records = along("ops written as a graph", self.trace.records)
+        records = with_progress("ops written as a graph", self.trace.records)
         merge, hooked = self.b.merge, {s.old for s in self.trace.stand_ins if s.hooks}
         for i, (instr, refs, grad, region, line) in enumerate(records):
             self.b.meta = {"line": line} if region is None else {"line": line, "region": region}

@@ -16,7 +16,7 @@ from torch.fx import Node
 from ..debug import at
 from ..errors import RuleError
 from ..graph import Program
-from ..progress import along
+from ..progress import with_progress
 from ..trace.emit import Builder, paused_gc, remap
 from ..trace.marks import check_gradient, fail, hidden_write, no_tangent, once
 from ..trace.nested import leaves, mapped
@@ -44,7 +44,7 @@ def forward(b: Builder, nodes: Any, env: dict[Node, Any], tangents: dict[Node, A
             tangents[n] = t
         return new
 
-    b.copy(along("jvp", nodes), env, visit)
+    b.copy(with_progress("jvp", nodes), env, visit)
 
 
 def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:

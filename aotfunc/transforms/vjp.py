@@ -19,7 +19,7 @@ from torch.fx import Node
 from ..debug import at
 from ..errors import RuleError
 from ..graph import Program, draws
-from ..progress import along
+from ..progress import with_progress
 from ..trace.emit import Builder, paused_gc
 from ..trace.kernels import images
 from ..trace.marks import check_gradient, dead_end, fail, hidden_write, no_tangent, once
@@ -114,7 +114,7 @@ def reverse(
         give(out, g)
     wanted = set(wrt)
     found: dict[Node, Node] = {}
-    for n in along("vjp", list(active)[::-1]):
+    for n in with_progress("vjp", list(active)[::-1]):
         g = ct.pop(n, None)
         if g is None and n in passed:
             g = n.target.zeros(b) if hasattr(n.target, "zeros") else None

@@ -17,7 +17,7 @@ from torch.fx import Node
 from ..debug import at
 from ..errors import ArgumentError
 from ..graph import Program, draws
-from ..progress import along
+from ..progress import with_progress
 from ..trace.emit import Builder, paused_gc, remap, remap_dict
 from ..trace.marks import check_gradient, dead_end, fail, hidden_write, no_tangent, once
 from ..trace.nested import mapped
@@ -185,7 +185,7 @@ def vmap(
             if dim is not None:
                 batch.env[p] = with_dim_moved(b, batch.env[p], dim, 0)
                 batch.batched[p] = True
-        batch.walk(along("vmap", list(program.graph.nodes)))
+        batch.walk(with_progress("vmap", list(program.graph.nodes)))
         for op, line in batch.loops:
             loops.report(op, line, axis.strict)
         results = []

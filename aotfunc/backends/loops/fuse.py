@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from ...graph import draws
-from ...progress import along
+from ...progress import with_progress
 from .ir import Unfit
 from .lower import lower
 from .members import in_kernels, seen_through
@@ -146,7 +146,7 @@ def formed(graph: fx.Graph, doubted: Set[Node]) -> Groups:
     groups = Groups(graph, doubted)
     at = groups.at
     last: int | None = None  # draws and effects keep their order
-    for n in along("ops put into kernels", list(graph.nodes)):
+    for n in with_progress("ops put into kernels", list(graph.nodes)):
         if n.op in ("placeholder", "get_attr", "output"):
             continue
         reads = {at[m] for m in values_read(n) if m in at}
