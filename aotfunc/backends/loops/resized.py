@@ -104,7 +104,7 @@ def taps(
     far = minimum(maximum(x - cast(first, dtype), 0), 1)
     if not cubic:
         return [(first, 1 - far), (clamped(first + 1, n), far)]
-    weights = [apart(far + 1), near(far), near(1 - far), apart(1 - far + 1)]
+    weights = [keys_outer(far + 1), near(far), near(1 - far), keys_outer(1 - far + 1)]
     return [(clamped(first + k, n), w) for k, w in enumerate(weights, -1)]
 
 
@@ -113,7 +113,7 @@ def near(x: Expr) -> Expr:
     return fma(1.25, x, -2.25) * x * x + 1
 
 
-def apart(x: Expr) -> Expr:
+def keys_outer(x: Expr) -> Expr:
     """Return Keys' cubic kernel for distances from 1 to 2."""
     return fma(fma(-0.75, x, 3.75), x, -6) * x + 3
 
