@@ -104,11 +104,11 @@ def taps(
     far = minimum(maximum(x - cast(first, dtype), 0), 1)
     if not cubic:
         return [(first, 1 - far), (clamped(first + 1, n), far)]
-    weights = [keys_outer(far + 1), near(far), near(1 - far), keys_outer(1 - far + 1)]
+    weights = [keys_outer(far + 1), keys_inner(far), keys_inner(1 - far), keys_outer(1 - far + 1)]
     return [(clamped(first + k, n), w) for k, w in enumerate(weights, -1)]
 
 
-def near(x: Expr) -> Expr:
+def keys_inner(x: Expr) -> Expr:
     """Return Keys' cubic kernel, with a = -0.75, for distances up to 1."""
     return fma(1.25, x, -2.25) * x * x + 1
 
