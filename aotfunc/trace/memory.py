@@ -45,7 +45,7 @@ def places_of(
     """Return the place of each tensor. ``dims``: the dimensions along which they are batches."""
     known = [memory_of(t) for t in tensors]
     if len({memory for memory, _ in known}) == len(known):
-        return apart(len(known))
+        return separate_places(len(known))
     groups = list(range(len(tensors)))
     beside: dict[Any, list[int]] = {}
     for i, (memory, _) in enumerate(known):
@@ -77,7 +77,7 @@ def places_of(
 
 
 @functools.cache
-def apart(count: int) -> tuple[MemoryPlace, ...]:
+def separate_places(count: int) -> tuple[MemoryPlace, ...]:
     """Return the places of so many tensors that share no memory."""
     return tuple([MemoryPlace(i, 0, None) for i in range(count)])
 
