@@ -36,7 +36,7 @@ def rewritten(program: Program, ways: dict[Node, Way]) -> Program:
         nodes, plan, order = ways[n]
         new = apply(b, (contracted,), traced(contracted), [env[a] for a in nodes], plan, order)
         new = with_strides(b, laid_out(b, new, n.meta["val"]), n.meta["val"])
-        return apart(b, new, [env[a] for a in nodes])
+        return unshared(b, new, [env[a] for a in nodes])
 
     b, env = builder(), dict[Node, Any]()
     b.copy(program.graph.nodes, env, visit)
@@ -45,7 +45,7 @@ def rewritten(program: Program, ways: dict[Node, Way]) -> Program:
     return Program(graph, program.n_inputs, program.n_outputs, program.mutated, "reassociate")
 
 
-def apart(b: Builder, x: Node, factors: list[Node]) -> Node:
+def unshared(b: Builder, x: Node, factors: list[Node]) -> Node:
     """Return ``x``, copied if it shows the memory of one of ``factors``."""
     base: Node | None = x
     while base is not None and base not in factors:
