@@ -76,7 +76,7 @@ class Calls:
         if isinstance(a, list | tuple) and any(isinstance(x, Node | list | tuple) for x in a):
             parts = [self.place(x) for x in a]
             out = self.new(None)
-            self.steps.append((as_list, parts, {}, out, []))
+            self.steps.append((build_list, parts, {}, out, []))
             self.lists.append(out)
             return out
         return self.new(list(a) if isinstance(a, list | tuple) else a)
@@ -95,7 +95,7 @@ class Calls:
         return tuple([values[i] for i in self.outputs])
 
 
-def as_list(*parts: Any) -> list:
+def build_list(*parts: Any) -> list:
     return list(parts)
 
 
