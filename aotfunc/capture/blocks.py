@@ -107,7 +107,7 @@ def emit_blocks(
     k, first = loop.n_carry, loop.n_consts
     body = lowered(loop.body, EVERYTHING)
     summands = body.once(("summands", first, k), lambda: without_sums(body, first, k))
-    if summands is None or not separate(summands) or not as_planned(loop, args):
+    if summands is None or not separate(summands) or not has_planned_layouts(loop, args):
         return None
     most = most or BLOCK // max(1, row_bytes(summands, first))
     if min(most, loop.length) < FEWEST:
@@ -134,7 +134,7 @@ def emit_blocks(
     return [*last[:k], *joined]
 
 
-def as_planned(loop: Scan, args: Sequence[Node]) -> bool:
+def has_planned_layouts(loop: Scan, args: Sequence[Node]) -> bool:
     """Return whether arguments have the layouts that the body was captured for."""
     vals = [a.meta["val"] for a in args]
     n = loop.n_consts
