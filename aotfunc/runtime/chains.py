@@ -39,7 +39,7 @@ from .late_reads import late_reads, versions
 from .recorded_hooks import RecordedHooks, recorded_hooks
 
 
-def as_recorded(rec: Captured, mutated: Sequence[int]) -> Program | None:
+def program_to_cut(rec: Captured, mutated: Sequence[int]) -> Program | None:
     """Return the program to cut; None if autograd sees no result that was computed from
     another."""
     trace, refs = rec.trace, dict.fromkeys(rec.refs)

@@ -31,7 +31,7 @@ from ..trace.traced import Traced, current
 from .aliasing import Changes, without_views
 from .autograd import call_compiled, differentiated, halves_of, op_by_op, same_node
 from .casts import casts_of, record_sharing
-from .chains import as_recorded, chained, made_by
+from .chains import chained, made_by, program_to_cut
 from .changing import Family, Served
 from .execute import run_eager
 from .guards.check import Check
@@ -352,7 +352,7 @@ def captured_entry(
         if placed:
             call = on_parts(call)
         else:
-            call.plain, call.made = as_recorded(rec, whole.mutated), made_by(rec)
+            call.plain, call.made = program_to_cut(rec, whole.mutated), made_by(rec)
         step = compiled._steps[alike] = CompiledStep(call, run_eager)
     described = {
         f"argument {n}": noted(x) for n, x in zip(*labelled(function, arguments), strict=True)
