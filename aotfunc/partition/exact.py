@@ -161,7 +161,7 @@ class StateGraph:
         assert self.steps is not None
         found = [np.zeros((1, len(prices)))]
         for step in reversed(self.steps):
-            resource, cost = axes(axis, step.bytes, step.time)
+            resource, cost = criteria(axis, step.bytes, step.time)
             paid = found[-1][step.end] + np.outer(resource, prices) + np.outer(cost, costs)
             least = np.full((len(step.first) - 1, len(prices)), INF)
             leaves = np.flatnonzero(step.first[1:] > step.first[:-1])
@@ -190,7 +190,7 @@ class StateGraph:
             by = np.arange(len(before)) + (end - np.cumsum(end - begin))[before]
             state, size = step.end[by], now.bytes[before] + step.bytes[by]
             time = now.time[before] + step.time[by]
-            resource, cost = axes(axis, size, time)
+            resource, cost = criteria(axis, size, time)
             bounds = cost[:, None] + np.outer(resource - limit, prices) + ahead[state, :-1]
             made = Partial(state, size, time, bounds.max(1), before, by)
             fits = resource + ahead[state, -1] <= limit
@@ -203,7 +203,7 @@ class StateGraph:
             trail.append((now.before.astype(np.int32), step.fate[now.by].astype(np.int8)))
             if not len(now.state):
                 return None, lost, work
-        cost = axes(axis, now.bytes, now.time)[1]
+        cost = criteria(axis, now.bytes, now.time)[1]
         place = int(np.argmin(cost))
         lost = min(lost, float(cost[place]))
         saved = self.given.copy()
@@ -213,7 +213,7 @@ class StateGraph:
         return self.problem.choice(saved & self.problem.read(saved)), lost, work
 
 
-def axes(axis: str, size: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def criteria(axis: str, size: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return what is limited and what is to be least."""
     return (size, time) if axis == "bytes" else (time, size)
 
