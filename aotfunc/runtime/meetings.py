@@ -190,18 +190,18 @@ def kept_results(
     return found
 
 
-def before_hooks(n: Node) -> Node:
+def unhooked_value(n: Node) -> Node:
     """Return the value of which the recorded hooks make this one."""
     op: Any = op_of(n)
     if not getattr(op.target, "hooked", False):
         return n
-    return before_hooks(op.target.parts(op)[0][n.args[1]])
+    return unhooked_value(op.target.parts(op)[0][n.args[1]])
 
 
 def is_saved(n: Node, active: Container[Node]) -> bool:
     """Return whether the op, or the Function, that computes a value keeps it for its derivative
     by the ``active`` ones of its arguments."""
-    n = before_hooks(n)
+    n = unhooked_value(n)
     op = op_of(n)
     i = 0 if op is n else n.args[1]
     if isinstance(op.target, CustomDerivative):
@@ -215,7 +215,7 @@ def parted(program: Program) -> Program:
     def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
         if not isinstance(n.target, Meeting):
             return NotImplemented
-        x, known = before_hooks(n.args[0]), env[n.args[1]]  # type: ignore[arg-type, index]
+        x, known = unhooked_value(n.args[0]), env[n.args[1]]  # type: ignore[arg-type, index]
         op = op_of(x)
         if op is x or all(getattr(r.target, "hooked", False) for u in op.users for r in u.users):
             return [known]
