@@ -86,10 +86,10 @@ class LiveBytes:
         self.made = {u: sum(map(size, stored(u.nodes))) for u in found}
         self.reads: dict[Unit, set[Node]] = {}
         self.waiting: dict[Node, set[Unit]] = {}
-        kept = {m for n in output_node(graph).all_input_nodes for m in behind(n)}
+        kept = {m for n in output_node(graph).all_input_nodes for m in memory_shown(n)}
         inside = {n for u in found for n in u.nodes} - kept
         for u in found:
-            read = {m for n in u.nodes for i in n.all_input_nodes for m in behind(i)}
+            read = {m for n in u.nodes for i in n.all_input_nodes for m in memory_shown(i)}
             self.reads[u] = (read & inside).difference(u.nodes)
             for n in self.reads[u]:
                 self.waiting.setdefault(n, set()).add(u)
@@ -117,10 +117,10 @@ def size(n: Node) -> int:
     return sum([t.numel() * t.element_size() for t in flat_tensors(n.meta["val"])])
 
 
-def behind(n: Node) -> Iterator[Node]:
+def memory_shown(n: Node) -> Iterator[Node]:
     """Yield the values whose memory a node shows."""
     for m in values_behind(n):
         if m.target is operator.getitem:
-            yield from behind(m.args[0])  # type: ignore[arg-type]
+            yield from memory_shown(m.args[0])  # type: ignore[arg-type]
         else:
             yield m
