@@ -29,7 +29,7 @@ def sums(x: Tensor, dims: int) -> Tensor:
     return torch.stack([block.sum(0) for block in rows.split(ROWS)])
 
 
-def blank(x: Tensor, dims: int) -> Tensor:
+def meta_block_sums(x: Tensor, dims: int) -> Tensor:
     """Return a tensor like the result, without memory."""
     return meta_like(x, (-(-math.prod(x.shape[:dims]) // ROWS), *x.shape[dims:]))
 
@@ -42,7 +42,7 @@ def meta_like(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 _library.impl("block_sums", sums, "CPU")
-_library.impl("block_sums", blank, "Meta")
+_library.impl("block_sums", meta_block_sums, "Meta")
 block_sums = torch.ops.aotfunc.block_sums.default
 
 
@@ -62,7 +62,7 @@ def in_blocks(graph: fx.Graph) -> None:
         if plain and leading and val.dtype in (torch.float32, torch.float64):
             with graph.inserting_before(n):
                 first = graph.call_function(block_sums, (x, len(dims)))
-            first.meta = {**n.meta, "val": blank(before, len(dims))}
+            first.meta = {**n.meta, "val": meta_block_sums(before, len(dims))}
             n.args = (first, [0])
 
 
