@@ -60,13 +60,13 @@ def in_rows(x: Tensor, dim: int, f: Callable[[Tensor], Tensor]) -> Tensor:
     return y.view(*rows.shape[:-1], -1).movedim(-1, dim).contiguous()
 
 
-def blank(x: Tensor, dim: int, size: int, *how: Any) -> Tensor:
+def meta_resized(x: Tensor, dim: int, size: int, *how: Any) -> Tensor:
     return meta_like(x, (*x.shape[:dim], size, *x.shape[dim + 1 :]))
 
 
 for _name, _impl in (("resized", resize), ("resized_backward", resize_backward)):
     _library.impl(_name, _impl, "CPU")
-    _library.impl(_name, blank, "Meta")
+    _library.impl(_name, meta_resized, "Meta")
 resized = torch.ops.aotfunc.resized.default
 resized_backward = torch.ops.aotfunc.resized_backward.default
 
