@@ -17,7 +17,13 @@ from ..errors import ArgumentError, CaptureError
 from ..trace.entering import entry
 from ..trace.traced import current
 from ..transforms.lower import CALLS, lowered, marked
-from ..transforms.sparsity.plans import ColouredProducts, JacobianPlan, blocks, by_symmetry, fewest
+from ..transforms.sparsity.plans import (
+    ColouredProducts,
+    JacobianPlan,
+    by_symmetry,
+    diagonal_blocks,
+    fewest,
+)
 from .call import Call, positions
 from .func import grad, linearize, vjp
 from .vmap import vmap
@@ -101,7 +107,7 @@ def hessian_blocks(
         count, *inner = found.x.shape
         size = math.prod(inner)
         step = max(size, 1)
-        plan = found.plan("blocks", blocks(step))
+        plan = found.plan("blocks", diagonal_blocks(step))
         row, col = (torch.as_tensor(i, device=found.x.device).long() for i in (plan.row, plan.col))
         result = found.x.new_zeros(count, size, size)
         places = (row // step, row % step, col % step)
