@@ -10,7 +10,7 @@ import torch
 
 from .functions import (
     Rule,
-    both,
+    all_true,
     clamp,
     either,
     erf,
@@ -131,7 +131,7 @@ def log_sigmoid_backward(g: Expr, x: Expr, buffer: Expr) -> Expr:
 
 def shrunk(x: Expr, bound: Any, outside: Any) -> Expr:
     """Return 0 for values within a bound of 0, else ``outside``, also for NaN."""
-    return where(both(x >= -bound, x <= bound), 0, outside)
+    return where(all_true(x >= -bound, x <= bound), 0, outside)
 
 
 def logit(x: Expr, eps: Any = None) -> Expr:
@@ -143,7 +143,7 @@ def logit(x: Expr, eps: Any = None) -> Expr:
 def logit_backward(g: Expr, x: Expr, eps: Any = None) -> Expr:
     if eps is not None:
         raise Unfit("a bound, which its dtype rounds")
-    return where(both(x >= 0, x <= 1), g / (x * (1 - x)), math.nan)
+    return where(all_true(x >= 0, x <= 1), g / (x * (1 - x)), math.nan)
 
 
 def x_times(f: Callable[[Expr], Expr]) -> Callable[[Expr, Expr], Expr]:

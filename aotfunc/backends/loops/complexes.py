@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from .dtypes import cast
-from .functions import absolute, both, either, exp, is_nan, where
+from .functions import absolute, all_true, either, exp, is_nan, where
 from .ir import (
     Access,
     Accumulated,
@@ -52,7 +52,7 @@ def divided(x: Parts, y: Parts) -> Parts:
     greater one, so that neither is squared."""
     (a, b), (c, d) = x, y
     most, least = absolute(c), absolute(d)
-    first, zero = most >= least, both(function_of("eq", c, 0), function_of("eq", d, 0))
+    first, zero = most >= least, all_true(function_of("eq", c, 0), function_of("eq", d, 0))
     ratio = where(first, d, c) / where(first, c, d)
     scale = 1 / where(first, c + d * ratio, c * ratio + d)
     real = where(first, a + b * ratio, a * ratio + b) * scale
@@ -63,7 +63,7 @@ def divided(x: Parts, y: Parts) -> Parts:
 def reciprocal(x: Parts) -> Parts:
     c, d = x
     most, least = absolute(c), absolute(d)
-    first, zero = most >= least, both(function_of("eq", c, 0), function_of("eq", d, 0))
+    first, zero = most >= least, all_true(function_of("eq", c, 0), function_of("eq", d, 0))
     ratio = where(first, d, c) / where(first, c, d)
     scale = 1 / where(first, c + d * ratio, c * ratio + d)
     real, imag = where(first, 1, ratio + 0) * scale, where(first, 0 - ratio, -1) * scale
@@ -87,8 +87,11 @@ def exponential(x: Parts) -> Parts:
     half, real = exp(a * 0.5), function_of("eq", b, 0)
     cos, sin = function_of("cos", b), function_of("sin", b)
     endless = is_nan(b - b)
-    lost, grown = both(function_of("eq", a, -torch.inf), endless), function_of("eq", a, torch.inf)
-    grown = both(grown, endless)
+    lost, grown = (
+        all_true(function_of("eq", a, -torch.inf), endless),
+        function_of("eq", a, torch.inf),
+    )
+    grown = all_true(grown, endless)
     return (
         where(lost, 0, where(grown, a, where(real, half * half, half * cos * half))),
         where(lost, 0, where(real, b, half * sin * half)),
@@ -122,7 +125,7 @@ FORMULAS: dict[str, Callable[..., Parts]] = {
     "complex": lambda x, y: (x[0], y[0]),
     "polar": turned,
     "where": lambda c, x, y: (where(c[0], x[0], y[0]), where(c[0], x[1], y[1])),
-    "eq": lambda x, y: (both(*each("eq")(x, y)),),
+    "eq": lambda x, y: (all_true(*each("eq")(x, y)),),
     "ne": lambda x, y: (either(*each("ne")(x, y)),),
 }
 

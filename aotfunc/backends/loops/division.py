@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .functions import Rule, both, where
+from .functions import Rule, all_true, where
 from .ir import Const, Expr, Operand, Unfit, function_of, number
 
 aten = torch.ops.aten
@@ -39,7 +39,7 @@ def to_add(rest: Expr, b: Expr) -> Expr:
     if isinstance(b, Const) and not b.given:
         return rest < 0 if b.value >= 0 else rest > 0
     other_sign = function_of("bitwise_xor", rest < 0, b < 0)
-    return both(function_of("ne", rest, 0), other_sign)
+    return all_true(function_of("ne", rest, 0), other_sign)
 
 
 def remainder(a: Expr, b: Expr) -> Expr:
@@ -61,7 +61,7 @@ def floored(a: Expr, b: Expr) -> Expr:
         quotient = truncated(a, b)
         return where(to_add(rest, b), quotient - 1, quotient)
     plain = a / b
-    infinite = both(is_infinite(plain), function_of("bitwise_not", is_infinite(a)))
+    infinite = all_true(is_infinite(plain), function_of("bitwise_not", is_infinite(a)))
     exact = where(infinite, a, a - rest) / b
     exact = where(to_add(rest, b), exact - 1, exact)
     floor = function_of("floor", exact)

@@ -77,7 +77,7 @@ def either(a: Expr, b: Expr) -> Expr:
     return function_of("bitwise_or", a, b)
 
 
-def both(a: Expr, b: Expr) -> Expr:
+def all_true(a: Expr, b: Expr) -> Expr:
     return function_of("bitwise_and", a, b)
 
 

@@ -18,7 +18,7 @@ from .division import DIVISIONS
 from .functions import (
     Rule,
     absolute,
-    both,
+    all_true,
     clamp,
     exp,
     fn,
@@ -220,7 +220,7 @@ def log_of_sum(exp_: Callable[[Expr], Expr], log1p_: Callable[[Expr], Expr]) -> 
 
     def body(a: Expr, b: Expr) -> Expr:
         least, most = minimum(a, b), maximum(a, b)
-        same = both(function_of("eq", a, b), function_of("eq", absolute(a), math.inf))
+        same = all_true(function_of("eq", a, b), function_of("eq", absolute(a), math.inf))
         return where(same, a, most + log1p_(exp_(least - most)))
 
     return body
