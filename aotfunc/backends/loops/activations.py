@@ -11,8 +11,8 @@ import torch
 from .functions import (
     Rule,
     all_true,
+    any_true,
     clamp,
-    either,
     erf,
     exp,
     is_nan,
@@ -176,7 +176,7 @@ add_rule("float", log_sigmoid_backward, aten.log_sigmoid_backward.default)
 add_rule("float", lambda x, b=0.5: shrunk(x, b, x), aten.hardshrink.default)
 add_rule(
     "float",
-    lambda g, x, b: where(either(x < -b, x > b), g, 0),
+    lambda g, x, b: where(any_true(x < -b, x > b), g, 0),
     *(aten.hardshrink_backward.default, aten.softshrink_backward.default),
 )
 add_rule(

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from .dtypes import cast
-from .functions import absolute, all_true, either, exp, is_nan, where
+from .functions import absolute, all_true, any_true, exp, is_nan, where
 from .ir import (
     Access,
     Accumulated,
@@ -126,7 +126,7 @@ FORMULAS: dict[str, Callable[..., Parts]] = {
     "polar": turned,
     "where": lambda c, x, y: (where(c[0], x[0], y[0]), where(c[0], x[1], y[1])),
     "eq": lambda x, y: (all_true(*each("eq")(x, y)),),
-    "ne": lambda x, y: (either(*each("ne")(x, y)),),
+    "ne": lambda x, y: (any_true(*each("ne")(x, y)),),
 }
 
 
@@ -182,7 +182,7 @@ def parts_of(e: Expr, args: list[Parts], place: list[int]) -> Parts:
         if e.dtype.is_complex:
             return tuple([cast(v, dtype) for v in (*x, number(0, dtype))[:2]])
         if len(x) == 2 and dtype is torch.bool:
-            return (either(*[function_of("ne", v, 0) for v in x]),)
+            return (any_true(*[function_of("ne", v, 0) for v in x]),)
         return (cast(x[0], dtype),)
     if isinstance(e, Accumulated):
         if e.dtype.is_complex and e.fn != "sum":

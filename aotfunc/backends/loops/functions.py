@@ -73,7 +73,7 @@ def is_nan(x: Expr) -> Expr:
     return function_of("ne", x, x)
 
 
-def either(a: Expr, b: Expr) -> Expr:
+def any_true(a: Expr, b: Expr) -> Expr:
     return function_of("bitwise_or", a, b)
 
 
