@@ -41,7 +41,7 @@ def conv_transposed(
     return convolution(x, w, bias, stride, padding, dilation, True, output_padding)
 
 
-def by_columns(x, w, kernel_size, bias, stride, padding):
+def slow_conv(x, w, kernel_size, bias, stride, padding):
     return convolution(x, w, bias, stride, padding)
 
 
@@ -61,9 +61,9 @@ decompose_as(aten.slow_conv_dilated2d, dilated)
 decompose_as(aten.slow_conv_dilated3d, dilated)
 decompose_as(aten.slow_conv_transpose2d, conv_transposed)
 decompose_as(aten.slow_conv_transpose3d, conv_transposed)
-decompose_as(aten._slow_conv2d_forward, by_columns)
+decompose_as(aten._slow_conv2d_forward, slow_conv)
 decompose_as(aten._slow_conv2d_backward.output_mask, by_columns_backward)
-decompose_as(aten.slow_conv3d_forward, by_columns)
+decompose_as(aten.slow_conv3d_forward, slow_conv)
 decompose_as(aten.conv_tbc, over_time)
 
 
