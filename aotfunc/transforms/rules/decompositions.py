@@ -45,7 +45,7 @@ def slow_conv(x, w, kernel_size, bias, stride, padding):
     return convolution(x, w, bias, stride, padding)
 
 
-def by_columns_backward(g, x, w, kernel_size, stride, padding, output_mask):
+def slow_conv_backward(g, x, w, kernel_size, stride, padding, output_mask):
     spatial = w.dim() - 2
     how = (stride, padding, [1] * spatial, False, [0] * spatial, 1)
     return aten.convolution_backward(g, x, w, [w.shape[0]], *how, output_mask)
@@ -62,7 +62,7 @@ decompose_as(aten.slow_conv_dilated3d, dilated)
 decompose_as(aten.slow_conv_transpose2d, conv_transposed)
 decompose_as(aten.slow_conv_transpose3d, conv_transposed)
 decompose_as(aten._slow_conv2d_forward, slow_conv)
-decompose_as(aten._slow_conv2d_backward.output_mask, by_columns_backward)
+decompose_as(aten._slow_conv2d_backward.output_mask, slow_conv_backward)
 decompose_as(aten.slow_conv3d_forward, slow_conv)
 decompose_as(aten.conv_tbc, over_time)
 
