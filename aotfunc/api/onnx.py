@@ -35,7 +35,7 @@ def to_onnx(exported: Exported, options: dict[str, Any]) -> Any:
             f"{name} {does}{at(user_line(2))}, as modules do in training, and what an ONNX model "
             "returns depends on its inputs alone: export it in eval() mode"
         )
-    if by_values(program):
+    if branches_on_values(program):
         raise ArgumentError(
             f"{name} has branches or loops (cond, switch, while_loop) that values decide on"
             f"{at(user_line(2))}, and torch.onnx converts one sequence of ops: take torch.where "
@@ -67,11 +67,11 @@ def to_onnx(exported: Exported, options: dict[str, Any]) -> Any:
     return model
 
 
-def by_values(program: Program) -> bool:
+def branches_on_values(program: Program) -> bool:
     """Return whether a program, or the body of a loop in it, has control flow that depends on
     values."""
     flows = [n.target for n in program.graph.nodes if isinstance(n.target, Flow)]
-    return any(not isinstance(f, Scan) or any(map(by_values, f.bodies)) for f in flows)
+    return any(not isinstance(f, Scan) or any(map(branches_on_values, f.bodies)) for f in flows)
 
 
 def example(sig: Sig, generator: torch.Generator) -> Tensor:
