@@ -52,7 +52,7 @@ def works(backend: str) -> str:
     return f"works ({took:.1f} s)" if torch.allclose(got, want) else "WRONG NUMBERS"
 
 
-def call_of(what: str, arguments: str) -> tuple[Callable, tuple]:
+def parsed_call(what: str, arguments: str) -> tuple[Callable, tuple]:
     """Return the function that ``FILE.py:name`` names and the arguments that an expression makes
     where the names of the file and ``torch`` are known. Raises AotfuncError where there is no such
     function, or where it does not take these arguments."""
@@ -74,13 +74,13 @@ def call_of(what: str, arguments: str) -> tuple[Callable, tuple]:
 
 def show(what: str, arguments: str, to: str) -> None:
     """Write the page of a call's programs, and print how many there are."""
-    f, args = call_of(what, arguments)
+    f, args = parsed_call(what, arguments)
     print(f"{to}: {aotfunc.show(f, *args, to=to)}")
 
 
 def bench(what: str, arguments: str) -> None:
     """Print the time of a call, as it is and compiled by each backend."""
-    f, args = call_of(what, arguments)
+    f, args = parsed_call(what, arguments)
     print(f"{'as it is':10}{best(f, args):>12}")
     for backend in BACKENDS:
         compiled = aotfunc.jit(f, backend=backend)
