@@ -18,7 +18,7 @@ from ..trace.entering import entry
 from ..trace.shapes.sig import floating
 from .call import batch_size, broadcast_prefix, input_dims
 from .rehearse import leaves_behind, pulled, rehearsed, widened
-from .validate import Validation, called, dot, values
+from .validate import Validation, call_node, dot, values
 
 
 class Derivatives(Validation):
@@ -34,7 +34,7 @@ class Derivatives(Validation):
             for k, x in zip(places, some, strict=True):
                 whole[k] = x
             generator, total = torch.Generator().manual_seed(1), torch.zeros(())
-            for y in filter(floating, tree_leaves(called(n, *whole))):
+            for y in filter(floating, tree_leaves(call_node(n, *whole))):
                 w = torch.randn(y.shape, generator=generator, dtype=widened(y.dtype)).to(y)
                 total = total + (y * w).sum().real
             return total
@@ -186,7 +186,7 @@ class Batches(Validation):
     def alone(self, n: Node, values: dict[Node, Any]) -> None:
         dims = tuple([0 if i in self.batched else None for i in n.all_input_nodes])
         if any(d == 0 for d in dims):
-            made = self.again(functools.partial(called, n), dims, 0, self.options["randomness"])
+            made = self.again(functools.partial(call_node, n), dims, 0, self.options["randomness"])
             made(*[values[i] for i in n.all_input_nodes])
 
 
@@ -213,4 +213,4 @@ class Compilations(Validation):
         xs = [values[i].detach().clone() for i in n.all_input_nodes]
         if torch.is_grad_enabled():
             xs = [x.requires_grad_() if floating(x) else x for x in xs]
-        self.again(functools.partial(called, n), *self.how[0], **self.how[1])(*xs)
+        self.again(functools.partial(call_node, n), *self.how[0], **self.how[1])(*xs)

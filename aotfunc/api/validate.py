@@ -374,7 +374,7 @@ class Validation:
         return check.first(f, *args, **options)
 
 
-def called(n: Node, *xs: Any) -> Any:
+def call_node(n: Node, *xs: Any) -> Any:
     """Call the op of a node on values of the nodes that it reads."""
     env = dict(zip(n.all_input_nodes, xs, strict=True))
     op: Any = n.target
@@ -386,7 +386,7 @@ def values(program: Program, inputs: Sequence[Tensor]) -> dict[Node, Any]:
     with rehearsed(), torch.no_grad():
         for n in program.graph.nodes:
             if n.op == "call_function":
-                env[n] = called(n, *[env[i] for i in n.all_input_nodes])
+                env[n] = call_node(n, *[env[i] for i in n.all_input_nodes])
     return env
 
 
