@@ -26,7 +26,7 @@ def nonzero(x: Tensor, *, size: int, fill_value: int = 0, as_tuple: bool = False
             [ 3],
             [-1]])
     """
-    check("nonzero", size)
+    check_size("nonzero", size)
     if not isinstance(fill_value, int):
         kind = type(fill_value).__name__
         raise ArgumentError(f"nonzero: fill_value must be an int, an index, not of type {kind}")
@@ -48,7 +48,7 @@ def masked_select(x: Tensor, mask: Tensor, *, size: int, fill_value: float | Ten
     >>> grad(lambda x: masked_select(x, mask, size=3).square().sum())(x)
     tensor([2., 0., 6.])
     """
-    check("masked_select", size)
+    check_size("masked_select", size)
     if mask.dtype is not torch.bool:
         raise ArgumentError(f"masked_select: mask has dtype {mask.dtype}; it must be bool")
     x, mask = torch.broadcast_tensors(x, mask)
@@ -74,7 +74,7 @@ def unique(
     >>> unique(torch.tensor([3, 1, 3, 2]), size=4, fill_value=0, return_counts=True)
     (tensor([1, 2, 3, 0]), tensor([1, 1, 2, 0]))
     """
-    check("unique", size)
+    check_size("unique", size)
     if x.is_complex():
         raise ArgumentError(f"unique: x has dtype {x.dtype}, whose elements have no order")
     if fill_value is None and not x.numel():
@@ -109,6 +109,6 @@ def chosen(name: str, x: Tensor, mask: Tensor, size: int, fill_value: Any) -> Te
     return torch.cat([x, filler]).index_select(0, places)
 
 
-def check(name: str, size: Any) -> None:
+def check_size(name: str, size: Any) -> None:
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:
         raise ArgumentError(f"{name}: size must be a number of elements, not {size!r}")
