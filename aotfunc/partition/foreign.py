@@ -35,7 +35,9 @@ def cut_by(
     erase_leftovers(
         backward, {n.name for n, late in zip(roles.nodes, roles.late, strict=True) if not late}
     )
-    check(roles, forward, backward, len(extra), getattr(partition, "__name__", repr(partition)))
+    check_partition(
+        roles, forward, backward, len(extra), getattr(partition, "__name__", repr(partition))
+    )
     if extra:
         outs = outputs(forward)
         set_outputs(forward, outs[:n_early] + outs[n_early + len(extra) :])
@@ -81,7 +83,7 @@ def erase_leftovers(backward: fx.GraphModule, early: set[str]) -> None:
     backward.recompile()
 
 
-def check(
+def check_partition(
     roles: Joint, forward: fx.GraphModule, backward: fx.GraphModule, extra: int, name: str
 ) -> None:
     """Refuse halves that do not fit each other and the joint graph, or in which a draw does not
