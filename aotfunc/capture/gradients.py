@@ -104,7 +104,7 @@ def gradients_inside(
     if not wanted:
         return [None] * len(ins)
     for x in wanted:
-        outside.check_hooks(trace, x, at(debug.user_line()))
+        outside.check_outside_hooks(trace, x, at(debug.user_line()))
     sigs = [dense_layout(trace.ref_of(x)[1]) for x in wanted]
     if size is not None:
         sigs = [

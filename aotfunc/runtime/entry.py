@@ -25,7 +25,7 @@ from ..graph import Program, kept_alive
 from ..trace.following import Following
 from ..trace.memory import whereabouts
 from ..trace.modes import any_modes, without_modes
-from ..trace.outside import check_hooks
+from ..trace.outside import check_outside_hooks
 from ..trace.seeds import rewinder, states
 from ..trace.traced import Traced, current
 from .aliasing import Changes, without_views
@@ -197,7 +197,7 @@ class Entry:
         outs: Sequence[Any] = ()
         shown: dict[int, Tensor] = {}
         for i, line in self.differentiated:
-            check_hooks(current(), tensors[i], line)
+            check_outside_hooks(current(), tensors[i], line)
         with without_modes():
             inputs = tensors if self.changes is None else self.changes.before(tensors)
             trace = current()

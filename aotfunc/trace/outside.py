@@ -160,7 +160,7 @@ PATCHES = (
 )
 
 
-def check_hooks(trace: Trace | None, t: Tensor, line: str) -> None:
+def check_outside_hooks(trace: Trace | None, t: Tensor, line: str) -> None:
     """Refuse a gradient, taken at ``line`` of a recording, by a tensor from outside with hooks, as
     autograd would call these. Hooks of inputs are checked at each call."""
     if trace is None:
@@ -170,7 +170,7 @@ def check_hooks(trace: Trace | None, t: Tensor, line: str) -> None:
         if ref < len(trace.inputs):
             trace.differentiated[ref] = line
         if ref < 0:  # it is outside of the enclosing recording, too, or a value of that
-            return check_hooks(next(reversed(around(trace)), None), t, line)
+            return check_outside_hooks(next(reversed(around(trace)), None), t, line)
         hooks = any(s.hooks and s.new == ref for s in trace.stand_ins)
     if hooks:
         raise CaptureError(
