@@ -79,7 +79,7 @@ def new_tensor(self: Tensor, data: Any, **kwargs: Any) -> Tensor:
 Traced.new_tensor = new_tensor  # type: ignore[method-assign]
 
 
-def checked(one_hot: Callable) -> Callable:
+def checked_one_hot(one_hot: Callable) -> Callable:
     """Return ``one_hot``, whose program checks the classes at each call, as eager mode does."""
 
     @functools.wraps(one_hot)
@@ -95,4 +95,4 @@ def checked(one_hot: Callable) -> Callable:
 
 CONSTRUCTORS = {
     (torch, name): stacking(getattr(torch, name)) for name in ("tensor", "as_tensor", "asarray")
-} | {(F, "one_hot"): checked(F.one_hot)}
+} | {(F, "one_hot"): checked_one_hot(F.one_hot)}
