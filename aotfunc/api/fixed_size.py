@@ -52,7 +52,7 @@ def masked_select(x: Tensor, mask: Tensor, *, size: int, fill_value: float | Ten
     if mask.dtype is not torch.bool:
         raise ArgumentError(f"masked_select: mask has dtype {mask.dtype}; it must be bool")
     x, mask = torch.broadcast_tensors(x, mask)
-    return chosen("masked_select", x.flatten(), mask.flatten(), size, fill_value)
+    return masked_elements("masked_select", x.flatten(), mask.flatten(), size, fill_value)
 
 
 def unique(
@@ -82,7 +82,7 @@ def unique(
     values, order = x.flatten().sort(stable=True)
     first = torch.cat([torch.ones_like(values[:1], dtype=torch.bool), values[1:] != values[:-1]])
     fill_value = values[0] if fill_value is None else fill_value
-    found = [chosen("unique", values, first, size, fill_value)]
+    found = [masked_elements("unique", values, first, size, fill_value)]
     place = first.cumsum(0) - 1
     if return_inverse:
         found.append(torch.zeros_like(place).scatter(0, order, place).view(x.shape))
@@ -92,7 +92,7 @@ def unique(
     return tuple(found) if len(found) > 1 else found[0]
 
 
-def chosen(name: str, x: Tensor, mask: Tensor, size: int, fill_value: Any) -> Tensor:
+def masked_elements(name: str, x: Tensor, mask: Tensor, size: int, fill_value: Any) -> Tensor:
     """Return the elements of a vector where ``mask`` is true, followed by the fill value."""
     given = isinstance(fill_value, Tensor)
     if given and fill_value.numel() != 1:
