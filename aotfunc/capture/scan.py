@@ -37,7 +37,7 @@ from .bodies import (
 )
 from .scan_halves import Half, backward_body, linear_body
 from .series import SeriesLayout, Tangents, body_series, emit_series, moved
-from .stacked import chosen
+from .stacked import halved_body
 from .unwind import pull_unwinding
 
 #: number of rows kept as separate tensors before they join their stack
@@ -174,7 +174,7 @@ class Scan(Flow):
             return pull_unwinding(b, n, g, active, again, steps)
         wrt, flags = self.derivative([a in active for a in n.args])
         k = self.n_carry
-        cuts = halve if self.policy is None else functools.partial(chosen, self)
+        cuts = halve if self.policy is None else functools.partial(halved_body, self)
         given = [j for j in range(k, len(flags)) if flags[j] and j in g]
         have = tuple([flags[j] if j < k else j in given for j in range(len(flags))])
         kept = self.body.once if self.policy is None else self.body.derived  # there may be many

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 THERE = 8.0
 
 
-def chosen(
+def halved_body(
     scan: Scan, joint: Program, n_early: int, n_late: int
 ) -> tuple[Program, Program, list[int]]:
     """Cut the joint program of a loop's body in two as :func:`halve` does, where "bytes stacked +
