@@ -78,7 +78,7 @@ resized_backward = torch.ops.aotfunc.resized_backward.default
 fma = fn("fma")
 
 
-def clamped(i: Expr, size: int) -> Expr:
+def clamped_index(i: Expr, size: int) -> Expr:
     return minimum(maximum(i, 0), Given(size - 1))
 
 
@@ -103,9 +103,9 @@ def taps(
     first = minimum(cast(below, i.dtype), Given(n - 1))
     far = minimum(maximum(x - cast(first, dtype), 0), 1)
     if not cubic:
-        return [(first, 1 - far), (clamped(first + 1, n), far)]
+        return [(first, 1 - far), (clamped_index(first + 1, n), far)]
     weights = [keys_outer(far + 1), keys_inner(far), keys_inner(1 - far), keys_outer(1 - far + 1)]
-    return [(clamped(first + k, n), w) for k, w in enumerate(weights, -1)]
+    return [(clamped_index(first + k, n), w) for k, w in enumerate(weights, -1)]
 
 
 def keys_inner(x: Expr) -> Expr:
@@ -142,7 +142,7 @@ def in_one_dim_back(work: Lowering, at: At, g: Node, dim: int, n: int, *how: Any
         centre = 0 if corners else 0.5
         before = cast(here, dtype) + (centre - (2 if cubic else 1))
         start = function_of("floor", before * Given(1 / scale) - centre)
-        first = clamped(cast(start, here.dtype), size - count + 1)
+        first = clamped_index(cast(start, here.dtype), size - count + 1)
     parts = []
     for k in range(count):
         i = first + k
@@ -220,5 +220,5 @@ RESIZED: dict[Any, Callable[..., Expr]] = {
         for n in (1, 2, 3)
     },
     **{getattr(aten, f"reflection_pad{n}d").default: padded(reflected) for n in (1, 2, 3)},
-    **{getattr(aten, f"replication_pad{n}d").default: padded(clamped) for n in (1, 2, 3)},
+    **{getattr(aten, f"replication_pad{n}d").default: padded(clamped_index) for n in (1, 2, 3)},
 }
