@@ -157,7 +157,7 @@ def tried(instr: Instr, places: Mapping[int, Span], written: Sequence[int]) -> s
 
     with quiet(), torch.no_grad():
         graph = {
-            n: contents(instr, places, written, n) for n in {p.memory for p in places.values()}
+            n: sample_bytes(instr, places, written, n) for n in {p.memory for p in places.values()}
         }
         kernel = {n: whole.clone() for n, whole in graph.items()}
         try:
@@ -170,7 +170,9 @@ def tried(instr: Instr, places: Mapping[int, Span], written: Sequence[int]) -> s
         return SAME if all(torch.equal(graph[n], kernel[n]) for n in graph) else OTHER
 
 
-def contents(instr: Instr, places: Mapping[int, Span], written: Sequence[int], n: int) -> Tensor:
+def sample_bytes(
+    instr: Instr, places: Mapping[int, Span], written: Sequence[int], n: int
+) -> Tensor:
     """Return the bytes of a memory: small numbers, zeros for what may be indices."""
     here = [i for i, p in places.items() if p.memory == n]
     sig: Sig = instr.sigs[here[0]]
