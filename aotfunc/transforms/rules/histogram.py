@@ -137,7 +137,7 @@ def ends(points: Sequence[Tensor], given: Sequence[float] | None) -> list[tuple[
     return found
 
 
-def counted(
+def batched_bins(
     points: Sequence[Tensor],
     bins: Sequence[int],
     given: Sequence[float] | None,
@@ -160,7 +160,9 @@ def weight_vectors(weight: Tensor | None, carries: bool, size: Any) -> Tensor | 
 @vmap_of(aten.histogram.bin_ct)
 def _(x, bins, given, weight, density, *, batched, size) -> Any:
     x = as_vectors(with_batch(x, batched[0], size))
-    counts, edges = counted([x], [bins], given, weight_vectors(weight, batched[1], size), density)
+    counts, edges = batched_bins(
+        [x], [bins], given, weight_vectors(weight, batched[1], size), density
+    )
     return counts, edges[0]
 
 
@@ -191,7 +193,7 @@ def _(
 @vmap_of(aten._histogramdd_from_bin_cts)
 def _(x, bins, given, weight, density, *, batched, size) -> Tensor:
     points = coordinates(x, batched[0], size)
-    return counted(points, bins, given, weight_vectors(weight, batched[1], size), density)[0]
+    return batched_bins(points, bins, given, weight_vectors(weight, batched[1], size), density)[0]
 
 
 @vmap_of(aten._histogramdd_bin_edges)
