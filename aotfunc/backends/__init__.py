@@ -49,9 +49,9 @@ def eager(gm: Any, example_inputs: Any) -> Callable:
 
 def cpp(gm: Any, example_inputs: Any) -> Callable:
     """Compile C++ kernels for the CPU."""
-    from .loops.backend import cpp
+    from .loops.backend import compile_cpp
 
-    return cpp(gm, example_inputs)
+    return compile_cpp(gm, example_inputs)
 
 
 def looped(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable:
@@ -77,7 +77,7 @@ def opened() -> Mapping:
 
 
 EAGER, AUTO = Backend(eager, fuses=False), Backend(auto)
-CPP = Backend(cpp, opened, reassociates=True)
+CPP = Backend(compile_cpp, opened, reassociates=True)
 
 #: name -> backend
 REGISTRY: dict[str, Backend] = {

@@ -236,12 +236,12 @@ def test_an_op_that_lays_its_result_out_otherwise():
     gm = make_fx(lambda x: ((x @ x.t()).exp() * 2,))(x)
     (mm,) = [n for n in gm.graph.nodes if n.target is torch.ops.aten.mm.default]
     mm.target = lambda a, b: (b.t() @ a.t().exp()).t()
-    run = backend.cpp(gm, [x])
+    run = backend.compile_cpp(gm, [x])
     assert_close(run(x)[0], (x.exp() @ x.t()).exp() * 2)
     for wrong in (lambda a, b: (a @ b)[0], lambda a, b: (a @ b).double()):
         mm.target = wrong
         with pytest.raises(GraphError, match="fake implementation"):
-            backend.cpp(gm, [x])(x)
+            backend.compile_cpp(gm, [x])(x)
 
 
 def test_negated_memory():

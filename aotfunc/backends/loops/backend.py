@@ -47,7 +47,7 @@ QUICK = frozenset(
 )
 
 
-def cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
+def compile_cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
     """Compile a functional aten graph for the CPU: pointwise ops and reductions become C++
     kernels, one fixed kernel multiplies matrices, and other ops are called. Raises CompilerError
     if there is no C++ compiler, or it fails."""
