@@ -57,9 +57,9 @@ def cpp(gm: Any, example_inputs: Any) -> Callable:
 def looped(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable:
     """Return ``plain``, which runs control flow with compiled bodies, or native code for it if
     there is any."""
-    from .loops.looped import looped
+    from .loops.looped import native_loop
 
-    return looped(target, bodies, plain)
+    return native_loop(target, bodies, plain)
 
 
 def auto(gm: Any, example_inputs: Any) -> Callable:

@@ -330,7 +330,7 @@ def stack(row: Tensor, count: int) -> Tensor:
     return torch.empty((count, *row.shape), dtype=row.dtype, device="meta")
 
 
-def looped(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable:
+def native_loop(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable:
     """Return ``plain``, which runs control flow with compiled bodies, or native code for loops
     whose steps consist of launches."""
     quick = native_form()
