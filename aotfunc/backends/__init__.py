@@ -54,7 +54,7 @@ def cpp(gm: Any, example_inputs: Any) -> Callable:
     return compile_cpp(gm, example_inputs)
 
 
-def looped(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable:
+def flow_runner(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable:
     """Return ``plain``, which runs control flow with compiled bodies, or native code for it if
     there is any."""
     from .loops.looped import native_loop

@@ -304,7 +304,7 @@ def compile_bodies(graph: fx.Graph, backend: Backend, what: str) -> bool:
         bodies = list(map(compiled, target.bodies))
         run: Any = functools.partial(run_bodies, target, bodies)
         if backend == backends.CPP:
-            run = backends.looped(target, bodies, run)
+            run = backends.flow_runner(target, bodies, run)
         run.__name__, run.flow = target.__name__, (target, bodies)
         n.target = run
     return bool(found)
