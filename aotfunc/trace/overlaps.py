@@ -102,7 +102,7 @@ def neighbours(
         before.append(i)
 
 
-def cross(elements: Sequence[Sequence[Tensor]], shared: Sequence[Tensor]) -> bool:
+def crossing_writes(elements: Sequence[Sequence[Tensor]], shared: Sequence[Tensor]) -> bool:
     """Return whether an op on lists writes to the first tensor of an element what another element
     shows, or what all of them share. PyTorch goes through the lists one element after the
     other."""

@@ -25,7 +25,7 @@ from .in_place import refresh
 from .kernels import READ_AS_LAID, misread
 from .numbers import forgive
 from .outside import StandIn
-from .overlaps import cross
+from .overlaps import crossing_writes
 from .places import is_integer, narrow_traced, subscript
 from .records import flat_tensors
 from .shapes.infer import TOLD, infer
@@ -238,7 +238,7 @@ def _on_lists(op: OpOverload, trace: Trace, *args: Any, **kwargs: Any) -> Any:
     elements = [flat_tensors(one) for one in zip(*filter(is_list, args), strict=False)]
     shared = flat_tensors([a for a in args if not is_list(a)])
     mixed = {any(map(needs_grad, (*one, *shared))) for one in elements}
-    if len(elements) < 2 or (len(mixed) < 2 and not cross(elements, shared)):
+    if len(elements) < 2 or (len(mixed) < 2 and not crossing_writes(elements, shared)):
         return NotImplemented
     names = [a.name for a in op._schema.arguments]
     with trace:
