@@ -78,13 +78,13 @@ def kept_as_script(gm: fx.GraphModule, backend: Backend, error: Exception) -> Pa
     beside the kernels. Raises OSError if there is no place for it."""
     vals = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
     held = {n.target: getattr(gm, n.target) for n in gm.graph.find_nodes(op="get_attr")}
-    constants = [f'self.register_buffer("{k}", {described(t)})' for k, t in held.items()]
+    constants = [f'self.register_buffer("{k}", {value_code(t)})' for k, t in held.items()]
     parts = {
         "error": f"{type(error).__name__}: {error}".splitlines()[0].replace('"""', "'''"),
         "compiler": text_of(backend),
         "constants": indented(constants or ["pass"], 8),
         "code": "\n    ".join(gm.code.strip().splitlines()),
-        "inputs": indented([f"{described(v)}," for v in vals], 4),
+        "inputs": indented([f"{value_code(v)}," for v in vals], 4),
     }
     name = hashlib.sha256("".join(parts.values()).encode()).hexdigest()[:16]
     path = kernel_directory() / f"failed_{name}.py"
@@ -96,7 +96,7 @@ def indented(lines: list[str], by: int) -> str:
     return "\n".join([" " * by + line for line in lines])
 
 
-def described(val: Any) -> str:
+def value_code(val: Any) -> str:
     """Return code that makes a value like this one."""
     if not isinstance(val, Tensor):
         return repr(val)
