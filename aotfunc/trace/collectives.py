@@ -92,7 +92,7 @@ def record_collective(trace: Trace, func: Any, args: tuple) -> Any:
 
     name = func._schema.name.removeprefix("c10d::")
     what = f"torch.distributed's {name.strip('_')}{at(user_line())}"
-    plain = [described(a) for a in args]
+    plain = [group_or_reduction(a) for a in args]
     if name not in TABLE or "premul_sum" in plain:
         raise CaptureError(
             f"{what} is not captured: all_reduce, broadcast, all_gather, reduce_scatter and "
@@ -126,7 +126,7 @@ def finished(written: list[Tensor]) -> Any:
     return torch._C._distributed_c10d._create_work_from_future(future).boxed()
 
 
-def described(a: Any) -> Any:
+def group_or_reduction(a: Any) -> Any:
     """Return the process group in a script object, or the name of a reduction."""
     if not isinstance(a, torch.ScriptObject):
         return a
