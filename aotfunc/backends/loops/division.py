@@ -75,7 +75,7 @@ def is_infinite(x: Expr) -> Expr:
     return function_of("eq", function_of("abs", x), math.inf)
 
 
-def divided(a: Operand, b: Operand, rounding_mode: str | None = None) -> Expr:
+def div_rounded(a: Operand, b: Operand, rounding_mode: str | None = None) -> Expr:
     bodies = {"floor": floored, "trunc": truncated}
     if rounding_mode is None:
         return function_of("div", a, b)
@@ -91,7 +91,7 @@ DIVISIONS: dict[Any, Rule] = {
             (aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor),
         ),
         (of_one_dtype(floored), (aten.floor_divide.default, aten.floor_divide.Scalar)),
-        (divided, (aten.div.Tensor_mode, aten.div.Scalar_mode)),
+        (div_rounded, (aten.div.Tensor_mode, aten.div.Scalar_mode)),
     )
     for op in ops
 }
