@@ -112,7 +112,7 @@ def record_op(trace: Any, func: Any, args: tuple, kwargs: dict) -> Any:
     found = [x for x in leaves if is_dtensor(x)]
     if any(x._local_tensor.__class__ is Traced for x in found):
         return NotImplemented
-    if draws(func, args, kwargs):
+    if op_draws(func, args, kwargs):
         raise CaptureError(
             f"{func} draws random numbers for a DTensor{at(user_line())}, from generators that "
             "PyTorch keeps alike in all processes; inside a captured function draw them for "
@@ -134,7 +134,7 @@ def record_op(trace: Any, func: Any, args: tuple, kwargs: dict) -> Any:
     return tree_unflatten(results, out_spec)
 
 
-def draws(op: Any, args: tuple, kwargs: dict) -> bool:
+def op_draws(op: Any, args: tuple, kwargs: dict) -> bool:
     """Return whether an op draws random numbers, for these arguments."""
     switches = drawing(op)
     given = [args[i] if i < len(args) else kwargs.get(a.name) for i, a in switches or ()]
