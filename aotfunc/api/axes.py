@@ -44,7 +44,7 @@ def axis_index(axis_name: str) -> Tensor:
     return ops.axis_index(torch.zeros((), dtype=torch.int64), axis_name)
 
 
-def each(f: Callable[[Tensor], Tensor], x: Any, axis_name: str) -> Any:
+def map_tensors(f: Callable[[Tensor], Tensor], x: Any, axis_name: str) -> Any:
     """Return ``f`` of each tensor of a tree."""
     axis_size(axis_name)
     leaves, spec = flatten(x)
@@ -59,7 +59,7 @@ def psum(x: Any, axis_name: str) -> Any:
     >>> vmap(lambda x: x / psum(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0]))
     tensor([0.2500, 0.7500])
     """
-    return each(lambda x: summed(x, axis_name), x, axis_name)
+    return map_tensors(lambda x: summed(x, axis_name), x, axis_name)
 
 
 def pmean(x: Any, axis_name: str) -> Any:
@@ -69,7 +69,7 @@ def pmean(x: Any, axis_name: str) -> Any:
     tensor([-1.,  1.])
     """
     size = axis_size(axis_name)
-    return each(lambda x: summed(x, axis_name) / size, x, axis_name)
+    return map_tensors(lambda x: summed(x, axis_name) / size, x, axis_name)
 
 
 def pmax(x: Any, axis_name: str) -> Any:
@@ -79,7 +79,7 @@ def pmax(x: Any, axis_name: str) -> Any:
     >>> vmap(lambda x: pmax(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0]))
     tensor([3., 3.])
     """
-    return each(lambda x: gathered(x, axis_name).amax(0), x, axis_name)
+    return map_tensors(lambda x: gathered(x, axis_name).amax(0), x, axis_name)
 
 
 def pmin(x: Any, axis_name: str) -> Any:
@@ -88,7 +88,7 @@ def pmin(x: Any, axis_name: str) -> Any:
     >>> vmap(lambda x: x - pmin(x, "i"), axis_name="i")(torch.tensor([2.0, 5.0]))
     tensor([0., 3.])
     """
-    return each(lambda x: gathered(x, axis_name).amin(0), x, axis_name)
+    return map_tensors(lambda x: gathered(x, axis_name).amin(0), x, axis_name)
 
 
 def all_gather(x: Any, axis_name: str, axis: int = 0) -> Any:
@@ -98,7 +98,7 @@ def all_gather(x: Any, axis_name: str, axis: int = 0) -> Any:
     tensor([[1, 2],
             [1, 2]])
     """
-    return each(lambda x: gathered(x, axis_name).movedim(0, axis), x, axis_name)
+    return map_tensors(lambda x: gathered(x, axis_name).movedim(0, axis), x, axis_name)
 
 
 def summed(x: Tensor, axis_name: str) -> Tensor:
