@@ -102,16 +102,16 @@ def turned(x: Parts, angle: Parts) -> Parts:
     return x[0] * function_of("cos", angle[0]), x[0] * function_of("sin", angle[0])
 
 
-def each(fn: str) -> Callable[..., Parts]:
+def by_parts(fn: str) -> Callable[..., Parts]:
     """Return the function that computes the parts by themselves."""
     return lambda *args: tuple([function_of(fn, *parts) for parts in zip(*args, strict=True)])
 
 
 #: function -> its parts, from those of its arguments
 FORMULAS: dict[str, Callable[..., Parts]] = {
-    "add": each("add"),
-    "sub": each("sub"),
-    "neg": each("neg"),
+    "add": by_parts("add"),
+    "sub": by_parts("sub"),
+    "neg": by_parts("neg"),
     "mul": times,
     "div": divided,
     "reciprocal": reciprocal,
@@ -125,8 +125,8 @@ FORMULAS: dict[str, Callable[..., Parts]] = {
     "complex": lambda x, y: (x[0], y[0]),
     "polar": turned,
     "where": lambda c, x, y: (where(c[0], x[0], y[0]), where(c[0], x[1], y[1])),
-    "eq": lambda x, y: (all_true(*each("eq")(x, y)),),
-    "ne": lambda x, y: (any_true(*each("ne")(x, y)),),
+    "eq": lambda x, y: (all_true(*by_parts("eq")(x, y)),),
+    "ne": lambda x, y: (any_true(*by_parts("ne")(x, y)),),
 }
 
 
