@@ -43,7 +43,7 @@ def to_onnx(exported: Exported, options: dict[str, Any]) -> Any:
         )
     inputs = program.placeholders[: program.n_inputs]
     generator = torch.Generator().manual_seed(0)
-    args, keywords = exported._arguments([example(p.meta["val"], generator) for p in inputs])
+    args, keywords = exported._arguments([sample_input(p.meta["val"], generator) for p in inputs])
     with torch.no_grad():
         expected = [y for y in tree_leaves(exported(*args, **keywords)) if y is not None]
     if not all(isinstance(y, Tensor) for y in expected):
@@ -74,7 +74,7 @@ def branches_on_values(program: Program) -> bool:
     return any(not isinstance(f, Scan) or any(map(branches_on_values, f.bodies)) for f in flows)
 
 
-def example(sig: Sig, generator: torch.Generator) -> Tensor:
+def sample_input(sig: Sig, generator: torch.Generator) -> Tensor:
     x = torch.zeros(sig.shape, dtype=sig.dtype)
     return (x.normal_(generator=generator) if sig.differentiable else x).to(sig.device)
 
