@@ -205,14 +205,14 @@ def gathering() -> Iterator[None]:
 
 def exchanged() -> AbstractContextManager:
     """Exchange what the hooks of FSDP2 call, if it is imported."""
-    return exchange() if f"{FSDP}_fully_shard" in sys.modules else _NONE
+    return group_functions() if f"{FSDP}_fully_shard" in sys.modules else _NONE
 
 
 _NONE = nullcontext()
 
 
 @functools.cache
-def exchange() -> Exchange:
+def group_functions() -> Exchange:
     """Return the functions that gather, let go and wait for the backward, as a recording has
     them."""
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
