@@ -74,10 +74,10 @@ def try_to_compute(n: Node, known: dict[Node, Any]) -> Any:
         return None
     if not isinstance(said, Tensor):
         return value
-    return value if type(value) is Tensor and facts(value) == facts(said) else None
+    return value if type(value) is Tensor and metadata_of(value) == metadata_of(said) else None
 
 
-def facts(t: Tensor) -> tuple:
+def metadata_of(t: Tensor) -> tuple:
     return tuple(t.shape), t.stride(), t.dtype, t.device
 
 
