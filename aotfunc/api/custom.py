@@ -74,12 +74,12 @@ def at_path(tree: Any, path: tuple[int, ...], asked: str, i: int) -> Any:
     return len(tree) if asked == "size" else tree
 
 
-def filled(at: Callable, leaves: tuple, path: tuple[int, ...] = ()) -> Any:
+def with_leaves(at: Callable, leaves: tuple, path: tuple[int, ...] = ()) -> Any:
     """Return the result with these leaves."""
     kind = at(path, "type")
     if kind == "int":
         return leaves[at(path, "number")]
-    parts = [filled(at, leaves, (*path, i)) for i in range(at(path, "size"))]
+    parts = [with_leaves(at, leaves, (*path, i)) for i in range(at(path, "size"))]
     if kind == "dict":
         return {at(path, "key", i): parts[i] for i in range(len(parts))}
     return tuple(parts) if kind == "tuple" else parts
@@ -150,7 +150,7 @@ class CustomFunction(CustomRules):
         if is_dynamo_compiling():
             prepare()
             leaves = self.in_graph(*args, **kwargs)
-            return filled(self.at, leaves)
+            return with_leaves(self.at, leaves)
         return self._recorded(*args, **kwargs)
 
     @outside_dynamo
