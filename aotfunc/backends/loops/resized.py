@@ -169,7 +169,7 @@ def nearest(exact: bool) -> Callable[..., Expr]:
         for d, (n, m, s) in enumerate(zip(shape[2:], size, scales, strict=False), 2):
             if x.meta["val"].dtype is not torch.float32 or (s and m in (n, 2 * n) and s * n != m):
                 raise Unfit("indices that PyTorch computes in several ways")
-            place[d] = found(work, place[d], nearest_index, n, 1 / s if s else n / m, exact)
+            place[d] = index_from(work, place[d], nearest_index, n, 1 / s if s else n / m, exact)
         return work.value(x, tuple(place), at.mask)
 
     return rule
@@ -194,13 +194,13 @@ def padded(inside: Callable[[Expr, int], Expr]) -> Callable[..., Expr]:
         for i in range(len(pad) // 2):
             d = len(place) - 1 - i
             if pad[2 * i] or pad[2 * i + 1]:
-                place[d] = found(work, place[d].shifted(-pad[2 * i]), inside, shape[d])
+                place[d] = index_from(work, place[d].shifted(-pad[2 * i]), inside, shape[d])
         return work.value(x, tuple(place), at.mask)
 
     return rule
 
 
-def found(work: Lowering, index: Index, of: Callable[..., Expr], *how: Any) -> Index:
+def index_from(work: Lowering, index: Index, of: Callable[..., Expr], *how: Any) -> Index:
     """Return the index that is this function of another one."""
     key = (index, of, how)
     if key not in work.values:
