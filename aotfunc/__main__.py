@@ -27,7 +27,7 @@ BACKENDS = ("eager", "cpp", "inductor")
 def doctor() -> None:
     """Print versions, the compiler, the cache, and whether each backend computes a gradient."""
     print(f"aotfunc {aotfunc.__version__}, PyTorch {torch.__version__}, Python {python_version()}")
-    print("C++ compiler:", *toolchain.compiler() if toolchain.found() else ["none found"])
+    print("C++ compiler:", *toolchain.compiler() if toolchain.has_compiler() else ["none found"])
     try:
         folder = store.directory()
         files = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]

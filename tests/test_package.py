@@ -35,7 +35,7 @@ def test_an_installed_wheel_works(tmp_path):
     subprocess.run([*pip, "wheel", "--no-deps", "-w", wheels, source], check=True)
     (wheel,) = wheels.glob("aotfunc-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", there, wheel], check=True)
-    backend = "cpp" if toolchain.found() else "eager"
+    backend = "cpp" if toolchain.has_compiler() else "eager"
     ran = subprocess.run(
         [sys.executable, "-c", f"BACKEND = {backend!r}{PROGRAM}"],
         cwd=tmp_path,

@@ -32,7 +32,7 @@ def automatic(graph: fx.Graph, compiled: Callable[[Backend], Callable]) -> Calla
         error = e
     run = compiled(EAGER)
     run.eagerly = {"the whole graph": str(error).splitlines()[0]}  # type: ignore[attr-defined]
-    if toolchain.found() and (which := toolchain.compiler_identity()) not in _failed:
+    if toolchain.has_compiler() and (which := toolchain.compiler_identity()) not in _failed:
         _failed.add(which)
         warnings.warn(
             f"backend='auto' runs graphs op by op: {error}", BackendWarning, stacklevel=2
@@ -56,4 +56,4 @@ def possible() -> bool:
     and so may have kernels."""
     from .loops.launch import native_form
 
-    return toolchain.found() or native_form() is not None
+    return toolchain.has_compiler() or native_form() is not None

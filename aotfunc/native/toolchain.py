@@ -53,7 +53,7 @@ def compiler() -> list[str]:
     )
 
 
-def found() -> bool:
+def has_compiler() -> bool:
     """Return whether there is a compiler."""
     try:
         return bool(compiler())
