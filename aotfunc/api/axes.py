@@ -79,7 +79,7 @@ def pmax(x: Any, axis_name: str) -> Any:
     >>> vmap(lambda x: pmax(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0]))
     tensor([3., 3.])
     """
-    return map_tensors(lambda x: gathered(x, axis_name).amax(0), x, axis_name)
+    return map_tensors(lambda x: gathered_samples(x, axis_name).amax(0), x, axis_name)
 
 
 def pmin(x: Any, axis_name: str) -> Any:
@@ -88,7 +88,7 @@ def pmin(x: Any, axis_name: str) -> Any:
     >>> vmap(lambda x: x - pmin(x, "i"), axis_name="i")(torch.tensor([2.0, 5.0]))
     tensor([0., 3.])
     """
-    return map_tensors(lambda x: gathered(x, axis_name).amin(0), x, axis_name)
+    return map_tensors(lambda x: gathered_samples(x, axis_name).amin(0), x, axis_name)
 
 
 def all_gather(x: Any, axis_name: str, axis: int = 0) -> Any:
@@ -98,12 +98,12 @@ def all_gather(x: Any, axis_name: str, axis: int = 0) -> Any:
     tensor([[1, 2],
             [1, 2]])
     """
-    return map_tensors(lambda x: gathered(x, axis_name).movedim(0, axis), x, axis_name)
+    return map_tensors(lambda x: gathered_samples(x, axis_name).movedim(0, axis), x, axis_name)
 
 
 def summed(x: Tensor, axis_name: str) -> Tensor:
     return ops.psum(x.long() if x.dtype == torch.bool else x, axis_name)
 
 
-def gathered(x: Tensor, axis_name: str) -> Tensor:
+def gathered_samples(x: Tensor, axis_name: str) -> Tensor:
     return ops.all_gather(x, axis_size(axis_name), axis_name)
