@@ -134,7 +134,7 @@ class Gathering:
                 "its content, fully_shard(aot_module(part)), and leave what calls it uncompiled"
             )
         self.calls += 1
-        wholes = [gathered(trace, group, p, self.calls) for p in group.fsdp_params]
+        wholes = [gathered_parameter(trace, group, p, self.calls) for p in group.fsdp_params]
         before = self.before[group] = []
         for p, whole in zip(group.fsdp_params, wholes, strict=True):
             info = p._module_info
@@ -172,7 +172,7 @@ def places(m: nn.Module, name: str) -> Iterator[tuple[Any, Any]]:
         yield m._flat_weights, names.index(name)
 
 
-def gathered(trace: Any, group: Any, p: Any, call: int) -> Tensor:
+def gathered_parameter(trace: Any, group: Any, p: Any, call: int) -> Tensor:
     """Record the gathering of a parameter for a call of its group."""
     from torch.distributed.tensor import Partial, Replicate
 
