@@ -26,7 +26,7 @@ from .chain_steps import stages
 from .execute import before_writes
 from .late_reads import late_reads
 from .late_state import reads_state
-from .lifted import Groups, grouped
+from .lifted import Groups, result_groups
 from .meetings import as_known, bent_nodes, kept_results, meetings, opened, parted
 from .unsaved import apart_from_results
 from .unseen import unseen_results
@@ -126,7 +126,7 @@ class Halves:
     def lifts(self, outs: Sequence[int]) -> Groups:
         """Return which of the results ``outs`` of one node go behind nodes in common."""
         key = ("lifts", self.wrt, *outs)
-        return self.program.once(key, lambda: grouped(outs, self.keeping))
+        return self.program.once(key, lambda: result_groups(outs, self.keeping))
 
     def unwritten(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the inputs, with copies of those that the backward reads and that the call writes

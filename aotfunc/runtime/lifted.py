@@ -24,7 +24,7 @@ class Groups(NamedTuple):
     others: Sequence[int]
 
 
-def grouped(numbers: Sequence[int], keeping: Mapping[int, Any]) -> Groups:
+def result_groups(numbers: Sequence[int], keeping: Mapping[int, Any]) -> Groups:
     """Return the groups of a node's results; those of one op that keep themselves are together."""
     ops: dict[Hashable, list[int]] = {}
     for at, k in enumerate(numbers):
