@@ -84,7 +84,7 @@ def attention(c: OpCall) -> Any:
 
 
 @part_rule("native_group_norm")
-def group_norm(c: OpCall) -> Any:
+def native_group_norm(c: OpCall) -> Any:
     _, part = c.only("input")
     c.scaled("N", None, part.each)
     return in_front(c, part)
