@@ -91,7 +91,7 @@ def native_group_norm(c: OpCall) -> Any:
 
 
 @part_rule("native_group_norm_backward")
-def group_norm_backward(c: OpCall) -> Any:
+def native_group_norm_backward(c: OpCall) -> Any:
     part = c.of("input")[1]
     shared = c.of("weight")[1] is not None or any(c.arg["output_mask"][1:])
     if (
