@@ -112,7 +112,7 @@ def in_front(c: OpCall, part: Part | None) -> Any:
 
 
 @part_rule("native_layer_norm")
-def layer_norm(c: OpCall) -> Any:
+def native_layer_norm(c: OpCall) -> Any:
     sig, part = c.only("input")
     part.without(range(sig.ndim - len(c.arg["normalized_shape"]), sig.ndim))
     return c.each(part)
