@@ -119,7 +119,7 @@ def native_layer_norm(c: OpCall) -> Any:
 
 
 @part_rule("native_layer_norm_backward")
-def layer_norm_backward(c: OpCall) -> Any:
+def native_layer_norm_backward(c: OpCall) -> Any:
     sig, part = c.of("input")
     given = [c.of(name)[1] for name in ("grad_out", "mean", "rstd")]
     shared = [c.of(name)[1] for name in ("weight", "bias")]
