@@ -189,7 +189,7 @@ class Builder:
         elif moved and isinstance(n.target, OpOverload):
             if any([displaced(i.meta["val"], env[i]) for i in n._input_nodes]):
                 args, val = self.again(n.target, args, kwargs, val)
-        return self.node(n.target, args, kwargs, val, not self.final and has_hooks(n))
+        return self.node(n.target, args, kwargs, val, not self.final and result_has_hooks(n))
 
     def item(self, node: Any, i: int) -> Any:
         """Return output ``i`` of a node that has several."""
@@ -305,11 +305,11 @@ def mergeable(target: Any) -> bool:
 _mergeable: dict[Any, bool] = {}
 
 
-def has_hooks(n: Node) -> bool:
+def result_has_hooks(n: Node) -> bool:
     """Return whether a result of this op has hooks."""
     for u in n.users:
         item = u.target is operator.getitem
-        if has_hooks(u) if item else getattr(u.target, "hooked", False) and u.args[0] is n:
+        if result_has_hooks(u) if item else getattr(u.target, "hooked", False) and u.args[0] is n:
             return True
     return False
 
