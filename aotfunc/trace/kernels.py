@@ -28,7 +28,7 @@ def by_rows(sig: Sig) -> bool:
     return not sig.shape or sig.shape[-1] == 1 or sig.stride[-1] == 1
 
 
-def images(sig: Sig) -> torch.memory_format:
+def image_format(sig: Sig) -> torch.memory_format:
     """Return the memory format of a batch of images: channels_last if ``sig`` has it, else
     contiguous."""
     for form, order in CHANNELS_LAST.items():
@@ -49,16 +49,16 @@ def by_rows_of(*positions: int) -> Callable:
 
 def normalised(sigs: Sequence[Sig]) -> dict[int, torch.memory_format]:
     """Return the copies for a group norm: images in either format, weight and bias dense."""
-    there = {} if images(sigs[0]) is not torch.contiguous_format else densely(0)(sigs)
+    there = {} if image_format(sigs[0]) is not torch.contiguous_format else densely(0)(sigs)
     return there | densely(1, 2)(sigs)
 
 
 def normalised_backward(sigs: Sequence[Sig]) -> dict[int, torch.memory_format]:
     """Return the copies for a gradient: the cotangent as the images."""
-    there, form = densely(2, 3, 4)(sigs), images(sigs[1])
+    there, form = densely(2, 3, 4)(sigs), image_format(sigs[1])
     if form is torch.contiguous_format:
         return there | densely(0, 1)(sigs)
-    return there if images(sigs[0]) is form else there | {0: form}
+    return there if image_format(sigs[0]) is form else there | {0: form}
 
 
 #: op -> the arguments to copy, given their signatures, and into which format

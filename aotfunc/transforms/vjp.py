@@ -21,7 +21,7 @@ from ..errors import RuleError
 from ..graph import Program, draws
 from ..progress import with_progress
 from ..trace.emit import Builder, paused_gc
-from ..trace.kernels import images
+from ..trace.kernels import image_format
 from ..trace.marks import check_gradient, dead_end, fail, hidden_write, no_tangent, once
 from ..trace.nested import leaves, mapped
 from ..trace.records import saves
@@ -358,7 +358,7 @@ def cotangent_sig(sig: Sig, stride: Sequence[int]) -> Sig:
     """Return the signature in which a program takes the cotangent of a value, given the
     cotangent's ``stride``: channels_last if both are, or if the cotangent is expanded and the
     value is, as in eager's kernels; else contiguous."""
-    if sig.plain or (form := images(sig)) is torch.contiguous_format:
+    if sig.plain or (form := image_format(sig)) is torch.contiguous_format:
         return contiguous_sig(sig)
     last = make_sig(sig.shape, formatted(sig.shape, form), sig.dtype, sig.device)
     return last if 0 in stride or tuple(stride) == last.stride else contiguous_sig(sig)
