@@ -21,7 +21,7 @@ def spread(d: Dependence, a: Node, windows: list[Pattern]) -> Pattern:
     return kron(sparse.eye_array(planes, dtype=bool), each) @ d.of(a)
 
 
-def images(n: Node, rank: int) -> list[int]:
+def image_shape(n: Node, rank: int) -> list[int]:
     return list(n.meta["val"].shape[-rank:])
 
 
@@ -59,7 +59,7 @@ def taps(
         x, out = out, x
     nonzero = d.nonzero(w)
     rank = nonzero.ndim - 2
-    sizes = images(x, rank), images(out, rank)
+    sizes = image_shape(x, rank), image_shape(out, rank)
     how = [*zip(*sizes, *(per(v, rank) for v in (stride, padding, gaps)), strict=True)]
     shape = out.meta["val"].numel, x.meta["val"].numel
     found, batch = [], sparse.eye_array(x.meta["val"].shape[0], dtype=bool)
@@ -134,7 +134,7 @@ def pooled(
     return [
         window(size, np.arange(count)[:, None] * s - pad + gap * np.arange(k))
         for size, count, k, s, pad, gap in zip(
-            images(x, rank), images(out, rank), *how, strict=True
+            image_shape(x, rank), image_shape(out, rank), *how, strict=True
         )
     ]
 
@@ -152,7 +152,9 @@ def adaptive_windows(rank: int, x: Node, out: Node, *_: Any) -> list[Pattern]:
         places = first + np.arange(np.max(end - first, initial=0))
         return window(size, np.where(places < end, places, -1))
 
-    return [one(*sizes) for sizes in zip(images(x, rank), images(out, rank), strict=True)]
+    return [
+        one(*sizes) for sizes in zip(image_shape(x, rank), image_shape(out, rank), strict=True)
+    ]
 
 
 for rank in (2, 3):
@@ -194,7 +196,7 @@ def resized(name: str, rank: int, reach: int) -> None:
             places = np.where(places <= at + far + 1e-4, places, first)
             return window(size, places.astype(np.int64).clip(0, size - 1))
 
-        sizes = images(x, rank), images(out, rank)
+        sizes = image_shape(x, rank), image_shape(out, rank)
         return [one(*how) for how in zip(*sizes, scales, strict=True)]
 
     @pattern_of(getattr(aten, name).default)
