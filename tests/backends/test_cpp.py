@@ -16,7 +16,7 @@ import aotfunc
 from aotfunc import aot_function, aot_module, grad, jacrev, jit, make_fx, vmap
 from aotfunc.backends.loops import backend, native
 from aotfunc.backends.loops.arguments import count_rows, sizes
-from aotfunc.backends.loops.blocks import in_blocks
+from aotfunc.backends.loops.blocks import sum_in_blocks
 from aotfunc.backends.loops.fuse import grouped, stored
 from aotfunc.backends.loops.lower import lower
 from aotfunc.backends.loops.pointwise import RULES
@@ -298,7 +298,7 @@ def test_a_person_can_read_it(capsys, monkeypatch):
 def kernels_of(f, *args):
     gm = make_fx(f)(*args)
     in_steps(gm.graph)
-    in_blocks(gm.graph)
+    sum_in_blocks(gm.graph)
     return [
         schedule_kernel(lower(u.nodes, stored(u.nodes), "k"))
         for u in grouped(gm.graph).units

@@ -16,7 +16,7 @@ from ..eager import compile_graph
 from ..results import is_lazy, resolved
 from . import native
 from .arguments import count_rows, sizes
-from .blocks import in_blocks
+from .blocks import sum_in_blocks
 from .cpp import Printer
 from .folded import fold
 from .fuse import Unit, grouped, stored
@@ -124,7 +124,7 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
     old = copy_graph(gm.graph)
     without_views_of_parts(old)
     in_steps(old)
-    in_blocks(old)
+    sum_in_blocks(old)
     units = [u for u in grouped(old).units if u.nodes]
     found = calls(old, recompute(old, units), worth)
     kernels = {u: kernel_of(u) for u in found if u.kernel}

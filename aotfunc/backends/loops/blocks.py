@@ -46,7 +46,7 @@ _library.impl("block_sums", meta_block_sums, "Meta")
 block_sums = torch.ops.aotfunc.block_sums.default
 
 
-def in_blocks(graph: fx.Graph) -> None:
+def sum_in_blocks(graph: fx.Graph) -> None:
     """Sum first over blocks where a tensor of the same shape is also summed along its rows.
     Changes the graph."""
     asked = {n: reduced_dims(n) for n in graph.nodes if n.target in REDUCTIONS}
