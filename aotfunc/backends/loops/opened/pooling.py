@@ -69,7 +69,7 @@ def avg_pool(
     several steps apart."""
     (kh, kw), (sh, sw), (ph, pw) = pair(size), pair(stride or size), pair(padding)
     most = 9 if sw == 1 else 4
-    if ceil_mode or kh * kw > most or not in_rows(x):
+    if ceil_mode or kh * kw > most or not dense_floats(x):
         return NotImplemented
     if ph or pw:
         if sw != 1 or not (count_include_pad or divisor) or x.numel() < MANY:
@@ -82,7 +82,7 @@ def avg_pool(
     return (total / (divisor or kh * kw)).contiguous()
 
 
-def in_rows(x: Tensor) -> bool:
+def dense_floats(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and x.numel() > 0
 
 
@@ -91,7 +91,7 @@ def avg_pool_backward(g, x, size, stride, padding, ceil_mode, count_include_pad,
     kh, kw = pair(size)
     if pair(padding) != (0, 0) or ceil_mode or pair(stride or size) != (kh, kw):
         return NotImplemented
-    if not (in_rows(x) and in_rows(g)):
+    if not (dense_floats(x) and dense_floats(g)):
         return NotImplemented
     *rest, oh, ow = g.shape
     g = (g / (divisor or kh * kw)).view(*rest, oh, 1, ow, 1)

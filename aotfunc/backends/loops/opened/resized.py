@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..resized import most_made
-from .pooling import in_rows
+from .pooling import dense_floats
 
 #: most summands of a gradient's element: with more PyTorch is as fast
 MOST = 12
@@ -35,7 +35,7 @@ def in_turn(before: Sequence[int], after: Sequence[int]) -> list[int]:
 
 def quick(x: Tensor, cubic: bool) -> bool:
     """Return whether kernels interpolate faster than PyTorch."""
-    return in_rows(x) and (cubic or x.dtype is torch.float32)
+    return dense_floats(x) and (cubic or x.dtype is torch.float32)
 
 
 def resizing(cubic: bool) -> Callable:
