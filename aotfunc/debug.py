@@ -116,13 +116,13 @@ def where_defined(f: Any) -> str:
 
 def line_of_error(error: BaseException) -> Line | None:
     """Return the innermost of the user's lines that an error came through."""
-    return innermost(error, lambda name: not name.startswith(_NOT_THE_USERS))
+    return innermost_line(error, lambda name: not name.startswith(_NOT_THE_USERS))
 
 
 def line_in_a_rule(error: BaseException) -> Line | None:
     """Return the innermost line of a rule, ours or an extension's, that an error came through."""
     table = _RULES + "table.py"
-    return innermost(
+    return innermost_line(
         error,
         lambda name: (
             (name.startswith(_RULES) and name != table) or not name.startswith(_NOT_THE_USERS)
@@ -130,7 +130,7 @@ def line_in_a_rule(error: BaseException) -> Line | None:
     )
 
 
-def innermost(error: BaseException, in_file: Callable[[str], bool]) -> Line | None:
+def innermost_line(error: BaseException, in_file: Callable[[str], bool]) -> Line | None:
     """Return the innermost line, in one of these files, that an error came through."""
     found, step = None, error.__traceback__
     while step is not None:
