@@ -29,10 +29,10 @@ def has_batches(tensors: Sequence[Tensor]) -> bool:
     inside."""
     if older_levels():
         return any(torch._C._dispatch_keys(t).has(_OLD) for t in tensors)
-    return any(map(_functorch.is_batchedtensor, of_level(innermost(tensors), tensors)))
+    return any(map(_functorch.is_batchedtensor, of_level(innermost_level(tensors), tensors)))
 
 
-def innermost(tensors: Sequence[Tensor]) -> int:
+def innermost_level(tensors: Sequence[Tensor]) -> int:
     """Return the innermost level of torch.func's that these are of, at most 0 if there is none."""
     return max(map(_functorch.maybe_get_level, tensors), default=0)
 
@@ -85,7 +85,7 @@ def on_batches(
                 torch._add_batch_dim,
                 level,
             )
-    while (level := innermost(tensors)) > 0:
+    while (level := innermost_level(tensors)) > 0:
         if not any(map(_functorch.is_batchedtensor, of_level(level, tensors))):
             run = beneath
             break
