@@ -55,14 +55,14 @@ pointwise(
 # ----- logit, entropy, sinc ----------------------------------------------------------------------
 
 
-def inside(x: Tensor, eps: float | None) -> Tensor:
+def in_logit_range(x: Tensor, eps: float | None) -> Tensor:
     low = 0.0 if eps is None else eps
     return (x >= low) & (x <= 1 - low)
 
 
 def logit_second(h: Tensor, out: Tensor, g: Tensor, x: Tensor, eps: float | None) -> Tensor:
     product = x * (1 - x)
-    return keep(inside(x, eps), h * g * (2 * x - 1) / (product * product))
+    return keep(in_logit_range(x, eps), h * g * (2 * x - 1) / (product * product))
 
 
 def sinc_first(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
