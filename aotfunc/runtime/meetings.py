@@ -25,7 +25,7 @@ from ..trace.nested import leaves
 from ..transforms.activity import active_nodes, has_derivative, sources
 from ..transforms.rules.table import entry_for
 from ..transforms.tidy import rebuilt
-from ..transforms.unhooked import inside
+from ..transforms.unhooked import inner_programs
 from .chain_steps import saved_results
 
 aten = torch.ops.aten
@@ -236,7 +236,7 @@ def bent(target: Any) -> bool:
         return True
     if isinstance(target, CustomDerivative):
         return any(map(is_bent, target.rules))
-    return any(map(has_bent, inside(target)))
+    return any(map(has_bent, inner_programs(target)))
 
 
 def has_bent(program: Program) -> bool:

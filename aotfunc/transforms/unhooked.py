@@ -21,7 +21,7 @@ def unhooked(joint: Program) -> Program:
         target: Any = n.target
         if getattr(target, "hooked", False):
             return remap(target.parts(n)[1], env)
-        if not any(map(has_hooks, inside(target))):
+        if not any(map(has_hooks, inner_programs(target))):
             return NotImplemented
         args = remap(n.args, env)
         if hasattr(target, "bodies"):
@@ -37,12 +37,14 @@ def has_hooks(program: Program) -> bool:
 
     def find() -> bool:
         targets = [n.target for n in program.graph.nodes]
-        return any(getattr(t, "hooked", False) or any(map(has_hooks, inside(t))) for t in targets)
+        return any(
+            getattr(t, "hooked", False) or any(map(has_hooks, inner_programs(t))) for t in targets
+        )
 
     return program.once(has_hooks, find)
 
 
-def inside(target: Any) -> Sequence[Program]:
+def inner_programs(target: Any) -> Sequence[Program]:
     """Return the programs of a target: its bodies, or that of a nested call."""
     if getattr(target, "dissolved_with", None) == "calls":
         return (target.program,)
