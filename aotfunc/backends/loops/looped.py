@@ -174,11 +174,11 @@ class LoopStep:
 
     def width(self, slot: int) -> str:
         val = self.vals[slot]
-        return str(width(val)) if is_number(val) else self.number(width(val))
+        return str(width(val)) if has_one_element(val) else self.number(width(val))
 
     def in_registers(self, ends: Sequence[int]) -> set[int]:
         """Return the slots of numbers that only the text knows: it declares them."""
-        return {s for s in self.made.difference(ends) if is_number(self.vals[s])}
+        return {s for s in self.made.difference(ends) if has_one_element(self.vals[s])}
 
     def loop(
         self, target: Any, bodies: Sequence[fx.Graph | None], inputs: Sequence[int]
@@ -203,8 +203,8 @@ class LoopStep:
         homes, copies, following = self.placed(outs, own[first:last])
         self.made -= homes.keys()
         ends = [self.new(v) for v in (*carried, *[stack(v, length) for v in stacked])]
-        spare = [self.new(v if is_number(v) else stack(v, 2)) for v in carried]
-        self.made |= (numbers := {o for o in own[first:last] if is_number(self.vals[o])})
+        spare = [self.new(v if has_one_element(v) else stack(v, 2)) for v in carried]
+        self.made |= (numbers := {o for o in own[first:last] if has_one_element(self.vals[o])})
         t, count = f"t{ends[0] if ends else own[0]}", self.number(length)
         row = f"({count} - 1 - {t})" if target.reverse else t
         test += [f"if (!*(bool *)v{slot}) break;" for slot in holds]
@@ -322,7 +322,7 @@ def width(val: Tensor) -> int:
     return bytes_of(val.shape, val.stride(), val.dtype)
 
 
-def is_number(val: Tensor) -> bool:
+def has_one_element(val: Tensor) -> bool:
     return val.numel() == 1
 
 
