@@ -114,7 +114,7 @@ def check_partition(
             if is_random(n) and late is side
         ]
         draws = [n for n in gm.graph.nodes if is_random(n)]
-        if [kind(n) for n in draws] != [kind(n) for n in drawn]:
+        if [draw_of(n) for n in draws] != [draw_of(n) for n in drawn]:
             raise wrong(
                 f"the {what} draws {', '.join(map(describe, draws)) or 'nothing'}, and should "
                 f"draw {', '.join(map(describe, drawn)) or 'nothing'}: random numbers are drawn "
@@ -123,7 +123,7 @@ def check_partition(
             )
 
 
-def kind(n: Node) -> tuple:
+def draw_of(n: Node) -> tuple:
     vals = n.meta["val"]
     return n.target, [
         tuple(v.shape)
