@@ -174,12 +174,12 @@ def cells(
     return aten.as_strided(numbers, size, strides, offset)
 
 
-def layout(x: Tensor) -> tuple[Sequence[Any], Sequence[Any], Any]:
+def geometry(x: Tensor) -> tuple[Sequence[Any], Sequence[Any], Any]:
     return x.shape, x.stride(), x.storage_offset()
 
 
 def as_strided_back(g: Tensor, x: Tensor, *to: Any) -> Tensor:
-    at = cells(x, layout(x), to).reshape(-1)
+    at = cells(x, geometry(x), to).reshape(-1)
     return g.new_zeros(x.numel()).index_add(0, at, g.reshape(-1)).reshape(x.shape)
 
 
@@ -189,12 +189,12 @@ def batch_as_strided(x: Tensor, *to: Any, sample: Any) -> Tensor:
 
 
 def as_strided_scatter_back(g: Tensor, x: Tensor, src: Tensor, *to: Any) -> Tensor:
-    at = cells(x, layout(x), to).reshape(-1)
+    at = cells(x, geometry(x), to).reshape(-1)
     return g.reshape(-1).index_fill(0, at, 0).reshape(x.shape)
 
 
 def as_strided_part(g: Tensor, x: Tensor, src: Tensor, *to: Any) -> Tensor:
-    return g.reshape(-1).index_select(0, cells(x, layout(x), to).reshape(-1)).reshape(src.shape)
+    return g.reshape(-1).index_select(0, cells(x, geometry(x), to).reshape(-1)).reshape(src.shape)
 
 
 def batch_as_strided_scatter(x: Tensor, src: Tensor, *to: Any, sample: Any) -> Tensor:
