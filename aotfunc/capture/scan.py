@@ -36,7 +36,7 @@ from .bodies import (
     row_sig,
 )
 from .scan_halves import Half, backward_body, linear_body
-from .series import SeriesLayout, Tangents, body_series, emit_series, moved
+from .series import SeriesLayout, Tangents, body_series, emit_series, has_coefficients
 from .stacked import halved_body
 from .unwind import pull_unwinding
 
@@ -240,7 +240,7 @@ class Scan(Flow):
 
     def series(self, b: Builder, n: Node, given: Sequence[Sequence], order: int) -> list[list]:
         """Let the loop also carry and stack coefficients."""
-        loop, inputs, results = self.coefficients(moved(given), order, body_series)
+        loop, inputs, results = self.coefficients(has_coefficients(given), order, body_series)
         return emit_series(b, loop, given, inputs, results)
 
     def coefficients(

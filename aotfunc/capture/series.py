@@ -49,7 +49,7 @@ class SeriesLayout(NamedTuple):
         return rows
 
 
-def moved(given: Sequence[Sequence[Node | None]]) -> list[bool]:
+def has_coefficients(given: Sequence[Sequence[Node | None]]) -> list[bool]:
     """Return which arguments have coefficients beyond the first."""
     return [any(c is not None for c in row[1:]) for row in given]
 

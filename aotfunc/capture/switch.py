@@ -24,7 +24,7 @@ from ..transforms.vmap import vmap
 from ..transforms.walk import builder, filled_node
 from .bodies import Flow, as_planned, dense, differing, emit_flow, results_as, returning
 from .one_by_one import one_by_one
-from .series import SeriesLayout, body_series, emit_series, moved
+from .series import SeriesLayout, body_series, emit_series, has_coefficients
 
 aten = torch.ops.aten
 
@@ -116,7 +116,7 @@ class Switch(Flow):
 
     def series(self, b: Builder, n: Node, given: Sequence[Sequence], order: int) -> list[list]:
         """Let each branch also return coefficients."""
-        wrt = tuple([i for i, yes in enumerate(moved(given[1:])) if yes])
+        wrt = tuple([i for i, yes in enumerate(has_coefficients(given[1:])) if yes])
         flags = map(any, zip(*[live(body, wrt) for body in self.bodies], strict=True))
         inputs = SeriesLayout((range(len(given) - 1),), wrt, order)
         moving = tuple([j for j, yes in enumerate(flags) if yes])

@@ -21,7 +21,7 @@ from ..transforms.walk import builder
 from .bodies import Flow, as_planned, dense, differing, emit_flow, own_memory, results_as
 from .one_by_one import one_by_one
 from .scan import Scan
-from .series import SeriesLayout, Tangents, body_series, emit_series, moved
+from .series import SeriesLayout, Tangents, body_series, emit_series, has_coefficients
 from .switch import Switch
 from .unwind import pull_unwinding
 
@@ -149,7 +149,7 @@ class While(Flow):
 
     def series(self, b: Builder, n: Node, given: Sequence[Sequence], order: int) -> list[list]:
         """Let the loop also carry coefficients."""
-        loop, inputs, results = self.coefficients(moved(given), order, body_series)
+        loop, inputs, results = self.coefficients(has_coefficients(given), order, body_series)
         return emit_series(b, loop, given, inputs, results)
 
     def coefficients(
