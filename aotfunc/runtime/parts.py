@@ -28,7 +28,15 @@ from ..trace.dtensors import mesh_and_placements, of_spec
 from ..trace.emit import Builder, remap, remap_dict
 from ..trace.kinds import innermost, is_dtensor
 from ..trace.patches import Exchange
-from ..trace.placing import dtensor, moved, on_whole, replicated, rule_for, spec_of, waited
+from ..trace.placing import (
+    dtensor,
+    on_whole,
+    replicated,
+    rule_for,
+    spec_of,
+    waited,
+    with_placements,
+)
 from ..transforms.lower import EVERYTHING, lowered
 from .together import TOGETHER, one_collective
 
@@ -167,7 +175,7 @@ def step(op: Any, args: Any, kwargs: Any) -> Any:
 
 def redistribute(x: Any, to: str, back: str) -> Any:
     mesh, placements = mesh_and_placements(to)
-    return moved(replicated(x, mesh), placements)
+    return with_placements(replicated(x, mesh), placements)
 
 
 def from_local(x: Tensor, shape: Any, stride: Any, to: str, back: str) -> Any:

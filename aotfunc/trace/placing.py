@@ -74,7 +74,7 @@ def replicated(x: Any, mesh: Any) -> Any:
     return dtensor(x, spec_of(mesh, [Replicate()] * mesh.ndim, x.shape, x.stride(), x.dtype))
 
 
-def moved(x: Any, placements: Sequence[Any]) -> Any:
+def with_placements(x: Any, placements: Sequence[Any]) -> Any:
     """Return a DTensor with other placements."""
     from torch.distributed.tensor._redistribute import redistribute_local_tensor
 
@@ -88,7 +88,7 @@ def everywhere(x: Any) -> Tensor:
     """Return the whole of a DTensor."""
     from torch.distributed.tensor import Replicate
 
-    return moved(x, [Replicate()] * x._spec.mesh.ndim)._local_tensor
+    return with_placements(x, [Replicate()] * x._spec.mesh.ndim)._local_tensor
 
 
 def waited(part: Any) -> Tensor:
@@ -141,7 +141,7 @@ def embedding(weight: Any, indices: Any, *rest: Any) -> Any:
         else:
             ways.append((Replicate(), Replicate(), Replicate()))
     at_rows, at_indices, at_result = zip(*ways, strict=True)
-    weight, indices = moved(weight, at_rows), moved(indices, at_indices)
+    weight, indices = with_placements(weight, at_rows), with_placements(indices, at_indices)
     rows, where = weight._local_tensor, indices._local_tensor
     if Partial() in at_result:
         _, (first, _) = compute_local_shape_and_global_offset(weight.shape, mesh, at_rows)
