@@ -98,13 +98,13 @@ def tangents_read(
     for n in active_nodes(nodes, list(tangents), zeros=zeros):
         if n.op == "call_function":
             of = [a for a in sources(n) if a in tangents]
-            read = [values[a] for a in multiplied(n, of) if a in values]
+            read = [values[a] for a in factors_read(n, of) if a in values]
             flat = isinstance(n.target, OpOverload) and entry_for(n.target).zero
             tangents[n] = set() if flat else set().union(*[tangents[a] for a in of], *read)
     return [tangents.get(o, set()) for o in program.outputs]
 
 
-def multiplied(n: Node, active: Sequence[Node]) -> list[Node]:
+def factors_read(n: Node, active: Sequence[Node]) -> list[Node]:
     """Return the arguments whose values the derivative of a node by the ``active`` ones reads, as
     far as is known."""
     if n.target is operator.getitem or n.target in SUMS:
