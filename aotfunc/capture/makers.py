@@ -13,7 +13,7 @@ from ..graph import op_of
 FUNCTION = "autograd.Function"
 
 
-def name_of(target: Any) -> str:
+def op_name(target: Any) -> str:
     """Return the name of an op, in place or not."""
     return target._schema.name.rstrip("_") if isinstance(target, OpOverload) else FUNCTION
 
@@ -25,4 +25,4 @@ def maker(out: Any) -> str:
         return ""
     target = op_of(out).target
     known = dict(enumerate(getattr(target, "made", ())))
-    return known.get(out.args[1], FUNCTION) if known else name_of(target)  # type: ignore
+    return known.get(out.args[1], FUNCTION) if known else op_name(target)  # type: ignore

@@ -21,7 +21,7 @@ from ..capture.calls import CallStep, CompiledCall, CompiledStep, hidden_writes
 from ..capture.captured import Captured
 from ..capture.hooks import Hooked
 from ..capture.live_hooks import TensorHooks, live_hooks
-from ..capture.makers import maker, name_of
+from ..capture.makers import maker, op_name
 from ..graph import Program, needed_for, op_of
 from ..trace.emit import Builder, remap
 from ..trace.marks import dead_end
@@ -73,14 +73,14 @@ def made_by(rec: Captured) -> tuple[str, ...]:
     end = len(trace.inputs)
     for instr, refs, *_ in trace.records:
         for s in written_slots(instr):
-            made[refs[s]] = name_of(instr_op(instr))
+            made[refs[s]] = op_name(instr_op(instr))
         nested: Sequence[str] = ()
         if isinstance(instr, CompiledStep):
             nested = instr.call.made
         elif isinstance(instr, CallStep):
             nested = made_in(instr.program)
         for i in range(results_of(instr)):
-            made[end] = nested[i] if i < len(nested) else name_of(instr_op(instr))
+            made[end] = nested[i] if i < len(nested) else op_name(instr_op(instr))
             end += 1
     return tuple([made.get(r, "") for r, _ in memory_program(rec)])
 

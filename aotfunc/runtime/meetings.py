@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from ..capture.calls import CompiledCall
 from ..capture.custom_derivative import CustomDerivative, Later, RuleProgram
-from ..capture.makers import maker, name_of
+from ..capture.makers import maker, op_name
 from ..graph import Program, needed_for, op_of
 from ..trace.emit import Builder, mergeable, paused_gc, remap
 from ..trace.marks import dead_end, hidden_write, once
@@ -182,7 +182,7 @@ def kept_results(
     for k, (n, yes, name) in enumerate(zip(program.outputs, live, made, strict=False)):
         if not (yes and n in active and n.op == "call_function"):
             continue
-        if n.target is aten.clone.default and name != name_of(n.target):
+        if n.target is aten.clone.default and name != op_name(n.target):
             n = n.args[0]  # two results that are merged have memory of their own
         if maker(n) == name and (n in met or is_saved(n, active)):
             same = sum(n is other.value for other in found.values())
