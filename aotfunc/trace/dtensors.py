@@ -36,13 +36,13 @@ def layout(mesh: Any, placements: Sequence[Any], summed: bool = False) -> str:
     from torch.distributed.tensor import Replicate
 
     placements = tuple([Replicate() if summed and p.is_partial() else p for p in placements])
-    name, text = name_of(mesh), ";".join(map(str, placements))
+    name, text = mesh_name(mesh), ";".join(map(str, placements))
     _meshes[name], _placements[text] = mesh, placements
     return f"{name};{text}"
 
 
 @remembered(8)
-def name_of(mesh: Any) -> str:
+def mesh_name(mesh: Any) -> str:
     with no_recording(), _disable_current_modes():
         return f"{mesh.device_type} {mesh.mesh.tolist()} {mesh.mesh_dim_names}"
 
