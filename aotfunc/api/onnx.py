@@ -59,7 +59,7 @@ def to_onnx(exported: Exported, options: dict[str, Any]) -> Any:
         raise ArgumentError(f"{name} cannot be converted by torch.onnx: {reason}") from e
     given = [x for x in tree_leaves((args, keywords)) if isinstance(x, Tensor)]
     for i, (x, y) in enumerate(zip(model(*given), expected, strict=True)):
-        if not near(x, y.cpu()):
+        if not nearly_equal(x, y.cpu()):
             raise ArgumentError(
                 f"{name}: torch.onnx converts it to a model whose output {i} is another: "
                 f"{x.flatten()[:3].tolist()}… for {y.flatten()[:3].tolist()}…"
@@ -79,7 +79,7 @@ def sample_input(sig: Sig, generator: torch.Generator) -> Tensor:
     return (x.normal_(generator=generator) if sig.differentiable else x).to(sig.device)
 
 
-def near(x: Tensor, y: Tensor) -> bool:
+def nearly_equal(x: Tensor, y: Tensor) -> bool:
     """Return whether the model's output ``x`` equals the function's ``y`` up to rounding."""
     if (x.shape, x.dtype) != (y.shape, y.dtype):
         return False
