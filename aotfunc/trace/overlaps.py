@@ -58,7 +58,7 @@ def check_overlaps(trace: Trace) -> None:
     met = next((pair for pair in pairs if meet(instr, places, *pair)), None)
     if met is None:
         return
-    places = near(instr, places)
+    places = numbered_spans(instr, places)
     key = (instr, tuple(places.items()))
     verdict = _verdicts.once(key, lambda: tried(instr, places, written))
     if verdict is SAME:
@@ -127,7 +127,7 @@ def meet(instr: Instr, places: Mapping[int, Span], w: int, i: int) -> bool:
     return overlap(to.proto, places[w].start, other.proto, places[i].start)
 
 
-def near(instr: Instr, places: Mapping[int, Span]) -> dict[int, Span]:
+def numbered_spans(instr: Instr, places: Mapping[int, Span]) -> dict[int, Span]:
     """Return the places with memories numbered, each cut off in front of the first argument."""
     memories = [*dict.fromkeys(p.memory for p in places.values())]
     first = [min(p.start for p in places.values() if p.memory == m) // 16 * 16 for m in memories]
