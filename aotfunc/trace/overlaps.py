@@ -53,7 +53,7 @@ def check_overlaps(trace: Trace) -> None:
         for i, sig in enumerate(instr.sigs)
         if sig is not NUMBER
     }
-    found = neighbours(places, {i: extent(instr.sigs[i].proto) for i in places})
+    found = meeting_pairs(places, {i: extent(instr.sigs[i].proto) for i in places})
     pairs = ((w, i) for pair in found for w, i in (pair, pair[::-1]) if w in written)
     met = next((pair for pair in pairs if meet(instr, places, *pair)), None)
     if met is None:
@@ -90,7 +90,7 @@ def made_apart(trace: Trace, refs: Sequence[int]) -> bool:
     return len(made) >= len(refs) - 1 and len({*made}) == len(made)
 
 
-def neighbours(
+def meeting_pairs(
     places: Mapping[int, Span], extents: Mapping[int, int]
 ) -> Iterator[tuple[int, int]]:
     """Yield the pairs of arguments whose spans of bytes meet."""
@@ -109,7 +109,7 @@ def crossing_writes(elements: Sequence[Sequence[Tensor]], shared: Sequence[Tenso
     every = [(k, i == 0, t) for k, one in enumerate(elements) for i, t in enumerate(one)]
     every += [(-1, False, t) for t in shared]
     places = {n: Span(*memory_of(t)) for n, (*_, t) in enumerate(every)}
-    for a, b in neighbours(places, {n: extent(t) for n, (*_, t) in enumerate(every)}):
+    for a, b in meeting_pairs(places, {n: extent(t) for n, (*_, t) in enumerate(every)}):
         (k, writes, s), (other, written, t) = every[a], every[b]
         if k != other and (writes or written):
             if overlap(s, places[a].start, t, places[b].start):
