@@ -30,7 +30,7 @@ def write(values: Sequence[Tensor]) -> Sequence[Tensor]:
     return [t]
 
 
-def numbered(
+def stage_numbers(
     nodes: Sequence[Node], cuts: Collection[Node], lone: Collection[Node] = ()
 ) -> dict[Node, int]:
     """Return the stage that computes each node: a new one begins where something reads a value
@@ -54,7 +54,7 @@ def stages(program: Program, cuts: Sequence[Node]) -> list[tuple[Program, list[N
     """Return the program cut at these values, ``(program, what it reads, results)`` of each stage;
     none if nothing reads them."""
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
-    stage = numbered(nodes, cuts)
+    stage = stage_numbers(nodes, cuts)
     if not any(stage.values()):
         return []
     wanted = {o for o in program.outputs if isinstance(o, Node)}

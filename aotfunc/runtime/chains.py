@@ -33,7 +33,7 @@ from ..transforms.activity import active_nodes, sources
 from ..transforms.tidy import rebuilt
 from .aliasing import memory_program
 from .autograd import call_compiled, op_by_op
-from .chain_steps import by_autograd, numbered, saves_a_result, stage_of, write
+from .chain_steps import by_autograd, saves_a_result, stage_numbers, stage_of, write
 from .execute import before_writes, write_back
 from .late_reads import late_reads, versions
 from .recorded_hooks import RecordedHooks, recorded_hooks
@@ -258,7 +258,7 @@ class CallCuts:
             if isinstance(hooks, TensorHooks | RecordedHooks):  # those of all that reads the value
                 self.cuts.update(self.shown(n))
                 self.saving.update(filter(saves_a_result, map(op_of, self.shown(n))))
-        self.stage = numbered(self.nodes, self.cuts, self.saving)
+        self.stage = stage_numbers(self.nodes, self.cuts, self.saving)
 
     def recorded(self, n: Node) -> RecordedHooks | None:
         """Return the hooks of a result that are recorded: autograd calls them before those that
