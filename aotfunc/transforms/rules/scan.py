@@ -83,11 +83,11 @@ def prod_of_others(x: Tensor) -> Tensor:
     if x.shape[-1] == 0:
         return x
     if x.dim() == 1 and len(x) <= FEW:
-        return one_by_one(x.unbind())
+        return products_of_others(x.unbind())
     return products_before(x) * products_before(x.flip(-1)).flip(-1)
 
 
-def one_by_one(factors: tuple[Tensor, ...]) -> Tensor:
+def products_of_others(factors: tuple[Tensor, ...]) -> Tensor:
     """Return for each factor the product of all others, in products of two. The derivatives of
     these are products of numbers again, and equal ones are computed once; those of a scan are
     scans, and grow tenfold."""
