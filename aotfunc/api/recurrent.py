@@ -40,7 +40,7 @@ def lstm(state: State, x: Tensor, h: Tensor) -> State:
 STEPS = {"rnn_tanh": tanh, "rnn_relu": relu, "gru": gru, "lstm": lstm}
 
 
-def one_way(
+def one_direction(
     name: str, x: Tensor, start: State, weights: Sequence[Tensor], reverse: bool
 ) -> tuple[State, Tensor]:
     """Return the last state and the outputs of one layer, for steps along dimension 0."""
@@ -75,7 +75,7 @@ def recurrent(
             x = F.dropout(x, dropout)
         outs = []
         for i in range(k, k + ways):
-            end, y = one_way(name, x, starts[i], weights[each * i : each * (i + 1)], i > k)
+            end, y = one_direction(name, x, starts[i], weights[each * i : each * (i + 1)], i > k)
             outs.append(y)
             ends.append(end)
         x = torch.cat(outs, -1) if both_ways else outs[0]
