@@ -51,7 +51,7 @@ from .scans import SCANS, turned
 from .scatter import ADDED
 from .steps import FEW, MANY
 from .views import VIEWS, place_of_expanded, source_of, source_place, static_shape
-from .waste import often, one_way
+from .waste import check_one_way, often
 
 Walked = TypeVar("Walked", Access, Ramp)
 
@@ -284,7 +284,7 @@ class Lowering(Axes):
                 raise Unfit("a result that is smaller than the kernel, or overlaps itself")
         for n in self.places:
             often(self, n, set(order[: len(outer)]))
-        one_way(self)
+        check_one_way(self)
         comments = [comment(n) for n in self.nodes]
         extents = tuple([self.extents[k] for k in order])
         kernel = Kernel(

@@ -30,7 +30,7 @@ def often(work: Lowering, n: Node, outer: set[int]) -> None:
         raise Unfit("a value that would be computed several times")
 
 
-def one_way(work: Lowering) -> None:
+def check_one_way(work: Lowering) -> None:
     """Raise Unfit if a value is walked in two ways, as sums over its rows and over its columns do:
     one of them would take large steps through memory."""
     ways: dict[Node, set[Place]] = {
