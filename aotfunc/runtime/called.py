@@ -19,7 +19,7 @@ from ..transforms.activity import live
 from .autograd import call_compiled, op_by_op
 from .chains import chained
 from .execute import execute, ours
-from .meetings import kept_results, meetings, opened
+from .meetings import kept_results, meetings, without_meetings
 from .pipeline import Pipeline
 
 
@@ -56,7 +56,7 @@ def as_call(
         if not n.target.program.mutated and all(isinstance(o, Node) and o in items for o in outs):
             reads = [inputs.index(a) for a in n.args]
             return n.target, reads, [o.args[1] for o in outs]
-    whole, made = opened(program), [*map(maker, program.outputs)]
+    whole, made = without_meetings(program), [*map(maker, program.outputs)]
     met = meetings(whole, wrt, flags := live(whole, wrt))
     if not (met or kept_results(whole, wrt, flags, met, made)):
         return None, (), ()

@@ -27,7 +27,7 @@ from .execute import before_writes
 from .late_reads import late_reads
 from .late_state import reads_state
 from .lifted import Groups, result_groups
-from .meetings import as_known, bent_nodes, kept_results, meetings, opened, parted
+from .meetings import as_known, bent_nodes, kept_results, meetings, parted, without_meetings
 from .unsaved import apart_from_results
 from .unseen import unseen_results
 
@@ -43,7 +43,7 @@ class Halves:
     def __init__(self, call: CompiledCall, wrt: tuple[int, ...]) -> None:
         self.call, self.wrt = call, wrt
         program = call.program
-        self.program = opened(program.flat())
+        self.program = without_meetings(program.flat())
         self.count = self.program.n_outputs
         #: whether each result has a derivative: the others do not require grad, as in eager
         self.live = live(self.program, wrt)

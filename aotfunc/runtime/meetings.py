@@ -60,7 +60,7 @@ class Known(CustomDerivative):
         return [n.args[1]], [g[0]]
 
 
-def opened(program: Program) -> Program:
+def without_meetings(program: Program) -> Program:
     """Return the program without nested calls in which cotangents meet, or whose results are kept
     for second derivatives."""
 
@@ -83,7 +83,7 @@ def opened(program: Program) -> Program:
         if n.target is operator.getitem:
             return b.item(*args)
         if inside(n, program.outputs):
-            return b.inlined(opened(nested(n)), args)
+            return b.inlined(without_meetings(nested(n)), args)
         return b.call_like(n, env)
 
     if not any(inside(n, program.outputs) for n in program.graph.nodes):
