@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from aotfunc.backends import Backend, opened
+from aotfunc.backends import Backend, cpp_decompositions
 from aotfunc.backends.eager import compile_graph
 from aotfunc.backends.loops.backend import with_kernels
 from aotfunc.backends.loops.launch import Launch
@@ -41,4 +41,4 @@ def with_threads(f: Callable, *args: object) -> list:
     return results
 
 
-every_kernel = EveryKernel(compiled, opened)
+every_kernel = EveryKernel(compiled, cpp_decompositions)

@@ -69,7 +69,7 @@ def auto(gm: Any, example_inputs: Any) -> Callable:
     return automatic(gm.graph, lambda backend: backend(gm, example_inputs))
 
 
-def opened() -> Mapping:
+def cpp_decompositions() -> Mapping:
     """Return the decompositions of the C++ backend."""
     from .loops.opened import OPENED
 
@@ -77,7 +77,7 @@ def opened() -> Mapping:
 
 
 EAGER, AUTO = Backend(eager, fuses=False), Backend(auto)
-CPP = Backend(compile_cpp, opened, reassociates=True)
+CPP = Backend(compile_cpp, cpp_decompositions, reassociates=True)
 
 #: name -> backend
 REGISTRY: dict[str, Backend] = {
