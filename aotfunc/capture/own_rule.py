@@ -168,12 +168,12 @@ class OwnRule:
         expected it is recorded now, if the rule still does what it did then."""
         if call not in self.recorded:
             for other, before in [*self.recorded.items()][:1]:
-                if before.key is not None and ops_of(self.record(*other)) != ops_of(before):
+                if before.key is not None and rule_ops(self.record(*other)) != rule_ops(before):
                     raise CaptureError("what it reads has changed since it was applied")
         return self.does(call)
 
 
-def ops_of(did: Recorded) -> tuple | None:
+def rule_ops(did: Recorded) -> tuple | None:
     """Return the ops that a rule called itself, with their literals: the Functions that it
     applies may find other rules of their own."""
     if did.key is None:
