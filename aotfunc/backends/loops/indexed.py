@@ -41,7 +41,7 @@ def looked_up(found: Expr) -> Index:
     return Index(((found, 1),))
 
 
-def outside(error: type[Exception], size: int, dim: int) -> Callable[[int], Exception]:
+def out_of_bounds(error: type[Exception], size: int, dim: int) -> Callable[[int], Exception]:
     return lambda i: error(f"index {i} is out of bounds for dimension {dim} with size {size}")
 
 
@@ -53,7 +53,7 @@ def gather(work: Lowering, at: At, x: Node, dim: int, index: Node, **_: Any) -> 
     if not at.place:
         raise Unfit("a gather from one number")
     dim, size = dim % len(at.place), static_shape(x)[dim]
-    found = index_of(work, index, at, 0, size, outside(RuntimeError, size, dim))
+    found = index_of(work, index, at, 0, size, out_of_bounds(RuntimeError, size, dim))
     return work.value(x, with_index(at.place, dim, looked_up(found)), at.mask)
 
 
@@ -77,7 +77,9 @@ def scatter_element(work: Lowering, at: At, x: Node, dim: int, index: Node, new:
     if not shape or static_shape(index) != (*shape[:dim], 1, *shape[dim + 1 :]):
         raise Unfit("elements that may be the same")
     here = At(with_index(at.place, dim, FIRST), at.mask)
-    found = index_of(work, index, here, 0, shape[dim], outside(RuntimeError, shape[dim], dim))
+    found = index_of(
+        work, index, here, 0, shape[dim], out_of_bounds(RuntimeError, shape[dim], dim)
+    )
     old = work.value(x, at.place, at.mask)
     if isinstance(new, Node):
         value: Expr = cast(work.value(new, here.place, at.mask), old.dtype)
@@ -105,7 +107,7 @@ def place_of_indexed(
             continue
         here = At(place_of_expanded(static_shape(indices[d]), common), at.mask)
         found = index_of(
-            work, indices[d], here, -n, n, outside(IndexError, n, list(indices).index(d))
+            work, indices[d], here, -n, n, out_of_bounds(IndexError, n, list(indices).index(d))
         )
         where.append(looked_up(wrapped(work, found, n)))
     return tuple(where)

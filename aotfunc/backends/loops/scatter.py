@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from .checks import index_of
 from .constants import constant
-from .indexed import At, looked_up, out_of_self, outside, place_of_indexed, together
+from .indexed import At, looked_up, out_of_bounds, out_of_self, place_of_indexed, together
 from .ir import Unfit
 from .places import Place
 from .views import static_shape, with_index
@@ -49,7 +49,7 @@ def scatter_add(n: Node) -> Added:
     size = static_shape(x)[dim]
 
     def where(work: Lowering, place: Place) -> Place:
-        error = outside(RuntimeError, size, dim % len(shape))
+        error = out_of_bounds(RuntimeError, size, dim % len(shape))
         i = index_of(work, index, At(place, None), 0, size, error)
         return with_index(place, dim, looked_up(i))
 
