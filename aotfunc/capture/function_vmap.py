@@ -95,7 +95,7 @@ def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
     feed = iter(batch)
     given = [next(feed) if t.__class__ is Traced else (t, None) for t in operands.tensors]
     dims = operands.dims([d for _, d in given])
-    versions = written_so_often(seen := outside(trace))
+    versions = written_so_often(seen := outside_tensors(trace))
     with set_aside(trace):
         info = Info(*trace.samples.axis[:2])
         leaves, spec, out_dims = call(cls, info, dims, operands.rebuilt([x for x, _ in given]))
@@ -152,7 +152,7 @@ class LookedAt:
 
     def may_be_real(self, trace: Trace) -> bool:
         """Return whether the tensors have values, and no step draws."""
-        tensors, steps = outside(trace)[self.tensors :], trace.records[self.steps :]
+        tensors, steps = outside_tensors(trace)[self.tensors :], trace.records[self.steps :]
         self.tensors, self.steps = self.tensors + len(tensors), self.steps + len(steps)
         self.real = (
             self.real
@@ -168,7 +168,7 @@ def is_unwrapped(t: Tensor) -> bool:
     return has_values(t) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
-def outside(trace: Trace) -> list[Tensor]:
+def outside_tensors(trace: Trace) -> list[Tensor]:
     return [*trace.origins, *trace.lifted]
 
 
