@@ -67,7 +67,7 @@ class Leaked(torch.autograd.Function):
         return g, None, None
 
 
-def outside_value(t: Traced) -> Tensor:
+def leaked_value(t: Traced) -> Tensor:
     """Return the value of a leaked result. It requires grad where the result does in eager."""
     value, error = t.tracer.value(t), None
     if needing(t):
@@ -97,7 +97,7 @@ def run_outside(op: OpOverload, args: tuple, kwargs: dict) -> Any:
     if refused and any(x.__class__ is Traced and needing(x) for x in given):
         if op.is_view or any(isinstance(x, Tensor) and requires_grad(x) for x in given):
             raise left(_WHY, _KEPT)
-        args, kwargs = tree_map_only(Traced, outside_value, (args, kwargs))
+        args, kwargs = tree_map_only(Traced, leaked_value, (args, kwargs))
         with as_if_outside():
             return op(*args, **kwargs)
     args, kwargs = tree_map_only(Traced, lambda x: x.tracer.value(x), (args, kwargs))
