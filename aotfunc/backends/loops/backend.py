@@ -70,7 +70,7 @@ def compile_cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
             args[:] = [resolved(a) if is_lazy(a) else a for a in args]
         return run.boxed(args)
 
-    boxed.own = own(output_node(graph).args[0])  # type: ignore[attr-defined]
+    boxed.own = n_own_results(output_node(graph).args[0])  # type: ignore[attr-defined]
     boxed.unchecked = run  # type: ignore[attr-defined]
     boxed.alone = one_launch(graph)  # type: ignore[attr-defined]
     boxed.steady = steady  # type: ignore[attr-defined]
@@ -89,7 +89,7 @@ def one_launch(graph: fx.Graph) -> Callable | None:
     return last.target.entry if given and list(output.args[0]) == [last] else None
 
 
-def own(results: Sequence[Any]) -> int:
+def n_own_results(results: Sequence[Any]) -> int:
     """Return how many of the first results are launches' own, in memory that no other value
     shares."""
     for count, n in enumerate(results):
