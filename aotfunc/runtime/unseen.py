@@ -37,19 +37,21 @@ def unseen_results(program: Program, live: Sequence[bool]) -> dict[int, Unseen]:
     for (op, j), k in places.items():
         saved, others = False, set[int]()
         for body in op.target.bodies:
-            mine = own(body.outputs[j])
+            mine = copied_value(body.outputs[j])
             if isinstance(mine, Node) and mine.op == "call_function":
                 saved = saved or is_saved(mine, {*body.graph.nodes})
-                each = [(i, own(body.outputs[i])) for (m, i) in places if m is op and i != j]
+                each = [
+                    (i, copied_value(body.outputs[i])) for (m, i) in places if m is op and i != j
+                ]
                 others.update([places[op, i] for i, o in each if o is mine or mine in behind([o])])
         if saved or others:
             found[k] = Unseen(saved, frozenset(others))
     return found
 
 
-def own(n: Any) -> Any:
+def copied_value(n: Any) -> Any:
     """Return the value that a branch has copied to memory of its own."""
-    return own(n.args[0]) if isinstance(n, Node) and n.target is aten.clone.default else n
+    return copied_value(n.args[0]) if isinstance(n, Node) and n.target is aten.clone.default else n
 
 
 def watched(t: Tensor) -> OrderedDict:
