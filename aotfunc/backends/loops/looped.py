@@ -337,7 +337,7 @@ def native_loop(target: Any, bodies: Sequence[Callable], plain: Callable) -> Cal
     if quick is None or not hasattr(target, "n_consts"):
         return plain
     try:
-        words, constants = packed(target, list(map(steady, bodies)), quick.dtypes)
+        words, constants = loop_words(target, list(map(steady, bodies)), quick.dtypes)
     except (UnfitStep, CompilerError):
         return plain
     data = (array("q", words).tobytes(), plain, constants)
@@ -352,7 +352,7 @@ def native_loop(target: Any, bodies: Sequence[Callable], plain: Callable) -> Cal
     return call
 
 
-def packed(
+def loop_words(
     target: Any, bodies: Sequence[fx.Graph | None], dtypes: Mapping
 ) -> tuple[list[int], list[Tensor]]:
     """Return what ``loop.cpp`` needs of a loop, as words, and the constants whose addresses are
