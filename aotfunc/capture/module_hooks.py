@@ -181,7 +181,7 @@ def recorded_hooks(
         here = [i for i, yes in zip(places, floats, strict=True) if yes and next(present)]
         sigs = [contiguous_sig(v) for i, v in zip(places, vals, strict=True) if i in here]
         before = part(
-            lambda *gs, here=here: pre_hooked(hook, packed(count, here, gs), places), sigs
+            lambda *gs, here=here: pre_hooked(hook, values_at(count, here, gs), places), sigs
         )
         backwards.append((have, before))
         if hook.input_tensors_index is None or not isinstance(before, RuleProgram):
@@ -197,7 +197,9 @@ def recorded_hooks(
 
         def after(*gs: Tensor, mine: list = mine, there: list = there) -> list:
             inner, outer = gs[: len(mine)], gs[len(mine) :]
-            return hooked(hook, packed(hook.n_inputs, mine, inner), packed(count, there, outer))
+            return hooked(
+                hook, values_at(hook.n_inputs, mine, inner), values_at(count, there, outer)
+            )
 
         hooks[have] = part(after, [*sigs, *(o.meta["val"] for o in given if o is not None)])
     return End(Behind(name, vals, tuple(backwards), hook.link, hooks, len(residuals))), residuals
@@ -232,7 +234,7 @@ def record_identity(
 # ----- what eager does when the gradients are there ----------------------------------------------
 
 
-def packed(size: int, places: Sequence[int], values: Sequence[Any]) -> tuple:
+def values_at(size: int, places: Sequence[int], values: Sequence[Any]) -> tuple:
     given = dict(zip(places, values, strict=True))
     return tuple(given.get(i) for i in range(size))
 
