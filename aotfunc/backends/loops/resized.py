@@ -186,7 +186,7 @@ def reflected(i: Expr, size: int) -> Expr:
     return last - absolute(last - absolute(i))
 
 
-def padded(inside: Callable[[Expr, int], Expr]) -> Callable[..., Expr]:
+def padding_rule(inside: Callable[[Expr, int], Expr]) -> Callable[..., Expr]:
     """Return the rule of a padding that reads element ``inside(index, size)``."""
 
     def rule(work: Lowering, at: At, x: Node, pad: Sequence[int]) -> Expr:
@@ -219,6 +219,9 @@ RESIZED: dict[Any, Callable[..., Expr]] = {
         for name, exact in (("upsample_nearest", False), ("_upsample_nearest_exact", True))
         for n in (1, 2, 3)
     },
-    **{getattr(aten, f"reflection_pad{n}d").default: padded(reflected) for n in (1, 2, 3)},
-    **{getattr(aten, f"replication_pad{n}d").default: padded(clamped_index) for n in (1, 2, 3)},
+    **{getattr(aten, f"reflection_pad{n}d").default: padding_rule(reflected) for n in (1, 2, 3)},
+    **{
+        getattr(aten, f"replication_pad{n}d").default: padding_rule(clamped_index)
+        for n in (1, 2, 3)
+    },
 }
