@@ -26,7 +26,7 @@ from ..transforms.rules.table import entry_for
 from ..transforms.tidy import FINAL, rebuilt
 from ..transforms.vmap import Axis, inserted, vmap
 from ..transforms.walk import builder
-from .bodies import Flow, dense, emit_flow, part
+from .bodies import Flow, dense, emit_flow, subprogram
 from .scan import Scan
 from .unrolled import emit_unrolled
 
@@ -171,7 +171,7 @@ def without_sums(body: Program, n_consts: int, n_carry: int) -> Program | None:
             return None
         outs[i] = term
     rest = [n for n in body.graph.nodes if n not in sums]
-    return part(body, rest, outs, [p for p in inputs if p not in carry])
+    return subprogram(body, rest, outs, [p for p in inputs if p not in carry])
 
 
 def separate(body: Program) -> bool:

@@ -75,7 +75,7 @@ def differing(body: Program, given: Sequence[bool], apart: bool) -> list[bool]:
     return [o in reached for o in body.outputs]
 
 
-def part(
+def subprogram(
     program: Program,
     nodes: Iterable[Node],
     outs: Sequence[Any],
@@ -112,7 +112,7 @@ def hoisted(body: Program, n_consts: int) -> tuple[list[int], Program, Program]:
         kept = [i for i, p in enumerate(inputs[:n_consts]) if any(u not in fixed for u in p.users)]
         new = [*[inputs[i] for i in kept], *read, *inputs[n_consts:]]
         rest = [n for n in body.graph.nodes if n not in fixed]
-        return kept, part(body, fixed, read), part(body, rest, body.outputs, new)
+        return kept, subprogram(body, fixed, read), subprogram(body, rest, body.outputs, new)
 
     return body.once(("hoisted", n_consts), make)
 
@@ -124,7 +124,7 @@ def returning(program: Program, chosen: Sequence[int]) -> Program:
     outs = program.outputs
     return program.once(
         ("returning", *chosen),
-        lambda: part(program, program.graph.nodes, [outs[i] for i in chosen]),
+        lambda: subprogram(program, program.graph.nodes, [outs[i] for i in chosen]),
     )
 
 

@@ -15,7 +15,7 @@ from ..trace.emit import Builder, paused_gc
 from ..trace.views import laid_out
 from ..transforms.linearize import halve
 from ..transforms.walk import builder, filled_node
-from .bodies import dense, drawn, part
+from .bodies import dense, drawn, subprogram
 
 if TYPE_CHECKING:
     from .scan import Scan
@@ -45,7 +45,7 @@ class Half:
         varying = dependents(early.graph, [*inputs[scan.n_consts :], *drawn(early)])
         results, computed = list(early.outputs[:count]), list(early.outputs[count:])
         fixed = [r for r in computed if r not in varying and r.op != "placeholder"]
-        self.fixed = part(early, [n for n in early.graph.nodes if n not in varying], fixed)
+        self.fixed = subprogram(early, [n for n in early.graph.nodes if n not in varying], fixed)
         #: for each residual (kind, number within the kind)
         self.sources: list[tuple[str, int]] = []
         stacked: list[Node] = []
@@ -64,7 +64,7 @@ class Half:
         self.same = [
             k == "fixed" or (k == "argument" and i < scan.n_consts) for k, i in self.sources
         ]
-        self.forward = part(early, early.graph.nodes, [*results, *stacked])
+        self.forward = subprogram(early, early.graph.nodes, [*results, *stacked])
         self.made: dict[Any, Any] = {}
 
     @property

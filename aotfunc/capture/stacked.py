@@ -10,7 +10,7 @@ from ..partition.ops import base, is_single, is_view
 from ..partition.problem import Problem
 from ..partition.roles import read_joint
 from ..partition.split import split
-from .bodies import drawn, part
+from .bodies import drawn, subprogram
 
 if TYPE_CHECKING:
     from .scan import Scan
@@ -47,7 +47,7 @@ def halved_body(
     outs = whole.outputs[: n_early + len(computed)]
     back = Program(late, count, joint.n_outputs - n_early, (), "backward")
     return (
-        part(whole, early.nodes, outs),
-        part(back, late.nodes, back.outputs),
+        subprogram(whole, early.nodes, outs),
+        subprogram(back, late.nodes, back.outputs),
         [inputs.index(n) for n in direct],
     )
