@@ -60,9 +60,9 @@ def fewest(pattern: Pattern) -> JacobianPlan:
             continue
         parts: list[ColouredProducts | None] = [None, None]
         if bound:
-            parts[0] = by_columns(row, col, coloured(part(pattern, ~many)), ~many)
+            parts[0] = by_columns(row, col, coloured(some_entries(pattern, ~many)), ~many)
         if many.any():
-            colours = coloured(part(pattern, many).T)
+            colours = coloured(some_entries(pattern, many).T)
             colours[lengths <= bound] = -1
             parts[1] = by_columns(col, row, colours, many)
         plan = JacobianPlan(row, col, *parts)
@@ -72,7 +72,7 @@ def fewest(pattern: Pattern) -> JacobianPlan:
     return best
 
 
-def part(pattern: Pattern, chosen: np.ndarray) -> Pattern:
+def some_entries(pattern: Pattern, chosen: np.ndarray) -> Pattern:
     """Return the pattern with some of its entries."""
     at = pattern.row[chosen], pattern.col[chosen]
     return type(pattern)((pattern.data[chosen], at), pattern.shape)
@@ -91,7 +91,7 @@ def diagonal_blocks(size: int) -> Callable[[Pattern], JacobianPlan]:
     """Return how to plan for the entries of square blocks of this size on the diagonal."""
 
     def make(pattern: Pattern) -> JacobianPlan:
-        wanted = part(pattern, pattern.row // size == pattern.col // size)
+        wanted = some_entries(pattern, pattern.row // size == pattern.col // size)
         colours = coloured(pattern, wanted)
         return JacobianPlan(
             wanted.row, wanted.col, by_columns(wanted.row, wanted.col, colours), None
