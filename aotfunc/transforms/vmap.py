@@ -191,7 +191,7 @@ def vmap(
         results = []
         outs = program.outputs
         for i, o in enumerate(outs[: program.n_outputs]):
-            results.append(placed(batch, o, 0 if out_dims is None else out_dims[i], i))
+            results.append(with_batch_dim(batch, o, 0 if out_dims is None else out_dims[i], i))
         written = []
         for index, o in zip(program.mutated, outs[program.n_outputs :], strict=True):
             dim = dims[index]
@@ -230,7 +230,7 @@ def shared_write(target: Node, value: Node) -> str:
     )
 
 
-def placed(batch: Batch, o: Any, dim: int | None, i: int) -> Any:
+def with_batch_dim(batch: Batch, o: Any, dim: int | None, i: int) -> Any:
     """Return a result with its batch dimension at ``dim``."""
     if not isinstance(o, Node):
         if dim is not None:
