@@ -140,7 +140,7 @@ class Gathering:
             info = p._module_info
             shared = zip(info.shared_modules, info.shared_param_names, strict=True)
             for m, name in ((info.module, info.param_name), *shared):
-                for table, key in places(m, name):
+                for table, key in parameter_places(m, name):
                     before.append((table, key, table[key]))
                     table[key] = whole
 
@@ -165,7 +165,7 @@ class Gathering:
                 state._state_ctx.iter_forward_root = None
 
 
-def places(m: nn.Module, name: str) -> Iterator[tuple[Any, Any]]:
+def parameter_places(m: nn.Module, name: str) -> Iterator[tuple[Any, Any]]:
     """List where a module keeps a parameter; recurrent layers have a list of them, too."""
     yield m._parameters, name
     if name in (names := getattr(m, "_flat_weights_names", ())):
