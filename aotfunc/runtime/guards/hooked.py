@@ -68,7 +68,7 @@ class Held:
         self.objects: dict[str, Any] = {}
         #: the class of an object that a hook holds and the function makes at each call
         self.made: type | None = None
-        known, seen = places(state), set[int]()
+        known, seen = held_variables(state), set[int]()
         todo: list[Any] = [*hooks]
         while todo:
             x = todo.pop()
@@ -89,10 +89,10 @@ class Held:
         them."""
         for v, x in self.objects.items():
             state.require(v, x)
-        known = places(state)
+        known = held_variables(state)
         return all(known.get(id(x)) == v for v, x in self.objects.items())
 
 
-def places(state: State) -> dict[int, str]:
+def held_variables(state: State) -> dict[int, str]:
     """Return the variables of the check that hold the objects of a state, by ``id``."""
     return {id(owner): v for owner, v, _ in state.owners} | state.seen
