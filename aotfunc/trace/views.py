@@ -44,12 +44,12 @@ def replay_view(b: Builder, link: Link, node: Node) -> Node:
     if op is aten._conj.default:
         op = aten._conj_physical.default
     if op is narrow_at:
-        op, args = aten.index_select.default, (args[0], places(b, *args[1:]))
+        op, args = aten.index_select.default, (args[0], index_node(b, *args[1:]))
     out = b.call(op, node, *args, **kwargs)
     return out if index is None else b.item(out, index)
 
 
-def places(b: Builder, start: Node, length: int) -> Node:
+def index_node(b: Builder, start: Node, length: int) -> Node:
     """Return the indices ``start``, ``start + 1``, … as a node of ``length`` elements."""
     sig: Sig = start.meta["val"]
     if sig.dtype not in (torch.int64, torch.int32):
@@ -190,7 +190,7 @@ INVERSES: dict[OpOverload, Any] = {
     aten.select.int: _scattered(aten.select_scatter.default),
     aten.slice.Tensor: _scattered(aten.slice_scatter.default),
     narrow_at: lambda b, base, new, index, dim, *at: b.call(
-        aten.index_copy.default, base, dim, places(b, *at), new
+        aten.index_copy.default, base, dim, index_node(b, *at), new
     ),
     aten.diagonal.default: _scattered(aten.diagonal_scatter.default),
     aten.as_strided.default: _scattered(aten.as_strided_scatter.default),
