@@ -127,7 +127,7 @@ def windowed(name: str, rank: int, make: Windows) -> None:
         return spread(d, g, [w.T for w in make(rank, n, g, *args)])
 
 
-def pooled(
+def pooling_pattern(
     rank: int, x: Node, out: Node, kernel: Any, stride: Any, padding: Any, gaps: Any, *_: Any
 ) -> list[Pattern]:
     how = [per(v, rank) for v in (kernel, stride or kernel, padding, gaps)]
@@ -142,7 +142,7 @@ def pooled(
 def averaged(
     rank: int, x: Node, out: Node, kernel: Any, stride: Any, padding: Any, *_: Any
 ) -> list[Pattern]:
-    return pooled(rank, x, out, kernel, stride, padding, [1])
+    return pooling_pattern(rank, x, out, kernel, stride, padding, [1])
 
 
 def adaptive_windows(rank: int, x: Node, out: Node, *_: Any) -> list[Pattern]:
@@ -158,7 +158,7 @@ def adaptive_windows(rank: int, x: Node, out: Node, *_: Any) -> list[Pattern]:
 
 
 for rank in (2, 3):
-    windowed(f"max_pool{rank}d_with_indices", rank, pooled)
+    windowed(f"max_pool{rank}d_with_indices", rank, pooling_pattern)
     windowed(f"avg_pool{rank}d", rank, averaged)
     windowed(f"adaptive_max_pool{rank}d", rank, adaptive_windows)
     windowed(f"_adaptive_avg_pool{rank}d", rank, adaptive_windows)
