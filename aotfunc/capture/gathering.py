@@ -46,7 +46,7 @@ def groups_of(state: Any) -> list[Any]:
 _inside: weakref.WeakSet = weakref.WeakSet()
 
 
-def prepare(m: nn.Module, label: str) -> None:
+def prepare_group(m: nn.Module, label: str) -> None:
     """Let a module of FSDP2 hold its parameters in parts, as before its first call. Which one is
     the outermost is left to that call."""
     state = state_of(m)

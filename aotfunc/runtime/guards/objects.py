@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ...cache import remembered
-from ...capture.gathering import prepare, settings, state_of
+from ...capture.gathering import prepare_group, settings, state_of
 from ...trace.holding import slots_of
 from .description import NOTHING, Description, passing
 from .keys import Named, noted
@@ -167,7 +167,7 @@ class Objects(Description):
             if parametrize._cache_enabled:  # its parameters are kept by its id
                 self.same(m, v, label)
         if state_of(m) is not None:
-            prepare(m, label)
+            prepare_group(m, label)
             now = settings(m)
             self.key += map(tuple, now)
             self.lines.append(f"if {self.constant(settings)}({v}) != {self.constant(now)}: return")
