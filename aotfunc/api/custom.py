@@ -30,14 +30,14 @@ _in_graph: weakref.WeakSet[Callable] = weakref.WeakSet()
 _SYMBOLS: dict[type, Callable] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
 
 
-def prepare() -> None:
+def prepare_custom() -> None:
     """Make calls of custom functions nodes of Dynamo's graphs; Dynamo calls this while it
     reads."""
     for call in [*_in_graph]:
         torch.compiler.allow_in_graph(call)
 
 
-prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
+prepare_custom._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def with_numbers(x: Any, leaves: list) -> Any:
@@ -148,7 +148,7 @@ class CustomFunction(CustomRules):
                 f"{self.__name__} has no rules yet: call its defvjp, defjvp or def_vmap"
             )
         if is_dynamo_compiling():
-            prepare()
+            prepare_custom()
             leaves = self.in_graph(*args, **kwargs)
             return with_leaves(self.at, leaves)
         return self._recorded(*args, **kwargs)
