@@ -29,7 +29,7 @@ def outer_product(x: Tensor, y: Tensor) -> Any:
 FEW_PRODUCTS = 1 << 20
 
 
-def product_and_sum(bias: Tensor, x: Tensor, y: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+def small_addmm(bias: Tensor, x: Tensor, y: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
     """Multiply small matrices, and add."""
     few = 0 < x.numel() * y.shape[-1] <= FEW_PRODUCTS
     dtypes = {bias.dtype, x.dtype, y.dtype}  # torch refuses to mix dtypes
@@ -70,8 +70,8 @@ def can_open(args: Sequence, more: Container[torch.dtype] = ()) -> bool:
 OPENED: dict[Any, Callable] = {
     aten.mm.default: outer_product,
     aten.bmm.default: outer_product,
-    aten.addmm.default: product_and_sum,
-    aten.baddbmm.default: product_and_sum,
+    aten.addmm.default: small_addmm,
+    aten.baddbmm.default: small_addmm,
     aten._softmax.default: of_floats(softmax.softmax),
     aten._log_softmax.default: of_floats(softmax.log_softmax),
     aten._softmax_backward_data.default: of_floats(softmax.softmax_backward),
