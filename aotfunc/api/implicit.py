@@ -73,7 +73,7 @@ def _root_backward(
     x, tensors = residuals
     pull_x = vjp(lambda x: pure(x, *tensors), x)[1]
     w = custom_linear_solve(lambda u: pull_x(u)[0], cotangent, tangent_solve, tangent_solve)
-    return tuple(pulled(lambda *tensors: pure(x, *tensors), tensors, tree_map(torch.neg, w)))
+    return tuple(gradients_of(lambda *tensors: pure(x, *tensors), tensors, tree_map(torch.neg, w)))
 
 
 _root.defvjp(_root_forward, _root_backward)
@@ -135,7 +135,7 @@ def _solution_backward(
     transposed = vjp(lambda x: pure(x, *tensors), ct)[1]
     there = (lambda x: pure(x, *tensors)) if symmetric else (lambda u: transposed(u)[0])
     w = custom_linear_solve(there, ct, back, solve, symmetric)
-    return w, *pulled(lambda *tensors: pure(x, *tensors), tensors, tree_map(torch.neg, w))
+    return w, *gradients_of(lambda *tensors: pure(x, *tensors), tensors, tree_map(torch.neg, w))
 
 
 def _solution_tangents(
@@ -159,7 +159,7 @@ _solution.defvjp(_solution_forward, _solution_backward)
 _solution.defjvp(_solution_tangents)
 
 
-def pulled(f: Callable, tensors: Sequence[Tensor], cotangent: Any) -> list[Tensor | None]:
+def gradients_of(f: Callable, tensors: Sequence[Tensor], cotangent: Any) -> list[Tensor | None]:
     """Return the gradients of ``f(*tensors)`` with respect to the tensors that have one."""
     places = [i for i, t in enumerate(tensors) if floating(t)]
     grads: list[Tensor | None] = [None] * len(tensors)
