@@ -150,13 +150,13 @@ def setup_output_hook(hook: Any, args: Any) -> Any:
             hook.link.live = mine
             return first, []
         calls_late(*hook.user_pre_hooks, *hook.user_hooks)
-        return recorded_hooks(d, hook, name, mine.n_outputs, places, vals)
+        return hooked_identity(d, hook, name, mine.n_outputs, places, vals)
 
     waiting.wait(make)
     return outs if isinstance(args, tuple) else outs[0]
 
 
-def recorded_hooks(
+def hooked_identity(
     waiting: Deferred, hook: Any, name: str, count: int, places: list[int], vals: tuple
 ) -> tuple[End, list[int]]:
     """Return the identity behind a module with ``count`` results, with its hooks as programs, and
