@@ -13,7 +13,7 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError, OpError
 from ..trace import outside
-from ..trace.dtensors import refusal
+from ..trace.dtensors import unsupported
 from ..trace.kinds import is_dtensor
 from ..trace.shapes.sig import contiguous_stride, make_sig
 from ..trace.traced import Traced, current
@@ -27,7 +27,7 @@ from .hooks import before_hooks
 
 def check_undistributed(outs: Any) -> None:
     if any(map(is_dtensor, outs)):
-        raise refusal("a gradient")
+        raise unsupported("a gradient")
 
 
 def autograd_grad(

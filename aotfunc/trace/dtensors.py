@@ -74,7 +74,7 @@ def standing() -> type:
             return to_local(current(), None, self, grad_placements)  # in no_grad(), too
 
         def refuse(self, *_: Any, **__: Any) -> Any:
-            raise refusal("a hook or a gradient")
+            raise unsupported("a hook or a gradient")
 
         register_hook = register_post_accumulate_grad_hook = retain_grad = backward = refuse
         detach_ = requires_grad_ = refuse
@@ -82,7 +82,7 @@ def standing() -> type:
     return TracedDTensor
 
 
-def refusal(what: str) -> CaptureError:
+def unsupported(what: str) -> CaptureError:
     return CaptureError(
         f"{what} of a DTensor inside a captured function is not supported{at(user_line())}: take "
         "it outside, or of x.to_local()"
@@ -151,7 +151,7 @@ def record_function(trace: Any, function: Any, args: tuple) -> Any:
     name, x = function.__name__, (*args, None)[0]
     if not function.__module__.startswith("torch.distributed.tensor."):
         if any(map(is_dtensor, args)):
-            raise refusal(f"the Function {name}")
+            raise unsupported(f"the Function {name}")
         return NotImplemented
     if name not in RECORDED:
         return NotImplemented
@@ -163,7 +163,7 @@ def record_function(trace: Any, function: Any, args: tuple) -> Any:
 def redistribute(trace: Any, function: Any, x: Any, *rest: Any) -> Tensor:
     like = mirrored(function.apply, x, *rest)
     if like.dtype != x.dtype:
-        raise refusal("redistribute in another dtype")
+        raise unsupported("redistribute in another dtype")
     y = torch.ops.aotfunc_layout.redistribute(
         whole_of(trace, x), of_spec(like._spec), of_spec(x._spec, summed=True)
     )
@@ -174,7 +174,7 @@ def from_local(
     trace: Any, function: Any, x: Tensor, mesh: Any, placements: tuple, check: bool, *rest: Any
 ) -> Tensor:
     if check:
-        raise refusal("from_local(run_check=True)")
+        raise unsupported("from_local(run_check=True)")
     like = mirrored(function.apply, x, mesh, placements, check, *rest)
     back = rest[2] if len(rest) > 2 and rest[2] is not None else None
     y = torch.ops.aotfunc_layout.from_local(
