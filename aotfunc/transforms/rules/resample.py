@@ -14,7 +14,7 @@ from .table import linear, vjp_of, vmap_of
 # ----- resizing ----------------------------------------------------------------------------------
 
 
-def resizing(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
+def register_resizing(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
     """Register an interpolation ``(x, output_size, *how)`` and its transpose ``(g, output_size,
     input_size, *how)``."""
 
@@ -40,7 +40,7 @@ for name in (
     *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_lanczos2d_aa"),
 ):
     if hasattr(aten, name):  # the last is new in PyTorch 2.13
-        resizing(getattr(aten, name), getattr(aten, name + "_backward"))
+        register_resizing(getattr(aten, name), getattr(aten, name + "_backward"))
 
 
 # ----- sampling at a grid of points --------------------------------------------------------------
