@@ -122,7 +122,7 @@ class OnParts:
             given = [p if s is None else dtensor(p, s) for p, s in zip(parts, specs, strict=True)]
             outs = run_whole(lowered(self.program, EVERYTHING), given)
             placed[:] = [
-                (partial(result, o._spec if is_dtensor(o) else None), None)
+                (partial(whole_result, o._spec if is_dtensor(o) else None), None)
                 if isinstance(o, Tensor)
                 else (None, o)
                 for o in outs
@@ -138,7 +138,7 @@ class OnParts:
         return call, rec.closed_over, placed
 
 
-def result(spec: Any, part: Tensor, known: dict[int, Any]) -> Tensor:
+def whole_result(spec: Any, part: Tensor, known: dict[int, Any]) -> Tensor:
     """Return a result of which this is a part; an argument, if it is one that is ``known``."""
     t = known.get(id(part))
     if t is not None and (t._spec if is_dtensor(t) else None) == spec:
