@@ -17,7 +17,7 @@ from ..debug import at
 from ..errors import CaptureError
 from ..trace.dtensors import record_function
 from ..trace.patches import ORIGINALS, recorder
-from ..trace.records import Region, results_of, written_slots
+from ..trace.records import Region, n_new_values, written_slots
 from ..trace.shapes.instr import Instr
 from ..trace.shapes.sig import fill, floating
 from ..trace.traced import Traced, current
@@ -45,7 +45,7 @@ def name_value(x: Traced, name: str) -> None:
     end, root = trace.count, trace.root(x.ref)
     for k in reversed(range(len(trace.records))):
         instr, refs, *_ = trace.records[k]
-        end -= results_of(instr)
+        end -= n_new_values(instr)
         if end <= x.ref or any(trace.root(refs[s]) == root for s in written_slots(instr)):
             trace.named[k] = name
             return

@@ -19,7 +19,7 @@ from ..debug import Line, at
 from ..errors import CaptureError, CheckpointWarning
 from ..graph import Program
 from ..trace.node_views import view_source
-from ..trace.records import results_of, written_slots
+from ..trace.records import n_new_values, written_slots
 from ..trace.scalars import FIRST
 from ..trace.traced import under_way
 from ..trace.tracer import Trace
@@ -139,7 +139,7 @@ def check_checkpoints(trace: Trace) -> None:
     regions: dict[int, list[tuple[int, range]]] = {}
     number = len(trace.inputs)
     for k, (instr, _, _, region, _) in enumerate(trace.records):
-        made = range(number, number := number + results_of(instr))
+        made = range(number, number := number + n_new_values(instr))
         if region is not None:
             regions.setdefault(region, []).append((k, made))
     for inside in regions.values():
@@ -176,7 +176,7 @@ def check_calls(trace: Trace) -> None:
         return
     number = len(trace.inputs)
     for k, (instr, refs, grad, _, line) in enumerate(trace.records):
-        made = range(number, number := number + results_of(instr))
+        made = range(number, number := number + n_new_values(instr))
         if not (grad and isinstance(instr, CallStep)):
             continue
         inputs, results = unguarded(instr.program)

@@ -17,7 +17,7 @@ from ..graph import Program, weight
 from ..trace.emit import Builder
 from ..trace.functionalize import Functionalizer, input_nodes
 from ..trace.kinds import has_values
-from ..trace.records import Record, results_of, written_slots
+from ..trace.records import Record, n_new_values, written_slots
 from ..trace.scalars import FIRST, bits_of
 from ..trace.shapes.instr import Instr
 from ..trace.shapes.sig import Sig, sig_of
@@ -121,7 +121,7 @@ class Followed:
         self.stale |= old.difference(written)
         number = self.number
         for instr, read, *_ in new:
-            results = range(number, number := number + results_of(instr))
+            results = range(number, number := number + n_new_values(instr))
             if not self.differ.isdisjoint(read):
                 shown = {trace.root(read[s]) for s in written_slots(instr)}
                 there = (*written, *range(self.number, number)) if shown else ()

@@ -18,7 +18,7 @@ from ..debug import at
 from ..errors import CaptureError, OpError
 from ..trace import outside
 from ..trace.emit import Builder
-from ..trace.records import Region, instr_op, results_of, written_slots
+from ..trace.records import Region, instr_op, n_new_values, written_slots
 from ..trace.traced import Traced
 from ..trace.tracer import Trace
 from .autograd_function import End, call_function
@@ -154,7 +154,7 @@ def made_before(trace: Trace, ref: int) -> bool:
         return False
     number, end = lambda r: r.number if isinstance(r, Region) else r or 0, len(trace.inputs)
     for instr, _, _, region, _ in trace.records:
-        end += results_of(instr)
+        end += n_new_values(instr)
         if ref < end:
             return ref < len(trace.inputs) or number(region) < number(trace.region)
     return True

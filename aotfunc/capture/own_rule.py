@@ -17,7 +17,7 @@ from ..debug import Line, at
 from ..errors import CaptureError, RuleError
 from ..trace.modes import Surroundings, off, outside_inference_mode
 from ..trace.recording import record_into
-from ..trace.records import instr_op, results_of, written_slots
+from ..trace.records import instr_op, n_new_values, written_slots
 from ..trace.shapes.sig import Sig, contiguous_stride, make_sig
 from ..trace.traced import Traced, current, no_recording, quiet, under_way
 from ..trace.tracer import Trace
@@ -219,7 +219,7 @@ def differs(t: Tensor, vmap: Trace) -> bool:
         batched |= {-1 - i for i, x in enumerate(trace.lifted) if differs(x, vmap)}
     number, of = len(trace.inputs), trace.roots().of
     for instr, refs, *_ in trace.records:
-        made = range(number, number := number + results_of(instr))
+        made = range(number, number := number + n_new_values(instr))
         if (
             any(of.get(r, r) in batched for r in refs)
             or instr.facts.random

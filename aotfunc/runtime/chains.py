@@ -26,7 +26,7 @@ from ..graph import Program, needed_for, op_of
 from ..trace.emit import Builder, remap
 from ..trace.marks import dead_end
 from ..trace.node_views import chain_of, view_source
-from ..trace.records import instr_op, results_of, written_slots
+from ..trace.records import instr_op, n_new_values, written_slots
 from ..trace.shapes.instr import Instr
 from ..trace.tracer import Trace
 from ..transforms.activity import active_nodes, sources
@@ -55,7 +55,8 @@ def program_to_cut(rec: Captured, mutated: Sequence[int]) -> Program | None:
     read = {r for _, given, *_ in trace.records for r in given}
     # results of one step may be computed from one another
     inside = any(
-        i.__class__ is not Instr and (results_of(i) > 1 or has_chain(i)) for i, *_ in trace.records
+        i.__class__ is not Instr and (n_new_values(i) > 1 or has_chain(i))
+        for i, *_ in trace.records
     )
     if not (inside or hooked) and not any(
         autograd.reaches(r, [*(ends - {r})]) for r in refs if r in read and r not in inputs
@@ -79,7 +80,7 @@ def made_by(rec: Captured) -> tuple[str, ...]:
             nested = instr.call.made
         elif isinstance(instr, CallStep):
             nested = made_in(instr.program)
-        for i in range(results_of(instr)):
+        for i in range(n_new_values(instr)):
             made[end] = nested[i] if i < len(nested) else op_name(instr_op(instr))
             end += 1
     return tuple([made.get(r, "") for r, _ in memory_program(rec)])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .records import flat_tensors, instr_op, results_of, written_slots
+from .records import flat_tensors, instr_op, n_new_values, written_slots
 from .shapes.sig import Sig
 from .views import COMPUTED
 
@@ -67,7 +67,7 @@ def final_views(trace: Trace) -> dict[int, Shown]:
 
     number = len(trace.inputs)
     for instr, refs, grad, *_ in trace.records:
-        made = range(number, number + results_of(instr))
+        made = range(number, number + n_new_values(instr))
         number = made.stop
         op, facts = instr_op(instr), instr.facts
         if op is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import debug
-from .records import Record, instr_op, result_sigs, results_of, written_slots
+from .records import Record, instr_op, n_new_values, result_sigs, written_slots
 from .shapes.instr import Instr
 from .shapes.sig import Sig
 from .traced import Traced
@@ -233,7 +233,7 @@ class Reach:
             instr, refs, grad, *_ = records[k]
             first = self.ends[-1] if k else self.count
             simple = instr.__class__ is Instr and instr.simple
-            self.ends.append(first + (1 if simple else results_of(instr)))
+            self.ends.append(first + (1 if simple else n_new_values(instr)))
             if (
                 not simple
                 and instr.facts.view_of is not None

@@ -17,7 +17,7 @@ from ..debug import Line
 from ..progress import with_progress
 from .emit import Builder, displaced
 from .marks import hidden_write
-from .records import flat_tensors, results_of, written_slots
+from .records import flat_tensors, n_new_values, written_slots
 from .scalars import FORMS, NUMBER
 from .shapes.instr import Instr
 from .shapes.sig import Sig, fill
@@ -48,7 +48,7 @@ class Functionalizer(ValueNodes):
             if i in self.trace.named:
                 self.b.meta["named"] = self.trace.named[i]
             if hooked:  # ops with hooks stay apart, see Builder.node
-                made = range(self.number, self.number + results_of(instr))
+                made = range(self.number, self.number + n_new_values(instr))
                 self.b.merge = merge and hooked.isdisjoint(
                     [*made, *(refs[s] for s in written_slots(instr))]
                 )

@@ -96,7 +96,7 @@ def new_sigs(instr: Any) -> list:
     ]
 
 
-def results_of(instr: Any) -> int:
+def n_new_values(instr: Any) -> int:
     """Return how many new values a step makes."""
     return len(result_sigs(instr))
 
@@ -115,7 +115,7 @@ class Roots:
         of = self.of
         for k in range(self.done, len(records)):
             instr, refs, *_ = records[k]
-            made = range(self.number, self.number + results_of(instr))
+            made = range(self.number, self.number + n_new_values(instr))
             self.number = made.stop
             if instr.facts.view_of is not None and refs:
                 of.update(dict.fromkeys(made, of.get(refs[0], refs[0])))

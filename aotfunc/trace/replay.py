@@ -16,7 +16,7 @@ from .kinds import has_values
 from .memory import memory_of
 from .modes import device_generators, without_modes
 from .numbers import refusal
-from .records import Record, instr_run, results_of, written_slots
+from .records import Record, instr_run, n_new_values, written_slots
 from .scalars import FIRST
 from .seeds import named_generators
 from .shapes.instr import Instr
@@ -101,7 +101,7 @@ class Replay:
                 [self.env[first]] = instr_run(instr, [self.env[r] for r in refs])
                 self.number, self.done = first + 1, self.done + 1
                 return
-        waits, end = not instr.runs or may_wait(instr), first + results_of(instr)
+        waits, end = not instr.runs or may_wait(instr), first + n_new_values(instr)
         if not waits:
             self.run([*self.steps])
         known = instr.runs and all([r in self.env or r in self.makers for r in refs])

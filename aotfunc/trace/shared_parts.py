@@ -14,7 +14,7 @@ from ..debug import at
 from ..errors import CaptureError
 from .dtensors import mesh_and_placements
 from .kinds import dtensor_class
-from .records import instr_op, results_of, written_slots
+from .records import instr_op, n_new_values, written_slots
 
 if TYPE_CHECKING:
     from .tracer import Trace
@@ -40,7 +40,7 @@ def check_shared_parts(trace: Trace, returned: Sequence[int]) -> None:
             group = together.setdefault(root, {root})
             group.add(number)
             together[number] = group
-        number += results_of(instr)
+        number += n_new_values(instr)
     check_current(stale, [of.get(r, r) for r in returned])
 
 
