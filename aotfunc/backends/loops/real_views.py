@@ -30,7 +30,7 @@ def without_views_of_parts(graph: fx.Graph) -> None:
             if dim % shown.meta["val"].dim() == z.meta["val"].dim() and made_here(z):
                 replace(graph, n, (real_part, imag_part)[i], z)
         elif n.target is aten.view_as_complex.default and made_here(n.args[0]):
-            replace(graph, n, aten.complex.default, *[row(graph, n, i) for i in (0, 1)])
+            replace(graph, n, aten.complex.default, *[part_row(graph, n, i) for i in (0, 1)])
 
 
 def replace(graph: fx.Graph, n: Node, target: Any, *args: Node) -> None:
@@ -46,7 +46,7 @@ def replace(graph: fx.Graph, n: Node, target: Any, *args: Node) -> None:
             graph.erase_node(a)
 
 
-def row(graph: fx.Graph, n: Node, i: int) -> Node:
+def part_row(graph: fx.Graph, n: Node, i: int) -> Node:
     """Return the row of ``n``'s argument that holds one of the parts."""
     (x,) = n.args
     with graph.inserting_before(n):
