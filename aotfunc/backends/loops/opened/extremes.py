@@ -55,7 +55,7 @@ def with_positions(best: str) -> Any:
     return body
 
 
-def running(best: Any) -> Any:
+def running_extreme(best: Any) -> Any:
     """Return the body of an op that gives the best of the elements up to each one, and the
     position of the last such. PyTorch's own is faster along contiguous elements."""
 
@@ -75,4 +75,4 @@ def running(best: Any) -> Any:
     return body
 
 
-cummax, cummin = running(running_max), running(running_min)
+cummax, cummin = running_extreme(running_max), running_extreme(running_min)
