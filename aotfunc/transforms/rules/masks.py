@@ -91,7 +91,7 @@ def _(tangents: Any, out: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     return index_read(tangents[0].expand(full), [mask.expand(full)], out.shape)
 
 
-def running(mask: Tensor) -> Tensor:
+def count_before(mask: Tensor) -> Tensor:
     """Return, for each true element of each row of ``mask [B, n]``, how many precede it."""
     return mask.cumsum(1) - 1
 
@@ -109,7 +109,7 @@ def batch_masked_scatter(
             mask.logical_not().all(), "masked_scatter: the source has too few elements"
         )
         return x.clone()
-    nth = running(flatten_samples(mask, True)).clamp_min(0)
+    nth = count_before(flatten_samples(mask, True)).clamp_min(0)
     return torch.where(mask, flatten_samples(source, True).gather(1, nth).reshape(x.shape), x)
 
 
@@ -122,7 +122,7 @@ def batch_masked_scatter_backward(
     g, mask = flatten_samples(g, True), flatten_samples(mask, True)
     length = prod(sizes)
     # unselected elements go to one extra position, which is dropped
-    nth = torch.where(mask, running(mask), length)
+    nth = torch.where(mask, count_before(mask), length)
     return g.new_zeros(size, length + 1).scatter(1, nth, g)[:, :length].reshape(size, *sizes)
 
 
