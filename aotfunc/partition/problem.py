@@ -24,7 +24,7 @@ from torch.fx import Node
 
 from ..errors import PartitionError
 from ..graph import op_of
-from ..trace.records import saves, verdict
+from ..trace.records import may_save, verdict
 from .cost import Cost, nbytes
 from .ops import (
     base,
@@ -109,7 +109,7 @@ class Problem:
             return Verdict.SAVE
         if n.op in ("placeholder", "get_attr"):
             return Verdict.FREE
-        if inside and not saves(op_of(n)):
+        if inside and not may_save(op_of(n)):
             return Verdict.RECOMPUTE
         given = Verdict.FREE if policy is None else verdict(policy, op_of(n))
         if given == Verdict.OFFLOAD and is_single(n) and not off_host(n):

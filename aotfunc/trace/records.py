@@ -29,7 +29,7 @@ class Region(NamedTuple):
     policy: Callable[[Node], int]
 
 
-def saves(n: Node) -> bool:
+def may_save(n: Node) -> bool:
     """Return whether the policy of its region lets the value of a node be saved."""
     region = n.meta.get("region")
     return region.__class__ is Region and bool(verdict(region.policy, n))

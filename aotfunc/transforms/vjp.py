@@ -24,7 +24,7 @@ from ..trace.emit import Builder, paused_gc
 from ..trace.kernels import image_format
 from ..trace.marks import check_gradient, dead_end, fail, hidden_write, no_tangent, once
 from ..trace.nested import leaves, mapped
-from ..trace.records import saves
+from ..trace.records import may_save
 from ..trace.shapes.rules import formatted
 from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
@@ -58,7 +58,7 @@ class Regions:
         if env is None:
             env = self.again[region] = Copies()
             for m in self.nodes[region]:
-                kept = draws(m) or not is_op(m) or saves(m)
+                kept = draws(m) or not is_op(m) or may_save(m)
                 env[m] = m if kept else self.copy(m, region, env)
         return env[n]
 
