@@ -21,7 +21,7 @@ from .schema import aten, call_op, tensor_args
 from .table import broadcast_shapes, jvp_of, nondiff, pointwise, vjp_of, vmap_of
 
 
-def shared(draw: Tensor, size: int) -> Tensor:
+def one_draw(draw: Tensor, size: int) -> Tensor:
     """Return one sample's draw as a batch."""
     return draw.expand(size, *draw.shape)
 
@@ -48,7 +48,7 @@ def of_size(op: OpOverload) -> Callable[..., Tensor]:
 
     def batch(*args: Any, size: int, randomness: str) -> Tensor:
         if randomness == "same":
-            return shared(call_op(op, args), size)
+            return one_draw(call_op(op, args), size)
         return call_op(op, [*args[:at], [size, *args[at]], *args[at + 1 :]])
 
     return batch
@@ -75,7 +75,7 @@ nondiff(*sized(aten.rand, aten.randn, aten.randint, aten.normal), batch=of_size)
 def permutations(op: OpOverload) -> Callable[..., Tensor]:
     def batch(*args: Any, size: int, randomness: str) -> Tensor:
         return (
-            shared(call_op(op, args), size)
+            one_draw(call_op(op, args), size)
             if randomness == "same"
             else torch.stack([call_op(op, args) for _ in range(size)])
         )
@@ -102,7 +102,7 @@ def of_shape(op: OpOverload) -> Callable[..., Tensor]:
         like = full[where[0]]
         if randomness == "same":
             full[where[0]] = like[0] if batched[0] else like
-            return shared(call_op(op, full), size)
+            return one_draw(call_op(op, full), size)
         full[where[0]] = expand_lead(like, batched[0], size)
         if "memory_format" in names:  # it may suit the unbatched rank only
             full[names.index("memory_format")] = None
@@ -140,7 +140,7 @@ def of_parameters(op: OpOverload) -> Callable[..., Tensor]:
         if randomness == "same":
             if any(batched):
                 raise no_shared_draw()
-            return shared(call_op(op, full), size)
+            return one_draw(call_op(op, full), size)
         for i, x in zip(where, as_batches([args[i] for i in where], batched, size), strict=True):
             full[i] = x
         return call_op(op, full)
@@ -170,7 +170,7 @@ def _(p: Tensor, generator: Any, *, batched: tuple[bool], size: int, randomness:
     if randomness == "different":
         return aten.bernoulli(expand_lead(p, batched[0], size), generator=generator)
     if not batched[0]:
-        return shared(aten.bernoulli(p, generator=generator), size)
+        return one_draw(aten.bernoulli(p, generator=generator), size)
     draw = aten.rand.generator(
         p.shape[1:], generator=generator, dtype=drawn_dtype(p.dtype), device=p.device
     )
@@ -215,7 +215,7 @@ def normal(
     noise = (
         noise * std
         if isinstance(std, Tensor)
-        else shared(noise, size)
+        else one_draw(noise, size)
         if randomness == "same"
         else noise
     )
@@ -239,7 +239,7 @@ def _(p, count, replacement, generator, *, batched, size, randomness) -> Tensor:
 
     if randomness == "same":
         if not batched[0]:
-            return shared(draw(p), size)
+            return one_draw(draw(p), size)
         if replacement and count != 1:
             raise no_shared_draw()
         valid = ((p >= 0) & p.isfinite()).all() & (p.sum(-1) > 0).all()
@@ -282,7 +282,7 @@ def _(
     if randomness == "different":
         return aten.native_dropout(x, p, train)
     mask = aten.native_dropout(x[0], p, train)[1]
-    return x * mask * dropout_scale(p, train), shared(mask, size)
+    return x * mask * dropout_scale(p, train), one_draw(mask, size)
 
 
 pointwise(
