@@ -72,7 +72,7 @@ def parsed_call(what: str, arguments: str) -> tuple[Callable, tuple]:
     return f, args
 
 
-def show(what: str, arguments: str, to: str) -> None:
+def write_page(what: str, arguments: str, to: str) -> None:
     """Write the page of a call's programs, and print how many there are."""
     f, args = parsed_call(what, arguments)
     print(f"{to}: {aotfunc.show(f, *args, to=to)}")
@@ -118,11 +118,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return made
 
     command("doctor", doctor)
-    for name, run in (("show", show), ("bench", bench)):
+    for name, run in (("show", write_page), ("bench", bench)):
         made = command(name, run)
         made.add_argument("what", metavar="FILE.py:function")
         made.add_argument("--args", dest="arguments", default="", help="torch.randn(3), 2.0")
-        if run is show:
+        if run is write_page:
             made.add_argument("--to", default="aotfunc.html", help="the page to write")
     command("clear-cache", clear_cache)
     given = vars(parser.parse_args(argv))
