@@ -323,7 +323,7 @@ class Kernel:
         return found
 
     def __str__(self) -> str:
-        return show(self)
+        return kernel_text(self)
 
 
 def walk(roots: Sequence[Expr]) -> Iterator[Expr]:
@@ -349,7 +349,7 @@ def value_names(kernel: Kernel) -> dict[Expr, str]:
     return {e: f"v{i}" for i, e in enumerate(values)}
 
 
-def show(kernel: Kernel) -> str:
+def kernel_text(kernel: Kernel) -> str:
     """Return the kernel as text: a line for each value and store."""
     axes = [f"i{k}" for k in range(len(kernel.extents))]
     names = value_names(kernel)
