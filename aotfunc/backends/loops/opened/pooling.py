@@ -38,7 +38,7 @@ def max_pool(
         )
         places = rows[:, None] * w + columns
         x = torch.ops.aten.replication_pad2d(x, (pw, pw, ph, ph))
-    windows = slices(x, (kh, kw), (sh, sw))
+    windows = window_slices(x, (kh, kw), (sh, sw))
     value = x[windows[0]].contiguous()
     place = places[windows[0]].expand(value.shape)
     for window in windows[1:]:
@@ -52,7 +52,7 @@ def pair(n: Sequence[int]) -> tuple[int, int]:
     return n[0], n[-1]
 
 
-def slices(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> list[tuple]:
+def window_slices(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> list[tuple]:
     """List, for each place in a window, that element of all windows."""
     (h, w), (kh, kw), (sh, sw) = x.shape[-2:], size, stride
     return [
@@ -75,7 +75,7 @@ def avg_pool(
         if sw != 1 or not (count_include_pad or divisor) or x.numel() < MANY:
             return NotImplemented
         x = torch.constant_pad_nd(x, (pw, pw, ph, ph))
-    first, *windows = slices(x, (kh, kw), (sh, sw))
+    first, *windows = window_slices(x, (kh, kw), (sh, sw))
     total = x[first] + 0.0  # a sum of negative zeros is 0
     for window in windows:
         total = total + x[window]
