@@ -129,7 +129,7 @@ def capture(
             )
         return Captured(trace, result, name_of or (lambda: ()))
 
-    with doing(lambda: so_far(trace)), exchanged():
+    with doing(lambda: recorded_so_far(trace)), exchanged():
         recorded = record_into(trace, call)
     trace.seeds.check()
     return recorded
@@ -155,7 +155,7 @@ def with_known_sizes(trace: Trace, tree: Any, values: Sequence, leaves: Sequence
     return tree_map(lambda x: known(x) if packed(x) else x, tree, is_leaf=packed)
 
 
-def so_far(trace: Trace) -> str:
+def recorded_so_far(trace: Trace) -> str:
     """Return how many ops have been recorded, and the line of the last one."""
     line = trace.records[-1][-1] if trace.records else None
     return f"capture, {len(trace.records):,} ops{at(line)}"
