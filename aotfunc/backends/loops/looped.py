@@ -372,7 +372,7 @@ def loop_words(
         size += width(step.vals[s])
     if size > MOST or not all(v.dtype in dtypes for v in results):
         raise UnfitStep
-    printed = native.load_kernels(source(step, lines, step.in_registers(ends)))["aot_run"]
+    printed = native.load_kernels(loop_source(step, lines, step.in_registers(ends)))["aot_run"]
     words = [printed.address, len(step.vals), size, len(inputs), len(results)]
     for v in inputs:
         words += [v.dim(), *v.stride()]
@@ -383,7 +383,7 @@ def loop_words(
     return [*words, *step.numbers], list(step.constants.values())
 
 
-def source(step: LoopStep, lines: Sequence[str], numbers: set[int]) -> str:
+def loop_source(step: LoopStep, lines: Sequence[str], numbers: set[int]) -> str:
     """Return a loop as the source of the function ``aot_run``; ``numbers`` are variables."""
     kernels = [
         text.replace(f"{native.EXPORTED} void {name.rpartition('_')[0]}(", f"AOT void {name}(")
