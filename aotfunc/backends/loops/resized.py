@@ -82,7 +82,7 @@ def clamped_index(i: Expr, size: int) -> Expr:
     return minimum(maximum(i, 0), Given(size - 1))
 
 
-def source(i: Expr, dtype: torch.dtype, scale: float, corners: bool) -> Expr:
+def read_position(i: Expr, dtype: torch.dtype, scale: float, corners: bool) -> Expr:
     """Return the position in the tensor that element ``i`` is read at."""
     x = cast(i, dtype)
     if corners:
@@ -97,7 +97,7 @@ def taps(
     weights."""
     if n == size and not cubic:
         return [(i, 1.0), (i, 0.0)]  # as in eager, infinity gives NaN
-    x = source(i, dtype, scale, corners)
+    x = read_position(i, dtype, scale, corners)
     x = x if cubic else maximum(x, 0)
     below = function_of("floor", cast(x, torch.float32))  # also of float64
     first = minimum(cast(below, i.dtype), Given(n - 1))
