@@ -30,10 +30,10 @@ from ..trace.kinds import innermost, is_dtensor
 from ..trace.patches import Exchange
 from ..trace.placing import (
     dtensor,
+    dtensor_spec,
     on_whole,
     replicated,
     rule_for,
-    spec_of,
     waited,
     with_placements,
 )
@@ -179,7 +179,7 @@ def redistribute(x: Any, to: str, back: str) -> Any:
 
 
 def from_local(x: Tensor, shape: Any, stride: Any, to: str, back: str) -> Any:
-    return dtensor(x, spec_of(*mesh_and_placements(to), shape, stride, x.dtype))
+    return dtensor(x, dtensor_spec(*mesh_and_placements(to), shape, stride, x.dtype))
 
 
 def to_local(x: Any, shape: Any, stride: Any, of: str, back: str) -> Tensor:

@@ -17,7 +17,7 @@ from torch.fx import Node
 from ..trace.dtensors import mesh_and_placements
 from ..trace.emit import remap
 from ..trace.node_views import calls_view
-from ..trace.placing import dtensor, spec_of
+from ..trace.placing import dtensor, dtensor_spec
 
 layouts, space = torch.ops.aotfunc_layout, torch.ops._c10d_functional
 
@@ -82,7 +82,7 @@ def scattered(gs: Sequence[Any], pieces: Sequence[Pieces], nodes: Sequence[Node]
         mine.to(dtype).split([p.numel for p in pieces], 1), pieces, nodes, strict=True
     ):
         _, shape, stride, dtype, *_ = n.args
-        spec = spec_of(p.mesh, p.placements, shape, stride, dtype)
+        spec = dtensor_spec(p.mesh, p.placements, shape, stride, dtype)
         found.append(dtensor(p.back(t, p.mine), spec))
     return found
 

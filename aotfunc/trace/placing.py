@@ -57,7 +57,7 @@ def dtensor(part: Tensor, spec: Any) -> Any:
     return DTensor(part, spec, requires_grad=False)
 
 
-def spec_of(mesh: Any, placements: Sequence[Any], shape: Any, stride: Any, dtype: Any) -> Any:
+def dtensor_spec(mesh: Any, placements: Sequence[Any], shape: Any, stride: Any, dtype: Any) -> Any:
     """Return PyTorch's description of a DTensor."""
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
@@ -71,7 +71,7 @@ def replicated(x: Any, mesh: Any) -> Any:
         return x
     from torch.distributed.tensor import Replicate
 
-    return dtensor(x, spec_of(mesh, [Replicate()] * mesh.ndim, x.shape, x.stride(), x.dtype))
+    return dtensor(x, dtensor_spec(mesh, [Replicate()] * mesh.ndim, x.shape, x.stride(), x.dtype))
 
 
 def with_placements(x: Any, placements: Sequence[Any]) -> Any:
@@ -80,7 +80,7 @@ def with_placements(x: Any, placements: Sequence[Any]) -> Any:
 
     if x._spec.placements == tuple(placements):
         return x
-    spec = spec_of(x._spec.mesh, placements, x.shape, x.stride(), x.dtype)
+    spec = dtensor_spec(x._spec.mesh, placements, x.shape, x.stride(), x.dtype)
     return dtensor(waited(redistribute_local_tensor(x._local_tensor, x._spec, spec)), spec)
 
 
@@ -152,7 +152,7 @@ def embedding(weight: Any, indices: Any, *rest: Any) -> Any:
         found = torch.embedding(rows, where)
     shape = (*indices.shape, weight.shape[1])
     stride = torch.empty(shape, device="meta").stride()
-    return dtensor(found, spec_of(mesh, at_result, shape, stride, weight.dtype))
+    return dtensor(found, dtensor_spec(mesh, at_result, shape, stride, weight.dtype))
 
 
 #: losses whose rules in PyTorch take the elements of each process for all elements
