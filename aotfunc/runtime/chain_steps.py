@@ -50,7 +50,9 @@ def stage_numbers(
     return stage
 
 
-def stages(program: Program, cuts: Sequence[Node]) -> list[tuple[Program, list[Node], list[Node]]]:
+def cut_stages(
+    program: Program, cuts: Sequence[Node]
+) -> list[tuple[Program, list[Node], list[Node]]]:
     """Return the program cut at these values, ``(program, what it reads, results)`` of each stage;
     none if nothing reads them."""
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]

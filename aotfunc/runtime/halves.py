@@ -22,7 +22,7 @@ from ..transforms.activity import active_nodes, flat_inputs, live, sources
 from ..transforms.tidy import rebuilt
 from ..transforms.vjp import contiguous_sig, vjp
 from ..transforms.walk import builder
-from .chain_steps import stages
+from .chain_steps import cut_stages
 from .execute import before_writes
 from .late_reads import late_reads
 from .late_state import reads_state
@@ -247,7 +247,7 @@ class Halves:
             cuts = [u for u in self.met if u.args[0] in shared and u.args[0] in last]
             old, made = self.call, dict(zip(self.program.outputs, self.call.made, strict=False))
             found = []
-            for program, reads, outs in stages(self.program, cuts):
+            for program, reads, outs in cut_stages(self.program, cuts):
                 call = CompiledCall(program, old.compile, old.split, old.__name__)
                 call.made = [made.get(n, FUNCTION) for n in outs]
                 found.append((call, reads, outs))
