@@ -28,7 +28,7 @@ from ..trace.traced import current, no_recording
 FSDP = "torch.distributed.fsdp._fully_shard."
 
 
-def state_of(m: nn.Module) -> Any:
+def fsdp_state(m: nn.Module) -> Any:
     """Return FSDP2's state of a module; None for other modules."""
     module = sys.modules.get(f"{FSDP}_fully_shard")
     return m._get_fsdp_state() if module and isinstance(m, module.FSDPModule) else None
@@ -49,7 +49,7 @@ _inside: weakref.WeakSet = weakref.WeakSet()
 def prepare_group(m: nn.Module, label: str) -> None:
     """Let a module of FSDP2 hold its parameters in parts, as before its first call. Which one is
     the outermost is left to that call."""
-    state = state_of(m)
+    state = fsdp_state(m)
     groups = groups_of(state)
     if any(x._training_state.name != "IDLE" for x in (state, *groups)):
         raise CaptureError(
@@ -57,7 +57,7 @@ def prepare_group(m: nn.Module, label: str) -> None:
             f"way{at(user_line())}: compile the parts that it calls, each by itself"
         )
     if state._is_root is None:
-        _inside.update(s for x in m.modules() if x is not m and (s := state_of(x)) is not None)
+        _inside.update(s for x in m.modules() if x is not m and (s := fsdp_state(x)) is not None)
         return
     with no_recording(), _disable_current_modes():
         for g in groups:
@@ -76,7 +76,7 @@ _settings = attrgetter(
 def settings(m: nn.Module) -> list:
     """Return what decides how the groups of a module of FSDP2 are gathered. The outermost one
     keeps what it gathered, if nobody said else."""
-    state = state_of(m)
+    state = fsdp_state(m)
     outermost = state not in _inside if state._is_root is None else state._is_root
     keeps = outermost and state._auto_reshard_after_forward
     return [

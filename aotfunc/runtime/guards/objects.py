@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ...cache import remembered
-from ...capture.gathering import prepare_group, settings, state_of
+from ...capture.gathering import fsdp_state, prepare_group, settings
 from ...trace.holding import slots_of
 from .description import NOTHING, Description, passing
 from .keys import Named, noted
@@ -166,7 +166,7 @@ class Objects(Description):
             self._parametrized = True
             if parametrize._cache_enabled:  # its parameters are kept by its id
                 self.same(m, v, label)
-        if state_of(m) is not None:
+        if fsdp_state(m) is not None:
             prepare_group(m, label)
             now = settings(m)
             self.key += map(tuple, now)
