@@ -113,7 +113,9 @@ class LoopStep:
                 if target.__name__ == "unwind":
                     raise UnfitStep
                 flow = self.loop if hasattr(target, "n_consts") else self.switch
-                more, at[n] = flow(target, list(map(steady, bodies)), [at[a] for a in n.args])
+                more, at[n] = flow(
+                    target, list(map(launch_graph, bodies)), [at[a] for a in n.args]
+                )
                 lines += more
             elif n.op != "output":
                 raise UnfitStep
@@ -283,7 +285,7 @@ def indented(lines: Sequence[str]) -> list[str]:
 CONSTANTS = frozenset((torch.ops.aten.full.default,))
 
 
-def steady(body: Any) -> fx.Graph | None:
+def launch_graph(body: Any) -> fx.Graph | None:
     """Return the graph of a compiled body that consists of launches."""
     return getattr(body, "steady", None)
 
@@ -337,7 +339,7 @@ def native_loop(target: Any, bodies: Sequence[Callable], plain: Callable) -> Cal
     if quick is None or not hasattr(target, "n_consts"):
         return plain
     try:
-        words, constants = loop_words(target, list(map(steady, bodies)), quick.dtypes)
+        words, constants = loop_words(target, list(map(launch_graph, bodies)), quick.dtypes)
     except (UnfitStep, CompilerError):
         return plain
     data = (array("q", words).tobytes(), plain, constants)
