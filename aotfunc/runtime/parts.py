@@ -153,11 +153,11 @@ def run_whole(program: Program, tensors: Sequence[Any]) -> list:
         if n.target in TOGETHER and n not in env:
             env.update(one_collective(n, env))
         elif n.op == "call_function" and n not in env:
-            env[n] = step(n.target, remap(n.args, env), remap_dict(n.kwargs, env))
+            env[n] = run_op(n.target, remap(n.args, env), remap_dict(n.kwargs, env))
     return list(remap(program.outputs, env))
 
 
-def step(op: Any, args: Any, kwargs: Any) -> Any:
+def run_op(op: Any, args: Any, kwargs: Any) -> Any:
     """Run an op on DTensors, or between them and their parts. Plain tensors beside DTensors are
     those that all processes have. What PyTorch has no rule for is computed by all of them."""
     if op in BETWEEN:
