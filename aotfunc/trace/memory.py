@@ -69,7 +69,7 @@ def places_of(
         else MemoryPlace(
             g,
             start,
-            step_of(t, dims[i] if dims else None),
+            batch_step(t, dims[i] if dims else None),
             kins.setdefault(view_key(t), len(kins)),
         )
         for i, (g, t, (_, start)) in enumerate(zip(groups, tensors, known, strict=True))
@@ -87,7 +87,7 @@ def whereabouts(tensors: Sequence[Tensor]) -> tuple:
     return places_of(tensors), tuple([torch._C.TensorBase.storage_offset(t) for t in tensors])
 
 
-def step_of(t: Tensor, dim: int | None) -> int | None:
+def batch_step(t: Tensor, dim: int | None) -> int | None:
     return None if dim is None else t.stride(dim) * t.element_size()
 
 
