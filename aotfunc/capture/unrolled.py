@@ -28,7 +28,7 @@ def emit_unrolled(b: Builder, loop: Scan, args: Sequence[Any], unroll: int) -> l
     start, end = (left, loop.length) if loop.reverse else (0, loop.length - left)
     parts = []
     if count:
-        body = steps_of(loop, unroll)
+        body = several_steps(loop, unroll)
         blocks = [b.call(aten.slice.Tensor, x, 0, start, end) for x in rows]
         blocks = [b.reshape(x, [count, unroll, *x.meta["val"].shape[1:]]) for x in blocks]
         target = Scan(body, first, loop.n_carry, count, loop.reverse, loop.policy, loop.slots)
@@ -39,7 +39,7 @@ def emit_unrolled(b: Builder, loop: Scan, args: Sequence[Any], unroll: int) -> l
     if left:
         bounds = (0, left) if loop.reverse else (end, loop.length)
         over = [b.call(aten.slice.Tensor, x, 0, *bounds) for x in rows]
-        outs = b.inlined(steps_of(loop, left), [*consts, *carry, *over])
+        outs = b.inlined(several_steps(loop, left), [*consts, *carry, *over])
         carry = outs[: loop.n_carry]
         parts.append(outs[loop.n_carry :])
     parts = parts[::-1] if loop.reverse else parts
@@ -48,7 +48,7 @@ def emit_unrolled(b: Builder, loop: Scan, args: Sequence[Any], unroll: int) -> l
     return [*carry, *[b.call(aten.cat.default, list(y)) for y in zip(*parts, strict=True)]]
 
 
-def steps_of(loop: Scan, steps: int) -> Program:
+def several_steps(loop: Scan, steps: int) -> Program:
     """Return ``(constants, carry, rows of several steps) -> (carry, rows of several steps)``: the
     body of ``loop``, repeated ``steps`` times."""
 
