@@ -56,7 +56,7 @@ def reads_of(code: types.CodeType) -> Reads:
     written: set[str] = set()
     imports: set[str] = set()
     any_name = binds_globals = False
-    steps = steps_of(code)
+    steps = instructions_of(code)
     for i, step in enumerate(steps):
         kind, name = step.opname, step.argval
         if kind.startswith(
@@ -108,7 +108,7 @@ def reads_of(code: types.CodeType) -> Reads:
     )
 
 
-def steps_of(code: types.CodeType) -> list[dis.Instruction]:
+def instructions_of(code: types.CodeType) -> list[dis.Instruction]:
     """Return the instructions of a code object, those for two local variables (Python 3.13) as
     two."""
     steps: list[dis.Instruction] = []
