@@ -13,7 +13,7 @@ from ..errors import CaptureError
 from .emit import Builder
 from .memory import MemoryPlace, offset_inside
 from .shapes.sig import Sig
-from .views import Link, replay_view, strided
+from .views import Link, replay_view, strided_link
 
 
 class Memory:
@@ -84,4 +84,4 @@ def covered(
             "none of them covers the others; pass the whole tensor and slice it inside, or clone "
             "them"
         )
-    return (strided(sigs[base], sigs[i], start),)
+    return (strided_link(sigs[base], sigs[i], start),)

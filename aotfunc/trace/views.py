@@ -64,7 +64,7 @@ def linked(
 ) -> Link:
     """Return the link of a view op on a tensor of signature ``base``."""
     if op is aten.as_strided.default:
-        return strided(base, val, val.offset - base.offset)
+        return strided_link(base, val, val.offset - base.offset)
     return Link((op, args, kwargs, index, val))
 
 
@@ -75,16 +75,19 @@ def restrided(base: Sig, chain: Sequence[Link], val: Sig) -> tuple[Link, ...]:
         link[0] in (*COMPUTED, aten._neg_view.default) for link in chain
     ):
         last = chain[-1][4] if chain else base
-        return (*chain, strided(last, val, val.offset - last.offset))
+        return (*chain, strided_link(last, val, val.offset - last.offset))
     # a part of the storage
     first = chain[0] if chain and chain[0][0] is aten.as_strided.default else None
     start = (
         val.offset - base.offset if first is None else first[1][2] + val.offset - first[4].offset
     )
-    return (*[link for link in chain if link[0] is aten.detach.default], strided(base, val, start))
+    return (
+        *[link for link in chain if link[0] is aten.detach.default],
+        strided_link(base, val, start),
+    )
 
 
-def strided(base: Sig, val: Sig, start: int) -> Link:
+def strided_link(base: Sig, val: Sig, start: int) -> Link:
     """Return the link to a view of the memory of ``base`` that begins ``start`` elements after its
     first one."""
     return Link(
