@@ -30,7 +30,7 @@ def refuse_transforms(*args: Any) -> NoReturn:
 defined = functools.partial(op_of_graphs, _library, refuse_transforms)
 
 
-def strided(x: Tensor, shape: Any, stride: Any, *_: Any) -> Tensor:
+def meta_strided(x: Tensor, shape: Any, stride: Any, *_: Any) -> Tensor:
     return x.new_empty_strided(shape, stride)
 
 
@@ -41,11 +41,11 @@ redistribute = defined(
 )
 #: the whole of which each process gives a part
 from_local = defined(
-    "from_local(Tensor x, int[] shape, int[] stride, str to, str back) -> Tensor", strided
+    "from_local(Tensor x, int[] shape, int[] stride, str to, str back) -> Tensor", meta_strided
 )
 #: the part that this process holds
 to_local = defined(
-    "to_local(Tensor x, int[] shape, int[] stride, str of, str back) -> Tensor", strided
+    "to_local(Tensor x, int[] shape, int[] stride, str of, str back) -> Tensor", meta_strided
 )
 
 #: The whole for each process, in the dtype ``dtype``, of what lies as ``back`` says. The graph has
