@@ -59,7 +59,7 @@ def psum(x: Any, axis_name: str) -> Any:
     >>> vmap(lambda x: x / psum(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0]))
     tensor([0.2500, 0.7500])
     """
-    return map_tensors(lambda x: summed(x, axis_name), x, axis_name)
+    return map_tensors(lambda x: psum_tensor(x, axis_name), x, axis_name)
 
 
 def pmean(x: Any, axis_name: str) -> Any:
@@ -69,7 +69,7 @@ def pmean(x: Any, axis_name: str) -> Any:
     tensor([-1.,  1.])
     """
     size = axis_size(axis_name)
-    return map_tensors(lambda x: summed(x, axis_name) / size, x, axis_name)
+    return map_tensors(lambda x: psum_tensor(x, axis_name) / size, x, axis_name)
 
 
 def pmax(x: Any, axis_name: str) -> Any:
@@ -101,7 +101,7 @@ def all_gather(x: Any, axis_name: str, axis: int = 0) -> Any:
     return map_tensors(lambda x: gathered_samples(x, axis_name).movedim(0, axis), x, axis_name)
 
 
-def summed(x: Tensor, axis_name: str) -> Tensor:
+def psum_tensor(x: Tensor, axis_name: str) -> Tensor:
     return ops.psum(x.long() if x.dtype == torch.bool else x, axis_name)
 
 
