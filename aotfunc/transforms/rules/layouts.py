@@ -65,20 +65,22 @@ scatter = defined(
 )
 
 
-def summed(layout: str) -> str:
+def summed_layout(layout: str) -> str:
     """Return the layout in which cotangents arrive: parts that are to be added up are added up."""
     mesh, *placements = layout.split(";")
     return ";".join([mesh, *["R" if p.startswith("P") else p for p in placements]])
 
 
-linear(redistribute, lambda g, x, to, back: redistribute(g, back, summed(to)))
+linear(redistribute, lambda g, x, to, back: redistribute(g, back, summed_layout(to)))
 linear(
     from_local,
     lambda g, x, shape, stride, to, back: to_local(g, x.shape, x.stride(), back, to),
 )
 linear(
     to_local,
-    lambda g, x, shape, stride, of, back: from_local(g, x.shape, x.stride(), back, summed(back)),
+    lambda g, x, shape, stride, of, back: from_local(
+        g, x.shape, x.stride(), back, summed_layout(back)
+    ),
 )
 linear(
     gather,
