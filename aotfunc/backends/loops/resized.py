@@ -90,7 +90,7 @@ def read_position(i: Expr, dtype: torch.dtype, scale: float, corners: bool) -> E
     return fma(x + 0.5, Given(scale), -0.5)
 
 
-def taps(
+def weighted_elements(
     i: Expr, dtype: torch.dtype, n: int, size: int, scale: float, corners: bool, cubic: bool
 ) -> list[tuple[Expr, Operand]]:
     """List the elements, of ``n``, that are summed for element ``i`` of ``size``, and their
@@ -120,9 +120,9 @@ def keys_outer(x: Expr) -> Expr:
 
 def in_one_dim(work: Lowering, at: At, x: Node, dim: int, size: int, *how: Any) -> Expr:
     index, dtype, n = at.place[dim], x.meta["val"].dtype, static_shape(x)[dim]
-    key = (taps, index, dtype, n, size, how)
+    key = (weighted_elements, index, dtype, n, size, how)
     if key not in work.values:
-        read = taps(work.position(index), dtype, n, size, *how)
+        read = weighted_elements(work.position(index), dtype, n, size, *how)
         work.values[key] = [(looked_up(i), w) for i, w in read]
     return functools.reduce(
         operator.add,
@@ -149,7 +149,7 @@ def in_one_dim_back(work: Lowering, at: At, g: Node, dim: int, n: int, *how: Any
         value = work.value(g, with_index(at.place, dim, looked_up(i)), at.mask)
         parts += [
             where(function_of("eq", j, here), value * w, 0)
-            for j, w in taps(i, dtype, n, size, *how)
+            for j, w in weighted_elements(i, dtype, n, size, *how)
         ]
     return functools.reduce(operator.add, parts)
 
