@@ -27,7 +27,7 @@ def one_by_one(walk: Any, n: Node) -> tuple[list, list[bool]]:
             "vmap(cond='map', randomness='same'): each sample draws for itself in control flow "
             f"that goes sample by sample{at(n.meta.get('line'))}; say randomness='different'"
         )
-    if any(tells(body, walk.axis.name) for body in target.bodies):
+    if any(has_collective(body, walk.axis.name) for body in target.bodies):
         raise RuleError(
             f"vmap(cond='map'): the samples of the axis {walk.axis.name!r} tell each other "
             f"something in control flow that goes sample by sample{at(n.meta.get('line'))}; call "
@@ -50,11 +50,11 @@ def one_by_one(walk: Any, n: Node) -> tuple[list, list[bool]]:
     return results, [True] * len(results)
 
 
-def tells(body: Program, axis: str | None) -> bool:
+def has_collective(body: Program, axis: str | None) -> bool:
     """Return whether a body has a collective over the axis of this name."""
     for n in body.graph.nodes:
         if n.target in axes.OPS and n.args[-1] == axis:
             return True
-        if any(tells(inner, axis) for inner in getattr(n.target, "bodies", ())):
+        if any(has_collective(inner, axis) for inner in getattr(n.target, "bodies", ())):
             return True
     return False
