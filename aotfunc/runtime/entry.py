@@ -47,7 +47,7 @@ from .late_state import Read, read_late, watched
 from .leaves import Leaves, made_in_inference_mode
 from .parts import laid_as_inputs, on_parts
 from .pipeline import Pipeline
-from .raised import refused, tensors_of
+from .raised import error_tensors, refused
 
 if TYPE_CHECKING:
     from .compiled import Compiled
@@ -277,7 +277,7 @@ def captured_entry(
                 if trace.following is not None or not may_fail or refused(e):
                     raise
                 errors.append(e)
-                result = tensors_of(e)
+                result = error_tensors(e)
         give_to_autograd(trace, state)
         late[:] = [read_late(trace.late, compiled._names.opened)]
         checks[:] = [partial(mine.check, argument_names(function, len(args)), name)]

@@ -21,7 +21,7 @@ def refused(e: BaseException) -> bool:
     return ours or (isinstance(e, RuntimeError) and refusal_of(e) is not None)
 
 
-def tensors_of(e: Exception) -> Any:
+def error_tensors(e: Exception) -> Any:
     """Return the arguments of an error if tensors are among them."""
     return e.args if any(isinstance(x, Tensor) for x in flatten_tree(e.args)[0]) else None
 
