@@ -43,7 +43,7 @@ imag_part = torch.ops.aotfunc.imag_part.default
 Parts = tuple[Expr, ...]
 
 
-def times(x: Parts, y: Parts) -> Parts:
+def complex_product(x: Parts, y: Parts) -> Parts:
     return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
 
 
@@ -112,7 +112,7 @@ FORMULAS: dict[str, Callable[..., Parts]] = {
     "add": by_parts("add"),
     "sub": by_parts("sub"),
     "neg": by_parts("neg"),
-    "mul": times,
+    "mul": complex_product,
     "div": divided,
     "reciprocal": reciprocal,
     "exp": exponential,
