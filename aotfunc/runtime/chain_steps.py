@@ -121,7 +121,7 @@ def saves_a_result(n: Node) -> bool:
 def saved_results(n: Node, active: Container[Node]) -> set[int]:
     """Return the numbers of the results that PyTorch's op keeps for its derivative by the
     ``active`` ones of its arguments."""
-    found = tried(n, active)
+    found = sample_run(n, active)
     if found is None:
         return set()
     _, results, kept = found
@@ -132,12 +132,12 @@ def saved_results(n: Node, active: Container[Node]) -> set[int]:
 def saves(n: Node, x: Node, active: Container[Node]) -> bool:
     """Return whether a node keeps its argument ``x`` for its derivative by the ``active`` ones; so
     does all that is no op of PyTorch's."""
-    found = tried(n, active)
+    found = sample_run(n, active)
     return found is None or any(t is found[0][x] for t in found[2])
 
 
 @outside_inference_mode
-def tried(
+def sample_run(
     n: Node, active: Container[Node]
 ) -> tuple[dict[Node, Tensor], dict[int, Tensor], list[Tensor]] | None:
     """Return ``(its arguments, its differentiable results, what it keeps)`` of a run of PyTorch's
