@@ -60,7 +60,7 @@ def check_overlaps(trace: Trace) -> None:
         return
     places = numbered_spans(instr, places)
     key = (instr, tuple(places.items()))
-    verdict = _verdicts.once(key, lambda: tried(instr, places, written))
+    verdict = _verdicts.once(key, lambda: observed_access(instr, places, written))
     if verdict is SAME:
         return
     trace.forget(len(trace.records) - 1, trace.count)  # it has not run
@@ -135,7 +135,7 @@ def numbered_spans(instr: Instr, places: Mapping[int, Span]) -> dict[int, Span]:
     return {i: Span(n, places[i].start - first[n]) for i, n in zip(places, numbers, strict=True)}
 
 
-def tried(instr: Instr, places: Mapping[int, Span], written: Sequence[int]) -> str:
+def observed_access(instr: Instr, places: Mapping[int, Span], written: Sequence[int]) -> str:
     """Return how the op's kernel goes through memory, or what PyTorch says that refuses it. Ops of
     others are not run, nor those that draw."""
     if instr.op.namespace != "aten" or instr.facts.random:
