@@ -98,7 +98,7 @@ def exponential(x: Parts) -> Parts:
     )
 
 
-def turned(x: Parts, angle: Parts) -> Parts:
+def from_polar(x: Parts, angle: Parts) -> Parts:
     return x[0] * function_of("cos", angle[0]), x[0] * function_of("sin", angle[0])
 
 
@@ -123,7 +123,7 @@ FORMULAS: dict[str, Callable[..., Parts]] = {
     "real": lambda x: (x[0], number(0, x[0].dtype)),
     "imag": lambda x: (x[1], number(0, x[0].dtype)),
     "complex": lambda x, y: (x[0], y[0]),
-    "polar": turned,
+    "polar": from_polar,
     "where": lambda c, x, y: (where(c[0], x[0], y[0]), where(c[0], x[1], y[1])),
     "eq": lambda x, y: (all_true(*by_parts("eq")(x, y)),),
     "ne": lambda x, y: (any_true(*by_parts("ne")(x, y)),),
