@@ -47,7 +47,7 @@ from .places import FIRST, Index, Place, Split, index_along
 from .pointwise import COMPLEX, FACTORS, ROUND_FIRST, RULES
 from .reductions import REDUCTIONS
 from .resized import RESIZED, SUMMED
-from .scans import SCANS, turned
+from .scans import SCANS, reversed_walk
 from .scatter import ADDED
 from .steps import FEW, MANY
 from .views import VIEWS, place_of_expanded, source_of, source_place, static_shape
@@ -269,7 +269,7 @@ class Lowering(Axes):
         def ordered(walked: Walked) -> Walked:
             strides, start = (*walked.strides, *[0] * (rank - len(walked.strides))), walked.start
             if self.turned:
-                strides, start = turned(strides, start, self.reduced[0], self.extents)
+                strides, start = reversed_walk(strides, start, self.reduced[0], self.extents)
             return replace(walked, strides=tuple([strides[k] for k in order]), start=start)
 
         accesses, ramps = list(map(ordered, self.accesses)), list(map(ordered, self.ramps))

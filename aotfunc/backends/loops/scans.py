@@ -29,7 +29,7 @@ SCANS: dict[Any, str] = {
 }
 
 
-def turned(
+def reversed_walk(
     strides: tuple[int, ...], start: int, axis: int, extents: Sequence[int]
 ) -> tuple[tuple[int, ...], int]:
     """Return steps and start of a walk along an axis from its end to its beginning."""
