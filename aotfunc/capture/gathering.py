@@ -89,7 +89,7 @@ def settings(m: nn.Module) -> list:
     ]
 
 
-def unknown(group: Any) -> str | None:
+def unrecorded_facts(group: Any) -> str | None:
     """Return what a recording does not know about a group."""
     params, mesh = group.fsdp_params, group.mesh_info
     own = {type(c).__module__ for c in (group._all_gather_comm, group._reduce_scatter_comm)}
@@ -128,7 +128,7 @@ class Gathering:
         """Put whole parameters into the modules of a group, unless they are there."""
         if group in self.before:
             return
-        if (what := unknown(group)) is not None:
+        if (what := unrecorded_facts(group)) is not None:
             raise CaptureError(
                 f"a module of fully_shard with {what} is not captured{at(user_line())}. Compile "
                 "its content, fully_shard(aot_module(part)), and leave what calls it uncompiled"
