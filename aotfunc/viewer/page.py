@@ -77,7 +77,7 @@ def described(stage: Stage, values: ValueNumbers) -> dict[str, Any]:
     """Return what the page shows of one stage."""
     nodes = [n for n in stage.graph.nodes if n.op != "output"]
     index = {n: i for i, n in enumerate(nodes)}
-    lines = [user_line(n) for n in nodes]
+    lines = [node_line(n) for n in nodes]
     numbers = values.numbers(nodes, [text for text, *_ in lines])
     results = set(output_node(stage.graph).all_input_nodes)
     live = live_bytes(nodes, results)
@@ -142,7 +142,7 @@ def collapsed(keys: Sequence[str], edges: Iterable[tuple[int, int]]) -> dict[str
     return {"group": group, "names": [*numbers], "places": arranged(group, edges)}
 
 
-def user_line(n: Node) -> tuple[str, str, str]:
+def node_line(n: Node) -> tuple[str, str, str]:
     """Return the user's line that a node came from, the function that this line is in, and the
     module that was being called."""
     line = n.meta.get("line")
