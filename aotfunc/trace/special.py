@@ -83,7 +83,7 @@ def _scalar(trace: Trace, x: Tensor) -> Any:
         return trace.answer(Tensor.item, [x], "a number")
     except CaptureError as error:
         frame = sys._getframe(2)
-        if x.dtype is torch.bool and (what := validated(frame)):
+        if x.dtype is torch.bool and (what := validation_check(frame)):
             forgive(error)
             good = what != NEGATIVE  # answer so that no error is raised here
             with trace:
@@ -96,7 +96,7 @@ def _scalar(trace: Trace, x: Tensor) -> Any:
         return 0  # any number serves: `outside[x]` goes on with a select
 
 
-def validated(asking: FrameType) -> str | None:
+def validation_check(asking: FrameType) -> str | None:
     """Return the name of the check if ``torch.distributions`` or a loss is asking; the program
     then checks at each call."""
     frame: FrameType | None = asking
