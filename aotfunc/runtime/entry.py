@@ -43,7 +43,7 @@ from .guards.reads import Names
 from .guards.returned import Finish, recorded, skeleton
 from .guards.state import State
 from .guards.stores import Place, empty_caches, left_behind, undo_changes
-from .late_state import Read, read_late, watched
+from .late_state import Read, late_reader, read_late
 from .leaves import Leaves, made_in_inference_mode
 from .parts import laid_as_inputs, on_parts
 from .pipeline import Pipeline
@@ -156,7 +156,7 @@ class Entry:
         if (trace := current()) is not None:
             trace.late.append(self.late)
         elif self.watched:
-            return watched(self, where[0], where[1], lambda: self.called(tensors, where))
+            return late_reader(self, where[0], where[1], lambda: self.called(tensors, where))
         return self.called(tensors, where)
 
     def direct(self, tensors: Sequence[Tensor]) -> Callable | None:

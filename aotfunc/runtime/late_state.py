@@ -142,7 +142,7 @@ def at_moment(m: Moment | None) -> Iterator[None]:
         _now.moment = before
 
 
-def watched(entry: Entry, f: Callable, objects: Sequence[Any], call: Callable[[], Any]) -> Any:
+def late_reader(entry: Entry, f: Callable, objects: Sequence[Any], call: Callable[[], Any]) -> Any:
     """Return the result of a call whose backward reads late."""
     if not torch.is_grad_enabled():
         return call()
