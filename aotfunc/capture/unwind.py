@@ -69,7 +69,7 @@ class Unwind(Flow):
 
     @property
     def vals(self) -> tuple:
-        sigs = whole(self.loop, [p.meta["val"] for p in self.loop.body.placeholders])
+        sigs = loop_sigs(self.loop, [p.meta["val"] for p in self.loop.body.placeholders])
         return tuple([dense(sigs[i]) for i in self.wrt])
 
     @property
@@ -252,7 +252,7 @@ def emit_unwind(
     return dict(zip(target.wrt, emit_flow(b, target, [steps, *args, *last]), strict=True))
 
 
-def whole(loop: While | Scan, sigs: Sequence[Sig]) -> list[Sig]:
+def loop_sigs(loop: While | Scan, sigs: Sequence[Sig]) -> list[Sig]:
     """Return the signatures of the loop's arguments, of which ``sigs`` says those of one step."""
     last = loop.n_consts + loop.n_carry
     length: Any = loop.length
