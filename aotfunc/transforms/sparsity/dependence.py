@@ -34,7 +34,16 @@ from ..rules.table import entry_for
 from ..vjp import vjp
 from . import windows  # noqa: F401
 from .along import ALONG, LIKE, NORMALISED, slices
-from .pattern import Pattern, in_groups, joined, named_rows, picks, selection_pattern, shared, wide
+from .pattern import (
+    Pattern,
+    in_groups,
+    joined,
+    named_rows,
+    naming_dtype,
+    picks,
+    selection_pattern,
+    shared,
+)
 from .products import RULES
 
 
@@ -187,9 +196,11 @@ class Dependence:
         mixes elements."""
 
         def run(t: Tensor) -> Tensor:
-            zero = lambda a: t.new_zeros(a.meta["val"].shape, dtype=wide(a.meta["val"].dtype))
+            zero = lambda a: t.new_zeros(
+                a.meta["val"].shape, dtype=naming_dtype(a.meta["val"].dtype)
+            )
             put = lambda a: (
-                wide(a)
+                naming_dtype(a)
                 if not isinstance(a, Node)
                 else t
                 if a is x
@@ -231,7 +242,7 @@ class Dependence:
             args = mapped(self.value, list(n.args))
             self.values[n] = op(*args, **{k: self.value(v) for k, v in n.kwargs.items()})
         x = self.values[n]
-        return x.to(wide(x.dtype)) if isinstance(x, Tensor) else x
+        return x.to(naming_dtype(x.dtype)) if isinstance(x, Tensor) else x
 
     def nonzero(self, n: Any) -> Any:
         """Return where a factor may be nonzero: everywhere, if it depends on the input or on

@@ -15,7 +15,7 @@ from torch.fx import Node
 Pattern = Any  # a scipy.sparse.csr_array of bools
 
 
-def wide(a: Any) -> Any:
+def naming_dtype(a: Any) -> Any:
     """Return the dtype that tells elements apart by their names, for ``a``; other values as they
     are."""
     if not isinstance(a, torch.dtype) or not (a.is_floating_point or a.is_complex):
@@ -50,7 +50,11 @@ def named_rows(a: Node, n: Node) -> Pattern:
 def selection_pattern(run: Any, x: Node) -> Pattern | None:
     """Return the pattern of a linear map of tensors like ``x`` whose every result is a multiple of
     one element, or whose every element goes to one result; None for other maps."""
-    shape, count, dtype = x.meta["val"].shape, x.meta["val"].numel, wide(x.meta["val"].dtype)
+    shape, count, dtype = (
+        x.meta["val"].shape,
+        x.meta["val"].numel,
+        naming_dtype(x.meta["val"].dtype),
+    )
     found = sources_of(run, shape, dtype)
     if found is not None:
         return picks(found, count)
