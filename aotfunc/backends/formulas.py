@@ -22,7 +22,7 @@ LOW = (torch.bfloat16, torch.float16)
 ERF = [2 / math.sqrt(math.pi) * (-1) ** n / (math.factorial(n) * (2 * n + 1)) for n in range(7)]
 
 
-def widened(body: Callable) -> Callable:
+def in_float32(body: Callable) -> Callable:
     """Return a formula computed in float32 if its arguments are of low precision, and rounded once
     at the end. Numbers are rounded first, as the kernels for the CPU do."""
 
@@ -139,7 +139,9 @@ def scaled_sum(op: Callable) -> Callable:
 
     def body(a: Tensor, b: Any, alpha: Any = 1) -> Any:
         return (
-            NotImplemented if alpha == 1 or a.dtype not in LOW else widened(op)(a, b, alpha=alpha)
+            NotImplemented
+            if alpha == 1 or a.dtype not in LOW
+            else in_float32(op)(a, b, alpha=alpha)
         )
 
     return body
@@ -157,18 +159,18 @@ def lerp(start: Tensor, end: Tensor, weight: Any) -> Any:
 FORMULAS: dict[Any, Callable] = {
     **dict.fromkeys(
         (aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor),
-        widened(remainder),
+        in_float32(remainder),
     ),
-    aten.fmod.Scalar: widened(lambda a, b: fmod(a, b) if is_floating(a, b) else NotImplemented),
-    **dict.fromkeys((aten.div.Tensor_mode, aten.div.Scalar_mode), widened(division)),
+    aten.fmod.Scalar: in_float32(lambda a, b: fmod(a, b) if is_floating(a, b) else NotImplemented),
+    **dict.fromkeys((aten.div.Tensor_mode, aten.div.Scalar_mode), in_float32(division)),
     **dict.fromkeys(
-        (aten.floor_divide.default, aten.floor_divide.Scalar), widened(floor_division)
+        (aten.floor_divide.default, aten.floor_divide.Scalar), in_float32(floor_division)
     ),
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), scaled_sum(torch.add)),
     **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), scaled_sum(torch.sub)),
     **dict.fromkeys((aten.rsub.Tensor, aten.rsub.Scalar), scaled_sum(torch.rsub)),
     **dict.fromkeys((aten.lerp.Tensor, aten.lerp.Scalar), lerp),
-    aten.expm1.default: widened(only_on_cpu(expm1)),
-    aten.atanh.default: widened(only_on_cpu(atanh)),
-    aten.erf.default: widened(only_on_cpu(erf)),
+    aten.expm1.default: in_float32(only_on_cpu(expm1)),
+    aten.atanh.default: in_float32(only_on_cpu(atanh)),
+    aten.erf.default: in_float32(only_on_cpu(erf)),
 }
