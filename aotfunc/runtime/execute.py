@@ -243,7 +243,7 @@ def is_beyond_autograd(n: Node) -> bool:
     return which == "all" or "_backward" in n.target._schema.name
 
 
-def zeros_of(sig: Any) -> Tensor:
+def zero_tangent(sig: Any) -> Tensor:
     """Return the tangent of zeros of a result."""
     return torch.zeros(sig.shape, dtype=sig.dtype, device=sig.device)
 
@@ -305,7 +305,9 @@ class ProgramFunction(torch.autograd.Function):
             )
         pushed = zip(outs[len(program.outputs) :], program.flat().vals, ctx.flags, strict=True)
         # autograd takes None for the tangents of marked results, and of no others
-        return tuple([(zeros_of(v) if t is None else t) if yes else None for t, v, yes in pushed])
+        return tuple(
+            [(zero_tangent(v) if t is None else t) if yes else None for t, v, yes in pushed]
+        )
 
     @staticmethod
     @outside_dynamo
