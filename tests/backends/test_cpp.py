@@ -18,7 +18,7 @@ from aotfunc.backends.loops import backend, native
 from aotfunc.backends.loops.arguments import count_rows, sizes
 from aotfunc.backends.loops.blocks import sum_in_blocks
 from aotfunc.backends.loops.fuse import grouped, stored
-from aotfunc.backends.loops.lower import lower
+from aotfunc.backends.loops.lower import build_kernel
 from aotfunc.backends.loops.pointwise import RULES
 from aotfunc.backends.loops.schedule import schedule_kernel
 from aotfunc.backends.loops.steps import in_steps
@@ -300,7 +300,7 @@ def kernels_of(f, *args):
     in_steps(gm.graph)
     sum_in_blocks(gm.graph)
     return [
-        schedule_kernel(lower(u.nodes, stored(u.nodes), "k"))
+        schedule_kernel(build_kernel(u.nodes, stored(u.nodes), "k"))
         for u in grouped(gm.graph).units
         if u.kernel and u.nodes
     ]

@@ -23,7 +23,7 @@ from .fuse import Unit, grouped, stored
 from .ir import Apply, Cumulative, Kernel, walk
 from .launch import TENSORS, Launch, has_memory
 from .looped import consists_of_launches
-from .lower import lower
+from .lower import build_kernel
 from .matmul import product_launch
 from .members import seen_through
 from .order import calls
@@ -106,7 +106,7 @@ def worth(nodes: Sequence[Node]) -> bool:
     if isinstance(val, Tensor):
         if val.numel() <= SMALL or val.numel() * val.element_size() >= LARGE:
             return True
-    kernel = schedule_kernel(lower(nodes, nodes, "kernel"))
+    kernel = schedule_kernel(build_kernel(nodes, nodes, "kernel"))
     both_parts = any(a.part for a in kernel.accesses)  # which PyTorch turns at once
     if kernel.scatters or (kernel.cross >= 0 and not both_parts):
         return True
@@ -191,7 +191,7 @@ def task(kernel: Kernel, compiled: native.LoadedKernel, late: set[tuple[int, int
 def kernel_of(u: Unit) -> Kernel:
     """Return the unit's kernel, named after the last value that it stores."""
     outs = stored(u.nodes)
-    return schedule_kernel(lower(u.nodes, outs, f"k_{outs[-1].name}"))
+    return schedule_kernel(build_kernel(u.nodes, outs, f"k_{outs[-1].name}"))
 
 
 def text(kernels: Sequence[Kernel]) -> tuple[dict[str, str], dict[str, str], dict[str, set]]:

@@ -16,7 +16,7 @@ from torch.fx import Node
 from ...graph import draws
 from ...progress import with_progress
 from .ir import Unfit
-from .lower import lower
+from .lower import build_kernel
 from .members import in_kernels, seen_through
 from .pointwise import RULES
 from .views import SEVERAL, source_of, static_shape
@@ -195,7 +195,7 @@ def with_views(n: Node) -> Iterator[Node]:
 def can_lower(nodes: Sequence[Node]) -> bool:
     """Return whether one kernel can compute these nodes."""
     try:
-        lower(nodes, stored(nodes), "kernel")
+        build_kernel(nodes, stored(nodes), "kernel")
     except Unfit:
         return False
     return True

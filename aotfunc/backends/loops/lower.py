@@ -56,7 +56,7 @@ from .waste import check_one_way, often
 Walked = TypeVar("Walked", Access, Ramp)
 
 
-def lower(nodes: Sequence[Node], stored: Sequence[Node], name: str) -> Kernel:
+def build_kernel(nodes: Sequence[Node], stored: Sequence[Node], name: str) -> Kernel:
     """Return the kernel that computes these nodes, in the graph's order, and stores some of them.
     The ``tensor`` of each access is its node. Raises Unfit if one kernel cannot."""
     factors: list[list[int]] = []

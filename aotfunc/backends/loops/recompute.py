@@ -10,7 +10,7 @@ from torch.fx import Node
 from ...graph import output_node
 from .fuse import MOST, Unit, can_lower, stored
 from .ir import SLOW, Apply, walk
-from .lower import lower
+from .lower import build_kernel
 from .members import seen_through
 from .pointwise import RULES
 from .reductions import REDUCTIONS
@@ -110,7 +110,7 @@ def pays(v: Node, unit: Unit, reader: Unit, ends: Set[Node]) -> bool:
 
 
 def computes_slowly(n: Node) -> bool:
-    kernel = lower([n], [n], "kernel")
+    kernel = build_kernel([n], [n], "kernel")
     return any(isinstance(e, Apply) and e.fn in SLOW for e in walk(kernel.values))
 
 
