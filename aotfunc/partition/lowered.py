@@ -23,7 +23,7 @@ TRIED, MANY, ROUNDS = 8, 2, 12
 NEVER = -2
 
 
-def lowered(
+def with_lower_peak(
     joint: Joint,
     order: list[int],
     given: set[int],

@@ -13,7 +13,7 @@ from ..progress import with_progress
 from .budget import Budget, Bytes, Peak, Share, Time
 from .exact import StateGraph
 from .frontier import Frontier
-from .lowered import lowered
+from .lowered import with_lower_peak
 from .order import schedule
 from .problem import Choice, Problem
 from .solve import INF
@@ -70,7 +70,7 @@ class Within:
         )
         if low:
             most = ANEW * self.problem.forward_time
-            late = lowered(joint, late, saved | hosted, grads, self.problem.cost, most)
+            late = with_lower_peak(joint, late, saved | hosted, grads, self.problem.cost, most)
         peaks = layout.peak(early, set(), saved | results), layout.peak(late, saved, grads)
         self.runs[key] = RunOrder(early, late, peaks)
         return self.runs[key]
