@@ -77,7 +77,7 @@ def cpp_decompositions() -> Mapping:
 
 
 EAGER, AUTO = Backend(eager, fuses=False), Backend(auto)
-CPP = Backend(compile_cpp, cpp_decompositions, reassociates=True)
+CPP = Backend(cpp, cpp_decompositions, reassociates=True)
 
 #: name -> backend
 REGISTRY: dict[str, Backend] = {
