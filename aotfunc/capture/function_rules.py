@@ -132,7 +132,7 @@ def rule_program(
         read += [t for t in closed if not any(t is r for r in read)]
     else:
         own = ctx if known_by(held(ctx)[0]) is not None else with_kept(ctx, twin)
-        made = recorded_rule(name, lambda *xs: rule(own, *xs), sigs, calls, contents(own))
+        made = recorded_rule(name, lambda *xs: rule(own, *xs), sigs, calls, saved_values(own))
         if isinstance(made, Exception):
             return made
         program, trace = made
@@ -232,7 +232,7 @@ class SavedPlace(int):
     """The place of the i-th tensor that a context keeps."""
 
 
-def contents(ctx: Context) -> list[Tensor]:
+def saved_values(ctx: Context) -> list[Tensor]:
     """Return the tensors that a context keeps."""
     kept = [*ctx.to_save, *ctx.saved_for_forward, *vars(ctx).values()]
     return [t for t in kept if isinstance(t, Tensor)]
@@ -247,7 +247,7 @@ def twin(x: Any) -> Any:
 def held(ctx: Context) -> tuple[Context, list[Tensor]]:
     """Return a copy of a context with Held in place of its tensors, and these tensors, each
     once."""
-    tensors = list({id(t): t for t in contents(ctx)}.values())
+    tensors = list({id(t): t for t in saved_values(ctx)}.values())
     numbers = {id(t): SavedPlace(i) for i, t in enumerate(tensors)}
     bare = with_kept(ctx, lambda x: numbers[id(x)] if isinstance(x, Tensor) else x)
     bare.dirty_tensors = bare.non_differentiable = ()
