@@ -30,8 +30,8 @@ from .flow_bodies import (
     inside_torch_func,
     one,
     one_element,
+    one_row_sig,
     path,
-    row,
     run_flow,
     sharing_constants,
     signature,
@@ -103,7 +103,7 @@ def scan(
         x = None if xs is None else unflatten(leaves[count:], x_spec)
         return [unflatten(leaves[:count], spec), x], {}
 
-    sigs = [*[one(x) for x in carry], *[row(x) for x in rows]]
+    sigs = [*[one(x) for x in carry], *[one_row_sig(x) for x in rows]]
 
     def arranged(result: Any) -> Any:
         pair = isinstance(result, tuple | list) and len(result) == 2

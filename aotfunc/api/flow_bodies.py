@@ -77,7 +77,7 @@ def one(x: Tensor) -> Sig:
     return dense(signature(x))
 
 
-def row(x: Tensor) -> Sig:
+def one_row_sig(x: Tensor) -> Sig:
     """Return the signature of one row of a stack."""
     return row_sig(signature(x))
 

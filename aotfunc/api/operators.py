@@ -20,7 +20,7 @@ from ..runtime.graph_module import graph_module
 from ..trace.emit import Builder
 from . import control_flow
 from .associative_scan import associative_scan
-from .flow_bodies import Body, one, row, run_flow, sharing_constants
+from .flow_bodies import Body, one, one_row_sig, run_flow, sharing_constants
 
 
 def scan(
@@ -98,8 +98,8 @@ def unwind(*bodies_and_groups: Any, wrt: Sequence[int], **options: Any) -> list[
     sums = [values[i].contiguous() for i in wrt if i < n]
     kept = sum(n <= i < n + k for i in wrt)  # cotangents of the carry, before those of stacks
     late = [*values, *sums, *cotangents]
-    sigs = [*map(one, values[: n + k]), *map(row, chain(*xs)), *map(one, sums)]
-    sigs += [*map(one, cotangents[:kept]), *map(row, cotangents[kept:])]
+    sigs = [*map(one, values[: n + k]), *map(one_row_sig, chain(*xs)), *map(one, sums)]
+    sigs += [*map(one, cotangents[:kept]), *map(one_row_sig, cotangents[kept:])]
     why = "unwind records its functions once for all steps"
 
     def body(f: Callable, m: int) -> Body:
