@@ -121,7 +121,7 @@ def rows_replaced(c: OpCall) -> Any:
 
 
 @part_rule("index.Tensor")
-def indexed(c: OpCall) -> Any:
+def index_tensor(c: OpCall) -> Any:
     return entries_of(c)[0]
 
 
