@@ -33,7 +33,7 @@ class Begin(Step):
     """The start of a Function. It keeps the values of the tensor arguments before ``forward`` may
     write to them."""
 
-    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+    def emit(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         f.snapshots.append([f.read(r, True) for r in refs])
 
     def run(self, values: list[Tensor]) -> list[Tensor]:
@@ -48,7 +48,7 @@ class End(Step):
         super().__init__(derivative.vals)
         self.derivative = derivative
 
-    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+    def emit(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         d = self.derivative
         taken = f.snapshots.pop()
         inputs, operands = taken[: d.n_inputs], taken[d.n_inputs :]

@@ -1,6 +1,6 @@
 """Recorded steps of more than one op, and graph nodes with programs of their own.
 
-A *step* takes the place of an :class:`~aotfunc.trace.shapes.instr.Instr` in a recording; ``lower``
+A *step* takes the place of an :class:`~aotfunc.trace.shapes.instr.Instr` in a recording; ``emit``
 puts it into the functional graph. A *call* is the target of a graph node that defines how it is
 differentiated (``pull``, ``push``), batched (``batch``) and dissolved (``inline``).
 """
@@ -63,7 +63,7 @@ class Step:
         self.mutates = bool(writes)
         self.strided = False  # an offset counts from the storage
 
-    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+    def emit(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         raise NotImplementedError
 
     def run(self, values: list[Tensor]) -> list[Tensor]:
@@ -96,7 +96,7 @@ class Row(Step):
 
     __call__ = inline
 
-    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+    def emit(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         self.bind(
             f,
             [f.b.node(self, (f.read(refs[0], grad), f.read(refs[1], False)), {}, self.outs[0])],
@@ -127,7 +127,7 @@ class CallStep(Step):
         self.facts.random = any(map(draws, program.graph.nodes))
         self.strided = any(map(counts_from_storage, program.graph.nodes))
 
-    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+    def emit(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         planned = [p.meta["val"] for p in self.program.placeholders]
         nodes = [laid_out(f.b, f.read(r, grad), val) for r, val in zip(refs, planned, strict=True)]
         self.finish(f, refs, f.b.inlined(self.program, nodes), grad, line)
@@ -180,7 +180,7 @@ class CompiledStep(CallStep):
         super().__init__(call.program, runner)
         self.call = call
 
-    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+    def emit(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         nodes = [f.read(r, grad) for r in refs]
         self.finish(f, refs, emit_call(f.b, self.call, nodes), grad, line)
 

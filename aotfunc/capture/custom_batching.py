@@ -63,7 +63,7 @@ class BatchedBy(Step):
         super().__init__(vals)
         self.target = target
 
-    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+    def emit(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         operands, count = f.snapshots.pop(), len(self.outs)
         results = [f.read(r, grad) for r in refs[:count]]
         vals = tuple([r.meta["val"] for r in results])

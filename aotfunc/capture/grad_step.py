@@ -45,7 +45,7 @@ class GradStep(Step):
     def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
         return [self.create_graph] * len(self.outs), []
 
-    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+    def emit(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         n, m = self.n_outputs, sum(self.given)
         outputs = [f.read(r) for r in refs[:n]]
         cotangents = [f.read(r) for r in refs[n : n + m]]

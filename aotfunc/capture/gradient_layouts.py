@@ -46,7 +46,7 @@ def derived_layouts(trace: Trace, step: GradStep, refs: tuple[int, ...]) -> tupl
         f.run()
         first = f.number
         try:
-            step.lower(f, refs, True, None)
+            step.emit(f, refs, True, None)
         except AotfuncError:
             return step.outs
         made = [f.read(r).meta["val"].start for r in range(first, f.number)]

@@ -53,7 +53,7 @@ class OpaqueForward(Step):
 
     # ----- as a recorded step --------------------------------------------------------------------
 
-    def lower(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
+    def emit(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         node = f.b.node(self, tuple(f.read(r, False) for r in refs), {}, self.outs)
         self.bind(f, [f.b.item(node, i) for i in range(len(self.outs))], grad)
 

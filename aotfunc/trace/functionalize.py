@@ -53,7 +53,7 @@ class Functionalizer(ValueNodes):
                     [*made, *(refs[s] for s in written_slots(instr))]
                 )
             if instr.__class__ is not Instr:
-                instr.lower(self, refs, grad, line)
+                instr.emit(self, refs, grad, line)
             elif instr.facts.writes:
                 self._write(instr, refs, grad, line, i in self.trace.autograd.overwritten)
             elif self.mutates and instr.facts.view_of is not None:

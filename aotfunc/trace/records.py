@@ -17,7 +17,7 @@ from .shapes.sig import Sig, Slot, fill
 aten = torch.ops.aten
 
 # A record is (instr, refs of its tensors, grad enabled?, region, line). `instr` is an Instr for an
-# op, or an object of another layer with the same duty: `facts` and `lower(functionalizer,
+# op, or an object of another layer with the same duty: `facts` and `emit(functionalizer,
 # record)`, see capture.calls.Step.
 Record = tuple[Any, tuple[int, ...], bool, Any, Line | None]
 
