@@ -17,8 +17,8 @@ from aotfunc import aot_function, aot_module, grad, jacrev, jit, make_fx, vmap
 from aotfunc.backends.loops import backend, native
 from aotfunc.backends.loops.arguments import count_rows, sizes
 from aotfunc.backends.loops.blocks import sum_in_blocks
+from aotfunc.backends.loops.builder import build_kernel
 from aotfunc.backends.loops.fuse import grouped, stored
-from aotfunc.backends.loops.lower import build_kernel
 from aotfunc.backends.loops.pointwise import RULES
 from aotfunc.backends.loops.schedule import schedule_kernel
 from aotfunc.backends.loops.steps import in_steps

@@ -20,14 +20,14 @@ def scan(x, a, c):
 
 
 def test_trials_grow_with_the_graph(monkeypatch):
-    """Kernels have many nodes, and are not lowered anew with each of them."""
+    """Kernels have many nodes, and are not built anew with each of them."""
     counts, real = [], fuse.build_kernel
 
     def counted(nodes, *args):
         counts[-1] += len(nodes)
         return real(nodes, *args)
 
-    monkeypatch.setattr(fuse, "lower", counted)
+    monkeypatch.setattr(fuse, "build_kernel", counted)
     for steps in (8, 16):
         counts.append(0)
         args = [torch.randn(steps, 4, 3) for _ in range(3)]

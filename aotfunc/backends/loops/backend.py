@@ -17,13 +17,13 @@ from ..results import is_lazy, resolved
 from . import native
 from .arguments import count_rows, sizes
 from .blocks import sum_in_blocks
+from .builder import build_kernel
 from .cpp import Printer
 from .folded import fold
 from .fuse import Unit, grouped, stored
 from .ir import Apply, Cumulative, Kernel, walk
 from .launch import TENSORS, Launch, has_memory
 from .looped import consists_of_launches
-from .lower import build_kernel
 from .matmul import product_launch
 from .members import seen_through
 from .order import calls

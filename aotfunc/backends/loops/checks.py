@@ -14,12 +14,12 @@ from .places import Place, index_along
 from .views import source_of, source_place, static_shape
 
 if TYPE_CHECKING:
+    from .builder import KernelBuilder
     from .indexed import At
-    from .lower import Lowering
 
 
 def index_of(
-    work: Lowering, n: Node, at: At, low: int, high: int, error: Callable[[int], Exception]
+    work: KernelBuilder, n: Node, at: At, low: int, high: int, error: Callable[[int], Exception]
 ) -> Expr:
     """Return an element of a tensor of indices, with the requirement to be in range. Raises Unfit
     for indices that are not in memory."""
@@ -37,7 +37,7 @@ def index_of(
     return work.values[key]
 
 
-def wrapped(work: Lowering, found: Expr, size: int) -> Expr:
+def wrapped(work: KernelBuilder, found: Expr, size: int) -> Expr:
     """Return the index, counted from the end if it is negative."""
     if (found, size, "wrapped") not in work.values:
         end = found + number(Given(size), work.integer)

@@ -15,8 +15,8 @@ from torch.fx import Node
 
 from ...graph import draws
 from ...progress import with_progress
+from .builder import build_kernel
 from .ir import Unfit
-from .lower import build_kernel
 from .members import in_kernels, seen_through
 from .pointwise import RULES
 from .views import SEVERAL, source_of, static_shape
@@ -35,7 +35,7 @@ class Unit:
         self.shape: tuple[int, ...] | None = None
         #: the values that it reads through views
         self.shown: set[Node] = set()
-        self.untried = False  # likely, but not known, to be lowered
+        self.untried = False  # likely, but not known, to be a kernel
 
 
 class Groups:
@@ -96,7 +96,7 @@ class Groups:
         pair = frozenset((self.kind(p), self.kind(q)))
         if len(nodes) < 1.5 * self.failed.get(pair, 0):
             return False
-        if can_lower(nodes):
+        if is_kernel(nodes):
             return True
         self.failed[pair] = len(nodes)
         return False
@@ -130,11 +130,11 @@ def set_bits(mask: int) -> Iterator[int]:
 
 
 def grouped(graph: fx.Graph) -> Groups:
-    """Return the units of a graph, all of which can be lowered."""
+    """Return the units of a graph, each of which can be a kernel."""
     doubted: set[Node] = set()
     while True:
         groups = formed(graph, doubted)
-        wrong = [u for u in groups.units if u.untried and u.nodes and not can_lower(u.nodes)]
+        wrong = [u for u in groups.units if u.untried and u.nodes and not is_kernel(u.nodes)]
         if not wrong:
             return groups
         doubted.update(*[u.nodes for u in wrong])
@@ -142,7 +142,7 @@ def grouped(graph: fx.Graph) -> Groups:
 
 def formed(graph: fx.Graph, doubted: Set[Node]) -> Groups:
     """Try each node alone, then with the kernels that it reads from or shares an argument with.
-    One of the ``doubted`` nodes is not taken to be lowerable."""
+    One of the ``doubted`` nodes is not taken to be a kernel."""
     groups = Groups(graph, doubted)
     at = groups.at
     last: int | None = None  # draws and effects keep their order
@@ -154,7 +154,7 @@ def formed(graph: fx.Graph, doubted: Set[Node]) -> Groups:
             if last is not None:
                 reads.add(last)
             last = len(groups.units)
-        kernel = bool(n.users) and in_kernels(n) and not seen_through(n) and can_lower([n])
+        kernel = bool(n.users) and in_kernels(n) and not seen_through(n) and is_kernel([n])
         groups.add(n, kernel, reads)
         if not kernel:
             continue
@@ -192,7 +192,7 @@ def with_views(n: Node) -> Iterator[Node]:
             yield from with_views(u)
 
 
-def can_lower(nodes: Sequence[Node]) -> bool:
+def is_kernel(nodes: Sequence[Node]) -> bool:
     """Return whether one kernel can compute these nodes."""
     try:
         build_kernel(nodes, stored(nodes), "kernel")

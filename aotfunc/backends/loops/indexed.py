@@ -1,6 +1,6 @@
 """Lower ops that read elements at other places: look-ups, cut and padded tensors, ranges.
 
-A rule gets the lowering, the place of its result, and the op's arguments, which it asks for at
+A rule gets the builder, the place of its result, and the op's arguments, which it asks for at
 other places.
 """
 
@@ -22,7 +22,7 @@ from .places import FIRST, Index, Place, divide_index
 from .views import first_of, place_of_expanded, static_shape, with_index
 
 if TYPE_CHECKING:
-    from .lower import Lowering
+    from .builder import KernelBuilder
 
 aten = torch.ops.aten
 
@@ -49,7 +49,7 @@ def out_of_self(i: int) -> Exception:
     return IndexError("index out of range in self")
 
 
-def gather(work: Lowering, at: At, x: Node, dim: int, index: Node, **_: Any) -> Expr:
+def gather(work: KernelBuilder, at: At, x: Node, dim: int, index: Node, **_: Any) -> Expr:
     if not at.place:
         raise Unfit("a gather from one number")
     dim, size = dim % len(at.place), static_shape(x)[dim]
@@ -57,7 +57,7 @@ def gather(work: Lowering, at: At, x: Node, dim: int, index: Node, **_: Any) -> 
     return work.value(x, with_index(at.place, dim, looked_up(found)), at.mask)
 
 
-def index_select(work: Lowering, at: At, x: Node, dim: int, index: Node) -> Expr:
+def index_select(work: KernelBuilder, at: At, x: Node, dim: int, index: Node) -> Expr:
     if not static_shape(index) or not at.place:
         raise Unfit("an index that is one number")
     here = At((at.place[dim],), at.mask)
@@ -65,13 +65,13 @@ def index_select(work: Lowering, at: At, x: Node, dim: int, index: Node) -> Expr
     return work.value(x, with_index(at.place, dim, looked_up(found)), at.mask)
 
 
-def embedding(work: Lowering, at: At, weight: Node, index: Node, *_: Any) -> Expr:
+def embedding(work: KernelBuilder, at: At, weight: Node, index: Node, *_: Any) -> Expr:
     here = At(at.place[:-1], at.mask)
     found = index_of(work, index, here, 0, static_shape(weight)[0], out_of_self)
     return work.value(weight, (looked_up(found), at.place[-1]), at.mask)
 
 
-def scatter_element(work: Lowering, at: At, x: Node, dim: int, index: Node, new: Any) -> Expr:
+def scatter_element(work: KernelBuilder, at: At, x: Node, dim: int, index: Node, new: Any) -> Expr:
     """Return an element of ``x`` with one element of each row replaced."""
     dim, shape = dim % max(1, len(at.place)), list(static_shape(x))
     if not shape or static_shape(index) != (*shape[:dim], 1, *shape[dim + 1 :]):
@@ -88,12 +88,12 @@ def scatter_element(work: Lowering, at: At, x: Node, dim: int, index: Node, new:
     return function_of("where", function_of("eq", work.position(at.place[dim]), found), value, old)
 
 
-def index(work: Lowering, at: At, x: Node, asked: Sequence[Node | None]) -> Expr:
+def index(work: KernelBuilder, at: At, x: Node, asked: Sequence[Node | None]) -> Expr:
     return work.value(x, place_of_indexed(work, at, static_shape(x), asked), at.mask)
 
 
 def place_of_indexed(
-    work: Lowering, at: At, size: Sequence[int], asked: Sequence[Node | None]
+    work: KernelBuilder, at: At, size: Sequence[int], asked: Sequence[Node | None]
 ) -> Place:
     """Return the place of an indexed tensor of this size. A negative index counts from the end."""
     indices = {d: i for d, i in enumerate(asked) if i is not None}
@@ -125,7 +125,12 @@ def together(asked: Sequence[Node | None]) -> tuple[int, tuple[int, ...]]:
 
 
 def value_or_fill(
-    work: Lowering, x: Node, place: Place, inside: Expr | None, mask: Expr | None, value: Any = 0
+    work: KernelBuilder,
+    x: Node,
+    place: Place,
+    inside: Expr | None,
+    mask: Expr | None,
+    value: Any = 0,
 ) -> Expr:
     """Return the value if the place is ``inside``, else the fill value."""
     found = work.value(x, place, work.both([mask, inside]))
@@ -136,7 +141,7 @@ def value_or_fill(
     )
 
 
-def constant_pad(work: Lowering, at: At, x: Node, pad: Sequence[int], value: Any = 0) -> Expr:
+def constant_pad(work: KernelBuilder, at: At, x: Node, pad: Sequence[int], value: Any = 0) -> Expr:
     place, tests = at.place, []
     for i in range(len(pad) // 2):
         d = len(place) - 1 - i
@@ -147,7 +152,7 @@ def constant_pad(work: Lowering, at: At, x: Node, pad: Sequence[int], value: Any
 
 
 def slice_backward(
-    work: Lowering, at: At, g: Node, sizes: Any, dim: int, start: int, end: int, step: int
+    work: KernelBuilder, at: At, g: Node, sizes: Any, dim: int, start: int, end: int, step: int
 ) -> Expr:
     first, rest = divmod(first_of(start, sizes[dim]), step)
     index, gap = divide_index(at.place[dim], step, work.extents)
@@ -157,7 +162,7 @@ def slice_backward(
 
 
 def scattered_slice(
-    work: Lowering,
+    work: KernelBuilder,
     at: At,
     x: Node,
     src: Node,
@@ -173,7 +178,7 @@ def scattered_slice(
     return new_or_old(work, at, x, src, with_index(at.place, dim, index), work.both(tests))
 
 
-def scattered_row(work: Lowering, at: At, x: Node, src: Node, dim: int, index: int) -> Expr:
+def scattered_row(work: KernelBuilder, at: At, x: Node, src: Node, dim: int, index: int) -> Expr:
     """Return an element of a tensor with a row replaced."""
     index %= static_shape(x)[dim]
     inside = work.inside(at.place[dim], index, index + 1)
@@ -181,7 +186,7 @@ def scattered_row(work: Lowering, at: At, x: Node, src: Node, dim: int, index: i
 
 
 def new_or_old(
-    work: Lowering, at: At, old: Node, new: Node, place: Place, inside: Expr | None
+    work: KernelBuilder, at: At, old: Node, new: Node, place: Place, inside: Expr | None
 ) -> Expr:
     """Return an element of the new value at this place if it is ``inside``, else of the old
     one."""
@@ -192,7 +197,9 @@ def new_or_old(
     return function_of("where", inside, cast(found, kept.dtype), kept)
 
 
-def select_backward(work: Lowering, at: At, g: Node, sizes: Any, dim: int, index: int) -> Expr:
+def select_backward(
+    work: KernelBuilder, at: At, g: Node, sizes: Any, dim: int, index: int
+) -> Expr:
     index %= sizes[dim]
     inside = work.inside(at.place[dim], index, index + 1)
     return value_or_fill(work, g, without(at.place, dim), inside, at.mask)
@@ -203,13 +210,13 @@ def without(place: Place, dim: int) -> Place:
     return (*place[:dim], *place[dim + 1 :])
 
 
-def cat(work: Lowering, at: At, parts: Sequence[Node], dim: int = 0) -> Expr:
+def cat(work: KernelBuilder, at: At, parts: Sequence[Node], dim: int = 0) -> Expr:
     ends = list(itertools.accumulate([static_shape(x)[dim] for x in parts]))
     index = at.place[dim]
     return part_of_cat(work, at, parts, ends, index, lambda i: with_index(at.place, dim, i))
 
 
-def stack(work: Lowering, at: At, parts: Sequence[Node], dim: int = 0) -> Expr:
+def stack(work: KernelBuilder, at: At, parts: Sequence[Node], dim: int = 0) -> Expr:
     rest = without(at.place, dim)
     ends = range(1, len(parts) + 1)
     return part_of_cat(work, at, parts, ends, at.place[dim], lambda i: rest)
@@ -240,7 +247,7 @@ JOINS: dict[Any, Callable[..., list[Place]]] = {
 
 
 def part_of_cat(
-    work: Lowering,
+    work: KernelBuilder,
     at: At,
     parts: Sequence[Node],
     ends: Sequence[int],
@@ -267,7 +274,7 @@ def part_of_cat(
 
 
 def triangle(fn: str) -> Callable[..., Expr]:
-    def rule(work: Lowering, at: At, x: Node, diagonal: int = 0) -> Expr:
+    def rule(work: KernelBuilder, at: At, x: Node, diagonal: int = 0) -> Expr:
         past = (at.place[-1] + at.place[-2] * -1).shifted(-diagonal)
         return value_or_fill(work, x, at.place, work.test(fn, past, 0), at.mask)
 
@@ -296,16 +303,16 @@ TAKEN: dict[Any, Callable[..., Expr]] = {
 # --- tensors that are made of where their elements are ---
 
 
-def arange(work: Lowering, n: Node, place: Place) -> Expr:
+def arange(work: KernelBuilder, n: Node, place: Place) -> Expr:
     start, _, step = arange_bounds(n)
     return work.position((place[0] * step).shifted(start))
 
 
-def eye(work: Lowering, n: Node, place: Place) -> Expr:
+def eye(work: KernelBuilder, n: Node, place: Place) -> Expr:
     return work.test("eq", place[0] + place[1] * -1, 0)
 
 
-IOTAS: dict[Any, Callable[[Lowering, Node, Place], Expr]] = {
+IOTAS: dict[Any, Callable[[KernelBuilder, Node, Place], Expr]] = {
     **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), arange),
     **dict.fromkeys((aten.eye.default, aten.eye.m), eye),
 }

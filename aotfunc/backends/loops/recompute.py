@@ -8,9 +8,9 @@ from torch import fx
 from torch.fx import Node
 
 from ...graph import output_node
-from .fuse import MOST, Unit, can_lower, stored
+from .builder import build_kernel
+from .fuse import MOST, Unit, is_kernel, stored
 from .ir import SLOW, Apply, walk
-from .lower import build_kernel
 from .members import seen_through
 from .pointwise import RULES
 from .reductions import REDUCTIONS
@@ -140,7 +140,7 @@ def move(graph: fx.Graph, v: Node, unit: Unit, reader: Unit, ends: Set[Node]) ->
     left = [n for n in unit.nodes if n in order]
     moved = [n for n in new.values() if not seen_through(n)]
     both = sorted([*moved, *reader.nodes], key=order.__getitem__)
-    if new[v].users and left and can_lower(left) and can_lower(both):
+    if new[v].users and left and is_kernel(left) and is_kernel(both):
         unit.nodes, reader.nodes = left, both
         return
     for n, copy in reversed(new.items()):  # restore it, with copies of the erased nodes

@@ -26,7 +26,7 @@ from .places import Index
 from .views import static_shape, with_index
 
 if TYPE_CHECKING:
-    from .lower import Lowering
+    from .builder import KernelBuilder
 
 aten = torch.ops.aten
 
@@ -118,7 +118,7 @@ def keys_outer(x: Expr) -> Expr:
     return fma(fma(-0.75, x, 3.75), x, -6) * x + 3
 
 
-def in_one_dim(work: Lowering, at: At, x: Node, dim: int, size: int, *how: Any) -> Expr:
+def in_one_dim(work: KernelBuilder, at: At, x: Node, dim: int, size: int, *how: Any) -> Expr:
     index, dtype, n = at.place[dim], x.meta["val"].dtype, static_shape(x)[dim]
     key = (weighted_elements, index, dtype, n, size, how)
     if key not in work.values:
@@ -130,7 +130,7 @@ def in_one_dim(work: Lowering, at: At, x: Node, dim: int, size: int, *how: Any) 
     )
 
 
-def in_one_dim_back(work: Lowering, at: At, g: Node, dim: int, n: int, *how: Any) -> Expr:
+def in_one_dim_back(work: KernelBuilder, at: At, g: Node, dim: int, n: int, *how: Any) -> Expr:
     """Sum the cotangents of the elements that an element was read for, times its weight in
     each."""
     scale, corners, cubic = how
@@ -163,7 +163,9 @@ def most_made(size: int, scale: float, cubic: bool) -> int:
 def nearest(exact: bool) -> Callable[..., Expr]:
     """Return the rule of an op that reads the nearest element, or the one before."""
 
-    def rule(work: Lowering, at: At, x: Node, size: Sequence[int], *given: float | None) -> Expr:
+    def rule(
+        work: KernelBuilder, at: At, x: Node, size: Sequence[int], *given: float | None
+    ) -> Expr:
         place, shape = list(at.place), static_shape(x)
         scales = [*given, *[None] * len(size)]
         for d, (n, m, s) in enumerate(zip(shape[2:], size, scales, strict=False), 2):
@@ -189,7 +191,7 @@ def reflected(i: Expr, size: int) -> Expr:
 def padding_rule(inside: Callable[[Expr, int], Expr]) -> Callable[..., Expr]:
     """Return the rule of a padding that reads element ``inside(index, size)``."""
 
-    def rule(work: Lowering, at: At, x: Node, pad: Sequence[int]) -> Expr:
+    def rule(work: KernelBuilder, at: At, x: Node, pad: Sequence[int]) -> Expr:
         place, shape = list(at.place), static_shape(x)
         for i in range(len(pad) // 2):
             d = len(place) - 1 - i
@@ -200,7 +202,7 @@ def padding_rule(inside: Callable[[Expr, int], Expr]) -> Callable[..., Expr]:
     return rule
 
 
-def index_from(work: Lowering, index: Index, of: Callable[..., Expr], *how: Any) -> Index:
+def index_from(work: KernelBuilder, index: Index, of: Callable[..., Expr], *how: Any) -> Index:
     """Return the index that is this function of another one."""
     key = (index, of, how)
     if key not in work.values:

@@ -19,12 +19,12 @@ from .places import Place
 from .views import static_shape, with_index
 
 if TYPE_CHECKING:
-    from .lower import Lowering
+    from .builder import KernelBuilder
 
 aten = torch.ops.aten
 
 #: the added value, the shape of its points, and the place of a point in the result
-Added = tuple[Node, tuple[int, ...], Callable[["Lowering", Place], Place]]
+Added = tuple[Node, tuple[int, ...], Callable[["KernelBuilder", Place], Place]]
 
 
 def index_put(n: Node) -> Added:
@@ -35,7 +35,7 @@ def index_put(n: Node) -> Added:
     size = static_shape(x)
     rest = tuple([n for d, n in enumerate(size) if d >= len(asked) or asked[d] is None])
 
-    def where(work: Lowering, place: Place) -> Place:
+    def where(work: KernelBuilder, place: Place) -> Place:
         return place_of_indexed(work, At(place, None), size, asked)
 
     return value, (*rest[:first], *shape, *rest[first:]), where
@@ -48,7 +48,7 @@ def scatter_add(n: Node) -> Added:
         raise Unfit("a part of the values")
     size = static_shape(x)[dim]
 
-    def where(work: Lowering, place: Place) -> Place:
+    def where(work: KernelBuilder, place: Place) -> Place:
         error = out_of_bounds(RuntimeError, size, dim % len(shape))
         i = index_of(work, index, At(place, None), 0, size, error)
         return with_index(place, dim, looked_up(i))
@@ -62,7 +62,7 @@ def index_add(n: Node) -> Added:
         raise Unfit("values times a number")
     size = static_shape(x)[dim]
 
-    def where(work: Lowering, place: Place) -> Place:
+    def where(work: KernelBuilder, place: Place) -> Place:
         i = index_of(work, index, At((place[dim],), None), 0, size, out_of_self)
         return with_index(place, dim, looked_up(i))
 

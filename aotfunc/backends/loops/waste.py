@@ -14,10 +14,10 @@ from .reductions import REDUCTIONS
 from .views import static_shape
 
 if TYPE_CHECKING:
-    from .lower import Lowering
+    from .builder import KernelBuilder
 
 
-def often(work: Lowering, n: Node, outer: set[int]) -> None:
+def often(work: KernelBuilder, n: Node, outer: set[int]) -> None:
     """Raise Unfit if a value would be computed again and again."""
     points = 0
     for place, _ in work.places[n]:
@@ -30,7 +30,7 @@ def often(work: Lowering, n: Node, outer: set[int]) -> None:
         raise Unfit("a value that would be computed several times")
 
 
-def check_one_way(work: Lowering) -> None:
+def check_one_way(work: KernelBuilder) -> None:
     """Raise Unfit if a value is walked in two ways, as sums over its rows and over its columns do:
     one of them would take large steps through memory."""
     ways: dict[Node, set[Place]] = {

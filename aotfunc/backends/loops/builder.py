@@ -1,4 +1,4 @@
-"""Lower nodes of an aten graph to one kernel: each value becomes an expression over its axes.
+"""Build one kernel of nodes of an aten graph: each value becomes an expression over its axes.
 
 A value is asked for at a *place*: an index into each of its dimensions. Places are derived from a
 result to its arguments, through broadcasting, views and look-ups, so one value may be computed at
@@ -61,7 +61,7 @@ def build_kernel(nodes: Sequence[Node], stored: Sequence[Node], name: str) -> Ke
     The ``tensor`` of each access is its node. Raises Unfit if one kernel cannot."""
     factors: list[list[int]] = []
     for _ in range(8):
-        work = Lowering(nodes, factors)
+        work = KernelBuilder(nodes, factors)
         try:
             stores = [work.stores(n) for n in reversed(stored)]
             return work.kernel(name, list(itertools.chain(*reversed(stores))))
@@ -70,7 +70,7 @@ def build_kernel(nodes: Sequence[Node], stored: Sequence[Node], name: str) -> Ke
     raise Unfit("axes of too many parts")
 
 
-class Lowering(Axes):
+class KernelBuilder(Axes):
     """The state of a kernel while it is built."""
 
     def __init__(self, nodes: Sequence[Node], factors: list[list[int]]) -> None:
