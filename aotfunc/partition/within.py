@@ -13,7 +13,7 @@ from ..progress import with_progress
 from .budget import Budget, Bytes, Peak, Share, Time
 from .exact import StateGraph
 from .frontier import Frontier
-from .lowered import with_lower_peak
+from .lower_peak import with_lower_peak
 from .order import schedule
 from .problem import Choice, Problem
 from .solve import INF
