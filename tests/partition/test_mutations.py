@@ -11,7 +11,7 @@ import pytest
 
 from aotfunc.partition import default_partition, ops, partitions, problem, roles, split
 from tests.partition import test_hazards as hazards
-from tests.partition import test_lowered as lowering
+from tests.partition import test_lower_peak as lower_peak
 from tests.partition import test_numbers as numbers
 from tests.partition import test_solve as solving
 
@@ -64,12 +64,12 @@ RULES = [
     rule(
         "a draw of the backward runs once; the verifier sees it",
         [(roles, "once", never)],
-        lowering.test_what_the_backward_draws_runs_once,
+        lower_peak.test_what_the_backward_draws_runs_once,
     ),
     rule(
         "a draw of the backward runs once; the numbers show it",
         [(roles, "once", never), *NO_VERIFIER],
-        lowering.test_what_the_backward_draws_runs_once,
+        lower_peak.test_what_the_backward_draws_runs_once,
     ),
     rule(
         "an effect runs once",
