@@ -26,7 +26,7 @@ from .chain_steps import cut_stages
 from .execute import before_writes
 from .late_reads import late_reads
 from .late_state import reads_state
-from .lifted import Groups, result_groups
+from .lifted import ResultGroups, result_groups
 from .meetings import as_known, bent_nodes, kept_results, meetings, parted, without_meetings
 from .unsaved import apart_from_results
 from .unseen import unseen_results
@@ -123,7 +123,7 @@ class Halves:
             ("parts", self.wrt, apart), lambda: parts(self.masks, self.wrt, apart)
         )
 
-    def lifts(self, outs: Sequence[int]) -> Groups:
+    def lifts(self, outs: Sequence[int]) -> ResultGroups:
         """Return which of the results ``outs`` of one node go behind nodes in common."""
         key = ("lifts", self.wrt, *outs)
         return self.program.once(key, lambda: result_groups(outs, self.keeping))

@@ -16,7 +16,7 @@ from .refused import check_met
 Lifts = dict[int, tuple[ref, int]]
 
 
-class Groups(NamedTuple):
+class ResultGroups(NamedTuple):
     """The results of a node, by their places there: those that go behind one node ``together``,
     with their numbers in the call, as they keep themselves for a second derivative; the others."""
 
@@ -24,17 +24,17 @@ class Groups(NamedTuple):
     others: Sequence[int]
 
 
-def result_groups(numbers: Sequence[int], keeping: Mapping[int, Any]) -> Groups:
+def result_groups(numbers: Sequence[int], keeping: Mapping[int, Any]) -> ResultGroups:
     """Return the groups of a node's results; those of one op that keep themselves are together."""
     ops: dict[Hashable, list[int]] = {}
     for at, k in enumerate(numbers):
         if k in keeping:
             ops.setdefault(keeping[k].group, []).append(at)
     together = [(places, [numbers[at] for at in places]) for places in ops.values()]
-    return Groups(together, [at for at, k in enumerate(numbers) if k not in keeping])
+    return ResultGroups(together, [at for at, k in enumerate(numbers) if k not in keeping])
 
 
-def lifted(new: Sequence[Tensor], groups: Groups) -> tuple[list[Tensor], Lifts]:
+def lifted(new: Sequence[Tensor], groups: ResultGroups) -> tuple[list[Tensor], Lifts]:
     """Return the results ``new`` of a node behind nodes of their own."""
     outs, lifts = [*new], Lifts()
     for places, numbers in groups.together:
