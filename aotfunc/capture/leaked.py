@@ -36,7 +36,7 @@ def check_inputs(trace: Trace, t: Traced) -> None:
     if known and trace.root(t.ref) >= len(trace.inputs):  # (a view shows what is written)
         return
     program = so_far(trace, [t])
-    found = ancestors(program.outputs[0])
+    found = needed_nodes(program.outputs[0])
     if any(map(draws, found)):
         raise left("it depends on random numbers, which would be drawn again")
     reals = [*trace.origins, *trace.lifted]
@@ -104,7 +104,7 @@ def run_outside(op: OpOverload, args: tuple, kwargs: dict) -> Any:
     return op(*args, **kwargs)
 
 
-def ancestors(out: Node) -> set[Node]:
+def needed_nodes(out: Node) -> set[Node]:
     """Return the nodes that a value depends on, with itself. The result of a batch norm in
     training does not depend on the running statistics, which it updates."""
     found: set[Node] = set()
