@@ -102,16 +102,16 @@ def from_polar(x: Parts, angle: Parts) -> Parts:
     return x[0] * function_of("cos", angle[0]), x[0] * function_of("sin", angle[0])
 
 
-def by_parts(fn: str) -> Callable[..., Parts]:
+def part_by_part(fn: str) -> Callable[..., Parts]:
     """Return the function that computes the parts by themselves."""
     return lambda *args: tuple([function_of(fn, *parts) for parts in zip(*args, strict=True)])
 
 
 #: function -> its parts, from those of its arguments
 FORMULAS: dict[str, Callable[..., Parts]] = {
-    "add": by_parts("add"),
-    "sub": by_parts("sub"),
-    "neg": by_parts("neg"),
+    "add": part_by_part("add"),
+    "sub": part_by_part("sub"),
+    "neg": part_by_part("neg"),
     "mul": complex_product,
     "div": divided,
     "reciprocal": reciprocal,
@@ -125,8 +125,8 @@ FORMULAS: dict[str, Callable[..., Parts]] = {
     "complex": lambda x, y: (x[0], y[0]),
     "polar": from_polar,
     "where": lambda c, x, y: (where(c[0], x[0], y[0]), where(c[0], x[1], y[1])),
-    "eq": lambda x, y: (all_true(*by_parts("eq")(x, y)),),
-    "ne": lambda x, y: (any_true(*by_parts("ne")(x, y)),),
+    "eq": lambda x, y: (all_true(*part_by_part("eq")(x, y)),),
+    "ne": lambda x, y: (any_true(*part_by_part("ne")(x, y)),),
 }
 
 
