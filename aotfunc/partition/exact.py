@@ -82,7 +82,7 @@ class StateGraph:
 
     def walk(self) -> list[Transitions] | None:
         problem = self.problem
-        inputs, needed = contracted(problem, self.given)
+        inputs, needed = without_given(problem, self.given)
         values = np.flatnonzero(ancestors(inputs, needed)).tolist()
         unread = [0] * len(inputs)
         for v in values:
@@ -260,7 +260,7 @@ def costless(problem: Problem) -> np.ndarray:
     return found
 
 
-def contracted(problem: Problem, given: np.ndarray) -> tuple[list[list[int]], list[int]]:
+def without_given(problem: Problem, given: np.ndarray) -> tuple[list[list[int]], list[int]]:
     """Return the inputs of each value and what the backward needs, without the values that are
     ``given``, and with the inputs of those that can only be redone, at no cost, in their place."""
     passing = (problem.save == INF) & (problem.time == 0)
