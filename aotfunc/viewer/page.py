@@ -84,7 +84,7 @@ def described(stage: Stage, values: ValueNumbers) -> dict[str, Any]:
     rows = [
         {
             "name": n.name,
-            "op": op_name(n),
+            "op": node_title(n),
             "kind": kind(n),
             "type": type_text(n.meta.get("val")),
             "bytes": nbytes(n.meta.get("val")),
@@ -162,7 +162,7 @@ def outer(module: str) -> str:
     return re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)|[^.]*", module)[0]  # type: ignore[index]
 
 
-def op_name(n: Node) -> str:
+def node_title(n: Node) -> str:
     if n.op != "call_function":
         return str(n.meta.get("role", "constant" if n.op == "get_attr" else "input"))
     return getattr(n.target, "__name__", str(n.target)).removesuffix(".default")
