@@ -177,10 +177,10 @@ def without_sums(body: Program, n_consts: int, n_carry: int) -> Program | None:
 def separate(body: Program) -> bool:
     """Return whether nobody can tell that steps run at once: the body draws nothing, has no
     effects and no branches, and errors do not depend on values."""
-    return all(n.op != "call_function" or quiet(n) for n in body.graph.nodes)
+    return all(n.op != "call_function" or separate_node(n) for n in body.graph.nodes)
 
 
-def quiet(n: Node) -> bool:
+def separate_node(n: Node) -> bool:
     op: Any = n.target
     if isinstance(op, Scan):
         return not op.slots and separate(op.body)
