@@ -90,7 +90,7 @@ def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
     pairs = batch_of(trace, mine)
     if all(d is None for _, d in pairs):
         return NotImplemented
-    batch = [(unshared(trace, x), d) for x, d in pairs]
+    batch = [(in_new_memory(trace, x), d) for x, d in pairs]
     before = [version(x) for x, _ in batch]
     feed = iter(batch)
     given = [next(feed) if t.__class__ is Traced else (t, None) for t in operands.tensors]
@@ -183,7 +183,7 @@ def written_so_often(tensors: Sequence[Tensor]) -> list[int]:
 _version = operator.attrgetter("_version")
 
 
-def unshared(trace: Trace, x: Tensor) -> Tensor:
+def in_new_memory(trace: Trace, x: Tensor) -> Tensor:
     """Return ``x`` in new memory: no write to it may be seen before the recording runs."""
     with quiet():
         return x.clone() if x.untyped_storage()._cdata in trace.looked_at.memory else x
