@@ -40,13 +40,13 @@ def prepare_custom() -> None:
 prepare_custom._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def with_numbers(x: Any, leaves: list) -> Any:
+def leaf_numbers(x: Any, leaves: list) -> Any:
     """Return a tree with the numbers of its leaves in their place, and append these. Values of
     other classes than the plain ones are leaves, which Dynamo knows or refuses."""
     if x.__class__ is dict and all([isinstance(k, str | int) for k in x]):
-        return {k: with_numbers(v, leaves) for k, v in x.items()}
+        return {k: leaf_numbers(v, leaves) for k, v in x.items()}
     if x.__class__ in (tuple, list):
-        return x.__class__([with_numbers(v, leaves) for v in x])
+        return x.__class__([leaf_numbers(v, leaves) for v in x])
     leaves.append(x)
     return len(leaves) - 1
 
@@ -98,7 +98,7 @@ class CustomFunction(CustomRules):
         def call(*args: Any, **kwargs: Any) -> tuple:
             leaves: list = []
             args, kwargs = tree_map_only((Tensor, *_SYMBOLS), fixed, (args, kwargs))
-            last.form = with_numbers(self._recorded(*args, **kwargs), leaves)
+            last.form = leaf_numbers(self._recorded(*args, **kwargs), leaves)
             return tuple(leaves)
 
         def at(path: tuple[int, ...], asked: str, i: int = 0) -> Any:
