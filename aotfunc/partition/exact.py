@@ -195,7 +195,7 @@ class StateGraph:
             made = Partial(state, size, time, bounds.max(1), before, by)
             fits = resource + ahead[state, -1] <= limit
             work += len(by)
-            now = undominated(made.at(np.flatnonzero(fits & (made.bound < target))))
+            now = undominated_by_state(made.at(np.flatnonzero(fits & (made.bound < target))))
             if len(now.state) > width:
                 order = np.argpartition(now.bound, width)
                 lost = min(lost, now.bound[order[width:]].min())
@@ -218,7 +218,7 @@ def criteria(axis: str, size: np.ndarray, time: np.ndarray) -> tuple[np.ndarray,
     return (size, time) if axis == "bytes" else (time, size)
 
 
-def undominated(found: Partial) -> Partial:
+def undominated_by_state(found: Partial) -> Partial:
     """Return the partial choices that no other one of their state beats in bytes or time without
     being worse in the other."""
     found = found.at(np.lexsort((found.bytes, found.time, found.state)))
