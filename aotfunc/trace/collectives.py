@@ -41,14 +41,14 @@ def broadcast(xs: list[Tensor], group: Any, source: int, *_: Any) -> Writes:
     return [(x, done(space.broadcast(x, source, group.group_name))) for x in xs]
 
 
-def all_gather(out: Tensor, x: Tensor, group: Any, *_: Any) -> Writes:
+def all_gather_flat(out: Tensor, x: Tensor, group: Any, *_: Any) -> Writes:
     flat, size = x.reshape(-1), group.size()
     return [(out, done(space.all_gather_into_tensor(flat, size, group.group_name)))]
 
 
 def all_gather_lists(outs: list[list[Tensor]], xs: list[Tensor], group: Any, *rest: Any) -> Writes:
     for parts, x in zip(outs, xs, strict=True):
-        ((_, flat),) = all_gather(x, x, group, *rest)
+        ((_, flat),) = all_gather_flat(x, x, group, *rest)
         yield from zip(parts, flat.chunk(len(parts)), strict=True)
 
 
@@ -75,7 +75,7 @@ def all_to_all(
 TABLE: dict[str, Callable[..., Writes]] = {
     "allreduce_": all_reduce,
     "broadcast_": broadcast,
-    "_allgather_base_": all_gather,
+    "_allgather_base_": all_gather_flat,
     "allgather_": all_gather_lists,
     "_reduce_scatter_base_": reduce_scatter,
     "reduce_scatter_": reduce_scatter_lists,
