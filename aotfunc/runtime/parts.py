@@ -28,15 +28,8 @@ from ..trace.dtensors import mesh_and_placements, of_spec
 from ..trace.emit import Builder, remap, remap_dict
 from ..trace.kinds import innermost, is_dtensor
 from ..trace.patches import Exchange
-from ..trace.placing import (
-    dtensor,
-    dtensor_spec,
-    on_whole,
-    replicated,
-    rule_for,
-    waited,
-    with_placements,
-)
+from ..trace.placement_rules import on_whole, rule_for
+from ..trace.placing import dtensor, dtensor_spec, replicated, waited, with_placements
 from ..transforms.lower import EVERYTHING, lowered
 from .together import TOGETHER, one_collective
 

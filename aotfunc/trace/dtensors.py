@@ -22,7 +22,8 @@ from ..debug import at, user_line
 from ..errors import CaptureError
 from ..graph import drawing
 from .kinds import is_dtensor
-from .placing import mirrored, rule_for, without_values
+from .placement_rules import rule_for
+from .placing import mirrored, without_values
 from .traced import Traced, current, no_recording
 
 #: name -> the mesh made last under it: one for each arrangement of processes, however often made
