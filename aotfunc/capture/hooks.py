@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 from torch.utils import module_tracker
 from torch.utils.hooks import RemovableHandle
 
@@ -17,15 +16,13 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError, OpError
 from ..trace import outside
-from ..trace.emit import Builder
 from ..trace.records import Region, instr_op, n_new_values, written_slots
 from ..trace.traced import Traced
 from ..trace.tracer import Trace
 from .autograd_function import End, call_function
-from .custom_derivative import CustomDerivative
 from .deferred import Deferred, calls_late
 from .function_rules import Context
-from .live_hooks import Handle, Identity, SharedIdentity, TensorHooks
+from .live_hooks import Handle, Identity, IgnoresTangents, SharedIdentity, TensorHooks
 
 
 def register_multi_grad_hook(*_: Any, **__: Any) -> RemovableHandle:
@@ -39,13 +36,10 @@ def register_multi_grad_hook(*_: Any, **__: Any) -> RemovableHandle:
     )
 
 
-class Hooked(CustomDerivative):
-    """``(value, value, residuals) -> value`` with hooks, which ignore tangents."""
+class Hooked(IgnoresTangents):
+    """A node whose hooks are recorded as programs."""
 
     hooked = True
-
-    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        return [tangents.get(x) for x in self.parts(n)[0]]
 
 
 def reads(instr: Any, refs: Sequence[int], ref: int) -> bool:

@@ -123,8 +123,16 @@ class SharedIdentity:
         self._live = weakref.ref(hooks)
 
 
-class Identity(CustomDerivative):
-    """``(values, values, closed-over tensors) -> values``; hooks ignore tangents."""
+class IgnoresTangents(CustomDerivative):
+    """``(values, values, residuals) -> values`` with hooks, which ignore tangents."""
+
+    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
+        return [tangents.get(x) for x in self.parts(n)[0]]
+
+
+class Identity(IgnoresTangents):
+    """A node whose hooks autograd itself calls; one ``link`` for the front and the end of a
+    module."""
 
     def __init__(self, name: str, vals: tuple, backward: tuple, link: SharedIdentity) -> None:
         super().__init__(name, len(vals), vals, backward, None, (), None)
@@ -142,9 +150,6 @@ class Identity(CustomDerivative):
         """Return the function that lets autograd call the hooks on its values. It returns the
         values, and the inputs of the link's other identity."""
         return hooks.register
-
-    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        return [tangents.get(x) for x in self.parts(n)[0]]
 
 
 def live_hooks(n: Any) -> LiveHooks | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,18 +83,14 @@ def kept_as_script(gm: fx.GraphModule, backend: Backend, error: Exception) -> Pa
     parts = {
         "error": f"{type(error).__name__}: {error}".splitlines()[0].replace('"""', "'''"),
         "compiler": text_of(backend),
-        "constants": indented(constants or ["pass"], 8),
+        "constants": textwrap.indent("\n".join(constants or ["pass"]), " " * 8),
         "code": "\n    ".join(gm.code.strip().splitlines()),
-        "inputs": indented([f"{value_code(v)}," for v in vals], 4),
+        "inputs": textwrap.indent("\n".join([f"{value_code(v)}," for v in vals]), " " * 4),
     }
     name = hashlib.sha256("".join(parts.values()).encode()).hexdigest()[:16]
     path = kernel_directory() / f"failed_{name}.py"
     path.write_text(SCRIPT.format(path=path, **parts))
     return path
-
-
-def indented(lines: list[str], by: int) -> str:
-    return "\n".join([" " * by + line for line in lines])
 
 
 def value_code(val: Any) -> str:

@@ -29,21 +29,17 @@ DIFFERENTIATED = [
 Writes = Iterable[tuple[Tensor, Tensor]]  # (written tensor, its value)
 
 
-def done(x: Tensor) -> Tensor:
-    return space.wait_tensor(x)
-
-
 def all_reduce(xs: list[Tensor], group: Any, how: str, *_: Any) -> Writes:
-    return [(x, done(space.all_reduce(x, how, group.group_name))) for x in xs]
+    return [(x, space.wait_tensor(space.all_reduce(x, how, group.group_name))) for x in xs]
 
 
 def broadcast(xs: list[Tensor], group: Any, source: int, *_: Any) -> Writes:
-    return [(x, done(space.broadcast(x, source, group.group_name))) for x in xs]
+    return [(x, space.wait_tensor(space.broadcast(x, source, group.group_name))) for x in xs]
 
 
 def all_gather_flat(out: Tensor, x: Tensor, group: Any, *_: Any) -> Writes:
     flat, size = x.reshape(-1), group.size()
-    return [(out, done(space.all_gather_into_tensor(flat, size, group.group_name)))]
+    return [(out, space.wait_tensor(space.all_gather_into_tensor(flat, size, group.group_name)))]
 
 
 def all_gather_lists(outs: list[list[Tensor]], xs: list[Tensor], group: Any, *rest: Any) -> Writes:
@@ -54,7 +50,9 @@ def all_gather_lists(outs: list[list[Tensor]], xs: list[Tensor], group: Any, *re
 
 def reduce_scatter(out: Tensor, x: Tensor, group: Any, how: str, *_: Any) -> Writes:
     flat, size = x.reshape(-1), group.size()
-    return [(out, done(space.reduce_scatter_tensor(flat, how, size, group.group_name)))]
+    return [
+        (out, space.wait_tensor(space.reduce_scatter_tensor(flat, how, size, group.group_name)))
+    ]
 
 
 def reduce_scatter_lists(
@@ -68,7 +66,7 @@ def all_to_all(
     out: Tensor, x: Tensor, group: Any, received: list[int], sent: list[int], *_: Any
 ) -> Writes:
     sizes = [s or [len(t) // group.size()] * group.size() for s, t in ((received, out), (sent, x))]
-    return [(out, done(space.all_to_all_single(x, *sizes, group.group_name)))]
+    return [(out, space.wait_tensor(space.all_to_all_single(x, *sizes, group.group_name)))]
 
 
 #: op -> its writes

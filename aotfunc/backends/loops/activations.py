@@ -10,6 +10,7 @@ import torch
 
 from .functions import (
     Rule,
+    adder,
     all_true,
     any_true,
     clamp,
@@ -28,11 +29,7 @@ from .ir import Expr, Unfit, function_of, number
 aten = torch.ops.aten
 
 ACTIVATIONS: dict[Any, Rule] = {}
-
-
-def add_rule(kind: str, body: Callable[..., Expr], *ops: Any) -> None:
-    for op in ops:
-        ACTIVATIONS[op] = Rule(kind, body)
+add_rule = adder(ACTIVATIONS)
 
 
 BETA = math.sqrt(2 / math.pi)

@@ -21,6 +21,11 @@ class Rule:
     body: Callable[..., Expr]
 
 
+def adder(rules: dict[Any, Rule]) -> Callable[..., None]:
+    """Return ``add_rule(kind, body, *ops)``, which puts the rule of these ops into ``rules``."""
+    return lambda kind, body, *ops: rules.update(dict.fromkeys(ops, Rule(kind, body)))
+
+
 def fn(name: str) -> Callable[..., Expr]:
     return lambda *args: function_of(name, *args)
 

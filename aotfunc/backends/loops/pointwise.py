@@ -18,6 +18,7 @@ from .division import DIVISIONS
 from .functions import (
     Rule,
     absolute,
+    adder,
     all_true,
     clamp,
     exp,
@@ -34,11 +35,7 @@ from .ir import Expr, Operand, Unfit, function_of, number
 aten = torch.ops.aten
 
 RULES: dict[Any, Rule] = {**ACTIVATIONS, **DIVISIONS}
-
-
-def add_rule(kind: str, body: Callable[..., Expr], *ops: Any) -> None:
-    for op in ops:
-        RULES[op] = Rule(kind, body)
+add_rule = adder(RULES)
 
 
 # --- functions of one value ---

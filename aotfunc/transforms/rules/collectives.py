@@ -22,10 +22,6 @@ from .table import linear
 space = torch.ops._c10d_functional
 
 
-def done(x: Tensor) -> Tensor:
-    return space.wait_tensor(x)
-
-
 def mean_or_sum(how: str, name: str) -> None:
     if how not in ("sum", "avg"):
         raise NotImplementedError(
@@ -35,21 +31,21 @@ def mean_or_sum(how: str, name: str) -> None:
 
 def reverse_all_reduce(x: Tensor, how: str, group: Any) -> Tensor:
     mean_or_sum(how, "all_reduce")
-    return done(space.all_reduce(x.contiguous(), how, group))
+    return space.wait_tensor(space.all_reduce(x.contiguous(), how, group))
 
 
 def reverse_reduce_scatter(g: Tensor, x: Tensor, how: str, size: int, group: Any) -> Tensor:
     mean_or_sum(how, "reduce_scatter")
-    all_of_it = done(space.all_gather_into_tensor(g.contiguous(), size, group))
+    all_of_it = space.wait_tensor(space.all_gather_into_tensor(g.contiguous(), size, group))
     return all_of_it / size if how == "avg" else all_of_it
 
 
 def reverse_all_gather(g: Tensor, x: Tensor, size: int, group: Any) -> Tensor:
-    return done(space.reduce_scatter_tensor(g.contiguous(), "sum", size, group))
+    return space.wait_tensor(space.reduce_scatter_tensor(g.contiguous(), "sum", size, group))
 
 
 def sent_back(g: Tensor, x: Tensor, received: Any, sent: Any, group: Any) -> Tensor:
-    return done(space.all_to_all_single(g.contiguous(), sent, received, group))
+    return space.wait_tensor(space.all_to_all_single(g.contiguous(), sent, received, group))
 
 
 def at_source(g: Tensor, x: Tensor, source: int, group: Any) -> Tensor:
