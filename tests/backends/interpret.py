@@ -16,11 +16,11 @@ from aotfunc.backends.loops.ir import (
     Apply,
     Cast,
     Const,
-    Cumulative,
     Expr,
     Kernel,
     Load,
     Position,
+    Prefix,
     Ramp,
     Reduce,
     walk,
@@ -80,7 +80,7 @@ def interpret(kernel: Kernel, tensors: Sequence[Tensor]) -> None:
         args = [values[a] for a in e.args]
         if isinstance(e, Cast):
             return args[0].to(e.dtype)
-        if isinstance(e, Cumulative):
+        if isinstance(e, Prefix):
             return SCANS[e.fn](args[0].expand(kernel.extents), dim=last).to(e.dtype)
         if isinstance(e, Reduce):
             whole = args[0].expand(kernel.extents)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from .arguments import VECTORS
-from .ir import Const, Cumulative, Expr, Kernel, Reduce
+from .ir import Const, Expr, Kernel, Prefix, Reduce
 from .values import NUMBERS, KernelText
 
 #: START: reduction -> its start; STEP: reduction -> the function of a step, if another
@@ -96,14 +96,14 @@ class Accumulators(KernelText):
 
     # --- scans ---
 
-    def carry(self, e: Cumulative) -> str:
+    def carry(self, e: Prefix) -> str:
         """Return the type of what a scan has accumulated."""
         wide = self.vectors and not self.across
         if e.fn in ("sum", "prod", "logsumexp") and e.dtype is torch.float32:
             return "sums" if wide else "double"
         return VECTORS[self.lanes][e.dtype] if wide else NUMBERS[e.dtype]
 
-    def first(self, e: Cumulative) -> str:
+    def first(self, e: Prefix) -> str:
         """Return the value of a scan's accumulator before the first point."""
         text = self.constant(Const(e.dtype, neutral(e)), False)
         return f"aot_{self.carry(e)}({text})" if self.vectors and not self.across else text
@@ -111,7 +111,7 @@ class Accumulators(KernelText):
     def carries(self, values: Iterable[Expr], tiles: str) -> None:
         """Start the scans that these values need, one for each of the ``tiles`` if there are
         any."""
-        for e in [e for e in self.missing(values) if isinstance(e, Cumulative)]:
+        for e in [e for e in self.missing(values) if isinstance(e, Prefix)]:
             name = self.scans[e] = self.fresh("s")
             if tiles:
                 self.say(f"{self.carry(e)} {name}[{tiles}];")
@@ -121,7 +121,7 @@ class Accumulators(KernelText):
                 self.say(f"{self.carry(e)} {name} = {self.first(e)};")
 
     def expression(self, e: Expr) -> str:
-        if not isinstance(e, Cumulative) or e in self.spilled:
+        if not isinstance(e, Prefix) or e in self.spilled:
             return super().expression(e)
         name = f"{'aot_scan_lanes' if self.across else 'aot_scan'}<{NEXT[e.fn]}>"
         if self.across and e.fn == "logsumexp":
@@ -129,7 +129,7 @@ class Accumulators(KernelText):
         return f"{name}({self.scans[e]}, {self.word(e.value, self.vectors)})"
 
 
-def neutral(e: Reduce | Cumulative) -> bool | int | float:
+def neutral(e: Reduce | Prefix) -> bool | int | float:
     """Return the neutral value of a reduction or scan."""
     if e.fn in ("max", "min") and not e.dtype.is_floating_point:
         info = torch.iinfo(e.dtype)

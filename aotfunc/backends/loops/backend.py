@@ -21,7 +21,7 @@ from .builder import build_kernel
 from .cpp import Printer
 from .folded import fold
 from .fuse import Unit, grouped, stored
-from .ir import Apply, Cumulative, Kernel, walk
+from .ir import Apply, Kernel, Prefix, walk
 from .launch import TENSORS, Launch, has_memory
 from .looped import consists_of_launches
 from .matmul import product_launch
@@ -112,8 +112,7 @@ def worth(nodes: Sequence[Node]) -> bool:
         return True
     columns = kernel.vector < kernel.outer
     return any(
-        (isinstance(e, Apply | Cumulative) and e.fn in QUICK)
-        or (isinstance(e, Cumulative) and columns)
+        (isinstance(e, Apply | Prefix) and e.fn in QUICK) or (isinstance(e, Prefix) and columns)
         for e in walk(kernel.values)
     )
 

@@ -29,10 +29,10 @@ from .ir import (
     Access,
     Apply,
     Cast,
-    Cumulative,
     Expr,
     Given,
     Kernel,
+    Prefix,
     Ramp,
     Reduce,
     Requirement,
@@ -223,7 +223,7 @@ class KernelBuilder(Axes):
         if self.reduced not in ((), (axis,)) or self.turned is (index == forward):
             raise Unfit("scans along other axes, or the other way")
         self.reduced, self.turned = (axis,), index == backward
-        return cast(Cumulative(value.dtype, SCANS[n.target], value), out)
+        return cast(Prefix(value.dtype, SCANS[n.target], value), out)
 
     def pointwise(self, n: Node, place: Place, mask: Expr | None) -> Expr:
         rule, out = RULES[n.target], n.meta["val"].dtype

@@ -130,7 +130,7 @@ class Reduce(Accumulated):
     """``fn`` (of :data:`REDUCTIONS`) of the value over the kernel's reduced axes."""
 
 
-class Cumulative(Accumulated):
+class Prefix(Accumulated):
     """``fn`` (sum, prod, max, min, logsumexp) of the value at this point of the kernel's one
     reduced axis and at those before."""
 
@@ -317,7 +317,7 @@ class Kernel:
                 found |= {k for k, s in enumerate(walked.strides) if s}
             elif isinstance(e, Reduce):  # made at each point of the other axes, also if it is
                 found = frozenset(range(self.outer))  # the same there
-            elif isinstance(e, Cumulative):
+            elif isinstance(e, Prefix):
                 found = frozenset(range(len(self.extents)))
             self.axes_of[e] = found
         return found
@@ -380,9 +380,7 @@ def kernel_text(kernel: Kernel) -> str:
         if isinstance(e, Cast):
             return f"{short(e.dtype)}({word(e.value)})"
         if isinstance(e, Accumulated):
-            over = (
-                f"..{axes[-1]}" if isinstance(e, Cumulative) else ", ".join(axes[kernel.outer :])
-            )
+            over = f"..{axes[-1]}" if isinstance(e, Prefix) else ", ".join(axes[kernel.outer :])
             return f"{e.fn}[{over}]({word(e.value)})"
         assert isinstance(e, Apply)
         return f"{e.fn}({', '.join([word(a) for a in e.args])})"
