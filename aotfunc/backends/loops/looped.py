@@ -113,9 +113,7 @@ class LoopStep:
                 if target.__name__ == "unwind":
                     raise UnfitStep
                 flow = self.loop if hasattr(target, "n_consts") else self.switch
-                more, at[n] = flow(
-                    target, list(map(launch_graph, bodies)), [at[a] for a in n.args]
-                )
+                more, at[n] = flow(target, list(map(launches, bodies)), [at[a] for a in n.args])
                 lines += more
             elif n.op != "output":
                 raise UnfitStep
@@ -285,7 +283,7 @@ def indented(lines: Sequence[str]) -> list[str]:
 CONSTANTS = frozenset((torch.ops.aten.full.default,))
 
 
-def launch_graph(body: Any) -> fx.Graph | None:
+def launches(body: Any) -> fx.Graph | None:
     """Return the graph of a compiled body that consists of launches."""
     return getattr(body, "steady", None)
 
@@ -339,7 +337,7 @@ def native_loop(target: Any, bodies: Sequence[Callable], plain: Callable) -> Cal
     if quick is None or not hasattr(target, "n_consts"):
         return plain
     try:
-        words, constants = loop_words(target, list(map(launch_graph, bodies)), quick.dtypes)
+        words, constants = loop_words(target, list(map(launches, bodies)), quick.dtypes)
     except (UnfitStep, CompilerError):
         return plain
     data = (array("q", words).tobytes(), plain, constants)
