@@ -29,4 +29,4 @@ def built(source: str) -> Path:
         if found := store.find_any(key):
             return found
         raise
-    return store.find(key) or store.add(key, source, toolchain.compile)
+    return store.find(key) or store.compile_and_keep(key, source, toolchain.compile)

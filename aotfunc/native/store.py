@@ -83,7 +83,7 @@ def find_any(start: str) -> Path | None:
     return next(filter(intact, kernel_directory().glob(f"{start}*.so")), None)
 
 
-def add(key: str, source: str, build: Callable[[Path, Path], None]) -> Path:
+def compile_and_keep(key: str, source: str, build: Callable[[Path, Path], None]) -> Path:
     """Let ``build(source file, library)`` make the compiled kernel of this key, and keep both.
     Raises CompilerError, with the source kept."""
     try:
