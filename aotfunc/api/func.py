@@ -21,7 +21,7 @@ from ..graph import Program
 from ..runtime.aliasing import Changes, without_views
 from ..runtime.anomaly import without_nan
 from ..runtime.constants import attached
-from ..runtime.execute import contiguous, execute
+from ..runtime.execute import execute, new_layout
 from ..runtime.late_reads import check_memory, storages
 from ..trace.entering import entered, entry
 from ..trace.kinds import ordinary_tensor
@@ -196,7 +196,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
             if c.is_complex() and not v.dtype.is_complex:
                 raise ArgumentError(f"vjp_fn: cotangent {i} is complex, and the output is real")
             if have[i]:
-                given.append(contiguous(c.to(v.dtype)))
+                given.append(new_layout(c.to(v.dtype)))
         check_memory(residuals, memory, "vjp")
         for r, before in zip(residuals, versions, strict=True):
             if version(r) != before:

@@ -12,7 +12,7 @@ from ..debug import at, user_line
 from ..errors import ArgumentError, CaptureError
 from ..partition import min_cut_rematerialization_partition
 from ..runtime.compiled import Compiled
-from ..runtime.execute import as_function, contiguous
+from ..runtime.execute import as_function, new_layout
 from ..runtime.pipeline import Compiler, Partition, Pipeline
 from ..runtime.saved_trees import leaf_text, same_text
 from ..runtime.specialised import leaf_facts
@@ -100,7 +100,7 @@ def fwd_and_bwd(
                 f"backward: the cotangents are {structure(cotangents)}, and the output is a tree "
                 f"of {results}{at(user_line())}"
             )
-        cts = [contiguous(c) for c, yes in zip(leaves, live, strict=True) if yes]
+        cts = [new_layout(c) for c, yes in zip(leaves, live, strict=True) if yes]
         grads = run_late(*residuals, *cts)
         return chosen_tree(arguments, argnums, grads)
 

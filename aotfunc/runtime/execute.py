@@ -161,12 +161,12 @@ def laid(t: Tensor, sig: Sig) -> Tensor:
     """Return ``t`` laid out as this signature, which is contiguous or in channels_last. (Batches
     of torch.func's do not know memory formats.)"""
     if sig.plain:
-        return contiguous(t)
+        return new_layout(t)
     order = [0, *range(2, sig.ndim), 1]
-    return contiguous(t.permute(order)).permute(0, -1, *range(1, sig.ndim - 1))
+    return new_layout(t.permute(order)).permute(0, -1, *range(1, sig.ndim - 1))
 
 
-def contiguous(t: Tensor) -> Tensor:
+def new_layout(t: Tensor) -> Tensor:
     """Return ``t`` laid out as a new contiguous tensor; ``t.contiguous()`` leaves the strides of
     dimensions of size 1."""
     t = t.contiguous()

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from ..capture.custom_derivative import CustomDerivative, RuleProgram
 from ..capture.hooks import Hooked
-from .execute import contiguous, execute
+from .execute import execute, new_layout
 from .late_reads import Versions, check_unwritten
 from .late_state import at_moment, moment
 
@@ -33,7 +33,7 @@ class RecordedHooks:
             if then is not None:
                 then.check(self.name)
             with at_moment(then):
-                return execute(self.program, [contiguous(g), *residuals])[0]
+                return execute(self.program, [new_layout(g), *residuals])[0]
 
         t.register_hook(hook)
         return [t, read_late]
