@@ -128,7 +128,7 @@ def hessian(
     return jacfwd(jacrev(func, argnums, has_aux=has_aux, **how), argnums, has_aux, **how)
 
 
-def diagonal(func: Callable, argnums: int, *, chunk_size: int | None) -> Callable:
+def hessian_diagonal(func: Callable, argnums: int, *, chunk_size: int | None) -> Callable:
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs, func)
@@ -148,7 +148,7 @@ def diagonal(func: Callable, argnums: int, *, chunk_size: int | None) -> Callabl
 
 
 STRUCTURES: dict[str, Callable] = {
-    "diagonal": diagonal,
+    "diagonal": hessian_diagonal,
     "blocks": hessian_blocks,
     "sparse": sparse_hessian,
 }
