@@ -108,7 +108,7 @@ def described(stage: Stage, values: ValueNumbers) -> dict[str, Any]:
         "lines": named("line"),
         "functions": named("function"),
         "modules": named("module"),
-        "outer modules": [outer(row["module"]) or row["name"] for row in rows],
+        "outer modules": [numbered_module(row["module"]) or row["name"] for row in rows],
     }
     return {
         "made_by": stage.made_by,
@@ -153,7 +153,7 @@ def node_line(n: Node) -> tuple[str, str, str]:
     return str(line or ""), place.partition(" in ")[2], ""
 
 
-def outer(module: str) -> str:
+def numbered_module(module: str) -> str:
     """Return the name up to its first number.
 
     >>> outer("encoder.layers.0.self_attn"), outer("head"), outer("stem.conv")
