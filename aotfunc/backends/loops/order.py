@@ -83,7 +83,7 @@ class LiveBytes:
     counts as the values that it shows."""
 
     def __init__(self, graph: fx.Graph, found: Sequence[Unit]) -> None:
-        self.made = {u: sum(map(size, stored(u.nodes))) for u in found}
+        self.made = {u: sum(map(bytes_made, stored(u.nodes))) for u in found}
         self.reads: dict[Unit, set[Node]] = {}
         self.waiting: dict[Node, set[Unit]] = {}
         kept = {m for n in output_node(graph).all_input_nodes for m in memory_shown(n)}
@@ -96,7 +96,9 @@ class LiveBytes:
 
     def grows(self, u: Unit) -> bool:
         """Return whether a unit takes more than it frees."""
-        return self.made[u] > sum([size(n) for n in self.reads[u] if len(self.waiting[n]) == 1])
+        return self.made[u] > sum(
+            [bytes_made(n) for n in self.reads[u] if len(self.waiting[n]) == 1]
+        )
 
     def run(self, u: Unit) -> list[Unit]:
         """Note that a unit has run. Return the units that are now the last to read a value."""
@@ -108,7 +110,7 @@ class LiveBytes:
         return last
 
 
-def size(n: Node) -> int:
+def bytes_made(n: Node) -> int:
     """Return the bytes of a node's values; a view has none of its own."""
     if source_of(n) is not None:
         return 0
