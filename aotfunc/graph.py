@@ -88,7 +88,7 @@ class Program:
         if debug.LEVEL:
             verify_graph(graph, name)
         if debug.watched is not None or debug.LEVEL >= 3:
-            debug.note(name, graph, lambda: self.code, size(graph))
+            debug.note(name, graph, lambda: self.code, n_ops(graph))
 
     @property
     def weight(self) -> int:
@@ -142,9 +142,7 @@ class Program:
         return text
 
     def __repr__(self) -> str:
-        return (
-            f"<{self.name or 'program'}: {self.signature}, {size(self.graph)} nodes>\n{self.graph}"
-        )
+        return f"<{self.name or 'program'}: {self.signature}, {n_ops(self.graph)} nodes>\n{self.graph}"
 
     @property
     def signature(self) -> str:
@@ -305,7 +303,7 @@ def op_of(n: Node) -> Node:
     return op_of(n.args[0]) if n.target is operator.getitem else n  # type: ignore[arg-type]
 
 
-def size(graph: fx.Graph) -> int:
+def n_ops(graph: fx.Graph) -> int:
     """Return how many ops a graph has: calls without ``getitem``."""
     return sum(n.op == "call_function" and n.target is not operator.getitem for n in graph.nodes)
 

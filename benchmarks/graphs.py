@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_map_only
 
 import aotfunc
 from aotfunc import make_fx
-from aotfunc.graph import size
+from aotfunc.graph import n_ops
 
 from .graph_programs import PLAIN, PROGRAMS
 from .measure import Report, arguments
@@ -41,7 +41,7 @@ aten = torch.ops.aten
 def ours(program: Callable, args: tuple) -> int:
     gm = make_fx(program(aotfunc))(*args)
     alike(gm(*args), program(torch.func)(*args))
-    return size(gm.graph)
+    return n_ops(gm.graph)
 
 
 def alike(mine: Any, theirs: Any) -> None:
@@ -57,7 +57,7 @@ def torchs(program: Callable, args: tuple) -> tuple[int, int]:
             n.replace_all_uses_with(n.args[0])
             graph.erase_node(n)
     graph.eliminate_dead_code()
-    return size(graph), size(fx_graph_cse(graph))
+    return n_ops(graph), n_ops(fx_graph_cse(graph))
 
 
 def jaxs() -> Callable[[str, tuple], int] | None:

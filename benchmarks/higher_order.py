@@ -18,7 +18,7 @@ from jax.experimental import jet as jax_taylor
 from torch import Tensor
 
 import aotfunc
-from aotfunc.graph import size
+from aotfunc.graph import n_ops
 from benchmarks.measure import Report, arguments, interleaved, ms
 
 D = torch.float64
@@ -64,7 +64,7 @@ def order_row(k: int, weights: list, x: Tensor, v: Tensor) -> list[str]:
     times = interleaved(
         {"ours": lambda: compiled(x, v), "jax": lambda: jitted(jx, jv).block_until_ready()}
     )
-    nodes = lambda f: str(size(aotfunc.make_fx(f)(x, v).graph))
+    nodes = lambda f: str(n_ops(aotfunc.make_fx(f)(x, v).graph))
     equations = lambda f: str(len(jax.make_jaxpr(f)(jx, jv).eqns))
     towers = ["-", "-"]
     if k <= DEEPEST_TOWER:
@@ -99,7 +99,7 @@ def laplacian_row(n: int) -> list[str]:
             "jax": lambda: by_jax(jx).block_until_ready(),
         }
     )
-    nodes = [str(size(aotfunc.make_fx(f)(x).graph)) for f in (laplacian, trace)]
+    nodes = [str(n_ops(aotfunc.make_fx(f)(x).graph)) for f in (laplacian, trace)]
     return [str(n), *nodes, *map(ms, times.values())]
 
 

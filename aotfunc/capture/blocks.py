@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from ..backends.loops.reductions import REDUCTIONS
 from ..errors import AotfuncError
-from ..graph import Program, acts, dependents, draws, size
+from ..graph import Program, acts, dependents, draws, n_ops
 from ..partition.cost import nbytes
 from ..trace.emit import Builder, paused_gc, remap
 from ..trace.views import laid_out
@@ -91,7 +91,7 @@ def without_loops(program: Program) -> Program:
         args, body = remap(n.args, env), without_loops(lowered(n.target.body, CALLS))
         loop = n.target.with_bodies([body])
         outs = None if marked(body) else emit_blocks(b, loop, args, loop.length)
-        if outs is None and size(body.graph) * loop.length <= FEW:
+        if outs is None and n_ops(body.graph) * loop.length <= FEW:
             outs = emit_unrolled(b, loop, args, loop.length)
         return NotImplemented if outs is None else outs
 

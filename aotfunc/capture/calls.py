@@ -20,7 +20,7 @@ from ..backends.interpret import Interpreted
 from ..cache import Cache
 from ..debug import Line
 from ..errors import RuleError
-from ..graph import Program, draws, size
+from ..graph import Program, draws, n_ops
 from ..trace.emit import Builder, remap
 from ..trace.functionalize import Functionalizer
 from ..trace.marks import hidden_write
@@ -287,7 +287,9 @@ class CompiledCall:
 
     def __repr__(self) -> str:
         program = self.program
-        return f"<compiled call {self.__name__}: {program.signature}, {size(program.graph)} nodes>"
+        return (
+            f"<compiled call {self.__name__}: {program.signature}, {n_ops(program.graph)} nodes>"
+        )
 
     def __call__(self, *args: Tensor) -> Sequence:
         return self.compiled(args)([*args])

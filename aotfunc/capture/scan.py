@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..graph import Program, size
+from ..graph import Program, n_ops
 from ..partition.policies import Policy
 from ..trace.emit import Builder
 from ..trace.shapes.sig import Sig, make_sig
@@ -75,7 +75,7 @@ class Scan(Flow):
         way = ", in reverse" if self.reverse else ""
         return (
             f"<scan of {self.length} steps{way}: {self.body.signature}, "
-            f"{size(self.body.graph)} nodes>"
+            f"{n_ops(self.body.graph)} nodes>"
         )
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..graph import Program, size
+from ..graph import Program, n_ops
 from ..trace.emit import Builder, paused_gc
 from ..trace.shapes.sig import Sig
 from ..trace.views import laid_out
@@ -40,7 +40,7 @@ class Switch(Flow):
         self.bodies = tuple([p.once(branch, functools.partial(branch, p)) for p in bodies])
 
     def __repr__(self) -> str:
-        count = sum(size(body.graph) for body in self.bodies)
+        count = sum(n_ops(body.graph) for body in self.bodies)
         return (
             f"<switch of {len(self.bodies)} branches: {self.bodies[0].signature}, {count} nodes>"
         )

@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from ..debug import at
 from ..errors import RuleError
-from ..graph import Program, size
+from ..graph import Program, n_ops
 from ..partition.ops import TRUSTED
 from ..trace.emit import Builder, paused_gc
 from ..trace.marks import fail, no_tangent
@@ -64,7 +64,7 @@ class Unwind(Flow):
 
     def __repr__(self) -> str:
         *_, body, back = self.bodies
-        count = size(body.graph) + size(back.graph)
+        count = n_ops(body.graph) + n_ops(back.graph)
         return f"<unwind of {self.loop.slots} slots: {body.signature}, {count} nodes>"
 
     @property

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from ..debug import at
 from ..errors import RuleError
-from ..graph import Program, size
+from ..graph import Program, n_ops
 from ..trace.emit import Builder, paused_gc
 from ..trace.shapes.sig import make_sig
 from ..trace.views import laid_out
@@ -54,7 +54,7 @@ class While(Flow):
 
     def __repr__(self) -> str:
         most = "" if self.max_steps is None else f" of at most {self.max_steps} steps"
-        return f"<while_loop{most}: {self.body.signature}, {size(self.body.graph)} nodes>"
+        return f"<while_loop{most}: {self.body.signature}, {n_ops(self.body.graph)} nodes>"
 
     @property
     def vals(self) -> tuple:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from ..errors import ArgumentError
-from ..graph import size
+from ..graph import n_ops
 from ..trace.emit import paused_gc
 from .budget import Budget, as_budget
 from .cost import Cost, Flops, Roofline
@@ -89,7 +89,7 @@ class Partition(NamedTuple):
     report: Report
 
     def __repr__(self) -> str:
-        sizes = f"forward of {size(self.fw.graph)} ops, backward of {size(self.bw.graph)}"
+        sizes = f"forward of {n_ops(self.fw.graph)} ops, backward of {n_ops(self.bw.graph)}"
         return f"<partition: {sizes}, {bytes_text(self.report.bytes)} saved>"
 
 

@@ -23,7 +23,7 @@ from ..capture.bodies import dense, results_as
 from ..capture.calls import CompiledCall
 from ..capture.captured import Captured
 from ..errors import AotfuncError, BackendError
-from ..graph import Program, output_node, size
+from ..graph import Program, n_ops, output_node
 from ..partition import Cost, Report, min_cut_rematerialization_partition
 from ..partition.foreign import cut_by
 from ..partition.partitions import as_cost, under
@@ -102,7 +102,7 @@ class Pipeline:
         program = self.opened(program)
         if self.reassociates(program, backend):
             program = reassociated(in_blocks(lowered(program, EVERYTHING)))
-        step = lambda: f"{self.name}, {half} of {size(program.graph):,} ops"
+        step = lambda: f"{self.name}, {half} of {n_ops(program.graph):,} ops"
         with naming(f"{self.name}_{half}"), doing(step):
             fn = compiled_by(backend, program, tensors, f"{self.name}: {half}")
         if (eagerly := getattr(fn, "eagerly", None)) is not None:
@@ -154,7 +154,7 @@ class Pipeline:
         intent, for higher derivatives."""
         joint, dissolve = self.prepared(joint, last), EVERYTHING if last else CALLS
         cut = under(self.partition, self.cost(joint))
-        with doing(lambda: f"{self.name}, partition of {size(joint.graph):,} ops"):
+        with doing(lambda: f"{self.name}, partition of {n_ops(joint.graph):,} ops"):
             early, late = cut_by(cut, to_cut(joint, dissolve), n_early)
             forward, backward = imported(early, "forward"), imported(late, "backward")
         return (
@@ -254,7 +254,7 @@ def compiled_by(
             f"compiled by {function_name(compiler)}",
             gm.graph,
             lambda: gm.code.strip(),
-            size(gm.graph),
+            n_ops(gm.graph),
         )
     if flow and backend != backends.CPP:  # whose ops know nothing of bodies
         return compile_graph(gm.graph).boxed

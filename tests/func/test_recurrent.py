@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from aotfunc import aot_module, check_grads, export, functional_call, grad, jit, jvp, make_fx, vmap
-from aotfunc.graph import size
+from aotfunc.graph import n_ops
 from tests.reference import assert_same
 
 nn = torch.nn
@@ -159,7 +159,7 @@ def test_gradients_of_each_sample(lstm, in_dims):
 def test_the_graph_of_an_lstm_holds_its_kernels():
     layer, x = nn.LSTM(3, 4, 2), torch.randn(50, 2, 3)
     f = lambda x: functional_call(layer, dict(layer.named_parameters()), (x,))[0].sin().sum()
-    assert size(make_fx(grad(f))(x).graph) < 20
+    assert n_ops(make_fx(grad(f))(x).graph) < 20
 
 
 def test_the_layer_of_weights_that_lie_otherwise():

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from ... import debug
-from ...graph import output_node, size
+from ...graph import n_ops, output_node
 from ..eager import compile_graph
 from ..results import is_lazy, resolved
 from . import native
@@ -53,7 +53,7 @@ def compile_cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
     if there is no C++ compiler, or it fails."""
     graph, source = with_kernels(gm)
     if source and (debug.watched is not None or debug.LEVEL >= 3):
-        debug.note("cpp", graph, lambda: source, size(graph))
+        debug.note("cpp", graph, lambda: source, n_ops(graph))
     steady = graph if consists_of_launches(graph) else None
     run = compile_graph(graph)
     if not any(isinstance(n.target, Launch) for n in graph.nodes):
