@@ -192,7 +192,7 @@ class LoopStep:
         length = FOREVER if target.length is None else target.length
         carried, rows = given[first:last], given[last:]
         stacked = [o.meta["val"] for o in results[k:]]
-        planned = [*given[:last], *[stack(v, length) for v in rows]]
+        planned = [*given[:last], *[meta_stack(v, length) for v in rows]]
         if not all(map(laid_alike, planned, [self.vals[s] for s in inputs])) or not all(
             v.is_contiguous() and v.numel() for v in (*carried, *rows, *stacked)
         ):
@@ -202,8 +202,8 @@ class LoopStep:
         step, outs = self.code(body, own)
         homes, copies, following = self.placed(outs, own[first:last])
         self.made -= homes.keys()
-        ends = [self.new(v) for v in (*carried, *[stack(v, length) for v in stacked])]
-        spare = [self.new(v if has_one_element(v) else stack(v, 2)) for v in carried]
+        ends = [self.new(v) for v in (*carried, *[meta_stack(v, length) for v in stacked])]
+        spare = [self.new(v if has_one_element(v) else meta_stack(v, 2)) for v in carried]
         self.made |= (numbers := {o for o in own[first:last] if has_one_element(self.vals[o])})
         t, count = f"t{ends[0] if ends else own[0]}", self.number(length)
         row = f"({count} - 1 - {t})" if target.reverse else t
@@ -326,7 +326,7 @@ def has_one_element(val: Tensor) -> bool:
     return val.numel() == 1
 
 
-def stack(row: Tensor, count: int) -> Tensor:
+def meta_stack(row: Tensor, count: int) -> Tensor:
     return torch.empty((count, *row.shape), dtype=row.dtype, device="meta")
 
 
@@ -361,7 +361,7 @@ def loop_words(
         raise UnfitStep
     given = [n.meta["val"] for n in bodies[-1].find_nodes(op="placeholder")]
     last = target.n_consts + target.n_carry
-    inputs = [*given[:last], *[stack(v, target.length) for v in given[last:]]]
+    inputs = [*given[:last], *[meta_stack(v, target.length) for v in given[last:]]]
     step = LoopStep(inputs)
     lines, ends = step.loop(target, bodies, range(len(inputs)))
     results = [step.vals[s] for s in ends]
