@@ -14,7 +14,7 @@ from .control_flow import scan
 State = tuple[Tensor, ...]  # a step's state, its output first
 
 
-def tanh(state: State, x: Tensor, h: Tensor) -> State:
+def tanh_cell(state: State, x: Tensor, h: Tensor) -> State:
     return ((x + h).tanh(),)
 
 
@@ -37,7 +37,7 @@ def lstm(state: State, x: Tensor, h: Tensor) -> State:
 
 #: layer -> its next state, from the last one and the products of the weights with inputs and
 #: outputs
-STEPS = {"rnn_tanh": tanh, "rnn_relu": relu, "gru": gru, "lstm": lstm}
+STEPS = {"rnn_tanh": tanh_cell, "rnn_relu": relu, "gru": gru, "lstm": lstm}
 
 
 def one_direction(
