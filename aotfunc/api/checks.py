@@ -18,7 +18,7 @@ from ..trace.entering import entry
 from ..trace.shapes.sig import floating
 from .call import batch_size, broadcast_prefix, input_dims
 from .rehearse import leaves_behind, pulled, rehearsed, widened
-from .validate import Validation, call_node, dot, values
+from .validate import Validation, call_node, dot, node_values
 
 
 class Derivatives(Validation):
@@ -172,7 +172,7 @@ class Batches(Validation):
         envs = []
         for i in range(self.size):
             own = [x for x in self.sample(i, leaves) if isinstance(x, Tensor)]
-            envs.append(values(program, [*own, *inputs[len(own) :]]))
+            envs.append(node_values(program, [*own, *inputs[len(own) :]]))
         tensors = (d for d, x in zip(self.dims, leaves, strict=True) if isinstance(x, Tensor))
         batched = [p for p, d in zip(program.placeholders, tensors, strict=False) if d is not None]
         self.batched = dependents(program.graph, batched)

@@ -359,7 +359,7 @@ class Validation:
     def values(self) -> tuple[Program, dict[Node, Any]]:
         """Return the function as a program, and the values of its nodes."""
         program, inputs = self.captured(self.arguments.leaves)
-        return program, values(program, inputs)
+        return program, node_values(program, inputs)
 
     def alone(self, n: Node, values: dict[Node, Any]) -> None:
         """Compare the op of a node under the transform as the function was."""
@@ -381,7 +381,7 @@ def call_node(n: Node, *xs: Any) -> Any:
     return op(*remap(n.args, env), **remap_dict(n.kwargs, env))
 
 
-def values(program: Program, inputs: Sequence[Tensor]) -> dict[Node, Any]:
+def node_values(program: Program, inputs: Sequence[Tensor]) -> dict[Node, Any]:
     env: dict[Node, Any] = dict(zip(program.placeholders, inputs, strict=True))
     with rehearsed(), torch.no_grad():
         for n in program.graph.nodes:
