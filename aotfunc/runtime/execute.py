@@ -93,7 +93,7 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
         ):
             outs = ProgramFunction.apply(program, generator_states(program), *tensors)
         else:
-            outs = values(program, tensors)
+            outs = eager_values(program, tensors)
             if by_us:
                 outs = distinct(program, outs, program.n_outputs, tensors)
         if program.mutated:
@@ -115,7 +115,7 @@ def has_control_flow(program: Program) -> bool:
     )
 
 
-def values(program: Program, tensors: Sequence[Tensor]) -> Sequence:
+def eager_values(program: Program, tensors: Sequence[Tensor]) -> Sequence:
     """Return all outputs of a program, run eagerly; control flow meets no batches of torch.func's,
     whose strides are unknown."""
     if has_control_flow(program):
@@ -262,7 +262,7 @@ class ProgramFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(program: Program, states: list, *tensors: Tensor) -> tuple:  # type: ignore
-        outs = values(program, tensors)
+        outs = eager_values(program, tensors)
         pairs = zip(
             distinct(program, outs, len(outs), tensors), alive(program, tensors), strict=True
         )
