@@ -142,7 +142,8 @@ class Program:
         return text
 
     def __repr__(self) -> str:
-        return f"<{self.name or 'program'}: {self.signature}, {n_ops(self.graph)} nodes>\n{self.graph}"
+        head = f"<{self.name or 'program'}: {self.signature}, {n_ops(self.graph)} nodes>"
+        return f"{head}\n{self.graph}"
 
     @property
     def signature(self) -> str:
