@@ -254,7 +254,7 @@ class Series:
         """Return ``found + factor left right``."""
         (left, one), (right, other) = factored(left), factored(right)
         factor *= one * other
-        value = {} if factor == 1 else {"value": scalar(factor)}
+        value = {} if factor == 1 else {"value": ratio(factor)}
         return self.b.call(aten.addcmul.default, found, left, right, **value)
 
     def times(self, op: Any, x: Any, i: int, y: Any, j: int, **how: Any) -> Any:
@@ -283,7 +283,7 @@ class Series:
         if inner.target is aten.mul.Tensor and inner.args[1].__class__ is Node:
             (left, one), (right, other) = map(factored, inner.args)
             inner, factor = self.b.call(aten.mul.Tensor, left, right), factor * one * other
-        return inner if factor == 1 else self.b.call(aten.mul.Tensor, inner, scalar(factor))
+        return inner if factor == 1 else self.b.call(aten.mul.Tensor, inner, ratio(factor))
 
 
 class Values(dict[Node, Any]):
@@ -322,7 +322,7 @@ def mild(y: Any) -> bool:
     return isinstance(y, int | float) and 2**-24 <= abs(y) <= 2**24
 
 
-def scalar(factor: Fraction) -> int | float:
+def ratio(factor: Fraction) -> int | float:
     """Return a fraction as an argument of an op."""
     return int(factor) if factor.denominator == 1 and abs(factor) < 2**53 else float(factor)
 
