@@ -142,7 +142,7 @@ class OwnRule:
     def __call__(self, walk: Any, inputs: Sequence[Node], line: Line | None) -> tuple[Any, Any]:
         flags = tuple([0 if walk.has(x) else None for x in inputs])
         pairs = zip([walk.env[x] for x in inputs], flags, strict=True)
-        nodes = [contiguous_batch(walk.b, n) if flag == 0 else n for n, flag in pairs]
+        nodes = [as_rules_get_it(walk.b, n) if flag == 0 else n for n, flag in pairs]
         try:
             did = self.late((Info(*walk.axis[:2]), flags, tuple([n.meta["val"] for n in nodes])))
             if did.error is not None:
@@ -183,7 +183,7 @@ def rule_ops(did: Recorded) -> tuple | None:
     return tuple(own), did.key[1:]
 
 
-def contiguous_batch(b: Any, n: Node) -> Node:
+def as_rules_get_it(b: Any, n: Node) -> Node:
     """Return a batch as every rule gets it, so that it can be told when the rule is applied."""
     if n.meta["val"].plain:
         return n
