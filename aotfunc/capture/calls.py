@@ -27,7 +27,7 @@ from ..trace.marks import hidden_write
 from ..trace.records import flat_tensors
 from ..trace.shapes.sig import Facts, Sig
 from ..trace.views import Link, laid_out, linked
-from ..transforms.activity import flat_inputs, has_derivative, live
+from ..transforms.activity import flat_arguments, live
 from ..transforms.jvp import jvp, tangent_sig
 from ..transforms.lower import lowered
 from ..transforms.vjp import cotangent_sig, vjp
@@ -287,9 +287,8 @@ class CompiledCall:
 
     def __repr__(self) -> str:
         program = self.program
-        return (
-            f"<compiled call {self.__name__}: {program.signature}, {n_ops(program.graph)} nodes>"
-        )
+        nodes = n_ops(program.graph)
+        return f"<compiled call {self.__name__}: {program.signature}, {nodes} nodes>"
 
     def __call__(self, *args: Tensor) -> Sequence:
         return self.compiled(args)([*args])
@@ -319,9 +318,7 @@ class CompiledCall:
 
     def flat(self, n: Node) -> list[Node]:
         """Return the arguments of ``n`` by which the call is flat."""
-        vals = [a.meta["val"] for a in n.args]
-        wrt = tuple(i for i, val in enumerate(vals) if has_derivative(val))
-        return [n.args[i] for i in set().union(*flat_inputs(self.program, wrt))]
+        return flat_arguments(n, self.program)
 
     dissolved_with = "calls"
 

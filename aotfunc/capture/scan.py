@@ -18,7 +18,7 @@ from ..partition.policies import Policy
 from ..trace.emit import Builder
 from ..trace.shapes.sig import Sig, make_sig
 from ..trace.views import laid_out
-from ..transforms.activity import flat_inputs, has_derivative, live
+from ..transforms.activity import flat_arguments, live
 from ..transforms.jvp import jvp
 from ..transforms.linearize import halve
 from ..transforms.vjp import vjp
@@ -140,8 +140,7 @@ class Scan(Flow):
 
     def flat(self, n: Node) -> list[Node]:
         """Return the arguments of ``n`` by which the loop is flat."""
-        wrt = tuple(i for i, a in enumerate(n.args) if has_derivative(a.meta["val"]))
-        return [n.args[i] for i in set().union(*flat_inputs(self.body, wrt))]  # type: ignore
+        return flat_arguments(n, self.body)
 
     def derivative(self, given: Sequence[bool]) -> tuple[tuple[int, ...], list[bool]]:
         """Return ``(inputs, results)`` of the body with a derivative in some step if the ``given``

@@ -15,7 +15,7 @@ from ..graph import Program, n_ops
 from ..trace.emit import Builder, paused_gc
 from ..trace.shapes.sig import make_sig
 from ..trace.views import laid_out
-from ..transforms.activity import flat_inputs, has_derivative
+from ..transforms.activity import flat_arguments
 from ..transforms.vmap import vmap
 from ..transforms.walk import builder
 from .bodies import Flow, as_planned, dense, differing, emit_flow, own_memory, results_as
@@ -96,9 +96,7 @@ class While(Flow):
 
     def flat(self, n: Node) -> list[Node]:
         """Return the arguments of the node ``n`` by which the loop is flat."""
-        vals = [a.meta["val"] for a in n.args]  # type: ignore[union-attr]
-        wrt = tuple(i for i, val in enumerate(vals) if has_derivative(val))
-        return [n.args[i] for i in set().union(*flat_inputs(self.body, wrt))]  # type: ignore
+        return flat_arguments(n, self.body)
 
     def derivative(self, given: Sequence[bool]) -> tuple[tuple[int, ...], list[bool]]:
         """Return ``(inputs, results)`` of the body with a derivative in some step if the ``given``

@@ -98,6 +98,12 @@ def flat_inputs(program: Program, wrt: tuple[int, ...]) -> list[set[int]]:
     return program.once(("flat", wrt), find)
 
 
+def flat_arguments(n: Node, program: Program) -> list[Node]:
+    """Return the arguments of a node by which the program that it calls, or loops, is flat."""
+    wrt = tuple(i for i, a in enumerate(n.args) if has_derivative(a.meta["val"]))  # type: ignore
+    return [n.args[i] for i in set().union(*flat_inputs(program, wrt))]  # type: ignore
+
+
 def flat_sources(n: Node) -> list[Any]:
     """Return the arguments by which a node's op is flat."""
     if (of_call := getattr(n.target, "flat", None)) is not None:
