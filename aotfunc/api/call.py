@@ -65,8 +65,7 @@ def not_differentiable(name: str, x: Any, where: str) -> ArgumentError:
 
 
 def chosen_tree(args: Arguments, argnums: int | tuple[int, ...], values: Sequence[Any]) -> Any:
-    """Return ``values`` of the differentiated leaves in the trees of the arguments: one tree, or a
-    tuple of them."""
+    """Return ``values`` of the differentiated leaves in the arguments' trees: one, or a tuple."""
     chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     feed = iter(values)
     trees = []
@@ -193,8 +192,7 @@ class Call:
 def primals_and_tangents(
     name: str, primals: Any, tangents: Any, f: Callable
 ) -> tuple[Arguments, list[Tensor]]:
-    """Return the arguments of a push-forward and its tangents. Raises ArgumentError if they do not
-    match."""
+    """Return a push-forward's arguments and tangents. Raises ArgumentError for others."""
     if not isinstance(primals, tuple) or not primals:
         raise ArgumentError(
             f"{name}: primals must be a non-empty tuple, not {type(primals).__name__}"

@@ -22,8 +22,7 @@ from .validate import Validation, call_node, dot, node_values
 
 
 class Derivatives(Validation):
-    """Base of the transforms that differentiate. A single op becomes a number, by random
-    weights."""
+    """Base of the transforms that differentiate. Random weights make one number of an op."""
 
     def alone(self, n: Node, values: dict[Node, Any]) -> None:
         xs = [values[i] for i in n.all_input_nodes]

@@ -311,8 +311,7 @@ def while_loop(
 def while_loop_up_to(
     cond_fn: Callable, body_fn: Callable, init: Any, limit: Callable, slots: int | None = None
 ) -> Any:
-    """Run :func:`while_loop` with ``limit(inputs, draws)`` as the most steps; ``draws``: whether
-    it draws."""
+    """Run :func:`while_loop` with at most ``limit(inputs, draws)`` steps, or one that draws."""
     carry, spec = flatten(init)
     carry = tensors("while_loop", "init", carry, spec)
 

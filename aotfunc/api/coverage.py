@@ -80,8 +80,7 @@ def _found() -> Iterator[OpOverload]:
 
 @cache
 def formulas() -> dict[str, dict[str, str]]:
-    """Read PyTorch's table of derivatives: for each op in it, the entries of its arguments and
-    results."""
+    """Read PyTorch's table of derivatives: the entries of arguments and results by op."""
     import torchgen
 
     table: dict[str, dict[str, str]] = {}

@@ -31,8 +31,7 @@ _SYMBOLS: dict[type, Callable] = {torch.SymInt: int, torch.SymFloat: float, torc
 
 
 def prepare_custom() -> None:
-    """Make calls of custom functions nodes of Dynamo's graphs; Dynamo calls this while it
-    reads."""
+    """Make calls of custom functions nodes of Dynamo's graphs. Dynamo calls this."""
     for call in [*_in_graph]:
         torch.compiler.allow_in_graph(call)
 

@@ -55,8 +55,7 @@ def path(spec: Any, k: int) -> str:
 
 
 def trip_count(name: str, rows: Sequence[Tensor], spec: Any, length: int | None) -> int:
-    """Return how many steps a loop over these stacks takes. Raises ArgumentError if their lengths
-    differ."""
+    """Return the steps of a loop over these stacks. Raises ArgumentError for several lengths."""
     for k, x in enumerate(rows):
         if not x.dim():
             raise ArgumentError(
@@ -157,8 +156,7 @@ class Body:
 
 
 def inside_torch_func() -> bool:
-    """Return whether a transform of torch.func's is under way, with no recording of ours inside
-    it."""
+    """Return whether a transform of torch.func's is under way, without a recording in it."""
     return current() is None and torch._C._functorch.peek_interpreter_stack() is not None
 
 

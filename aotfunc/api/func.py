@@ -127,8 +127,7 @@ def _gradient(
 
 
 def _halves(joint: Program, call: Call, n_late: int) -> tuple[Program, Program, list[int]]:
-    """Cut a joint program by dependence on its late inputs; the early results have memory of their
-    own."""
+    """Cut a joint program by its late inputs; the early results have memory of their own."""
 
     def make() -> Any:
         early, late, direct = halve(joint, call.program.n_outputs, n_late)

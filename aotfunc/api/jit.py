@@ -113,8 +113,7 @@ def jit(
 
 
 def budgeted(default: Partition, memory_budget: MemoryBudget, policy: Policy | None) -> Partition:
-    """Return the partition function within a budget and by a policy; the default if both are
-    None."""
+    """Return the partition function for a budget and a policy; the default if both are None."""
     check_policy(policy)
     if memory_budget is None and policy is None:
         return default

@@ -68,8 +68,7 @@ def to_onnx(exported: Exported, options: dict[str, Any]) -> Any:
 
 
 def branches_on_values(program: Program) -> bool:
-    """Return whether a program, or the body of a loop in it, has control flow that depends on
-    values."""
+    """Return whether control flow in a program, or in a loop's body, depends on values."""
     flows = [n.target for n in program.graph.nodes if isinstance(n.target, Flow)]
     return any(not isinstance(f, Scan) or any(map(branches_on_values, f.bodies)) for f in flows)
 

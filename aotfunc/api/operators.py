@@ -65,8 +65,7 @@ def while_loop(
     max_steps: int | None,
     slots: int | None = None,
 ) -> list[Tensor]:
-    """Run :func:`aotfunc.while_loop` with ``condition(*constants, *carry)`` and ``body(*constants,
-    *carry)``."""
+    """Run :func:`aotfunc.while_loop` on ``condition`` and ``body`` of (*constants, *carry)."""
     if has_torch_function(given := (*constants, *init)):
         return handle_torch_function(
             while_loop, given, condition, body, constants, init, max_steps, slots
@@ -136,8 +135,7 @@ OPERATORS: dict[str, Callable] = {
 
 
 def with_operators(gm: fx.GraphModule, dissolve: frozenset[str]) -> fx.GraphModule:
-    """Return the module with its control flow as calls of :data:`OPERATORS`; the bodies are
-    modules in it."""
+    """Return the module with its control flow as calls of :data:`OPERATORS` on submodules."""
     found = [n for n in gm.graph.nodes if hasattr(n.target, "bodies")]
     for n in found:
         target: Any = n.target

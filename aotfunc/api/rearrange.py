@@ -70,8 +70,7 @@ def parse_side(side: str) -> list[Group] | None:
 
 
 def spelled_out(side: list[Group], rest: list[str]) -> list[Group]:
-    """Return a side with the names of ``rest`` in place of the dots: as dimensions, or within
-    parentheses."""
+    """Return a side with the names of ``rest`` for the dots, in parentheses as they are."""
     found: list[Group] = []
     for g in side:
         found += (

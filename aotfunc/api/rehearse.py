@@ -1,5 +1,4 @@
-"""Run a function in eager PyTorch, as it is or in float64, and undo what it writes, draws and
-binds."""
+"""Run a function eagerly, perhaps in float64, and undo what it writes, draws and binds."""
 
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ WIDE = {
 
 
 class Rehearsal(TorchDispatchMode):
-    """Run ops as eager PyTorch does, in float64 if ``wide``, and keep what they write to and draw
-    from."""
+    """Run ops eagerly, in float64 if ``wide``; keep what they write to and draw from."""
 
     def __init__(self, wide: bool) -> None:
         super().__init__()
@@ -88,8 +86,7 @@ def widened(x: Any) -> Any:
 
 @contextlib.contextmanager
 def rehearsed(wide: bool = False, spared: Sequence[Any] = ()) -> Iterator[Rehearsal]:
-    """Undo, at the end of the block, all draws and writes inside it, except writes to the memory
-    of ``spared``."""
+    """Undo all draws and writes inside the block, except writes to the memory of ``spared``."""
     mode = Rehearsal(wide)
     places = {memory._cdata for memory in memories(list(spared))}
     mode.kept |= {

@@ -1,5 +1,4 @@
-"""Tell what a function returns without running it, and make all tensors that it reads
-arguments."""
+"""Tell what a function returns without running it; make the tensors it reads arguments."""
 
 from __future__ import annotations
 

@@ -15,8 +15,7 @@ from ..errors import ArgumentError
 
 
 def _emptied(model: nn.Module) -> nn.Module:
-    """Return a copy of the module with its tensors on the meta device: only its structure
-    counts."""
+    """Return a copy of the module, as structure only: its tensors are on the meta device."""
     memo: dict[int, Any] = {}
     for t in (*model.parameters(), *model.buffers()):
         empty = torch.empty_like(t, device="meta")
@@ -44,8 +43,7 @@ def make_functional_with_buffers(
 
 
 class FunctionalModuleWithBuffers(nn.Module):
-    """A module as a function of its state; ``stateless_model`` is the module, its tensors on the
-    meta device."""
+    """A module as a function of its state; ``stateless_model`` has it on the meta device."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
