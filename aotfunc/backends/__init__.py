@@ -55,8 +55,7 @@ def cpp(gm: Any, example_inputs: Any) -> Callable:
 
 
 def flow_runner(target: Any, bodies: Sequence[Callable], plain: Callable) -> Callable:
-    """Return ``plain``, which runs control flow with compiled bodies, or native code for it if
-    there is any."""
+    """Return ``plain``, which runs control flow with compiled bodies, or native code for it."""
     from .loops.looped import native_loop
 
     return native_loop(target, bodies, plain)

@@ -111,8 +111,7 @@ class InductorGraph:
 
 
 def compiled_by_inductor(gm: fx.GraphModule, say: Callable[[str, Exception], None]) -> Callable:
-    """Compile a graph by Inductor. Call ops that it fails on eagerly, and report them to
-    ``say``."""
+    """Compile a graph by Inductor. Run ops that it fails on eagerly; tell ``say`` of them."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
@@ -221,8 +220,7 @@ def first_results(fn: Callable, count: int) -> Callable:
 
 
 def unread_draws(graph: fx.Graph) -> Iterator[fx.Node]:
-    """List the random numbers that no node reads; as results they are still drawn, and in
-    order."""
+    """List the drawn numbers that no node reads; as results they are still drawn, in order."""
     for n in list(graph.nodes):
         if n.op == "call_function" and draws(n) and not n.users:
             val = n.meta["val"]
@@ -273,8 +271,7 @@ def may_end_the_process(n: fx.Node) -> bool:
 
 
 def swapped(n: fx.Node) -> list[int]:
-    """Return the order of a transpose's dimensions as ``permute``, the only form that Inductor
-    knows."""
+    """Return a transpose's order as for ``permute``, the only form that Inductor knows."""
     order = list(range(n.args[0].meta["val"].dim()))  # type: ignore[union-attr]
     i, j = n.args[1:] if n.target is aten.transpose.int else (0, -1)
     if order:

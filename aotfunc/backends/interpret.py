@@ -69,8 +69,7 @@ class Calls:
         return len(self.start) - 1
 
     def place(self, a: Any) -> int:
-        """Return the place of an argument; a list with nodes in it is made by a call of its
-        own."""
+        """Return the place of an argument; a call of its own makes a list with nodes in it."""
         if a.__class__ is Node:
             return self.places[a]
         if isinstance(a, list | tuple) and any(isinstance(x, Node | list | tuple) for x in a):

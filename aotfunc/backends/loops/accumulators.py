@@ -50,8 +50,7 @@ class Accumulators(KernelText):
         return self.vectors and not self.columns
 
     def is_long(self, e: Reduce) -> bool:
-        """Return whether a reduction sums floats across lanes: a few are added before they become
-        doubles."""
+        """Return whether a sum of floats adds a few across lanes before they become doubles."""
         return self.across and e.fn == "sum" and e.dtype is torch.float32
 
     def accumulator(self, e: Reduce) -> str:
@@ -109,8 +108,7 @@ class Accumulators(KernelText):
         return f"aot_{self.carry(e)}({text})" if self.vectors and not self.across else text
 
     def carries(self, values: Iterable[Expr], tiles: str) -> None:
-        """Start the scans that these values need, one for each of the ``tiles`` if there are
-        any."""
+        """Start the scans that these values need, one for each of the ``tiles``, if any."""
         for e in [e for e in self.missing(values) if isinstance(e, Prefix)]:
             name = self.scans[e] = self.fresh("s")
             if tiles:

@@ -33,8 +33,7 @@ def lanes_of(kernel: Kernel) -> str:
 
 
 def sizes(kernel: Kernel) -> tuple[int, ...]:
-    """List the numbers that a kernel's function takes: :func:`named_sizes`, then bits of
-    doubles."""
+    """List the numbers that a kernel takes: :func:`named_sizes`, then bits of doubles."""
     numbers = [struct.unpack("q", struct.pack("d", c.value))[0] for c in given(kernel)]
     return (*[n for _, n in named_sizes(kernel)], *numbers)
 

@@ -53,8 +53,7 @@ class Axes:
             axis -= len(parts)
 
     def whole(self, place: Place, n: Node) -> bool:
-        """Return whether a kernel at this place computes each element of the value exactly
-        once."""
+        """Return whether a kernel here computes each element of the value exactly once."""
         axes = [k for index in place for k in index.axes]
         sizes = zip(place, static_shape(n), strict=True)
         return len({*axes}) == len(axes) and all(  # a diagonal has one axis for two dimensions
@@ -79,8 +78,7 @@ class Axes:
         raise Unfit("results of other sizes")
 
     def bind(self, sizes: list[int], place: Place) -> Place:
-        """Place the reduced dimensions, of these sizes. Raises Unfit if other axes are reduced
-        already."""
+        """Place reduced dimensions of these sizes. Raises Unfit if other axes are reduced."""
         taken = self.reached(place)
         free = [k for k in range(len(self.extents)) if k not in taken]
         if not free and not self.reduced:

@@ -90,8 +90,7 @@ def one_launch(graph: fx.Graph) -> Callable | None:
 
 
 def n_own_results(results: Sequence[Any]) -> int:
-    """Return how many of the first results are launches' own, in memory that no other value
-    shares."""
+    """Return how many of the first results are in memory of launches that no other shares."""
     for count, n in enumerate(results):
         if not isinstance(n, Node) or n.meta.get("laid_out") is not n or n in results[:count]:
             return count

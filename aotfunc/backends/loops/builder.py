@@ -127,8 +127,7 @@ class KernelBuilder(Axes):
         return Store(self.access(n, (FIRST, *place[dims:])), self.value(x, place), blocks=True)
 
     def scattered(self, n: Node) -> Store:
-        """Return a value to add at computed indices, at each point of the kernel or of its outer
-        axes."""
+        """Return a value to add at computed indices, at each point or each outer one."""
         value, shape, where = ADDED[n.target](n)
         place = self.root(shape)
         found = self.value(value, place_of_expanded(static_shape(value), place))

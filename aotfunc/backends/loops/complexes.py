@@ -81,8 +81,7 @@ def sign(x: Parts) -> Parts:
 
 
 def exponential(x: Parts) -> Parts:
-    """Return exp(x): of half the real part twice, as the whole may overflow before the product
-    does."""
+    """Return exp(x), by half the real part twice: the whole may overflow too early."""
     a, b = x
     half, real = exp(a * 0.5), function_of("eq", b, 0)
     cos, sin = function_of("cos", b), function_of("sin", b)
@@ -131,8 +130,7 @@ FORMULAS: dict[str, Callable[..., Parts]] = {
 
 
 def in_parts(kernel: Kernel) -> Kernel:
-    """Return the kernel without complex numbers. Raises Unfit for a function that has no
-    formula."""
+    """Return the kernel without complex numbers. Raises Unfit for an unknown function."""
     dtypes = {e.dtype for e in walk(kernel.values)} | {a.dtype for a in kernel.accesses}
     if not any(d.is_complex for d in dtypes):
         return kernel
@@ -163,8 +161,7 @@ def in_parts(kernel: Kernel) -> Kernel:
 
 
 def parts_of(e: Expr, args: list[Parts], place: list[int]) -> Parts:
-    """Return the parts of a value, given those of its arguments and the new places of
-    accesses."""
+    """Return a value's parts, given those of its arguments and new places of accesses."""
     dtype = e.dtype.to_real() if e.dtype.is_complex else e.dtype
     if isinstance(e, Const) and e.dtype.is_complex:
         real = Given(e.value.real) if e.given else e.value.real

@@ -63,8 +63,7 @@ class Printer(Accumulators):
         return ("" if written else "const ") + memory(self.kernel.accesses[i].dtype)
 
     def known(self, level: int) -> list[Expr]:
-        """List the values that are fixed for the call (0), or for a row (1), and need no
-        reduction."""
+        """List the values fixed for the call (0), or for a row (1), that need no reduction."""
         found, late = [], set()
         for e in walk(self.kernel.values):
             axes = self.kernel.axes(e)
@@ -198,8 +197,7 @@ class Printer(Accumulators):
         self.close()
 
     def stepped(self, first: str, last: str, more: str = "") -> None:
-        """Open a loop over the vector axis that takes as many points at a time as there are
-        lanes."""
+        """Open a loop over the vector axis that takes as many points as there are lanes."""
         j, w = f"i{self.vector}", self.lanes
         start = f"{first}, t = 0" if more else first
         self.open(f"for (int64_t {j} = {start}; {j} < {last}; {j} += {w}{more})")
@@ -306,8 +304,7 @@ class Printer(Accumulators):
     # --- reductions ---
 
     def reduce(self, now: list[Reduce], stores: list[Store], kept: list[Store]) -> None:
-        """Write one pass over the reduced axes: independent reductions, and values stored on the
-        way."""
+        """Write one pass over the reduced axes: independent reductions, and stored values."""
         values = [e.value for e in now] + [e for s in stores for e in s.needs]
         self.before(values)
         self.carries(values, self.tiles)

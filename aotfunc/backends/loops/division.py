@@ -54,8 +54,7 @@ def truncated(a: Expr, b: Expr) -> Expr:
 
 
 def floored(a: Expr, b: Expr) -> Expr:
-    """Return Python's quotient: that of ``a - rest``, so that it does not round up to the next
-    integer."""
+    """Return Python's quotient: that of ``a - rest``, which does not round up."""
     rest = rest_of(a, b)
     if not a.dtype.is_floating_point:
         quotient = truncated(a, b)

@@ -23,8 +23,7 @@ NARROW = (torch.int32, torch.int64)
 
 
 def working(kind: str, n: Node, out: torch.dtype) -> torch.dtype:
-    """Return the dtype that an op computes in. Raises Unfit for one that its body does not
-    cover."""
+    """Return the dtype that an op computes in. Raises Unfit for one without a body."""
     parts = [d for a in n.args if isinstance(a, Node) and (d := a.meta["val"].dtype).is_complex]
     if kind in ("float", "any") and parts and not out.is_complex:
         return parts[0]

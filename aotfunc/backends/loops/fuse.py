@@ -102,8 +102,7 @@ class Groups:
         return False
 
     def kind(self, p: int) -> Hashable:
-        """Return the place of a unit; for a single node, a key that the steps of an unrolled loop
-        share."""
+        """Return a unit's place; a single node's is the same in all steps of an unrolled loop."""
         if len(self.units[p].nodes) > 1:
             return p
         (n,) = self.units[p].nodes
@@ -215,8 +214,7 @@ def stored(nodes: Sequence[Node]) -> list[Node]:
 
 
 def keeps_its_turn(n: Node) -> bool:
-    """Return whether a node may not change places with others of its kind: it draws, or has
-    effects."""
+    """Return whether a node keeps its place among others: it draws, or has effects."""
     if n.target is operator.getitem:
         return False
     return not isinstance(n.target, OpOverload) or draws(n) or n.is_impure()

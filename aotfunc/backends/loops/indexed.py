@@ -188,8 +188,7 @@ def scattered_row(work: KernelBuilder, at: At, x: Node, src: Node, dim: int, ind
 def new_or_old(
     work: KernelBuilder, at: At, old: Node, new: Node, place: Place, inside: Expr | None
 ) -> Expr:
-    """Return an element of the new value at this place if it is ``inside``, else of the old
-    one."""
+    """Return the new value's element here if the place is ``inside``, else the old one's."""
     found = work.value(new, place, work.both([at.mask, inside]))
     if inside is None:
         return found

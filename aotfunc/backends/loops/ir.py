@@ -343,8 +343,7 @@ def walk(roots: Sequence[Expr]) -> Iterator[Expr]:
 
 
 def value_names(kernel: Kernel) -> dict[Expr, str]:
-    """Return a name for each value that is not a number: ``v0``, ``v1``, … in the order of
-    computation."""
+    """Return a name for each value but numbers, ``v0``, ``v1``, …, as they are computed."""
     values = [e for e in walk(kernel.values) if not isinstance(e, Const)]
     return {e: f"v{i}" for i, e in enumerate(values)}
 

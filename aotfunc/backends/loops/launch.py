@@ -199,8 +199,7 @@ class Native:
 
 
 def offset_of_tensors() -> int:
-    """Find the offset of ``at::Tensor`` in a Python tensor. Raises Unlike if that is not
-    certain."""
+    """Find the offset of ``at::Tensor`` in a Python tensor. Raises Unlike if unsure."""
     check_objects()
     x = torch.zeros(2)
     several = (x, x[1:], x.detach().requires_grad_(), nn.Parameter(x))

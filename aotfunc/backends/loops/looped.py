@@ -299,8 +299,7 @@ def consists_of_launches(graph: fx.Graph) -> bool:
 
 
 def start_of_view(n: Node) -> int | None:
-    """Return how many bytes after its argument a view begins; None if ``n`` is no view, or is not
-    contiguous."""
+    """Return the byte of its argument at which a contiguous view begins; else None."""
     if n.target not in VIEWS or not n.meta["val"].is_contiguous():
         return None
     [source] = n.all_input_nodes

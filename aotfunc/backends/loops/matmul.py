@@ -84,8 +84,7 @@ class MatrixProduct:
         )
 
     def in_one(self) -> MatrixProduct:
-        """Return the product with batches as rows, if they follow each other and share the right
-        factor."""
+        """Return the product with batches as rows, if they are adjacent and share the factor."""
         a, c, n = self.a, self.c, self.rows
         if self.b.batch or self.batch == 1:
             return self
@@ -109,8 +108,7 @@ PLANES = ("ik", "kj", "ij")
 
 
 def product_launch(n: Node) -> Task | None:
-    """Return the launch for a product of matrices; None for one that the kernel does not
-    compute."""
+    """Return the launch for a product of matrices; None if the kernel cannot compute it."""
     if (
         n.target not in SPELLED
         or not n.users

@@ -41,8 +41,7 @@ def in_kernels(n: Any) -> bool:
 
 
 def plain_on_cpu(n: Node) -> bool:
-    """Return whether a node is one tensor on the CPU with elements of a dtype that kernels
-    know."""
+    """Return whether a node is one tensor on the CPU, of a dtype that kernels know."""
     val = n.meta.get("val")
     return (
         isinstance(val, Tensor)

@@ -107,8 +107,7 @@ def load_kernels(source: str) -> Library:
 
 @functools.cache
 def threads() -> Callable | None:
-    """Return ``aot_threads`` of ``threads.cpp``; None if PyTorch lacks what it calls, or it cannot
-    be compiled."""
+    """Return ``aot_threads`` of ``threads.cpp``; None if it cannot be compiled."""
     if not toolchain.torch_exports("torch_parallel_for"):
         return None
     try:

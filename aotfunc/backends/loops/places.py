@@ -47,8 +47,7 @@ FIRST = Index()
 
 
 class Split(Exception):
-    """Raised to ask that an axis become two, the inner one of this extent, so that an index is
-    affine."""
+    """Raised for an axis to be split, the inner one of this extent: an index is affine then."""
 
     def __init__(self, axis: int, inner: int) -> None:
         self.axis, self.inner = axis, inner

@@ -18,8 +18,7 @@ from .views import static_shape
 
 
 def recompute(graph: fx.Graph, units: Sequence[Unit]) -> list[Unit]:
-    """Return the units, with cheap values that one kernel stored for one other moved into that
-    one."""
+    """Return the units; cheap values stored for one other kernel are moved into that one."""
     of = {n: u for u in units for n in u.nodes}
     kept = {n for n in graph.nodes if n.op == "placeholder"} | read_by(output_node(graph))
     for unit in units:

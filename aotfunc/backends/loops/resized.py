@@ -93,8 +93,7 @@ def read_position(i: Expr, dtype: torch.dtype, scale: float, corners: bool) -> E
 def weighted_elements(
     i: Expr, dtype: torch.dtype, n: int, size: int, scale: float, corners: bool, cubic: bool
 ) -> list[tuple[Expr, Operand]]:
-    """List the elements, of ``n``, that are summed for element ``i`` of ``size``, and their
-    weights."""
+    """List the elements (of ``n``) summed for element ``i`` of ``size``, and their weights."""
     if n == size and not cubic:
         return [(i, 1.0), (i, 0.0)]  # as in eager, infinity gives NaN
     x = read_position(i, dtype, scale, corners)
@@ -131,8 +130,7 @@ def in_one_dim(work: KernelBuilder, at: At, x: Node, dim: int, size: int, *how: 
 
 
 def in_one_dim_back(work: KernelBuilder, at: At, g: Node, dim: int, n: int, *how: Any) -> Expr:
-    """Sum the cotangents of the elements that an element was read for, times its weight in
-    each."""
+    """Sum the cotangents of the elements that read an element, times its weight in each."""
     scale, corners, cubic = how
     size, dtype = static_shape(g)[dim], g.meta["val"].dtype
     here = work.position(at.place[dim])
@@ -155,8 +153,7 @@ def in_one_dim_back(work: KernelBuilder, at: At, g: Node, dim: int, n: int, *how
 
 
 def most_made(size: int, scale: float, cubic: bool) -> int:
-    """Return the most of ``size`` elements that one element was read for, with one more for
-    rounding."""
+    """Return how many of ``size`` elements may read one element; one more for rounding."""
     return min(size, math.ceil((4 if cubic else 2) / scale) + 2 if scale else size)
 
 

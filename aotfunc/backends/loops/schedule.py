@@ -36,8 +36,7 @@ def rearranged(
 
 
 def widest(kernel: Kernel) -> list[int]:
-    """Return the accesses that decide the order: outputs first, then inputs, those with the most
-    axes first."""
+    """Return the accesses that decide the order: outputs, then inputs, most axes first."""
     stores = [s.access for s in kernel.stores]
     rest = [i for i in range(len(kernel.accesses)) if i not in stores]
     return sorted(stores + rest, key=lambda i: kernel.accesses[i].strides.count(0))
@@ -62,8 +61,7 @@ def order_axes(kernel: Kernel) -> Kernel:
 
 
 def merged(kernel: Kernel) -> Kernel:
-    """Return the kernel with neighbouring axes merged if every access walks them in equal
-    steps."""
+    """Return the kernel with neighbouring axes merged if all accesses take equal steps."""
     groups: list[list[int]] = []
     for k in range(len(kernel.extents)):
         if groups and k != kernel.outer and can_merge(kernel, groups[-1][-1], k):

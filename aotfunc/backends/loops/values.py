@@ -243,8 +243,7 @@ class KernelText:
         return f"aot_ramp<{self.type(e)}>({first}, {step})" if wide else first
 
     def neighbours(self, i: int) -> bool:
-        """Return whether a buffer holds parts of complex numbers that are neighbours along the
-        vector axis."""
+        """Return whether a buffer's parts of complex numbers lie along the vector axis."""
         a = self.kernel.accesses[i]
         return a.part is not None and side_by_side(a, self.vector)
 

@@ -47,8 +47,7 @@ def of_floats(body: Callable) -> Callable:
 
 
 def of_any_floats(body: Callable) -> Callable:
-    """Wrap a body for tensors as in :func:`of_floats`, or bfloat16 or float16, also beside
-    float32."""
+    """Wrap a body for tensors of :func:`of_floats`, bfloat16 and float16, and float32."""
     return lambda *args, **options: (
         body(*args, **options) if can_open(args, ROUNDED) else NotImplemented
     )

@@ -17,8 +17,7 @@ WIDE = (torch.float64, torch.int64)
 
 
 def first_position(x: Tensor, dims: list[int], best: Tensor) -> Tensor:
-    """Return the position of the first element, over some dimensions (all or one), that is the
-    best or NaN."""
+    """Return the first position, along one dimension or all, of the best element or NaN."""
     count = x.shape[dims[0]] if len(dims) == 1 else x.numel()
     places = torch.arange(count, dtype=torch.int32 if x.dtype in NARROW else torch.int64)
     places = places.view(*[n if d in dims else 1 for d, n in enumerate(x.shape)])

@@ -20,8 +20,7 @@ def max_pool(
     dilation: Sequence[int] = (1, 1),
     ceil_mode: bool = False,
 ) -> Any:
-    """Return the maximum of each window of few elements, NaN before all others, and its
-    position."""
+    """Return the maximum of each window of few elements, NaN first, and its position."""
     (kh, kw), (sh, sw), (ph, pw) = pair(size), pair(stride or size), pair(padding)
     if pair(dilation) != (1, 1) or ceil_mode or kh * kw > 9:
         return NotImplemented
