@@ -30,8 +30,7 @@ from .tree import Operands
 
 
 class Begin(Step):
-    """The start of a Function. It keeps the values of the tensor arguments before ``forward`` may
-    write to them."""
+    """The start of a Function. It keeps tensor arguments as ``forward`` gets them."""
 
     def emit(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         f.snapshots.append([f.read(r, True) for r in refs])
@@ -75,8 +74,7 @@ BEGIN = Begin(())
 
 
 def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run ``cls.apply(*args)`` inside a recording, for Functions with ``setup_context`` and
-    without."""
+    """Run ``cls.apply(*args)`` inside a recording, with ``setup_context`` or without."""
     new_style = cls.setup_context is not Function.setup_context
     if kwargs or (new_style and not takes_as_given(cls.forward, args)):
         bound = inspect.signature(cls.forward).bind(

@@ -177,8 +177,7 @@ def with_constants(body: Program, places: Sequence[int], consts: Sequence[Sig]) 
 
 
 def own_memory(body: Program, carry: Sequence[Tensor]) -> list[Tensor]:
-    """Return the values to carry, copied if they may show the memory of an input or of another
-    result."""
+    """Return the values to carry, copied if they may show an input's memory, or another's."""
 
     def find() -> list[bool]:
         seen = set(body.placeholders)

@@ -51,8 +51,7 @@ class StepFacts:
 
 
 class Step:
-    """Base of recorded steps; their results have the signatures ``outs`` (literals are
-    themselves)."""
+    """Base of recorded steps with results of the signatures ``outs``, or literals."""
 
     anywhere = None  # offsets of its inputs do not matter, see Instr
     runs = True  # as a function of the values that it reads
@@ -86,8 +85,7 @@ class Step:
 
 
 class Row(Step):
-    """``(batch, sample) -> the sample's row of the batch``; its batched form is the whole
-    batch."""
+    """``(batch, sample) -> the sample's row of the batch``; batched: the whole batch."""
 
     __name__, dissolved_with = "row", None
 
@@ -186,8 +184,7 @@ class CompiledStep(CallStep):
 
 
 def on_eager(program: Program) -> Callable[..., tuple]:
-    """Return the program on the eager backend, with new values of written inputs among its
-    results."""
+    """Return the program on eager, with new values of written inputs among its results."""
     return program.once(on_eager, lambda: Interpreted(lowered(program).graph))
 
 
@@ -197,8 +194,7 @@ def counts_from_storage(n: Node) -> bool:
 
 
 def hidden_writes(program: Program) -> list[bool]:
-    """Return, for each written input of a program, whether all its writes are hidden from
-    autograd."""
+    """Return, for each written input, whether all its writes are hidden from autograd."""
 
     def untouched(index: int, n: Node) -> bool:
         return seen(n) is placeholders[index]

@@ -190,8 +190,7 @@ LEAF = "a leaf Variable that requires grad is being used in an in-place operatio
 
 
 def under_fake_mode() -> bool:
-    """Return whether FakeTensors are made here, with which the tensor that a number becomes would
-    not mix."""
+    """Return whether FakeTensors are made here, which a number's tensor would not mix with."""
     if not torch._C._len_torch_dispatch_stack():
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
@@ -258,8 +257,7 @@ def parameter_names(f: Callable, args: Any) -> Callable[[], list[str]]:
 
 
 def argument_names(f: Callable, count: int) -> list[str]:
-    """Return the names of the first ``count`` positional arguments of ``f``; those of ``*args``
-    are numbered."""
+    """Return the names of ``count`` positional arguments of ``f``; ``*args`` are numbered."""
     called = f.forward if isinstance(f, torch.nn.Module) else f
     try:
         parameters = inspect.signature(called).parameters.items()

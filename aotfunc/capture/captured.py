@@ -50,8 +50,7 @@ class Numbers:
         self.varied: tuple[int, ...] = ()
 
     def inputs(self, now: tuple) -> tuple[tuple[int, ...], ...]:
-        """Return the positions of each number that is an input from now on; equal numbers share an
-        input."""
+        """Return the positions of each number that becomes an input; equal ones share it."""
         if now != self.first:
             changed = {i for i, (x, y) in enumerate(zip(now, self.first, strict=True)) if x != y}
             if not changed.issubset(self.varied):
@@ -63,8 +62,7 @@ class Numbers:
 
 
 class Captured:
-    """The recording of one call: the trace, the leaves that it returned, and which of them are
-    tensors."""
+    """The recording of one call: the trace, its leaves, and which of them are tensors."""
 
     def __init__(self, trace: Trace, result: Any, names: Callable[[], Sequence[str]]) -> None:
         self.trace, self.names = trace, names
@@ -119,8 +117,7 @@ class Captured:
 
     @property
     def enables(self) -> bool:
-        """Return whether the function ran with gradients off and turned them on inside, by its
-        marks."""
+        """Return whether the function ran with gradients off and turned them on inside."""
         off = not torch.is_grad_enabled() and forward_ad._current_level < 0  # see as_called
         return off and any(grad for _, _, grad, *_ in self.trace.records)
 

@@ -52,8 +52,7 @@ def name_value(x: Traced, name: str) -> None:
 
 
 def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
-    """Record the ops of ``fn`` as a region that the backward recomputes (non-reentrant
-    checkpoints)."""
+    """Record ``fn`` as a region that the backward recomputes: a non-reentrant checkpoint."""
     trace = recorder()
     if trace is None:
         yield from ORIGINALS["checkpoint"](fn, *args, **kwargs)
@@ -133,8 +132,7 @@ def written_in_checkpoint() -> CaptureError:
 
 
 def requiring_grad(t: Tensor, because_of: Sequence[Tensor]) -> Tensor:
-    """Return a result that requires grad as a Function's results do, though no part of it has a
-    derivative."""
+    """Return a result that requires grad, as a Function's does, without a derivative."""
     if t.requires_grad or not floating(t):
         return t
     return call_function(

@@ -38,8 +38,7 @@ from .grad_step import builder_for
 
 
 def agreed(trace: Trace, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:
-    """Return ``question(*values)`` for the values of ``tensors``, on which all samples must
-    agree."""
+    """Return ``question(*values)`` for ``tensors``, on which all samples must agree."""
     line = at(user_line())
     with as_if_outside(), paused_gc(), without_modes(trace.dtype):
         values, count = followed_batches(trace, tensors) or batches(trace, tensors, what)
@@ -89,8 +88,7 @@ def batch_of(trace: Trace, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int 
 
 
 def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Tensor], int]:
-    """Return real values of ``tensors`` with all samples at dimension 0, and the number of
-    samples."""
+    """Return real values of ``tensors``, samples at dimension 0, and how many there are."""
     if trace.concrete_inputs is None and not trace.may_ask_constants:
         raise trace.unanswered(what)
     program, samples = so_far(trace, tensors), trace.samples
@@ -120,8 +118,7 @@ def batches(trace: Trace, tensors: Sequence[Tensor], what: str) -> tuple[list[Te
 
 
 def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:
-    """Return the recording up to now as a program for the values of ``tensors``; it writes nothing
-    back."""
+    """Return the recording up to now as a program for ``tensors``; it writes nothing back."""
     refs = tuple([trace.ref_of(t)[0] for t in tensors])
 
     def make() -> Program:
@@ -136,8 +133,7 @@ def so_far(trace: Trace, tensors: Sequence[Tensor]) -> Program:
 
 
 def closed(program: Program) -> Program:
-    """Return the program as a function of one of its closed-over tensors, the only one it depends
-    on."""
+    """Return the program as a function of the one closed-over tensor it depends on."""
 
     inputs = program.placeholders[: program.n_inputs]
     return program.once(

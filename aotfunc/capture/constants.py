@@ -16,8 +16,7 @@ from ..trace.traced import current, quiet, under_way
 
 @functools.wraps(Tensor.numpy)
 def numpy_of_a_constant(self: Tensor, *, force: bool = False) -> Any:
-    """Return the numpy array in the memory of a tensor from outside, without recording torch's
-    steps."""
+    """Return the numpy array of an outside tensor's memory, unrecorded."""
     if current() is None:
         return ORIGINALS["numpy"](self, force=force)
     value = constant_value(self)

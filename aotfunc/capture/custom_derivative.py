@@ -36,8 +36,7 @@ class RuleProgram(NamedTuple):
 
 
 class Later:
-    """A RuleProgram recorded on demand: a backward that applies its own Function would recurse for
-    ever."""
+    """A RuleProgram recorded on demand: a backward may apply its own Function."""
 
     def __init__(self, make: Callable[[], Any], first: int, n_residuals: int) -> None:
         self.make, self.first, self.n_residuals = make, first, n_residuals
@@ -273,8 +272,7 @@ class CustomDerivative:
 
 
 def is_ours(part: Any) -> bool:
-    """Return whether this is an error of ours, raised at once. The backward raises the user's
-    errors."""
+    """Return whether an error is ours, raised at once; the backward raises the user's."""
     return isinstance(part, AotfuncError) and not isinstance(part, OpError)
 
 

@@ -88,8 +88,7 @@ class CustomRules:
         return tuple(leaves)
 
     def output_and_residuals(self, args: tuple) -> tuple[Any, Any]:
-        """Return the results and residuals of the user's forward, in which a call of the function
-        is its body."""
+        """Return the user's forward's results and residuals; it may call the function's body."""
         _running.rules.append(self)
         try:
             result = self.forward(*args)  # type: ignore[misc]
@@ -244,8 +243,7 @@ def argument_gradients(
 
 @dataclass(frozen=True)
 class Pushforward:
-    """The user's jvp in the form of an ``autograd.Function``'s: a tangent for each tensor of the
-    output."""
+    """The user's jvp in the form of a Function's: a tangent for each output tensor."""
 
     rules: CustomRules
 

@@ -89,8 +89,7 @@ class Deferred:
         return next((s.old for s in self.trace.stand_ins if s.hooks and s.new == ref), None)
 
     def settle(self) -> None:
-        """Record the present backward. It goes on waiting, and must be the same when it is settled
-        again."""
+        """Record the present backward. It waits on, and must be the same when settled again."""
         step, refs = self.make(self)
         derivative = step.derivative
         rules = [p if isinstance(p, RuleProgram) else type(p) for p in derivative.rules]

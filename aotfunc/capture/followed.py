@@ -43,8 +43,7 @@ class Unsteady(Exception):
 
 
 def followed_batches(trace: Trace, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int] | None:
-    """Return :func:`batches`, with each step run once however often it is called; None if that is
-    not possible."""
+    """Return :func:`batches` that runs each step once, however often called; else None."""
     try:
         follower = follow_trace(trace)
         return [follower.value(trace, trace.ref_of(t)[0]) for t in tensors], follower.count
@@ -192,8 +191,7 @@ def repeat_samples(x: Tensor, times: int) -> Tensor:
 
 
 def steady(instr: Any) -> bool:
-    """Return whether a step is a function of the tensors that it reads, and writes to no
-    others."""
+    """Return whether a step is a function of the tensors it reads, and writes no others."""
     facts = instr.facts
     if facts.random:
         return False

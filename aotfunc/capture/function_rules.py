@@ -99,8 +99,7 @@ def recorded_backward(
 def recorded_jvp(
     trace: Trace, name: str, args: Any, ctx: Context, jvp: Any
 ) -> tuple[RuleProgram | Later | Exception | None, list[Tensor]]:
-    """Record a Function's jvp, which autograd calls at once; return it and the tensors that it
-    reads."""
+    """Record a Function's jvp, which autograd calls at once, and the tensors it reads."""
     kept: list[Tensor] = []
     if jvp is None:
         return None, kept
@@ -207,8 +206,7 @@ class BackwardCall:
 
 
 def fitted_gradient(g: Any, want: tuple[torch.Size, torch.dtype] | None, last: bool) -> Any:
-    """Return a gradient of this shape and dtype; the ``last`` one may not be differentiated
-    again."""
+    """Return a gradient of this shape and dtype; the ``last`` one has no derivative."""
     if g is None or want is None:
         return None
     shape, dtype = want
@@ -245,8 +243,7 @@ def twin(x: Any) -> Any:
 
 
 def held(ctx: Context) -> tuple[Context, list[Tensor]]:
-    """Return a copy of a context with Held in place of its tensors, and these tensors, each
-    once."""
+    """Return a copy of a context with SavedPlaces for tensors, and these, each once."""
     tensors = list({id(t): t for t in saved_values(ctx)}.values())
     numbers = {id(t): SavedPlace(i) for i, t in enumerate(tensors)}
     bare = with_kept(ctx, lambda x: numbers[id(x)] if isinstance(x, Tensor) else x)

@@ -37,8 +37,7 @@ class Info(NamedTuple):
 
 
 def call(cls: Any, info: Info, dims: Any, args: Any) -> tuple[list, TreeSpec, list]:
-    """Return the flat results of ``cls.vmap``: the leaves of its output, their tree, and a dim for
-    each."""
+    """Return the flat results of ``cls.vmap``: leaves, their tree, and a dim for each."""
     name = cls.__name__
     if cls.generate_vmap_rule:
         raise RuleError(
@@ -206,8 +205,7 @@ def set_aside(trace: Trace) -> Iterator[None]:
 
 
 def part_of_sample(trace: Trace, x: Tensor, dim: int, sample: Tensor) -> Tensor:
-    """Return the part of the real batch ``x`` that belongs to the sample of the batched value
-    ``sample``."""
+    """Return the part of the real batch ``x`` of the sample of the batched ``sample``."""
     with quiet():
         x = x.movedim(dim, 0)
     sig = make_sig(tuple(x.shape[1:]), tuple(x.stride()[1:]), x.dtype, x.device)

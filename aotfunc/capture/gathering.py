@@ -213,8 +213,7 @@ _NONE = nullcontext()
 
 @functools.cache
 def group_functions() -> Exchange:
-    """Return the functions that gather, let go and wait for the backward, as a recording has
-    them."""
+    """Return the functions that gather, let go and wait for the backward, recorded."""
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
     from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 

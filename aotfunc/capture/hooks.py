@@ -26,8 +26,7 @@ from .live_hooks import Handle, Identity, IgnoresTangents, SharedIdentity, Tenso
 
 
 def register_multi_grad_hook(*_: Any, **__: Any) -> RemovableHandle:
-    """Refuse hooks of several tensors. Ignore those of FlopCounterMode, which follow modules
-    backward."""
+    """Refuse hooks of several tensors; ignore FlopCounterMode's, which follow modules."""
     if sys._getframe(2).f_code.co_filename == module_tracker.__file__:
         return RemovableHandle(OrderedDict())
     raise CaptureError(
@@ -133,8 +132,7 @@ def register_hook(t: Traced, hook: Callable) -> Any:
 
 
 def written_since(trace: Trace, ref: int, start: int) -> bool:
-    """Return whether a record from ``start`` on writes to the memory of a value where autograd
-    sees it."""
+    """Return whether a record from ``start`` on writes to a value's memory in autograd's view."""
     return any(
         grad and trace.root(refs[s]) == trace.root(ref) and refs[s] in trace.autograd.active()
         for instr, refs, grad, *_ in trace.records[start:]
@@ -162,8 +160,7 @@ def register_outside(t: Traced, hook: Callable) -> Handle:
 
 
 def before_hooks(t: Traced) -> Traced:
-    """Return the value of a tensor before hooks were registered on it: its gradient has passed
-    them."""
+    """Return a tensor's value before it had hooks: its gradient has passed them."""
     hooked = {s.new: s.old for s in t.tracer.stand_ins if s.hooks}
     twin = t.tracer.alias(t)
     while twin.ref in hooked:

@@ -159,8 +159,7 @@ def containers(tree: Any) -> list[Any]:
 
 
 def remade(tree: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
-    """Return the tree of these leaves; a container that occurs twice is one container in the new
-    tree, too."""
+    """Return the tree of these leaves; a container that occurs twice does so there, too."""
     children, spec = one_level(tree)
     if spec.is_leaf():
         return next(leaves)

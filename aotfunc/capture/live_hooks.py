@@ -92,8 +92,7 @@ class ModuleHooks(LiveHooks):
         return [*(found[i] for i in self.inputs), hook]
 
     def behind(self, values: Sequence[Any]) -> list[Any]:
-        """Return the values after the module; the last given one is from its front, if there is
-        one."""
+        """Return the values after the module; the last given one may be from its front."""
         given: list[Any] = [None] * self.n_outputs
         for i, x in zip(self.outputs, values, strict=False):
             given[i] = x
@@ -131,8 +130,7 @@ class IgnoresTangents(CustomDerivative):
 
 
 class Identity(IgnoresTangents):
-    """A node whose hooks autograd itself calls; one ``link`` for the front and the end of a
-    module."""
+    """A node whose hooks autograd calls; one ``link`` for a module's front and end."""
 
     def __init__(self, name: str, vals: tuple, backward: tuple, link: SharedIdentity) -> None:
         super().__init__(name, len(vals), vals, backward, None, (), None)

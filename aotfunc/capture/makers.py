@@ -19,8 +19,7 @@ def op_name(target: Any) -> str:
 
 
 def maker(out: Any) -> str:
-    """Return the name of the op that makes an output of a program; a compiled call knows those of
-    its results."""
+    """Return the op that makes an output of a program, by name, also inside a call."""
     if not isinstance(out, Node):
         return ""
     target = op_of(out).target

@@ -220,8 +220,7 @@ def tensors_among(trace: Trace, values: Sequence[Any]) -> tuple[list[int], tuple
 def record_identity(
     trace: Trace, values: tuple, places: list[int], step: End, name: str
 ) -> tuple[Deferred, Any]:
-    """Record the identity of the values at ``places``; return it with the step that may wait for
-    its backward."""
+    """Record the identity of values at ``places``; return it, with the step that may wait."""
     tensors = [values[i] for i in places]
     trace.record(BEGIN, tensors)
     results = trace.record(step, [*tensors, *tensors])

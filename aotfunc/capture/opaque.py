@@ -33,8 +33,7 @@ class ForwardCall(NamedTuple):
 
 
 class OpaqueForward(Step):
-    """A call of ``forward`` on real tensors when the graph runs. The derivative is the
-    Function's."""
+    """A call of ``forward`` on real tensors as the graph runs, with the Function's derivative."""
 
     def __init__(self, call: ForwardCall, vals: tuple[Sig, ...]) -> None:
         super().__init__(vals)
@@ -46,8 +45,7 @@ class OpaqueForward(Step):
         return f"{self.call.cls.__name__}.forward"
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """Return the tensors among the results. The Function gets copies: it may write to its
-        arguments."""
+        """Return the tensors among the results of the Function, which may write to its copies."""
         output, _ = forward_result(self.call, tensors)
         return [o for o in listed(output) if isinstance(o, Tensor)]
 

@@ -113,8 +113,7 @@ def source(trace: Trace, ref: int) -> Tensor | None:
 
 
 def from_outside(trace: Trace, ref: int) -> Tensor | None:
-    """Return the tensor from outside of all recordings that a value stands for, or is a sample
-    of."""
+    """Return the outermost outside tensor that a value stands for, or is a sample of."""
     t = source(trace, ref)
     return t if t.__class__ is not Traced else from_outside(t.tracer, t.ref)  # type: ignore
 

@@ -65,8 +65,7 @@ class OwnRule:
 
     @classmethod
     def of(cls, owner: Any, args: Sequence[Any], closed: Sequence[Tensor] = ()) -> OwnRule:
-        """Return the rule of this application: an earlier one that records the same, or a new
-        one."""
+        """Return this application's rule: an earlier one that records the same, or a new one."""
         trace, operands = current(), Operands(args)
         assert trace is not None
         tensors = [*operands.tensors, *closed]

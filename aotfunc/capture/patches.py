@@ -34,8 +34,7 @@ from .hooks import register_multi_grad_hook
 
 
 class Undisturbed:
-    """A function ``f`` that PyTorch keeps Dynamo out of, exchanged without importing Dynamo any
-    earlier."""
+    """A function that PyTorch keeps Dynamo out of, exchanged without importing Dynamo."""
 
     def __init__(self, f: Any) -> None:
         self.f, self.body = f, f.__wrapped__

@@ -30,8 +30,7 @@ class SeriesLayout(NamedTuple):
         return len(group) + self.order * sum(i in group for i in self.wrt)
 
     def joined(self, values: Sequence[Any], coefficients: Any) -> list:
-        """Return values and coefficients in order; ``coefficients(i)`` returns those of a
-        value."""
+        """Return values in order, each group followed by ``coefficients(i)`` of its values."""
         found: list = []
         for group in self.groups:
             found += [values[i] for i in group]
@@ -55,23 +54,20 @@ def has_coefficients(given: Sequence[Sequence[Node | None]]) -> list[bool]:
 
 
 def body_tangents(body: Program, inputs: SeriesLayout, results: SeriesLayout) -> Program:
-    """Return the body with tangents of its inputs and results; absent ones of results are
-    zeros."""
+    """Return the body with tangents of its inputs and results; zeros for absent ones."""
     joint = lambda: jvp(body, inputs.wrt, zeros=False)
     return body.once(("tangents", inputs, results), lambda: beside(body, inputs, results, joint()))
 
 
 def body_series(body: Program, inputs: SeriesLayout, results: SeriesLayout) -> Program:
-    """Return the body with coefficients of its inputs and results; absent ones of results are
-    zeros."""
+    """Return the body with coefficients of its inputs and results; zeros for absent ones."""
     wrt, order, count = inputs.wrt, inputs.order, len(body.vals)
     joint = lambda: taylor(body, wrt, [(True,) * order] * len(wrt), order, count, scaled=False)
     return body.once(("series", inputs, results), lambda: beside(body, inputs, results, joint()))
 
 
 def beside(body: Program, inputs: SeriesLayout, results: SeriesLayout, joint: Program) -> Program:
-    """Return ``joint``, whose coefficients are behind all values, with these in the order of the
-    groups."""
+    """Return ``joint`` with coefficients in the order of the groups, not behind all values."""
     wrt, order, vals = inputs.wrt, inputs.order, body.vals
     given = joint.placeholders
     planned = {i: given[len(given) - len(wrt) * order + k * order] for k, i in enumerate(wrt)}

@@ -225,8 +225,7 @@ class BranchHalves(NamedTuple):
     n_slots: int
 
     def late_results(self, b: Builder, n: Node, late: Sequence[Node]) -> list[Node]:
-        """Let ``n`` return the residuals, too, and return the results of the choice between
-        ``backs``."""
+        """Let ``n`` also return the residuals; return the results of a choice of ``backs``."""
         count = len(self.forwards[0].vals) - self.n_slots
         n.target = Switch(self.forwards)
         n.meta["val"] = n.target.vals

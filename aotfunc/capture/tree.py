@@ -120,8 +120,7 @@ class Operands:
         self.literals = tuple(None if isinstance(x, Tensor) else x for x in leaves)
 
     def without_tensors(self) -> Operands:
-        """Return the operands without their tensors, so that keeping them keeps no tensor
-        alive."""
+        """Return the operands without their tensors: keeping them keeps no tensor alive."""
         other = copy.copy(self)
         other.tensors = []
         return other
@@ -134,8 +133,7 @@ class Operands:
         return unflatten_tree(leaves, self.spec)
 
     def dims(self, values: Sequence[int | None]) -> tuple:
-        """Return the same trees of dimensions: ``values`` for the tensors, None for other
-        leaves."""
+        """Return the trees of dimensions: ``values`` for the tensors, None for others."""
         leaves: list[int | None] = [None] * len(self.literals)
         for i, d in zip(self.places, values, strict=True):
             leaves[i] = d
