@@ -72,8 +72,7 @@ class Partial(NamedTuple):
 
 
 class StateGraph:
-    """The states of a problem and the transitions between them; ``steps`` is None if there are too
-    many."""
+    """The states of a problem and their transitions, ``steps``; None if there are too many."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

@@ -159,8 +159,7 @@ def ordered(a: Point, b: Point) -> tuple[Point, Point]:
 
 
 def undominated(choices: list[Choice]) -> list[Choice]:
-    """Return the choices that no other one beats in bytes or time without being worse in the
-    other."""
+    """Return the choices that no other one beats in bytes or time without a loss in the other."""
     best: list[Choice] = []
     for c in sorted(choices, key=lambda c: (c.bytes, c.time)):
         if not best or c.time < best[-1].time:

@@ -13,8 +13,7 @@ from .ops import base, is_single, is_symbol, is_view
 
 
 def makes(n: Node) -> int:
-    """Return the bytes of new memory that a value takes that is no view; parts of a tuple have
-    their own."""
+    """Return the bytes of a value's new memory, if it is no view; a tuple's parts have theirs."""
     new = n.op == "call_function" and is_single(n) and not is_symbol(n)
     return nbytes(n.meta["val"]) if new else 0
 

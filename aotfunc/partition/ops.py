@@ -87,8 +87,7 @@ def reads_gathered(n: Node) -> bool:
 
 
 def once(n: Node) -> bool:
-    """Return whether the node may run only once, because a second run could give another value or
-    be seen."""
+    """Return whether a second run of the node could give another value or be seen."""
     op = n.target
     known = (
         not isinstance(op, OpOverload)

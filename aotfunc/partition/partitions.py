@@ -155,8 +155,7 @@ def partition(
 
 @dataclass(frozen=True)
 class Budgeted:
-    """:func:`partition` as a partition function: ``(joint, inputs, *, num_fwd_outputs) -> (fw,
-    bw)``."""
+    """:func:`partition` as ``(joint, inputs, *, num_fwd_outputs) -> (fw, bw)``."""
 
     memory_budget: float | int | str | Budget = 1.0
     policy: Policy | None = None

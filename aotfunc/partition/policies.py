@@ -50,8 +50,7 @@ def check_policy(policy: Policy | None) -> None:
 
 
 def names(n: Node) -> set[str]:
-    """Return the names that ``checkpoint_name`` gave to the value of a node, a view of it, or one
-    of its parts."""
+    """Return the names that ``checkpoint_name`` gave to a node's value, a view or a part."""
     found = {n.meta["named"]} if "named" in n.meta else set()
     for user in n.users:
         if is_view(user) or user.target is operator.getitem:
@@ -106,8 +105,7 @@ def save_any_but_these(*names: str) -> Policy:
 
 
 def must_save(*names: str) -> Policy:
-    """Save the values of these names and do not compute them again; the partition chooses among
-    the others."""
+    """Save the values of these names for good; the partition chooses among the others."""
     return _Named(frozenset(names), Verdict.SAVE, Verdict.FREE)
 
 

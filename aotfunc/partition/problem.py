@@ -103,8 +103,7 @@ class Problem:
         )
 
     def verdict(self, i: int, n: Node, inside: bool, policy: Policy | None) -> int:
-        """Return what may become of a value: what its checkpointed region says, else what the
-        policy says."""
+        """Return what may become of a value, by its checkpointed region, else by the policy."""
         if i in self.border:
             return Verdict.SAVE
         if n.op in ("placeholder", "get_attr"):
@@ -125,8 +124,7 @@ class Problem:
         return np.where(self.asked | (self.time == 0), self.time, INF)
 
     def redo(self, price: float) -> np.ndarray:
-        """Return what the backward pays to run a value: the price of a second run, if the forward
-        runs it."""
+        """Return what the backward pays for a value: a second run, if the forward runs it."""
         again = self.again(price)
         return np.where(self.forward | (self.time == INF), again, 0.0)
 
@@ -246,8 +244,7 @@ def regions(joint: Joint) -> tuple[set[int], set[int]]:
 
 
 def check_feasible(problem: Problem) -> None:
-    """Raise PartitionError if the backward needs a value that may be neither saved nor computed
-    again."""
+    """Raise PartitionError if the backward needs a value neither saved nor recomputed."""
     able, again = problem.save < INF, problem.again(INF) < INF
     at_hand: list[bool] = []
     for k, inputs in enumerate(problem.inputs):

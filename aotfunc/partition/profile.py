@@ -68,8 +68,7 @@ class Like:
 
 
 def example(val: Any) -> Any:
-    """Make a value like this one, of random numbers; of zeros for integers, which may be
-    indices."""
+    """Make a value like this one, of random numbers; integers, perhaps indices, are 0."""
     if isinstance(val, tuple | list):
         return tuple(map(example, val))
     if not hasattr(val, "dtype"):

@@ -1,5 +1,4 @@
-"""Report what a partition keeps and computes again, and how good it is: as text, as JSON, as a
-picture."""
+"""Report what a partition keeps and recomputes, and how good it is: text, JSON, a picture."""
 
 from __future__ import annotations
 

@@ -28,16 +28,14 @@ def describe(n: Node) -> str:
 
 
 def is_tangent(n: Node) -> bool:
-    """Return whether a placeholder is a cotangent of the outputs: by its role, else by its
-    name."""
+    """Return whether a placeholder is an output's cotangent: by its role, else by its name."""
     role = n.meta.get("role")
     return role == "tangent" if role is not None else "tangents" in n.name
 
 
 @dataclass
 class Joint:
-    """A joint graph, read once. Nodes are numbered in graph order; the lists run parallel to
-    ``nodes``."""
+    """A joint graph, read once. Nodes have numbers; the lists run parallel to ``nodes``."""
 
     nodes: list[Node]
     index: dict[Node, int]
@@ -138,8 +136,7 @@ def read_joint(graph: fx.Graph, num_early: int) -> Joint:
 def ancestors(
     inputs: list[list[int]], ends: Iterable[int], stop: Sequence[bool] | None = None
 ) -> list[bool]:
-    """Return which nodes are needed for ``ends``, these included. The walk does not enter those in
-    ``stop``."""
+    """Return which nodes are needed for ``ends``, these included, without those in ``stop``."""
     seen = [False] * len(inputs)
     for i in ends:
         seen[i] = True

@@ -92,8 +92,7 @@ class Network:
 
 
 class Cut(NamedTuple):
-    """Which values are saved and which computed again, what that costs, and what no cut costs
-    less than."""
+    """Which values are saved and which recomputed, at what cost, and the least of any cut."""
 
     saved: np.ndarray
     again: np.ndarray

@@ -20,8 +20,7 @@ Names = Mapping[Node, str]
 def verify(
     fw: fx.GraphModule, bw: fx.GraphModule, joint: fx.GraphModule, *, num_fwd_outputs: int
 ) -> None:
-    """Check that ``fw`` followed by ``bw`` computes what ``joint`` does; raise PartitionError if
-    not."""
+    """Check that ``fw`` followed by ``bw`` computes ``joint``; raise PartitionError if not."""
     check(fw, bw, read_joint(joint.graph, num_fwd_outputs))
 
 
@@ -103,8 +102,7 @@ def check_copy(n: Node, original: Node, first: Names) -> None:
 
 
 def equal_by_name(a: Any, b: Any, first: Names) -> bool:
-    """Return whether arguments of nodes of two graphs are equal, where nodes are compared by
-    name."""
+    """Return whether arguments of two graphs' nodes are equal, with nodes by their names."""
     if a is b:
         return True
     if a.__class__ is not b.__class__ and not (

@@ -36,8 +36,7 @@ class RunOrder(NamedTuple):
 
 
 class Within:
-    """The choices within budgets for one joint graph; what they need is found when it is asked
-    for."""
+    """The choices within budgets for one joint graph, found when they are asked for."""
 
     def __init__(self, problem: Problem, exact: bool = False) -> None:
         self.problem, self.exact = problem, exact
