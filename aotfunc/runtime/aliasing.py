@@ -55,8 +55,7 @@ def without_views(
 
 
 def memory_program(rec: Captured) -> tuple[tuple[int, bool], ...]:
-    """Return the program for the memory of the returned tensors, as :meth:`Captured.program` takes
-    it."""
+    """Return the program for the returned tensors' memory, for :meth:`Captured.program`."""
     steps = [step for s in rec.returned for step in s.path]
     count = len(rec.trace.inputs)
     return tuple(
@@ -142,15 +141,13 @@ def view_step(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node
 
 
 def cut_view(op: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Return a view made under no_grad: it has no derivative, and requires grad if what it is a
-    view of does."""
+    """Return a view made under no_grad: without a derivative, it requires grad as its base."""
     with torch.no_grad():
         return op(*args, **kwargs)
 
 
 class Passed(torch.autograd.Function):
-    """A pair that a Function was given and returns: the memory of one tensor with the derivative
-    of another."""
+    """A pair a Function gets and returns: one tensor's memory with another's derivative."""
 
     @staticmethod
     def forward(ctx: Any, memory: Tensor, new: Tensor) -> Tensor:  # type: ignore[override]

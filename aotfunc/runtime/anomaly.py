@@ -1,5 +1,4 @@
-"""Raise an error for a gradient with a NaN if ``torch.autograd.set_detect_anomaly`` is on around a
-transform."""
+"""Raise an error for a NaN gradient if ``set_detect_anomaly`` is on around a transform."""
 
 from __future__ import annotations
 

@@ -25,8 +25,7 @@ _OLD = torch._C._parse_dispatch_key("Batched")
 
 
 def has_batches(tensors: Sequence[Tensor]) -> bool:
-    """Return whether some of these are batches, of which no other transform of torch.func's is
-    inside."""
+    """Return whether some are batches, with no other transform of torch.func's inside."""
     if older_levels():
         return any(torch._C._dispatch_keys(t).has(_OLD) for t in tensors)
     return any(map(_functorch.is_batchedtensor, of_level(innermost_level(tensors), tensors)))

@@ -40,8 +40,7 @@ from .recorded_hooks import RecordedHooks, recorded_hooks
 
 
 def program_to_cut(rec: Captured, mutated: Sequence[int]) -> Program | None:
-    """Return the program to cut; None if autograd sees no result that was computed from
-    another."""
+    """Return the program to cut; None if no result was computed from another for autograd."""
     trace, refs = rec.trace, dict.fromkeys(rec.refs)
     autograd = trace.autograd
     count = len(trace.inputs)
@@ -68,8 +67,7 @@ def program_to_cut(rec: Captured, mutated: Sequence[int]) -> Program | None:
 
 
 def made_by(rec: Captured) -> tuple[str, ...]:
-    """Return the name of the op that made each result of the program, the last one that wrote to
-    it."""
+    """Return the op that made each result of the program, by name: the last that wrote to it."""
     trace, made = rec.trace, dict[int, str]()
     end = len(trace.inputs)
     for instr, refs, *_ in trace.records:
@@ -93,8 +91,7 @@ def made_in(program: Program) -> tuple[str, ...]:
 
 
 def read_when_written(trace: Trace, ref: int) -> bool:
-    """Return whether something was computed from an input after the last write to it, in view of
-    autograd."""
+    """Return whether autograd sees something computed from an input after its last write."""
     last, base = 0, trace.root(ref)
     for k, (instr, refs, *_) in enumerate(trace.records):
         if any(trace.root(refs[s]) == base for s in written_slots(instr)):
@@ -280,8 +277,7 @@ class CallCuts:
         return n.target.parts(n)[0]  # type: ignore[union-attr]
 
     def chain_of(self, n: Node, roots: set[Node]) -> list[Node]:
-        """Return the views that lead to ``n`` from a value that autograd knows, the first one
-        first."""
+        """Return the views that lead to ``n`` from a value that autograd knows, in order."""
         chain: list[Node] = []
         while n not in roots and (not chain or n not in self.views):
             above = view_source(n)

@@ -68,8 +68,7 @@ class Family:
 
 
 class Served:
-    """The calls that an entry serves: any numbers at the places ``free``, these numbers at the
-    others."""
+    """The calls that an entry serves: any numbers at ``free`` places, these at others."""
 
     def __init__(
         self, following: Following, free: Collection[int], values: Sequence[float], entry: Entry

@@ -56,8 +56,7 @@ def weight_of(entry: Entry) -> int:
 
 
 def describe_call(args: tuple, kwargs: dict) -> tuple[tuple, list[Tensor], list[Any]]:
-    """Return the key of a call without what its function reads; the tensors and objects among the
-    arguments."""
+    """Return a call's key without what its function reads; the tensors and objects in it."""
     parts: list = [len(args)]
     tensors: list[Tensor] = []
     objects: list[Any] = []

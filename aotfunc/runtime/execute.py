@@ -178,8 +178,7 @@ def new_layout(t: Tensor) -> Tensor:
 def before_writes(
     program: Program, tensors: Sequence[Tensor], kept: Sequence[int]
 ) -> Sequence[Tensor]:
-    """Return the inputs, with copies of those that autograd keeps and whose memory the program
-    will write to."""
+    """Return the inputs, with copies where the program writes to what autograd keeps."""
     if not program.mutated:
         return tensors
     written = {tensors[i].untyped_storage()._cdata for i in program.mutated}

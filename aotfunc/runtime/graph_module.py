@@ -66,8 +66,7 @@ class LazyMode(FakeTensorMode):
 
 
 class Meta(dict):
-    """A node's metadata that is made when it is read: FakeTensors and the text of the user's
-    line."""
+    """A node's metadata, made when it is read: FakeTensors and the text of the user's line."""
 
     __slots__ = ("fakes",)
 

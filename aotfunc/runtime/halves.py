@@ -37,8 +37,7 @@ MANY = 32
 
 
 class Halves:
-    """The halves for the gradients of a call's inputs ``wrt``, and the gradient program if it is
-    asked for."""
+    """The halves for the gradients of the inputs ``wrt``, and perhaps a gradient program."""
 
     def __init__(self, call: CompiledCall, wrt: tuple[int, ...]) -> None:
         self.call, self.wrt = call, wrt
@@ -107,8 +106,7 @@ class Halves:
         return vjp(whole, self.wrt, live, recompute=False)
 
     def programs(self) -> dict[str, Program]:
-        """Return the joint program and its halves by name; none where no result has a
-        derivative."""
+        """Return the joint program and its halves by name; none if no result has a derivative."""
         if not self.any_live:
             return {}
         forward, backward = self.forward.program, self.backward.program
@@ -129,8 +127,7 @@ class Halves:
         return self.program.once(key, lambda: result_groups(outs, self.keeping))
 
     def unwritten(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the inputs, with copies of those that the backward reads and that the call writes
-        to."""
+        """Return the inputs, with copies of those the backward reads and the call writes to."""
         return before_writes(self.call.program, tensors, self.needed)
 
     def reached(self, tensors: Sequence[Tensor], inputs: Sequence[int]) -> list[Tensor]:
@@ -184,8 +181,7 @@ class Halves:
         return self.program.once(("apart", self.wrt, done, outs), find)
 
     def zero(self, i: int, outs: set[int]) -> Tensor | None:
-        """Return the gradient of an input that has none in the program, for cotangents of
-        ``outs``."""
+        """Return the gradient of an input without one in the program, by ``outs``."""
         if not any(i in self.flat[k] for k in outs):
             return None
         sig = self.program.placeholders[i].meta["val"]
@@ -222,8 +218,7 @@ class Halves:
         return self.program.once(("kept for", self.wrt, outs), find)
 
     def shared(self, outs: Sequence[int]) -> list[Any]:
-        """Return the Functions of ``met`` that both ``outs`` and other live results are computed
-        by."""
+        """Return the Functions of ``met`` that compute both ``outs`` and other live results."""
 
         def find() -> list[Any]:
             calls = [n for n in self.program.graph.nodes if n.op == "call_function"]
@@ -330,8 +325,7 @@ def materializes(program: Program) -> bool:
 
 
 def inputs_read(program: Program, outs: Sequence[Any], count: int) -> list[int]:
-    """Return the positions of those of the first ``count`` inputs that ``outs``, draws or effects
-    depend on."""
+    """Return which of the first ``count`` inputs ``outs``, draws or effects depend on."""
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
     found = needed_for(calls, outs)
     return [i for i, p in enumerate(program.placeholders[:count]) if p in found]

@@ -114,8 +114,7 @@ def by_label(facts: list[tuple[str, Any]], tensors: Sequence[Tensor]) -> dict[st
 
 
 def last_names(label: str) -> set[str]:
-    """Return the names by which code reaches the object of this label, in the label's last
-    step."""
+    """Return the names by which code reaches a label's object, in its last step."""
     steps = [s for s in label.split(".") if not s.endswith(("__", "()"))]
     return set(re.findall(r"\w+", steps[-1])) if steps else set()
 

@@ -1,5 +1,4 @@
-"""A compiled function for one signature, before it runs: graphs, costs, and compiling ahead of the
-first call."""
+"""A compiled function for one signature before it runs: graphs, costs, compiling it."""
 
 from __future__ import annotations
 
@@ -60,8 +59,7 @@ class Lowered:
         return self.graphs["function"].code.strip()
 
     def compile(self) -> Callable:
-        """Compile the function now for this signature, its backward too; the first call uses
-        it."""
+        """Compile the function now for this signature, its backward too, for the first call."""
         if self._halves is None:
             self._entry.call.compiled(self._tensors)
         else:

@@ -174,8 +174,7 @@ def kept_results(
     met: Sequence[Node],
     made: Sequence[str],
 ) -> dict[int, KeptResult]:
-    """Return the live results, ``made`` by these ops, which the op or Function saves, or which are
-    among ``met``."""
+    """Return the live results, ``made`` by these ops, that are saved, or among ``met``."""
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
     active = active_nodes(calls, [program.placeholders[i] for i in wrt], zeros=True)
     found: dict[int, KeptResult] = {}
@@ -318,8 +317,7 @@ def is_bent(rule: Any) -> bool:
 
 
 def is_given(n: Node, moved: set[Node]) -> bool:
-    """Return whether a node is a result of a derivative of the user's, which is given one that is
-    ``moved``."""
+    """Return whether a user's derivative, given a ``moved`` value, makes this node."""
     op: Any = op_of(n)
     if op is n or not isinstance(op.target, CustomDerivative):
         return False

@@ -110,8 +110,7 @@ class Pipeline:
         return fn
 
     def reassociates(self, program: Program, *compilers: Backend) -> bool:
-        """Return whether all of these want its sums of products in another order, and may have
-        them."""
+        """Return whether all of these want, and may have, sums of products in another order."""
         return not self.exact and all([suited(program.graph, b).reassociates for b in compilers])
 
     @property
@@ -311,8 +310,7 @@ def compile_bodies(graph: fx.Graph, backend: Backend, what: str) -> bool:
 
 
 def unboxed(body: Callable[[list], Sequence]) -> Callable[..., Sequence]:
-    """Return a compiled body as a function of its arguments, which an ``unchecked`` one does not
-    check."""
+    """Return a compiled body as a function of its arguments, perhaps ``unchecked``."""
 
     def call(*args: Tensor) -> Sequence:
         return body([*args])

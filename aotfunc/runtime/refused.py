@@ -63,8 +63,7 @@ def check_kin(ctx: Any, name: str) -> None:
 
 
 def check_reached(ctx: Any, outs: Sequence[int]) -> None:
-    """Refuse a backward of the results ``outs`` of a node if another node has cotangents for the
-    same Function."""
+    """Refuse a backward of a node's ``outs`` if another has cotangents for its Function."""
     if ctx.met is None:
         check_alone(ctx)
     if ctx.watched:

@@ -37,8 +37,7 @@ def flow_data(target: Flow, program_data: Callable[[Program], Any]) -> dict[str,
 
 
 def restored_flow(data: dict[str, Any], program_of: Callable[[Any], Program]) -> Flow:
-    """Undo :func:`flow_data`. Raises ArgumentError for control flow that this version does not
-    know."""
+    """Undo :func:`flow_data`. Raises ArgumentError for unknown control flow."""
     bodies: Any = list(map(program_of, data["bodies"]))
     facts = data["facts"]
     match data["flow"]:

@@ -18,8 +18,7 @@ def own_copy(t: Tensor) -> Tensor:
 
 
 def state_of(f: Callable, used: Sequence[Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Find all tensors of a module by name, and other tensors that were ``used``; name
-    these."""
+    """Find and name all tensors of a module, and others that were ``used``."""
     held: dict[str, Tensor] = {}
     if isinstance(f, nn.Module):
         held.update(f.named_parameters(remove_duplicate=False))

@@ -90,8 +90,7 @@ def tree_of(data: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def collect(data: Any, x: Any, where: str, found: dict[int, tuple[str, Tensor]]) -> None:
-    """Put the tensors of an argument into ``found``; raises ArgumentError for another tree than
-    the pattern."""
+    """Put an argument's tensors into ``found``. Raises ArgumentError for another tree."""
     ((kind, of),) = data.items()
     children: list[tuple[Any, Any, str]] = []
     if kind == "place" and isinstance(x, Tensor):

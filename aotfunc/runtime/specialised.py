@@ -1,5 +1,4 @@
-"""A graph module that refuses shapes, dtypes, devices and Python values other than those it was
-made for."""
+"""A graph module that refuses other shapes, dtypes, devices and values than its own."""
 
 from __future__ import annotations
 
@@ -25,8 +24,7 @@ def leaf_facts(x: Any) -> Any:
 
 
 class Specialised(_LazyGraphModule):
-    """A graph module that compares its arguments with those at capture (``made_for``: facts by
-    parameter)."""
+    """A graph module that compares its arguments with ``made_for``, facts by parameter."""
 
     made_for = None  # not annotated: TorchScript reads annotations
 

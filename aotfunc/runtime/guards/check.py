@@ -46,8 +46,7 @@ class Check:
         self.renew(state)
 
     def renew(self, state: Described) -> None:
-        """Compare with the objects of an equal state from now on. (Another thread may be checking
-        meanwhile.)"""
+        """Compare with an equal state's objects from now on. (Other threads may be checking.)"""
         self.described = state.lines, state.constants, state.paths
         source = check_source(state)
         found = {**state.constants, "alike": metadata_check(state.tensors)}
@@ -112,8 +111,7 @@ def is_unbound(cell: types.CellType) -> bool:
 
 
 def metadata_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Return whether tensors have the shapes, strides, dtypes, devices and requires_grad that
-    these have."""
+    """Return whether tensors have these shapes, strides, dtypes, devices and requires_grad."""
     if not any(t.__class__ is Traced or is_dtensor(t) for t in tensors):
         try:
             from torch._C._dynamo.guards import TensorGuards

@@ -102,8 +102,7 @@ class Containers(Objects):
 
 
 def content(x: Any) -> Any:
-    """Return a description of an array or a slice that compares equal where it has the same
-    elements."""
+    """Describe an array or a slice by what is equal where the elements are."""
     if isinstance(x, np.ndarray):
         return (x.dtype, x.shape, x.strides, x.tobytes())
     if isinstance(x, slice):

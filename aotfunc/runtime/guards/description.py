@@ -1,5 +1,4 @@
-"""Tools to describe state: the key, lines of the check, tensors and their paths, facts for
-people."""
+"""Tools to describe state: the key, lines of the check, tensors with paths, facts to read."""
 
 from __future__ import annotations
 

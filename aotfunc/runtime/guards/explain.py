@@ -1,5 +1,4 @@
-"""Explanations for people: what entries of a compiled function depend on, and why it was captured
-again."""
+"""Explain what entries of a compiled function depend on, and why it was captured again."""
 
 from __future__ import annotations
 
@@ -64,8 +63,7 @@ class History:
 
 
 def facts_of(given: Facts, reached: Sequence[tuple[str, Any]]) -> Facts:
-    """Return all that an entry depends on, by name: its arguments, what it reads, and the
-    surroundings."""
+    """Return what an entry depends on, by name: arguments, what it reads, surroundings."""
     return {**given, **dict(reached), **dict(zip(ENVIRONMENT, environment_key(), strict=False))}
 
 
@@ -93,8 +91,7 @@ def changing(history: Sequence[Facts]) -> list[tuple[str, Any]]:
 
 
 def guards(facts: Facts) -> list[str]:
-    """Return one line for each thing that an entry depends on, but for those that are as
-    always."""
+    """Return a line for each thing that an entry depends on and that is not as always."""
     usual = (True, False, -1, torch.float32, None, None, False, Distribution._validate_args)
     hidden = dict(zip(ENVIRONMENT, usual, strict=False))
     lines = []

@@ -1,5 +1,4 @@
-"""Functions as state: code, defaults, closure variables, and the globals and parts of modules that
-they name."""
+"""Functions as state: code, defaults, closures, and the globals and parts that they name."""
 
 from __future__ import annotations
 

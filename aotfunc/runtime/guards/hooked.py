@@ -60,8 +60,7 @@ def held_by(trace: Trace, state: State) -> Held | None:
 
 
 class Held:
-    """Objects of the state that hooks hold, which a call must find there again: not others like
-    them."""
+    """Objects held by hooks' state: a call must find these very ones again."""
 
     def __init__(self, hooks: Sequence[Any], state: State) -> None:
         #: the objects, by the variables of the check that hold them
@@ -85,8 +84,7 @@ class Held:
                 self.made = type(x)
 
     def require(self, state: State) -> bool:
-        """Let the check of an equal state require these objects; return whether the state has
-        them."""
+        """Let an equal state's check require these objects; return whether the state has them."""
         for v, x in self.objects.items():
             state.require(v, x)
         known = held_variables(state)

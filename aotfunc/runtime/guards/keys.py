@@ -237,8 +237,7 @@ def describe_attributes(t: Tensor, key: list, objects: list[Any]) -> None:
 
 
 def first_alike(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
-    """Return, for each tensor, the position of the first that is the same one; None if no two
-    are."""
+    """Return the position of the first same tensor for each; None if no two are the same."""
     ids = [*map(id, tensors)]
     return None if len({*ids}) == len(ids) else tuple(map(ids.index, ids))
 
@@ -266,8 +265,7 @@ class Shared:
 def reached_tensors(
     tensors: Sequence[Tensor], found: Sequence[Tensor]
 ) -> tuple[int | None, ...] | None:
-    """Return which of the tensors ``found`` in the state each of these is; None if none of them is
-    one."""
+    """Return which tensor ``found`` in the state each of these is; None if none is."""
     if not found or {*map(id, tensors)}.isdisjoint(map(id, found)):
         return None
     places = {id(t): i for i, t in enumerate(found)}

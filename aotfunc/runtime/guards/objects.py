@@ -1,5 +1,4 @@
-"""Objects, modules and classes as state: the attributes that the code may name, modes, tables and
-hooks."""
+"""Objects, modules and classes as state: named attributes, modes, tables and hooks."""
 
 from __future__ import annotations
 
@@ -143,8 +142,7 @@ class Objects(Description):
         return count
 
     def static(self, cls: type) -> list[str]:
-        """Return the names that instances find in their class, unless they have one of their
-        own."""
+        """Return the names that instances without one of their own find in their class."""
         if cls not in self._static:
             named = self.names.attributes
             self._static[cls] = sorted(
@@ -269,8 +267,7 @@ class Objects(Description):
                     self.may_grow(e, f"{p}[{name!r}]")
 
     def functional(self, cls: type) -> None:
-        """Describe the functions of ``torch.nn.functional`` that the methods of one of torch's
-        classes call."""
+        """Describe the functions of ``torch.nn.functional`` that a torch class's methods call."""
         table = vars(torch.nn.functional)
         if found := [n for n in functions_of(cls) if n not in self._functions and n in table]:
             self._functions.update(found)

@@ -109,8 +109,7 @@ def reads_of(code: types.CodeType) -> Reads:
 
 
 def instructions_of(code: types.CodeType) -> list[dis.Instruction]:
-    """Return the instructions of a code object, those for two local variables (Python 3.13) as
-    two."""
+    """Return a code object's instructions, those for two locals (Python 3.13) as two."""
     steps: list[dis.Instruction] = []
     for i in dis.get_instructions(code):
         parts = re.findall("(?:LOAD|STORE)_FAST", i.opname)

@@ -57,8 +57,7 @@ PARTS: dict[type, tuple[str, ...]] = {
 
 
 class State(Functions):
-    """The state that ``f`` and ``objects``, called ``labels``, reach now, by the names in
-    ``names``."""
+    """The state that ``f`` and ``objects``, called ``labels``, reach now by these ``names``."""
 
     def __init__(
         self, f: Callable, objects: Sequence[Any], labels: Sequence[str], names: Names
@@ -87,8 +86,7 @@ class State(Functions):
             self.lines.append(f"if len({{{ids}}}) != {len(self.distinct)}: return")
 
     def methods_of_tensors(self) -> None:
-        """Describe the methods that the user has added to ``torch.Tensor``, or put in the place of
-        others."""
+        """Describe the methods that the user has added to ``torch.Tensor``, or replaced."""
         table = vars(Tensor)
         where = self.constant(table)
         self.lines.append(f"if len({where}) != {len(table)}: return")
