@@ -58,8 +58,7 @@ class Shown:
 
 
 def final_views(trace: Trace) -> dict[int, Shown]:
-    """Find the memory that each value shows in the end; values that are not listed have memory of
-    their own."""
+    """Find the memory that each value shows in the end; unlisted ones have their own."""
     found: dict[int, Shown] = {}
 
     def of(ref: int) -> Shown:

@@ -1,5 +1,4 @@
-"""Answer for autograd about the values of a recording: which require grad, are leaves, lead to
-others."""
+"""Answer for autograd about recorded values: requires_grad, leaves, what leads to what."""
 
 from __future__ import annotations
 
@@ -130,8 +129,7 @@ class Autograd:
         return self._reached
 
     def reaches(self, ref: int, outs: Sequence[int]) -> bool:
-        """Return whether one of ``outs`` was computed from the value ``ref``, as autograd sees
-        it."""
+        """Return whether one of ``outs`` was computed from ``ref``, as autograd sees it."""
         return not self.reach().of(ref, self.records, self.leaves).isdisjoint(outs)
 
     def leaves_of(self, outs: Sequence[int]) -> tuple[list[int], list[Traced]]:
@@ -172,8 +170,7 @@ class Autograd:
         self._reached = None
 
     def settle(self) -> None:
-        """Remember the present state of outside tensors: later questions are answered as of
-        now."""
+        """Remember outside tensors as they are: later questions are answered as of now."""
         if self.rewritten:
             self.reach()
         else:
@@ -196,8 +193,7 @@ class Autograd:
 
 
 def needs_grad(t: Tensor) -> bool:
-    """Return whether a tensor from outside requires grad; an outer recording answers for its
-    values."""
+    """Return whether an outside tensor requires grad; an outer recording may answer."""
     return t.tracer.autograd.requires_grad(t) if t.__class__ is Traced else t.requires_grad
 
 

@@ -14,8 +14,7 @@ from .traced import current
 
 
 def averaging(forward: Callable) -> Callable:
-    """Return ``_BatchNorm.forward``, which computes with the counter as a tensor while a function
-    is captured."""
+    """Return ``_BatchNorm.forward`` with the counter as a tensor while capturing."""
 
     @functools.wraps(forward)
     def method(self, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

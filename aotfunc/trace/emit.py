@@ -239,8 +239,7 @@ class Builder:
         return list(self.splice(program.graph, inputs, program.outputs))
 
     def finish(self, outputs: Sequence[Any]) -> fx.Graph:
-        """End the graph with this flat tuple of outputs and drop dead nodes (draws and effects
-        stay)."""
+        """End the graph with this flat tuple and drop dead nodes (draws and effects stay)."""
         return self.finish_tree(tuple(outputs))
 
     def finish_tree(self, tree: Any) -> fx.Graph:

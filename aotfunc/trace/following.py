@@ -112,8 +112,7 @@ class Following:
         return {*self.leaves} - fixed
 
     def behind(self, found: Sequence[Expression]) -> set[int]:
-        """Return the places of the followed numbers that ``found`` expressions are computed
-        from."""
+        """Return the places of the followed numbers that ``found`` expressions come from."""
         reached = {e.place for e in found}
         for place, (op, parts) in reversed([*enumerate(self.steps)]):
             if op is not None and place in reached:

@@ -101,8 +101,7 @@ class Functionalizer(ValueNodes):
                     self._results(self.b.item(out, i), o, grad, how)
 
     def _view(self, instr: Instr, refs: tuple, grad: bool) -> None:
-        """Bind results to views of the first tensor's storage; another tensor says where they
-        start."""
+        """Bind results to views of the first tensor's storage; another says where they start."""
         base = self.env[refs[0]]
         outs = instr.outs
         if not self.intent and instr.op is aten.detach.default:
@@ -181,8 +180,7 @@ class Functionalizer(ValueNodes):
             self._results(self.fitted(new, o) if o.__class__ is Sig else new, o, grad)
 
     def truth(self, op: OpOverload, nodes: list[Node], new: Node) -> Node:
-        """Return the value of a tensor of numbers after the truth values of ``op`` were written to
-        it."""
+        """Return a tensor of numbers with the truth values of ``op`` written to it."""
         old, *others = nodes
         if op in COMPARISONS:
             old = self.b.call(aten.mul.Tensor, old, 0)

@@ -122,8 +122,7 @@ def resize_out(trace: Trace, op: OpOverload, outs: Any, args: tuple, kwargs: dic
 
 
 def is_alone(trace: Trace, t: Tensor) -> bool:
-    """Return whether a tensor was made in this recording without a gradient, and shares its memory
-    with no other."""
+    """Return whether this recording made a tensor without a gradient, in memory of its own."""
     if t.__class__ is not Traced or t.tracer is not trace or t.requires_grad:
         return False
     return (
@@ -134,8 +133,7 @@ def is_alone(trace: Trace, t: Tensor) -> bool:
 
 
 def check_reshaped(trace: Trace, op: OpOverload, t: Tensor, new: Sig) -> None:
-    """Refuse changes of a shape, in place, that the tensor outside or its memory would not
-    follow."""
+    """Refuse in-place changes of shape that an outside tensor would not follow."""
     name, line = op._schema.name.removeprefix("aten::"), at(user_line(3))
     if t.__class__ is not Traced or t.tracer is not trace:
         raise CaptureError(

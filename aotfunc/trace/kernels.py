@@ -29,8 +29,7 @@ def by_rows(sig: Sig) -> bool:
 
 
 def image_format(sig: Sig) -> torch.memory_format:
-    """Return the memory format of a batch of images: channels_last if ``sig`` has it, else
-    contiguous."""
+    """Return the memory format of a batch of images: channels_last if ``sig`` has it."""
     for form, order in CHANNELS_LAST.items():
         if len(order) == sig.ndim and not is_contiguous(sig) and in_order(sig, order):
             return form

@@ -126,8 +126,7 @@ def ordinary_tensor(x: Any) -> Any:
 
 
 def has_values(t: Tensor) -> bool:
-    """Return whether a tensor has data to look at: not a FakeTensor, nor on meta, nor a batch of
-    torch.func's."""
+    """Return whether a tensor has data: not fake, nor on meta, nor torch.func's batch."""
     return not (
         dispatches(t) or t.device.type == "meta" or torch._C._functorch.is_batchedtensor(t)
     )

@@ -106,16 +106,14 @@ def by_value(
 
 
 def shaping(func: OpOverload, sigs: Sequence[Any]) -> list[int]:
-    """Return the positions of the tensors among an op's arguments whose values decide the shape of
-    its result."""
+    """Return which tensors among an op's arguments decide its result's shape by value."""
     if func not in SHAPED_BY_MASKS or 0 in sigs[0].shape:
         return list(range(len(sigs)))
     return [i for i, s in enumerate(sigs) if i and s.dtype in (torch.bool, torch.uint8)]
 
 
 def follows_default(instr: Instr, kwargs: dict) -> bool:
-    """Return whether the dtype of the result is the default dtype: that of a factory, or of an op
-    on integers."""
+    """Return whether the result has the default dtype, as of factories, or of integers."""
     outs = instr.outs
     made = (
         outs.__class__ is Sig

@@ -117,8 +117,7 @@ def memory_of(t: Tensor) -> tuple[Any, int]:
 
 
 def memory_at(trace: Trace, ref: int, sig: Sig) -> tuple[Any, int]:
-    """Return the identity of a recorded value's memory, and the byte of it at which the value
-    begins."""
+    """Return the identity of a value's memory, and the byte of it where the value begins."""
     root, count = trace.root(ref), len(trace.inputs)
     if root >= count or (root >= 0 and len(trace.origins) != count):
         return (id(trace), root), sig.offset * sig.dtype.itemsize
@@ -129,8 +128,7 @@ def memory_at(trace: Trace, ref: int, sig: Sig) -> tuple[Any, int]:
 
 
 def version(t: Tensor) -> int:
-    """Return how often a tensor has been written to; tensors made in inference mode do not
-    count."""
+    """Return how often a tensor has been written to, 0 for one of inference mode."""
     return 0 if t.is_inference() else t._version
 
 

@@ -90,8 +90,7 @@ class Surroundings(NamedTuple):
 
 
 def function_modes_key() -> torch.device | str | None:
-    """Return the default device, or OTHERS if a mode is on that may act differently at each
-    call."""
+    """Return the default device; OTHERS if a mode may act differently at each call."""
     device = None
     for i in range(_function_modes()):
         mode = torch._C._get_function_stack_at(i)

@@ -7,8 +7,7 @@ from typing import Any
 
 
 def mapped(f: Callable, tree: Any, *others: Any) -> Any:
-    """Return ``f`` of each leaf of ``tree`` and the same parts of the other trees, as nested
-    lists."""
+    """Return ``f`` of each leaf of ``tree`` and the same parts of others, as nested lists."""
     if isinstance(tree, list | tuple):
         return [mapped(f, *xs) for xs in zip(tree, *others, strict=True)]
     return f(tree, *others)

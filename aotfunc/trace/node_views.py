@@ -25,8 +25,7 @@ def view_source(n: Node) -> Node | None:
 
 
 def chain_of(n: Node) -> list[Node]:
-    """Return the views that lead from ``n`` to the node whose memory it shows, the last one
-    first."""
+    """Return the views from ``n`` to the node whose memory it shows, last one first."""
     chain: list[Node] = []
     while (above := view_source(n)) is not None:
         chain.append(n)

@@ -195,8 +195,7 @@ def check_grad(t: Traced) -> None:
 
 
 def give_memory(t: Traced, value: Tensor) -> None:
-    """Record ``t.data = value``: ``t`` becomes a copy of ``value`` with its old derivative; older
-    views stay."""
+    """Record ``t.data = value``: ``t`` copies it, with its old derivative; views stay."""
     trace, line = t.tracer, user_line()
     if current() is not trace or any(t is a for a in trace.arguments):
         raise CaptureError(

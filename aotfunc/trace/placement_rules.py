@@ -39,8 +39,7 @@ def rule_for(op: Any, args: tuple, kwargs: dict) -> tuple[Callable, Any]:
 
 
 def embedding(weight: Any, indices: Any, *rest: Any) -> Any:
-    """Look up rows. Where a process has some of them alone, those of others are zeros, to be added
-    up."""
+    """Look up rows. A process with some of them has zeros for others, to be added up."""
     from torch.distributed.tensor import Partial, Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

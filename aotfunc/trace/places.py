@@ -79,8 +79,7 @@ TOLD[narrow_at] = as_copied
 
 
 def rest(x: Tensor, index: Any, places: list[int]) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the view of ``x`` by the other parts of an index, and an index into it at the
-    places."""
+    """Return the view of ``x`` by the other parts of an index, and the index into it."""
     parts = list(index) if isinstance(index, tuple) else [index]
     numbers = [parts[p] for p in places]
     for p in places:

@@ -228,8 +228,7 @@ def generators(records: Sequence[Record]) -> set[torch.Generator]:
 
 
 def known(trace: Answering, t: Tensor) -> Tensor | None:
-    """Return the real tensor that ``t`` is or stands for, if its values stay until the next
-    call."""
+    """Return the real tensor that ``t`` stands for, if its values stay until the next call."""
     if t.__class__ is Traced:
         return t.tracer.known_value(t)
     return t if trace.may_ask_constants and has_values(t) else None

@@ -41,8 +41,7 @@ def as_it_is(op: OpOverload) -> Form:
 
 
 def scaled(op: OpOverload, **sign: int) -> Form:
-    """Return the form of a sum, with ``alpha`` or without. ``addcmul`` rounds once, as such a sum
-    does."""
+    """Return the form of a sum. ``addcmul`` rounds once, as a sum with ``alpha`` does."""
     return lambda call, x, y, *alpha: (
         call(aten.addcmul.default, x, y, *alpha, **sign) if alpha else call(op, x, y)
     )

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 
 def check_shared_parts(trace: Trace, returned: Sequence[int]) -> None:
-    """Raise CaptureError if a value is used, or known outside, that a write to another one would
-    have changed."""
+    """Raise CaptureError for a used value that a write to another would have changed."""
     if not dtensor_class():
         return
     of, number = trace.roots().of, len(trace.inputs)

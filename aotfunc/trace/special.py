@@ -56,8 +56,7 @@ TOLD[aten._conj.default] = lambda x: infer(aten._conj_physical.default, (Slot(0)
 
 
 def _view_as_real(trace: Trace, x: Tensor) -> Any:
-    """View an input as real numbers. A lazy conjugate is copied first, as its memory is not
-    conjugated."""
+    """View an input as real numbers. Copy a lazy conjugate, whose memory is not, first."""
     ref = trace.ref_of(x)[0]
     root = trace.root(ref)
     if not (0 <= root < len(trace.origins) and trace.origins[root].is_conj()):

@@ -14,8 +14,7 @@ from .traced import Traced
 
 
 class TracedStorage:
-    """The storage of a traced value, which says how large it is, whose it is, and nothing of what
-    lies in it."""
+    """The storage of a traced value: its size and its owner, but nothing of what it holds."""
 
     def __init__(self, t: Traced, typed: bool = False) -> None:
         memory = Tensor.untyped_storage(t)

@@ -55,8 +55,7 @@ class Storage:
 
 
 class View:
-    """A storage seen through a chain of view ops, and its node at the version that was last
-    read."""
+    """A storage seen through a chain of views, and its node at the version last read."""
 
     __slots__ = ("chain", "node", "storage", "version")
 

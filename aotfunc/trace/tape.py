@@ -199,8 +199,7 @@ class Tape:
         self._lift_refs[id(real)] = t.ref
 
     def seen_as(self, t: Tensor) -> int | None:
-        """Return the number of an outside tensor, or of the argument that it is; None if it has
-        none."""
+        """Return the number of an outside tensor, or of an argument; None if it has none."""
         return self._lift_refs.get(id(t))
 
     def ref_of(self, t: Tensor) -> tuple[int, Sig]:
@@ -288,8 +287,7 @@ class Tape:
         return self.mutates or self.strided
 
     def signatures(self) -> list[Sig]:
-        """Return the signatures of the inputs, then of the lifted tensors, as a program expects
-        them."""
+        """Return the signatures of a program's inputs, then of the lifted tensors."""
         return self.as_placed([*self.inputs, *map(signature, self.lifted)])
 
     def as_placed(self, sigs: Sequence[Sig]) -> list[Sig]:
@@ -320,8 +318,7 @@ class Tape:
         return {self.ref_at(i) for i, p in enumerate(places) if (p.group, p.kin) == (group, kin)}
 
     def given_refs(self) -> list[int]:
-        """Return the numbers of the inputs, then of the lifted tensors: a program's placeholders
-        in order."""
+        """Return the numbers of a program's placeholders: inputs, then lifted tensors."""
         return [*range(len(self.inputs)), *range(-1, -1 - len(self.lifted), -1)]
 
     def foreign(self) -> list[Tensor]:
@@ -359,8 +356,7 @@ class Tape:
         return root in self.autograd.inference
 
     def conjugated(self, ref: int) -> bool:
-        """Return whether ``ref`` is a conjugate, or a view of one, which eager would hold
-        lazily."""
+        """Return whether ``ref`` is a conjugate, or its view, which eager would hold lazily."""
         return ref in self.roots().conjugates
 
 

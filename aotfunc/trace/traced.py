@@ -42,8 +42,7 @@ def current() -> Trace | None:
 
 
 def around(trace: Trace) -> list[Trace]:
-    """Return the recordings around this one, outermost first; all that are under way if it is
-    over."""
+    """Return the recordings around this one, outermost first; if it is over, all of them."""
     traces = under_way.traces
     return traces[: traces.index(trace)] if trace in traces else list(traces)
 
@@ -59,8 +58,7 @@ def no_recording() -> Iterator[None]:
 
 
 class Traced(Tensor):
-    """A tensor that stands for a value of a recording: shape, dtype and device are real, there is
-    no data."""
+    """A tensor that stands for a recorded value: shape, dtype and device, but no data."""
 
     __slots__ = ("ref", "sig", "tracer")
     tracer: Trace
@@ -71,8 +69,7 @@ class Traced(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """Run an op on a value that leaked from its recording. It has data if the recording can
-        run."""
+        """Run an op on a leaked value, which has data if its recording can run."""
         return above("run_outside", func, args, kwargs or {})
 
     # ----- what autograd would answer ------------------------------------------------------------
@@ -147,8 +144,7 @@ class Traced(Tensor):
         return self.clone() if self.tracer.conjugated(self.ref) else self
 
     def as_subclass(self, cls: type) -> Tensor:  # type: ignore[override]
-        """Return a plain tensor: a traced value stands for an instance of a subclass that changes
-        nothing."""
+        """Return a plain tensor, for which a subclass that changes nothing stands."""
         if only_adds(cls):
             return self
         raise CaptureError(
@@ -274,8 +270,7 @@ class Traced(Tensor):
         return self.detach()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the value if it depends on no differentiated or batched input and the function
-        runs once."""
+        """Pickle the value if no differentiated or batched input leads to it."""
         value = (
             self.tracer.known_value(self)
             if self.tracer.may_ask_constants and not self.requires_grad
@@ -329,8 +324,7 @@ def _live(x: Traced) -> Tensor:
 
 
 def check_leak(t: Traced) -> None:
-    """Refuse a value of a finished transform that ran inside one that still runs; any other is a
-    constant."""
+    """Refuse a value of a finished transform inside one still running; else a constant."""
     if any(
         x.__class__ is Traced and not x.tracer.finished
         for x in (*t.tracer.origins, *t.tracer.lifted)
@@ -356,8 +350,7 @@ _HARMLESS = frozenset(
 
 
 def as_if_outside() -> Any:
-    """Restore dispatch as it is outside of ops: inside one, autograd and batching are off, which
-    rules rely on."""
+    """Restore dispatch as outside of ops: rules rely on autograd and batching."""
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _EXCLUDED)
 
 
@@ -365,8 +358,7 @@ _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()
 
 
 class quiet:
-    """Set the recording aside in a ``with`` block, and all modes, which recorded programs have
-    been through."""
+    """Set the recording and all modes, which programs have been through, aside."""
 
     __slots__ = ("modes", "recording")
 

@@ -199,8 +199,7 @@ class Trace(Answering, TorchDispatchMode):
         )
 
     def _followed(self, args: tuple, kwargs: dict | None, lifts: bool) -> tuple:
-        """Return an op's arguments with plain numbers, and the expression that becomes an
-        input."""
+        """Return an op's arguments with plain numbers, and the one that becomes an input."""
         found = [*expressions_in(args), *(expressions_in(kwargs) if kwargs else ())]
         if not found:
             return args, kwargs, None
@@ -252,8 +251,7 @@ class Trace(Answering, TorchDispatchMode):
         return outs
 
     def record(self, instr: Any, tensors: Sequence[Tensor]) -> Any:
-        """Record a step of another layer (a nested program, a custom derivative) and return its
-        results."""
+        """Record another layer's step (a nested program, a custom derivative); return results."""
         self.autograd.adopt_leaves()
         refs = tuple([self.ref_of(t)[0] for t in tensors])
         self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
@@ -290,8 +288,7 @@ _OURS = (Traced,)
 
 @cache
 def is_composite(op: OpOverload) -> bool:
-    """Return whether the op is made of others: a view of its argument for some layouts and a copy
-    for others."""
+    """Return whether an op is composed: for some layouts a view, for others a copy."""
     return op._can_decompose()
 
 

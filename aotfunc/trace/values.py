@@ -129,8 +129,7 @@ class ValueNodes:
         return node if how is None else self.detached(node, how)
 
     def current(self, storage: Storage) -> Node:
-        """Return the value of a storage, with its own derivative even if another storage wrote the
-        memory."""
+        """Return a storage's value, with its own derivative even if another one wrote it."""
         memory = storage.memory
         if storage.version != memory.version:
             new = memory.writer.node
@@ -159,8 +158,7 @@ class ValueNodes:
     def seen(
         self, base: View, op: OpOverload, args: tuple, kwargs: dict, index: int | None, sig: Sig
     ) -> View:
-        """Return the view of ``base`` by a view op, or ``base`` after an op reshaped it in
-        place."""
+        """Return the view of ``base`` by a view op; ``base`` itself after an in-place reshape."""
         if op in (aten.as_strided.default, aten.resize.default):
             return View(base.storage, restrided(base.storage.sig, base.chain, sig))
         return self.through(base, linked(base.sig, op, args, kwargs, index, sig))
@@ -173,8 +171,7 @@ class ValueNodes:
         return self.read(ref)
 
     def memory(self, ref: int) -> Node:
-        """Return the current value of the memory that a value was made with (a computed value has
-        its own)."""
+        """Return the current value of a value's memory (a computed value has its own)."""
         view = self.env[ref]
         node = view
         if view.__class__ is View:
@@ -201,8 +198,7 @@ class ValueNodes:
         return ref
 
     def how_cut(self, instr: Instr, refs: Sequence[int]) -> OpOverload:
-        """Return the op that cuts results made under no_grad if they are read with gradients
-        on."""
+        """Return the op that cuts results made under no_grad if they are read with grad."""
         if instr.facts.view_of is None or instr.op is aten.detach.default:
             return aten.detach.default
         return self.cut.get(refs[0], dead_end)
@@ -274,8 +270,7 @@ class ValueNodes:
         return self.b.call(aten.as_strided.default, memory, *place)
 
     def mutated(self) -> list[tuple[int, Node]]:
-        """Return ``(placeholder index, final value)`` of the inputs and lifted tensors that were
-        written."""
+        """Return ``(placeholder index, final value)`` of written inputs and lifted tensors."""
         if not self.mutates:
             return []
         found = []

@@ -88,8 +88,7 @@ def restrided(base: Sig, chain: Sequence[Link], val: Sig) -> tuple[Link, ...]:
 
 
 def strided_link(base: Sig, val: Sig, start: int) -> Link:
-    """Return the link to a view of the memory of ``base`` that begins ``start`` elements after its
-    first one."""
+    """Return the link to a view of ``base``'s memory from its element ``start`` on."""
     return Link(
         (
             aten.as_strided.default,

@@ -1,5 +1,4 @@
-"""Shape rules of tensor algebra: the same shape again, reductions, products, solutions. See
-:mod:`.rules`."""
+"""Shape rules of algebra: the same shape, reductions, products, solutions."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Shape rules of joining and looking up: cat, gather, embedding, indexing, scatters, sorting. See
-:mod:`.rules`."""
+"""Shape rules of joining and looking up: cat, gather, indexing, scatters, sorting."""
 
 from __future__ import annotations
 

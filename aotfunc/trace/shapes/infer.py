@@ -88,8 +88,7 @@ def by_kernel(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
 
 
 def no_generator(a: Any) -> Any:
-    """Replace the user's generator by None: inference must not draw from it, and some meta kernels
-    take none."""
+    """Replace the user's generator by None: inference must not draw from it."""
     return None if isinstance(a, torch.Generator) else a
 
 
@@ -160,8 +159,7 @@ def _on_meta(op: OpOverload) -> dict:
 
 
 def _on_zeros(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """Run an op without a meta kernel once on zeros of these signatures; cache the result
-    signatures."""
+    """Run an op without a meta kernel once on zeros; cache the result signatures."""
     if by_values(op, sigs):
         raise CaptureError(f"the shape of {op}'s result depends on the values of its arguments")
     real = [zeros_at(s) for s in sigs]
@@ -205,8 +203,7 @@ MIXES = frozenset(
 
 
 def check_devices(op: OpOverload, sigs: tuple) -> None:
-    """Refuse tensors on several devices, which some meta kernels do not check; 0-dim CPU tensors
-    go with any."""
+    """Refuse tensors on several devices, which some meta kernels accept; 0-dim ones may."""
     here = {s.device for s in sigs if s.shape or s.device.type != "cpu"}
     if len(here) > 1 and op.namespace == "aten" and plain_name(op) not in MIXES:
         raise CaptureError(

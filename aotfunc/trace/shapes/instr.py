@@ -117,8 +117,7 @@ def encode(a: Any, key: list, sink: Any) -> Any:
 def intern(
     key: tuple, op: OpOverload, args: tuple, kwargs: dict, sigs: tuple, outs: Any = None
 ) -> Instr:
-    """Return the instruction for this key; make a new one, with its outputs inferred unless
-    given."""
+    """Return the instruction for this key; infer a new one's outputs unless given."""
     facts, anywhere = Facts(op), None
     if any(s.offset for s in sigs) and not facts.strided and not facts.writes:
         there = tuple([k.start if k.__class__ is Sig else k for k in key])

@@ -35,8 +35,7 @@ class Unsure(Exception):
 
 
 def shape_rule(*ops: Any) -> Callable[[Callable], Callable]:
-    """Register the decorated function as the rule of these overloads (a packet means its
-    ``default``)."""
+    """Register the function as the rule of these overloads; a packet means ``default``."""
 
     def register(f: Callable) -> Callable:
         for op in ops:
@@ -85,14 +84,12 @@ def new(
 
 
 def sure_in_order(*sigs: Sig | None) -> None:
-    """Decline unless dimensions lie in natural order: contiguous, or expanded or sliced from
-    that."""
+    """Decline dimensions out of natural order: contiguous, or expanded or sliced."""
     sure(all(s is None or ordinary(s) for s in sigs))
 
 
 def axis(dim: int, ndim: int) -> int:
-    """Return the dimension counted from the front. Raises IndexError for one that does not
-    exist."""
+    """Return the dimension counted from the front. Raises IndexError for none."""
     if not -max(ndim, 1) <= dim < max(ndim, 1):
         raise IndexError
     return dim % max(ndim, 1)
@@ -173,8 +170,7 @@ def result_strides(shape: tuple, operands: Sequence[Sig]) -> tuple:
 
 
 def ordinary(sig: Sig) -> bool:
-    """Return whether dimensions lie in natural order, those of size 1 included, whose strides some
-    kernels keep."""
+    """Return whether dimensions, those of size 1 too, lie in natural order."""
     return sig.stride == contiguous_stride(sig.shape) or (1 not in sig.shape and natural(sig))
 
 
@@ -203,8 +199,7 @@ def memory_order(shape: tuple, operands: Sequence[Sig]) -> list[int]:
         strides.append([0] * lead + [0 if n == 1 and m != 1 else step for n, step, m in moved])
 
     def compare(a: int, b: int) -> int:
-        """Return 1 if dimension ``a`` is the outer one, -1 if it is the inner one, 0 if no operand
-        decides."""
+        """Return 1 if dimension ``a`` is the outer one, -1 if inner, 0 if undecided."""
         for stride in strides:
             sa, sb = stride[a], stride[b]
             if sa and sb:
@@ -252,8 +247,7 @@ LEFT_OUT = "clone ldexp select_scatter slice_scatter diagonal_scatter as_strided
 
 @cache
 def shape_rule_for(op: OpOverload) -> Callable | None:
-    """Return the op's own rule, or that of pointwise ops; an op in place has its functional
-    twin's."""
+    """Return the op's own rule, its functional twin's, or that of pointwise ops."""
     # their rules register themselves
     from . import algebra, factories, indexing, nn, windows  # noqa: F401
 
@@ -293,8 +287,7 @@ def in_place(functional: Callable, x: Sig, *args: Any, **kwargs: Any) -> Sig:
 
 @cache
 def probe(dtype: torch.dtype, dimensions: bool) -> Tensor:
-    """Return a tensor without elements, or a single number, to ask a kernel for its result
-    dtype."""
+    """Return a tensor without elements, or a number, to ask a kernel for its dtype."""
     with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch():  # wrapped by no mode
         return (
             torch.empty(0, dtype=dtype, device="cpu")

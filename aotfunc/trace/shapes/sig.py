@@ -29,8 +29,7 @@ def reach(shape: Sequence[int], stride: Sequence[int]) -> int:
 
 
 class Sig:
-    """Shape, stride, dtype, device and storage offset of a tensor; interned, so ``is``
-    compares."""
+    """A tensor's shape, stride, dtype, device and offset; interned, so ``is`` compares."""
 
     __slots__ = ("device", "dtype", "form", "offset", "plain", "proto", "shape", "stride")
 
@@ -56,8 +55,7 @@ class Sig:
 
     @property
     def extent(self) -> int:
-        """Return the number of storage elements from the storage's beginning to the tensor's
-        end."""
+        """Return how many elements the storage has up to the tensor's end."""
         return self.offset + reach(self.shape, self.stride)
 
     @property
