@@ -55,8 +55,7 @@ def sources(n: Node) -> Sequence[Node]:
 
 
 def is_nondiff(n: Node, active: dict[Node, None], zeros: bool) -> bool:
-    """Return whether no derivative flows through a node: by its rule, or by the outputs it
-    reads."""
+    """Return whether a node has no derivative, by its rule or by the outputs it reads."""
     if n.target is operator.getitem:
         parent, i = n.args
         if (live := getattr(parent.target, "live", None)) is not None:  # type: ignore[union-attr]

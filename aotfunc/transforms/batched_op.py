@@ -43,8 +43,7 @@ def batched_op(walk: Batch, n: Node, randomness: str) -> tuple[Any, list[OpOverl
 
 
 def fragment(walk: Batch, n: Node) -> Make:
-    """Return ``make(builder, flags, size, *args) -> (result, looped ops)``, which builds the
-    batched op."""
+    """Return ``make(builder, flags, size, *args) -> (result, looped ops)`` of an op."""
     op: Any = n.target
     rule: Any = entry_for(op).vmap
     want = n.meta["val"]
@@ -125,8 +124,7 @@ def sample_sigs(a: Any) -> Any:
 
 
 def all_with_batch(b: Builder, a: Any, yes: Any, size: int) -> Any:
-    """Return an argument with a batch dimension in each tensor; ``yes`` says which have one
-    already."""
+    """Return an argument with a batch in each tensor; ``yes`` says which have one."""
 
     def expanded(x: Any, yes: Any) -> Any:
         if not isinstance(x, Node) or yes:

@@ -64,8 +64,7 @@ def closing_over_no_tensor(op: OpOverload) -> Callable[[Callable], Callable]:
 
 
 def without_formula(op: OpOverload) -> bool:
-    """Return whether ``op`` was registered for devices only: autograd takes its results for
-    constants."""
+    """Return whether ``op`` is registered for devices only: its results are constants."""
     keys = "Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd"
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return op.namespace not in ("aten", "prims") and not any(has(op.name(), key) for key in keys)

@@ -58,8 +58,7 @@ def assembled(b: Builder, outs: Sequence[Any], base: Program, name: str, own: ra
 def jacobian_rows(
     base: Program, wrt: tuple[int, ...], n_out: int, chunk: int | None, randomness: str
 ) -> Program:
-    """Return, per output, the backward half batched over a basis of its cotangents, residuals
-    unbatched."""
+    """Return, per output, the backward half over a basis of cotangents, one forward."""
     with paused_gc():
         base = numbered_draws(base)
         b = builder()

@@ -62,8 +62,7 @@ def halve(joint: Program, n_early: int, n_late: int) -> tuple[Program, Program, 
 
 
 def linear_program(base: Program, wrt: tuple[int, ...], n_out: int) -> Program:
-    """Return the tangent program of the arguments ``wrt``: all results, then tangents of the first
-    ``n_out``."""
+    """Return the tangent program of ``wrt``: results, then ``n_out`` tangents."""
     whole = jvp(base, wrt)
     count = base.n_outputs
     outs = whole.outputs

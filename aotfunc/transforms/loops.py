@@ -29,8 +29,7 @@ _shown: dict = {}  # our warnings that the warnings module remembers
 
 
 def report(op: OpOverload, line: Line | None, strict: bool) -> None:
-    """Warn, at the user's line, that ``op`` runs once for each sample; raise RuleError if
-    ``strict``."""
+    """Warn, at the user's line, that ``op`` runs once a sample. RuleError if ``strict``."""
     if strict:
         raise RuleError(
             f"vmap(strict=True): {op} can only be batched by a loop over the samples{at(line)}. "

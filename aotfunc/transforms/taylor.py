@@ -118,8 +118,7 @@ class Series:
     # ----- coefficients --------------------------------------------------------------------------
 
     def coefficient(self, n: Any, k: int) -> Any:
-        """Return the k-th coefficient of a value, None for zero; a list of them for several
-        outputs."""
+        """Return a value's k-th coefficient, None for zero; a list for several outputs."""
         if n.__class__ is not Node:
             return n if k == 0 else None
         if (n, k) not in self.known:
@@ -167,8 +166,7 @@ class Series:
         return found if isinstance(n.meta["val"], tuple) else found[0]
 
     def flow(self, n: Node) -> list:
-        """Return the coefficients of the results of a loop or a branch, which computes all at
-        once."""
+        """Return the coefficients of a loop's or a branch's results, all at once."""
         if n not in self.flows:
             target: Any = n.target
             if not hasattr(target, "series"):
@@ -186,8 +184,7 @@ class Series:
     # ----- series of products, quotients and powers ----------------------------------------------
 
     def quotient(self, n: Node, k: int) -> Any:
-        """Return the series of ``x = n y``: ``n_k = (x_k - sum of n_j y_(k-j) for j < k) /
-        y_0``."""
+        """Return the series of ``x = n y``: ``n_k = (x_k - sum n_j y_(k-j), j < k) / y_0``."""
         x, y = (1, *n.args)[-2:]
         known = self.convolved(aten.mul.Tensor, n, y, range(k), k)
         first = self.coefficient(x, k)

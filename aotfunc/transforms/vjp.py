@@ -242,8 +242,7 @@ def reverse_by_parts(b: Builder, n: Node, needs: tuple, g: Any, args: Any, why: 
 
 
 def as_arguments(rule: Any, op: OpOverload) -> Any:
-    """Return the rule with the chores done: sum each cotangent to its argument's shape and cast it
-    to its dtype."""
+    """Return the rule with the chores done: shapes by sums, and dtypes by casts."""
     where = tensor_args(op)
 
     def fit(ga: Any, a: Any) -> Any:
@@ -344,8 +343,7 @@ def vjp(
 
 
 def primals(b: Builder, placeholders: Sequence[Node]) -> list[Node]:
-    """Add placeholders like these to a derived program: the role "param" stays, any other becomes
-    "primal"."""
+    """Add placeholders like these: the role "param" stays, any other becomes "primal"."""
     return [
         b.placeholder(
             p.name, p.meta["val"], role="param" if p.meta.get("role") == "param" else "primal"

@@ -154,8 +154,7 @@ class Batch:
         return self.b.call(aten.expand.default, new, [self.size, *new.meta["val"].shape])
 
     def inside(self, b: Builder) -> Batch:
-        """Return a walk over the ops inside of one op, for the same batch, that builds into
-        ``b``."""
+        """Return a walk over the ops inside of one, for the same batch, into ``b``."""
         return Batch(b, self.axis)
 
 

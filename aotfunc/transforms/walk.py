@@ -187,8 +187,7 @@ def constant_node(b: Builder, t: Tensor) -> Node:
 
 
 def made_node(b: Builder, t: Tensor) -> Node:
-    """Return a few numbers that a rule put into a tensor, ``torch.tensor([1.0, 2.0])``, as
-    nodes."""
+    """Return a few numbers that a rule put into a tensor, as nodes."""
     if not t.dim():
         return constant_node(b, t)
     if t.numel() > FEW:
@@ -212,15 +211,13 @@ def filled_node(b: Builder, value: Any, sig: Sig) -> Node:
 
 
 def unknown(b: Builder, sig: Sig) -> Node:
-    """Return a tensor like ``sig`` of any value: an input that a linear result does not depend on,
-    dropped later."""
+    """Return any tensor like ``sig``: an unread input of a linear result, dropped later."""
     kwargs = {"dtype": sig.dtype, "device": sig.device}
     return b.make("call_function", aten.empty.memory_format, (list(sig.shape),), kwargs, sig)
 
 
 def node_outputs(b: Builder, n: Node) -> Any:
-    """Return a node's outputs in the form of a rule's arguments: itself, or nested lists of its
-    outputs."""
+    """Return a node's outputs as a rule's argument: itself, or nested lists of outputs."""
     val = n.meta["val"]
     if not isinstance(val, tuple):
         return n

@@ -14,8 +14,7 @@ from .parts import Mixed, OpCall, broadcast_part, part_rule
     "_prelu_kernel _prelu_kernel_backward ldexp.Tensor log_sigmoid_forward log_sigmoid_backward"
 )
 def aligned(c: OpCall) -> Any:
-    """Return where a pointwise op holds the batch: where its arguments do, aligned from the
-    right."""
+    """Return where a pointwise op holds the batch: as its arguments, aligned right."""
     try:
         shape = broadcast_shape(*[sig.shape for sig, _ in c.tensors])
     except Unsure:

@@ -160,8 +160,7 @@ def convolution_backward(c: OpCall) -> Any:
 
 
 def among_channels(c: OpCall, *images: str) -> None:
-    """Keep the batch among the channels: each sample has its own groups of channels, and
-    weights."""
+    """Keep the batch among the channels: each sample has its own groups and weights."""
     groups, left = divmod(c.arg["groups"], c.walk.size)
     apart = all((p := c.of(name)[1]) is not None and p.dim == 1 for name in images)
     vectors = [c.of(name)[1] for name in ("weight", "bias") if c.arg.get(name) is not None]

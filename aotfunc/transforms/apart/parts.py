@@ -96,8 +96,7 @@ class OpCall:
         return [d % rank for d in given]
 
     def scaled(self, name: str, at: int | None, each: int) -> None:
-        """Note that an argument (or its entry ``at``) is ``each`` times the size, unless it is
-        -1."""
+        """Note that an argument (or its entry ``at``) is ``each`` times the size, or -1."""
         i = self.names.index(name)
         args = list(self.walk.args.get(self.n, self.n.args))
         if i >= len(args):
@@ -121,8 +120,7 @@ FACTORIES: dict[OpOverload, Rule] = {}
 
 
 def part_rule(names: str, table: dict = RULES) -> Callable[[Rule], Rule]:
-    """Make a decorator: register the function as the rule of these ops of aten that PyTorch
-    has."""
+    """Make a decorator: register the function as the rule of aten's ops of these names."""
 
     def register(f: Rule) -> Rule:
         for name in names.split():

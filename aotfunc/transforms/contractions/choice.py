@@ -34,8 +34,7 @@ Way = tuple[list[Node], Plan, Order]
 
 
 def chosen(graph: fx.Graph) -> dict[Node, Way]:
-    """Return, for each node to recompute in another order, its factors, its product and the
-    order."""
+    """Return the factors, product and order of each node to recompute in another order."""
     products = Products(graph)
     needed = needed_of(graph, products)
     cones = {n: cone(n, products) for n in needed}
@@ -52,8 +51,7 @@ def chosen(graph: fx.Graph) -> dict[Node, Way]:
 
 
 def another(p: Product, nodes: Sequence[Node]) -> bool:
-    """Return whether these nodes can be computed in another way: another order, or without some
-    factors."""
+    """Return whether nodes can be computed in another order, or without some factors."""
     count = sum(contracts(m) for m in nodes)
     return count > 1 or len(p.factors) <= count
 

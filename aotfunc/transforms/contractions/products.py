@@ -78,8 +78,7 @@ class Algebra:
     # ----- operations ----------------------------------------------------------------------------
 
     def viewed(self, p: Product, shape: Sequence[int]) -> Product | None:
-        """Return the product as a ``view``; None if that cuts a label's extent into uneven
-        parts."""
+        """Return the product as a ``view``; None if that cuts a label's extent unevenly."""
         rest = list(reversed(p.labels))
         dims, cuts = list[tuple[int, ...]](), dict[int, tuple[int, ...]]()
         for extent in shape:
@@ -123,8 +122,7 @@ class Algebra:
         )
 
     def unify(self, mine: tuple, other: tuple, same: dict[int, tuple[int, ...]]) -> bool:
-        """Match the labels of two equal dimensions, alone or together; return whether they
-        match."""
+        """Match the labels of two equal dimensions, alone or together; return whether it did."""
         xs, ys = list(reversed(mine)), list(reversed(other))
         while xs and ys:
             x, y = xs.pop(), ys.pop()
@@ -144,8 +142,7 @@ class Algebra:
         return not (xs or ys)
 
     def summed(self, p: Product, over: Sequence[int], keepdim: bool = False) -> Product:
-        """Sum over these dimensions. A sum along an expanded dimension multiplies by its
-        extent."""
+        """Sum over these dimensions; along an expanded one, multiply by its extent."""
         over = [d % len(p.dims) for d in over]
         read = {label for f in p.factors for label in f.labels}
         gone = [label for d in over for label in p.dims[d] if label not in read]

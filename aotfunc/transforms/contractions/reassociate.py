@@ -54,8 +54,7 @@ def unshared(b: Builder, x: Node, factors: list[Node]) -> Node:
 
 
 def with_strides(b: Builder, x: Node, sig: Sig) -> Node:
-    """Return ``x``, laid out as ``sig`` says, with the strides of ``sig`` in dimensions of extent
-    1, too."""
+    """Return ``x`` laid out as ``sig``, with its strides in dimensions of extent 1, too."""
     if x.meta["val"].stride == sig.stride:
         return x
     return b.call(torch.ops.aten.as_strided.default, x, list(sig.shape), list(sig.stride))

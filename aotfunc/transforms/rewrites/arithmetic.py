@@ -53,8 +53,7 @@ def _mul(b: Builder, val: Sig, x: Any, y: Any) -> Any:
 
 
 def times_number(b: Builder, val: Sig, x: Any, n: Any) -> Any:
-    """Return ``x`` times a number in place of a filled tensor, unless that tensor gives the result
-    its shape."""
+    """Return ``x`` times a filled tensor's number, unless that gives the shape."""
     return (
         fit_or_none(val, b.call(aten.mul.Tensor, x, n))
         if x.__class__ is Node and x.meta["val"].dtype is val.dtype

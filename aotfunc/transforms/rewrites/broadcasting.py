@@ -66,6 +66,5 @@ def unspread(b: Builder, a: Node, copies: bool) -> Node | None:
 
 
 def one_dtype(args: tuple) -> bool:
-    """Return whether all tensors have one dtype; else the result's dtype depends on which are
-    0-dim."""
+    """Return whether tensors have one dtype; else 0-dim ones decide the result's."""
     return len({a.meta["val"].dtype for a in args if a.__class__ is Node}) == 1

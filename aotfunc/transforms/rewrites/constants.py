@@ -209,8 +209,7 @@ def _where(b: Builder, val: Sig, condition: Any, x: Any, y: Any) -> Any:
 
 
 def solid(b: Builder, val: Sig, op: Any, args: tuple, named: dict) -> Any:
-    """Return the call with dense constants in place of expanded ones, if its result has the same
-    layout."""
+    """Return the call on dense constants, not expanded, if the layout stays."""
     dense = tuple(
         [
             full(b, a.meta["val"], filled_with(a), a.meta["val"].shape) if is_expanded(a) else a

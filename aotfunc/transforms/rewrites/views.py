@@ -95,8 +95,7 @@ def order(how: tuple, rank: int) -> list[int]:
 
 
 def turned(b: Builder, val: Sig, x: Any, dims: list[int], how: tuple | None = None) -> Any:
-    """Return ``x`` with its dimensions in this order, in its one form; None if that is the present
-    form ``how``."""
+    """Return ``x`` with dimensions in this order, in its one form; None if ``how`` is it."""
     off = [d for d, k in enumerate(dims) if d != k]
     if not off:
         return x
@@ -130,8 +129,7 @@ def fewer_moves(b: Builder, val: Sig, x: Any) -> Any:
 
 
 def as_turn(b: Builder, val: Sig, origin: Any, two: bool) -> Any:
-    """Return a permutation of the contiguous ``origin``, or, if ``two`` moves are allowed, of a
-    view of it."""
+    """Return a permutation of contiguous ``origin``, or, by ``two`` moves, of its view."""
     if not two and sorted(origin.meta["val"].shape) != sorted(val.shape):
         return None
     inside = sorted(range(len(val.shape)), key=lambda d: (-val.stride[d], val.shape[d] == 1))

@@ -88,8 +88,7 @@ def softplus_second(
 def elu_second(
     h: Tensor, out: Tensor, g: Tensor, a: float, b: float, c: float, is_out: bool, x: Tensor
 ) -> Tensor:
-    """Differentiate ``elu`` twice: it is ``b x`` for positive ``x`` and ``a b (exp(c x) - 1)``
-    otherwise."""
+    """Differentiate ``elu`` twice: ``b x`` for positive ``x``, else ``a b (exp(c x) - 1)``."""
     return keep(x < 0, h * g * (c if is_out else (c * x).exp() * (a * b * c * c)))
 
 
@@ -162,8 +161,7 @@ def _(x: Tensor, *, size: int) -> tuple[Tensor, Tensor]:
 
 
 def as_batch(op: OpOverload) -> Any:
-    """Return the vmap rule of an elementwise op that does not broadcast every argument: batch all
-    tensors."""
+    """Return the vmap rule of an elementwise op that does not broadcast: batch all tensors."""
     return lambda *args: elementwise(op)(*args, batched=(True,) * len(tensor_args(op)))
 
 
@@ -222,8 +220,7 @@ def _(h: Tensor, out: Tensor, g: Tensor, x: Tensor, dim: int) -> list[Tensor]:
 
 
 def last_of_unbatched(op: Any, x_at: int) -> Any:
-    """Return the vmap rule of glu and its backward: count the dimension past the batch; batch all
-    tensors."""
+    """Return the vmap rule of glu and its backward: ``dim`` is past the batch of all."""
 
     def batch(*args: Any) -> Tensor:
         dim = args[-1] % (args[x_at].dim() - 1) + 1

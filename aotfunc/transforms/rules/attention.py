@@ -139,8 +139,7 @@ def tangent_of_cotangent(
 def cotangent_of_cotangent(
     cotangents: Any, g, q, k, v, mask, causal, scale
 ) -> tuple[Tensor | None, ...]:
-    """Return cotangents of ``(g, q, k, v, scores)`` from those of :func:`cotangent`'s ``(q, k, v,
-    scores)``."""
+    """Return cotangents of ``(g, q, k, v, scores)`` by those of :func:`cotangent`'s results."""
     a, b, c, d = or_absent(*cotangents)
     keys, values, b, c = (per_head(x, q) for x in (k, v, b, c))
     s = scale_of(q, scale)

@@ -75,8 +75,7 @@ def shifted(op: OpOverload | OpOverloadPacket, *names: str, first: str = "self")
 
 
 def past_batch(dim: Any, rank: int) -> Any:
-    """Return the dimension(s) of an unbatched tensor of ``rank``, counted in the batched one
-    (batch at 0)."""
+    """Return dimension(s) of a tensor of ``rank``, counted in the batched one (batch at 0)."""
     if isinstance(dim, int):
         return dim % rank + 1
     if not dim:
@@ -121,8 +120,7 @@ def out_of(x: Tensor, dim: int, size: int, groups: int = 1) -> Tensor:
 
 
 def along_channels(vector: Tensor, spatial: int) -> Tensor:
-    """Shape a vector over the channels, or a batch of them, to broadcast against ``(..., N, C,
-    *spatial)``."""
+    """Shape a vector over channels, or a batch, to broadcast with ``(..., N, C, *spatial)``."""
     return vector.reshape(*vector.shape[:-1], 1, -1, *[1] * spatial)
 
 

@@ -49,8 +49,7 @@ def sent_back(g: Tensor, x: Tensor, received: Any, sent: Any, group: Any) -> Ten
 
 
 def at_source(g: Tensor, x: Tensor, source: int, group: Any) -> Tensor:
-    """Return the sum over all processes at the value's source, zeros elsewhere; all processes take
-    part."""
+    """Return the sum over all processes at the value's source, and zeros elsewhere."""
     mine = torch.distributed.distributed_c10d._resolve_process_group(group).rank() == source
     here = torch.full((), mine, dtype=torch.bool, device=g.device)
     return torch.where(

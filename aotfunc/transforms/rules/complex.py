@@ -55,8 +55,7 @@ def _(tangents: tuple[Tensor], out: Tensor, z: Tensor) -> Tensor:
 
 
 def across(t: Tensor, out: Tensor, z: Tensor) -> Tensor:
-    """Return the part of ``t`` perpendicular to ``z``, divided by ``|z|``; this map is its own
-    transpose."""
+    """Return ``t``'s part perpendicular to ``z``, over ``|z|``; the map is its own transpose."""
     return torch.where(z == 0, 0, (t - out * (out.conj() * t).real) / z.abs())
 
 

@@ -31,8 +31,7 @@ def _(g, out, x, w, bias, stride, padding, dilation, transposed, output_padding,
 
 
 def convolution_tangent(tangents, x, w, shape, *geometry) -> Tensor | None:
-    """Return the tangent of a convolution's result, of this shape, from those of ``(x, w,
-    bias)``."""
+    """Return the tangent of a convolution of this shape from those of ``(x, w, bias)``."""
     tx, tw, tb = tangents
     if tx is None and tw is None:
         return None if tb is None else along_channels(tb, len(shape) - 2).expand(shape)

@@ -95,8 +95,7 @@ def folded(
 
 @vjp_of(aten._ctc_loss.default, aten._ctc_loss.Tensor, diff_outputs=(0,))
 def _(g, out, log_probs, targets, input_lengths, target_lengths, blank, zero_infinity):
-    """Treat the cotangent as a factor outside of the kernel: then only second derivatives open the
-    kernel up."""
+    """Keep the cotangent outside of the kernel: only second derivatives open that up."""
     g = g[0]
     how = (targets, input_lengths, target_lengths, *out, blank, zero_infinity)
     return aten._ctc_loss_backward(torch.ones_like(g), log_probs, *how) * (

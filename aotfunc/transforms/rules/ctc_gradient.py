@@ -36,8 +36,7 @@ def states_of(targets: Tensor, of_target: Tensor, blank: int, classes: Any) -> T
 
 
 def filled_shift(x: Tensor, by: int, fill: Any) -> Tensor:
-    """Return ``x`` shifted along its last dimension (back for negative ``by``) and filled up with
-    ``fill``."""
+    """Return ``x`` shifted along its last dimension (back if ``by`` < 0), with ``fill``."""
     gap = x.new_full((*x.shape[:-1], min(abs(by), x.shape[-1])), fill)
     kept = x.shape[-1] - gap.shape[-1]
     return (

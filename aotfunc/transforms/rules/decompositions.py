@@ -52,8 +52,7 @@ def slow_conv_backward(g, x, w, kernel_size, stride, padding, output_mask):
 
 
 def over_time(x: Tensor, w: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
-    """Convolve as ``conv_tbc``: images ``(time, batch, channels)``, weights ``(time, in,
-    out)``."""
+    """Convolve as ``conv_tbc``: ``(time, batch, channels)`` by ``(time, in, out)``."""
     return convolution(x.permute(1, 2, 0), w.permute(2, 1, 0), bias, [1], [pad]).permute(2, 0, 1)
 
 
@@ -78,8 +77,7 @@ decompose_as(
 def weight_norm_backward(
     g: Tensor, v: Tensor, scale: Tensor, norms: Tensor, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Differentiate ``w = scale * v / norms``; ``norms`` are those of ``v`` over all dimensions
-    but ``dim``."""
+    """Differentiate ``w = scale * v / norms``, norms over all dimensions but ``dim``."""
     others = [d for d in range(v.dim()) if d != dim % v.dim()]
     of_scale = (g * v).sum(others, keepdim=True) / norms
     return scale / norms * (g - v * of_scale / norms), of_scale

@@ -21,8 +21,7 @@ from .table import jvp_of, refuse_sparse, total, vjp_of, vmap_of
 
 
 def lined_up(index: Tensor, step: Any) -> Tensor:
-    """Return numbers ``[B, n]`` as ``[B * n]``, with those of sample b increased by ``b *
-    step``."""
+    """Return numbers ``[B, n]`` as ``[B * n]``; sample b's are increased by ``b * step``."""
     return (index + count_up(index.shape[0], index, 1) * step).flatten()
 
 

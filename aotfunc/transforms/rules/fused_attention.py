@@ -139,8 +139,7 @@ def unfolded(x: Any, size: int) -> Any:
 
 
 def shared_value(x: Any, size: int) -> Any:
-    """Return a value that all samples share, such as the state of the random generator, as a
-    batch."""
+    """Return a value that all samples share, such as a generator's state, as a batch."""
     return x.expand(size, *x.shape) if isinstance(x, Tensor) else x
 
 

@@ -86,8 +86,7 @@ def _(x: Tensor, bins: int, low: Any, high: Any) -> Tensor:
 
 
 def spaced(low: Tensor, high: Tensor, bins: int) -> Tensor:
-    """Return the edges ``[B, bins + 1]`` of equal bins, computed from both ends as ``linspace``
-    does."""
+    """Return edges ``[B, bins + 1]`` of equal bins, from both ends as ``linspace`` does."""
     low, high = low.unsqueeze(1), high.unsqueeze(1)
     step = (high - low) / bins
     i = torch.arange(bins + 1, device=low.device, dtype=low.dtype)

@@ -160,8 +160,7 @@ def put_one_for_all(
 
 
 def along_positions(there: Tensor, places: IndexLayout, rank: int) -> Tensor:
-    """Shape ``there [(B,) n]`` along the last of the dimensions of the indices in a result of
-    ``rank``."""
+    """Shape ``there [(B,) n]`` along the last index dimension of a result of ``rank``."""
     return there.reshape(*there.shape, *[1] * (rank - places.front - places.rank))
 
 

@@ -69,8 +69,7 @@ for op in overloads_named("unbind.int", "unbind_copy.int"):
 
 
 def skipped(x: Tensor, rank: int) -> bool:
-    """Return whether ``cat`` ignores ``x``: an empty vector may stand among tensors of any
-    rank."""
+    """Return whether ``cat`` ignores ``x``: an empty vector joins tensors of any rank."""
     return x.dim() == 1 and rank != 1 and x.shape[0] == 0
 
 

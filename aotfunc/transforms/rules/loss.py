@@ -18,8 +18,7 @@ from .table import along_dims, broadcast_shapes, jvp_of, linear, vjp_of, vmap_of
 
 
 def along_dim(op: OpOverload | OpOverloadPacket) -> Formula:
-    """Return the vmap rule of an op with a ``dim`` whose tensor arguments, one or several, have
-    one shape."""
+    """Return the vmap rule of an op with a ``dim`` on tensors, one or more, of one shape."""
     op = overload(op)
     dim_at = [a.name for a in op._schema.arguments].index("dim")
 
@@ -294,8 +293,7 @@ def picked_weights(
 
 
 def nll(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
-    """Register a negative log-likelihood with outputs ``(loss, total_weight)`` and its backward
-    op."""
+    """Register a negative log-likelihood, ``(loss, total_weight)``, and its backward op."""
 
     @vjp_of(op, diff_outputs=(0,))
     def _(g, out, x, target, weight, reduction, ignore, *, needs):

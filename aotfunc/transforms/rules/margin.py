@@ -27,8 +27,7 @@ def classes(x: Tensor) -> Tensor:
 
 
 def per_row(x: Tensor, g: Tensor, carries: bool, reduction: int) -> Tensor:
-    """Return the cotangent of each row's loss, from that of the reduced loss of each sample of the
-    batch ``x``."""
+    """Return each row's cotangent from that of each sample's reduced loss in ``x``."""
     shape = x.shape[:-1] if x.dim() > 1 else x.shape
     g = with_batch(g, carries, x.shape[0])
     if reduction == NONE:
@@ -122,8 +121,7 @@ decompose_as(aten.multi_margin_loss_backward, multi_margin_gradient)
 def multilabel_margin_transposed(
     g: Tensor, gy: Tensor, x: Tensor, target: Tensor, reduction: int, is_target: Tensor
 ):
-    """Differentiate the gradient: it is piecewise constant in ``x`` and linear in the cotangent
-    ``gy``."""
+    """Differentiate the gradient: piecewise constant in ``x`` and linear in ``gy``."""
     ones = x.new_ones(x.shape[:-1])
     slope = aten.multilabel_margin_loss_backward(ones, x, target, NONE, is_target)
     loss = (g * slope).sum(-1)

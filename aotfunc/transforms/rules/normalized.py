@@ -127,8 +127,7 @@ def backward_tangent(
 def backward_cotangent(
     at: NormLayout, cotangents: Sequence[Tensor | None], g, x, weight, mean, rstd, needs
 ):
-    """Return cotangents of ``(g, x, weight)`` from those of ``(gradient of x, of the weight, of
-    the bias)``."""
+    """Return cotangents of ``(g, x, weight)`` by those of :func:`backward_tangent`'s results."""
     a, b, c = (
         None if t is None else f(t)
         for t, f in zip(cotangents, (at.image, at.affine, at.affine), strict=True)

@@ -81,8 +81,7 @@ def one_sample(indices: Indices, batched: Sequence[bool]) -> list[Tensor | None]
 
 
 def widths(indices: Indices) -> list[Any]:
-    """Return the lengths, other than one, with which the other indices meet the positions of a
-    mask."""
+    """Return the lengths but one at which the other indices meet a mask's positions."""
     return [
         i.shape[-1]
         for i in indices

@@ -43,8 +43,7 @@ def max_pooling(
 
 
 def drawn_pooling(op: OpOverloadPacket, spatial: int) -> Formula:
-    """Return the vmap rule of a fractional pooling; the last argument has the drawn beginnings of
-    the windows."""
+    """Return the vmap rule of a fractional pooling, whose last argument was drawn."""
 
     def batch(x: Tensor, kernel: Any, shape: Any, draws: Tensor) -> tuple[Tensor, Tensor]:
         size, images = x.shape[0], x.dim() == spatial + 3
@@ -75,8 +74,7 @@ max_unpooling(aten.max_unpool3d, 3)
 
 
 def average_pooling(op: OpOverloadPacket, backward: OpOverloadPacket, spatial: int) -> None:
-    """Register an average pooling and its backward op, which takes the same arguments after the
-    cotangent."""
+    """Register an average pooling and its backward, which takes the cotangent first."""
     linear(op, lambda g, x, *geometry: backward(g, x, *geometry), batch=planes(op, spatial))
     linear(
         backward,

@@ -178,8 +178,7 @@ def _(p: Tensor, generator: Any, *, batched: tuple[bool], size: int, randomness:
 
 
 def drawn_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the uniform numbers that ``bernoulli`` compares with probabilities of
-    ``dtype``."""
+    """Return the dtype of the numbers that ``bernoulli`` compares with ``dtype``'s."""
     return torch.promote_types(dtype, torch.float32)
 
 

@@ -61,8 +61,7 @@ def as_vectors(x: Tensor) -> Tensor:
 
 
 def with_dtype(op: Any) -> Callable[..., Any]:
-    """Return ``op`` with its keyword-only ``dtype`` given by position, without keeping
-    dimensions."""
+    """Return ``op`` with its keyword-only ``dtype`` by position, and no dimension kept."""
     return lambda x, dims, dtype=None: op(x, dims, dtype=dtype)
 
 

@@ -47,8 +47,7 @@ for name in (
 
 
 def sampling(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
-    """Register a grid sampler ``(x, grid, *how)`` and its backward op, whose last argument is the
-    output mask."""
+    """Register a sampler ``(x, grid, *how)`` and its backward, with an output mask."""
 
     @vjp_of(op)
     def _(g, out, x, grid, *how, needs):

@@ -43,8 +43,7 @@ FEW = 10
 
 
 def moved_along(x: Tensor, step: int, fill: float) -> Tensor:
-    """Return ``x[…, k - step]`` at ``k`` along the last dimension, ``fill`` if there is no such
-    element."""
+    """Return ``x[…, k - step]`` at ``k``, along the last dimension; ``fill`` for none."""
     return aten.constant_pad_nd(x, [step, -step], fill)
 
 
@@ -78,8 +77,7 @@ def _(g: Tensor, out: Tensor, x: Tensor, dim: int, keepdim: bool) -> list[Tensor
 
 
 def prod_of_others(x: Tensor) -> Tensor:
-    """Return the product of all other elements along the last dimension: right for zeros, unlike
-    ``out / x``."""
+    """Return the product of all other elements of a row, right for zeros: no ``out / x``."""
     if x.shape[-1] == 0:
         return x
     if x.dim() == 1 and len(x) <= FEW:

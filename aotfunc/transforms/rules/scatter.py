@@ -18,8 +18,7 @@ from .table import conj, jvp_of, linear, refuse_sparse, times, vjp_of, vmap_of
 
 
 def fitted(x: Tensor, shape: Sequence[Any]) -> Tensor:
-    """Pad ``x`` with zeros at the far ends to ``shape``: elements that an op does not read have no
-    gradient."""
+    """Pad ``x`` with zeros at the far ends to ``shape``: the gradient of unread elements."""
     if x.shape == torch.Size(shape):
         return x
     return torch.nn.functional.pad(

@@ -16,8 +16,7 @@ from .table import decompose_as, vmap_of
 
 
 def contiguous_batch(x: Tensor | None, carries: bool, size: Any) -> Tensor | None:
-    """Make a batch contiguous to the last stride: the kernels step by those of dimensions of size
-    1 too."""
+    """Make a batch contiguous to the last stride: kernels step by those of size 1 too."""
     if x is None:
         return None
     x = with_batch(x, carries, size)

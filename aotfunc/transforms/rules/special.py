@@ -119,14 +119,12 @@ pointwise(aten.special_zeta.self_scalar, zeta_in_y)
 
 
 def i1_slope(k: int) -> float:
-    """Return the coefficient of ``x**(2k)`` in the derivative of the Bessel function I1, see DLMF
-    10.25.2."""
+    """Return the coefficient of ``x**(2k)`` in the Bessel function I1', see DLMF 10.25.2."""
     return (2 * k + 1) / (2 ** (2 * k + 1) * math.factorial(k) * math.factorial(k + 1))
 
 
 def j1_slope(k: int) -> float:
-    """Return the coefficient of ``x**(2k)`` in the derivative of the Bessel function J1, see DLMF
-    10.2.2."""
+    """Return the coefficient of ``x**(2k)`` in the Bessel function J1', see DLMF 10.2.2."""
     return (-1) ** k * i1_slope(k)
 
 

@@ -318,14 +318,12 @@ def wrong_in_autograd(which: str, *ops: OpOverload | OpOverloadPacket) -> None:
 
 
 def series_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
-    """Let ``jet`` take the series of ``op`` from ``body(*args)``, if that is shorter than by the
-    op's rules."""
+    """Let ``jet`` take the series of ``op`` from ``body(*args)``: shorter than by rules."""
     writable_entry(op).series = body
 
 
 def decompose_as(op: OpOverload | OpOverloadPacket, body: Formula) -> None:
-    """Let ``op`` be transformed as ``body(*args)`` if there is neither a rule nor a formula of
-    PyTorch's."""
+    """Let ``op`` be transformed as ``body(*args)`` without a rule or PyTorch's formula."""
     DECOMPOSITIONS[overload(op)] = body
 
 
@@ -347,8 +345,7 @@ def total(*terms: Any) -> Any:
 
 
 def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
-    """Return the broadcast shape of shapes that fit. (``torch.broadcast_shapes`` imports
-    sympy.)"""
+    """Broadcast shapes that fit. (``torch.broadcast_shapes`` imports sympy.)"""
     sizes = zip_longest(*map(reversed, shapes), fillvalue=1)
     return torch.Size([next((n for n in along if n != 1), 1) for along in sizes][::-1])
 

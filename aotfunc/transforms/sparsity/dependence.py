@@ -63,8 +63,7 @@ def dependence(program: Program, wrt: int, tensors: Sequence[Tensor]) -> tuple[P
 
 
 class Dependence:
-    """The patterns of the values of a program, for its input ``wrt``; ``tensors`` are its
-    arguments."""
+    """The patterns of a program's values by its input ``wrt``, for arguments ``tensors``."""
 
     def __init__(self, program: Program, wrt: int, tensors: Sequence[Tensor]) -> None:
         program = lowered(program, frozenset({"calls", "customs"}))

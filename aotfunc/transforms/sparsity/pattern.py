@@ -16,8 +16,7 @@ Pattern = Any  # a scipy.sparse.csr_array of bools
 
 
 def naming_dtype(a: Any) -> Any:
-    """Return the dtype that tells elements apart by their names, for ``a``; other values as they
-    are."""
+    """Return a dtype that tells the elements of ``a`` apart; other values as they are."""
     if not isinstance(a, torch.dtype) or not (a.is_floating_point or a.is_complex):
         return a
     return torch.complex128 if a.is_complex else torch.float64

@@ -79,8 +79,7 @@ def some_entries(pattern: Pattern, chosen: np.ndarray) -> Pattern:
 
 
 def by_symmetry(pattern: Pattern) -> JacobianPlan:
-    """Return a plan for a symmetric matrix, each entry of which may be read from either of two
-    products."""
+    """Return a symmetric matrix's plan: either of two products may give an entry."""
     pattern = (pattern + pattern.T).tocoo()
     row, col, colours = pattern.row, pattern.col, star_coloured(pattern)
     read = read_by_symmetry(row, col, colours)
