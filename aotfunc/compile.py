@@ -81,8 +81,7 @@ def debug_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Cal
 
 
 def make_boxed_func(f: Callable) -> Callable:
-    """Return ``f`` as a function of one list of its arguments, which it may empty to free memory
-    early."""
+    """Return ``f`` as a function of one list of arguments, which it may empty early."""
 
     def boxed(args: list) -> Any:
         return f(*args)
@@ -244,7 +243,6 @@ def num_of_recompilations() -> int:
 
 
 def clear_compile_cache() -> None:
-    """Forget all that was captured and compiled; functions are captured again when they are next
-    called."""
+    """Forget all that was captured and compiled; the next calls capture again."""
     for c in EVERY:
         c.forget()

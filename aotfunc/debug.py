@@ -1,5 +1,4 @@
-"""Tools to look inside: lines of the user's code, the programs of a call, and the levels of
-AOTFUNC_DEBUG."""
+"""Tools to look inside: the user's lines, the programs of a call, levels of AOTFUNC_DEBUG."""
 
 from __future__ import annotations
 
@@ -57,8 +56,7 @@ class Line(NamedTuple):
 
 
 class LineInModule(Line):
-    """A line, and the name of the innermost module that was being called: what :func:`stages`
-    sees."""
+    """A line, and the innermost module being called there, as :func:`stages` sees them."""
 
     module = ""
 
@@ -163,8 +161,7 @@ def at(line: Line | None) -> str:
 
 
 class Stage(NamedTuple):
-    """A program that a call went through: the pass that made it, its code, how many ops it has,
-    and its graph."""
+    """A program that a call went through: its pass, its code, its number of ops, its graph."""
 
     made_by: str
     code: str

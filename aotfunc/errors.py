@@ -11,13 +11,11 @@ class AotfuncError(RuntimeError):
 
 
 class ArgumentError(AotfuncError, TypeError, ValueError):
-    """A transform was called with arguments that it cannot take; the message names the argument
-    and the leaf."""
+    """A transform cannot take these arguments; the message names the argument and the leaf."""
 
 
 class CaptureError(AotfuncError):
-    """``f`` did something that cannot be captured; the message holds the user's line and what to
-    write instead."""
+    """``f`` cannot be captured; the message holds the user's line and what to write instead."""
 
 
 class OpError(CaptureError):
@@ -45,8 +43,7 @@ class RuleError(AotfuncError, NotImplementedError):
 
 
 class GraphError(AotfuncError, AssertionError):
-    """A graph broke the grammar of :mod:`aotfunc.graph`; the message names the pass that made
-    it."""
+    """A graph broke :mod:`aotfunc.graph`'s grammar; the message names the pass that made it."""
 
 
 class PartitionError(AotfuncError, AssertionError):

@@ -35,8 +35,7 @@ from .errors import GraphError
 
 @runtime_checkable
 class Target(Protocol):
-    """The target of a node that is no op: it has programs of its own, and each pass asks it for
-    its part."""
+    """The target of a node that is no op: it has programs, and each pass asks it for its part."""
 
     __name__: str
 
@@ -59,8 +58,7 @@ class Target(Protocol):
         its results, in reverse mode; values may be read from the node ``again``."""
 
     def push(self, b: Any, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Return the tangents of the results of ``n``, which has become ``new`` in forward
-        mode."""
+        """Return tangents of the results of ``n``, which has become ``new`` in forward mode."""
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
         """Return ``(results, which of them are batched)`` of the batched ``n``, whose new
@@ -111,8 +109,7 @@ class Program:
         ]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return ``make()``, kept as long as this program under ``key``: facts, its code, its
-        halves."""
+        """Return ``make()``, kept under ``key`` as long as this program: facts, code, halves."""
         if key not in self.cache:
             self.cache[key] = make()
         return self.cache[key]
@@ -153,13 +150,11 @@ class Program:
 
 
 class Times(int):
-    """A literal that is a multiple of a batch's size, in code that programs for different sizes
-    share."""
+    """A literal multiple of a batch's size, in code shared by programs of several sizes."""
 
 
 def weight(made: Any) -> int:
-    """Return how many nodes there are in a program, in what carries one, or in several of
-    these."""
+    """Return how many nodes a program has, or what carries one, or several of these."""
     if isinstance(made, tuple):
         return sum(map(weight, made))
     return getattr(getattr(made, "program", made), "weight", 1)

@@ -39,8 +39,7 @@ FLAGS = (
 
 
 def compiler() -> list[str]:
-    """Return the compiler as the beginning of a command. Raises CompilerError where there is
-    none."""
+    """Return the compiler as the beginning of a command. Raises CompilerError without one."""
     chosen = os.environ.get("CXX")
     for words in [shlex.split(chosen)] if chosen else [[name] for name in NAMES]:
         if found := shutil.which(words[0]):
@@ -104,8 +103,7 @@ def target_facts() -> str:
 
 
 def compiler_identity() -> str:
-    """Return which compiler it is, by path, time and size: no process is started. Raises
-    CompilerError."""
+    """Return the compiler's path, time and size, without a process. Raises CompilerError."""
     command = compiler()
     stat = os.stat(command[0])
     return "\n".join(map(str, (*command, stat.st_mtime_ns, stat.st_size)))

@@ -1,5 +1,4 @@
-"""Describe programs for the page: their nodes, which values are the same, and the memory that they
-take."""
+"""Describe programs for the page: nodes, equal values, and the memory that they take."""
 
 from __future__ import annotations
 
