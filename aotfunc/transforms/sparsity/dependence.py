@@ -39,10 +39,10 @@ from .pattern import (
     in_groups,
     joined,
     named_rows,
-    naming_dtype,
     picks,
     selection_pattern,
     shared,
+    tags,
 )
 from .products import RULES
 
@@ -195,11 +195,9 @@ class Dependence:
         mixes elements."""
 
         def run(t: Tensor) -> Tensor:
-            zero = lambda a: t.new_zeros(
-                a.meta["val"].shape, dtype=naming_dtype(a.meta["val"].dtype)
-            )
+            zero = lambda a: t.new_zeros(a.meta["val"].shape, dtype=tags(a.meta["val"].dtype))
             put = lambda a: (
-                naming_dtype(a)
+                tags(a)
                 if not isinstance(a, Node)
                 else t
                 if a is x
@@ -241,7 +239,7 @@ class Dependence:
             args = mapped(self.value, list(n.args))
             self.values[n] = op(*args, **{k: self.value(v) for k, v in n.kwargs.items()})
         x = self.values[n]
-        return x.to(naming_dtype(x.dtype)) if isinstance(x, Tensor) else x
+        return x.to(tags(x.dtype)) if isinstance(x, Tensor) else x
 
     def nonzero(self, n: Any) -> Any:
         """Return where a factor may be nonzero: everywhere, if it depends on the input or on

@@ -15,7 +15,7 @@ from torch.fx import Node
 Pattern = Any  # a scipy.sparse.csr_array of bools
 
 
-def naming_dtype(a: Any) -> Any:
+def tags(a: Any) -> Any:
     """Return a dtype that tells the elements of ``a`` apart; other values as they are."""
     if not isinstance(a, torch.dtype) or not (a.is_floating_point or a.is_complex):
         return a
@@ -52,7 +52,7 @@ def selection_pattern(run: Any, x: Node) -> Pattern | None:
     shape, count, dtype = (
         x.meta["val"].shape,
         x.meta["val"].numel,
-        naming_dtype(x.meta["val"].dtype),
+        tags(x.meta["val"].dtype),
     )
     found = sources_of(run, shape, dtype)
     if found is not None:
