@@ -29,7 +29,7 @@ from ..trace.emit import Builder, remap, remap_dict
 from ..trace.kinds import innermost, is_dtensor
 from ..trace.patches import Exchange
 from ..trace.placement_rules import on_whole, rule_for
-from ..trace.placing import dtensor, dtensor_spec, replicated, waited, with_placements
+from ..trace.placing import dtensor, dtensor_spec, replicated, resharded, waited
 from ..transforms.lower import EVERYTHING, lowered
 from .together import TOGETHER, one_collective
 
@@ -168,7 +168,7 @@ def run_op(op: Any, args: Any, kwargs: Any) -> Any:
 
 def redistribute(x: Any, to: str, back: str) -> Any:
     mesh, placements = mesh_and_placements(to)
-    return with_placements(replicated(x, mesh), placements)
+    return resharded(replicated(x, mesh), placements)
 
 
 def from_local(x: Tensor, shape: Any, stride: Any, to: str, back: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .kinds import is_dtensor
-from .placing import dtensor, dtensor_spec, everywhere, mirrored, replicated, with_placements
+from .placing import dtensor, dtensor_spec, everywhere, mirrored, replicated, resharded
 
 
 def on_whole(op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -56,7 +56,7 @@ def embedding(weight: Any, indices: Any, *rest: Any) -> Any:
         else:
             ways.append((Replicate(), Replicate(), Replicate()))
     at_rows, at_indices, at_result = zip(*ways, strict=True)
-    weight, indices = with_placements(weight, at_rows), with_placements(indices, at_indices)
+    weight, indices = resharded(weight, at_rows), resharded(indices, at_indices)
     rows, where = weight._local_tensor, indices._local_tensor
     if Partial() in at_result:
         _, (first, _) = compute_local_shape_and_global_offset(weight.shape, mesh, at_rows)

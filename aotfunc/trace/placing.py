@@ -73,7 +73,7 @@ def replicated(x: Any, mesh: Any) -> Any:
     return dtensor(x, dtensor_spec(mesh, [Replicate()] * mesh.ndim, x.shape, x.stride(), x.dtype))
 
 
-def with_placements(x: Any, placements: Sequence[Any]) -> Any:
+def resharded(x: Any, placements: Sequence[Any]) -> Any:
     """Return a DTensor with other placements."""
     from torch.distributed.tensor._redistribute import redistribute_local_tensor
 
@@ -87,7 +87,7 @@ def everywhere(x: Any) -> Tensor:
     """Return the whole of a DTensor."""
     from torch.distributed.tensor import Replicate
 
-    return with_placements(x, [Replicate()] * x._spec.mesh.ndim)._local_tensor
+    return resharded(x, [Replicate()] * x._spec.mesh.ndim)._local_tensor
 
 
 def waited(part: Any) -> Tensor:
