@@ -20,8 +20,8 @@ from ..transforms.lower import CALLS, lowered, marked
 from ..transforms.sparsity.plans import (
     ColouredProducts,
     JacobianPlan,
+    by_blocks,
     by_symmetry,
-    diagonal_blocks,
     fewest,
 )
 from .call import Call, positions
@@ -107,7 +107,7 @@ def hessian_blocks(
         count, *inner = found.x.shape
         size = math.prod(inner)
         step = max(size, 1)
-        plan = found.plan("blocks", diagonal_blocks(step))
+        plan = found.plan("blocks", by_blocks(step))
         row, col = (torch.as_tensor(i, device=found.x.device).long() for i in (plan.row, plan.col))
         result = found.x.new_zeros(count, size, size)
         places = (row // step, row % step, col % step)

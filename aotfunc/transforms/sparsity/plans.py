@@ -86,7 +86,7 @@ def by_symmetry(pattern: Pattern) -> JacobianPlan:
     return JacobianPlan(row, col, ColouredProducts(colours, np.arange(len(row)), *read), None)
 
 
-def diagonal_blocks(size: int) -> Callable[[Pattern], JacobianPlan]:
+def by_blocks(size: int) -> Callable[[Pattern], JacobianPlan]:
     """Return how to plan for the entries of square blocks of this size on the diagonal."""
 
     def make(pattern: Pattern) -> JacobianPlan:
