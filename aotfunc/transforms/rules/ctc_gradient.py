@@ -35,7 +35,7 @@ def states_of(targets: Tensor, of_target: Tensor, blank: int, classes: Any) -> T
     return torch.cat([pairs, blanks[:, :1]], 1).clamp(0, classes - 1)
 
 
-def filled_shift(x: Tensor, by: int, fill: Any) -> Tensor:
+def shift(x: Tensor, by: int, fill: Any) -> Tensor:
     """Return ``x`` shifted along its last dimension (back if ``by`` < 0), with ``fill``."""
     gap = x.new_full((*x.shape[:-1], min(abs(by), x.shape[-1])), fill)
     kept = x.shape[-1] - gap.shape[-1]
@@ -51,8 +51,8 @@ def one_step_on(x: Tensor, skip: Tensor, by: int) -> Tensor:
     where ``skip`` holds, from the one before that."""
     before = [
         x,
-        filled_shift(x, by, NEVER),
-        torch.where(skip, filled_shift(x, 2 * by, NEVER), NEVER),
+        shift(x, by, NEVER),
+        torch.where(skip, shift(x, 2 * by, NEVER), NEVER),
     ]
     return torch.stack(before).logsumexp(0)
 
@@ -78,7 +78,7 @@ def ctc_gradient(
     number = torch.arange(states.shape[1], device=states.device)
     valid = number <= 2 * of_target
     last = (number == 2 * of_target) | (number == 2 * of_target - 1)
-    skip = (states != blank) & (states != filled_shift(states, 2, blank))
+    skip = (states != blank) & (states != shift(states, 2, blank))
     index = states.expand(steps, *states.shape)
     emitted = log_probs.gather(2, index)
 
@@ -90,7 +90,7 @@ def ctc_gradient(
     behind = torch.full_like(ahead, NEVER)
     back: list[Tensor] = []
     for t in reversed(range(steps)):
-        going = one_step_on(behind, filled_shift(skip, -2, False), -1) + emitted[t]
+        going = one_step_on(behind, shift(skip, -2, False), -1) + emitted[t]
         now = torch.where(of_input == t + 1, torch.where(last, emitted[t], NEVER), going)
         behind = torch.where(valid & (of_input > t), now, NEVER)
         back.insert(0, behind)
