@@ -49,11 +49,7 @@ def shift(x: Tensor, by: int, fill: Any) -> Tensor:
 def one_step_on(x: Tensor, skip: Tensor, by: int) -> Tensor:
     """Return the log-probabilities after one step: from the same state, from the one before and,
     where ``skip`` holds, from the one before that."""
-    before = [
-        x,
-        shift(x, by, NEVER),
-        torch.where(skip, shift(x, 2 * by, NEVER), NEVER),
-    ]
+    before = [x, shift(x, by, NEVER), torch.where(skip, shift(x, 2 * by, NEVER), NEVER)]
     return torch.stack(before).logsumexp(0)
 
 

@@ -34,16 +34,7 @@ from ..rules.table import entry_for
 from ..vjp import vjp
 from . import windows  # noqa: F401
 from .along import ALONG, LIKE, NORMALISED, slices
-from .pattern import (
-    Pattern,
-    in_groups,
-    joined,
-    named_rows,
-    picks,
-    selection_pattern,
-    shared,
-    tags,
-)
+from .pattern import Pattern, in_groups, joined, named_rows, picks, selection_pattern, shared, tags
 from .products import RULES
 
 

@@ -49,11 +49,7 @@ def named_rows(a: Node, n: Node) -> Pattern:
 def selection_pattern(run: Any, x: Node) -> Pattern | None:
     """Return the pattern of a linear map of tensors like ``x`` whose every result is a multiple of
     one element, or whose every element goes to one result; None for other maps."""
-    shape, count, dtype = (
-        x.meta["val"].shape,
-        x.meta["val"].numel,
-        tags(x.meta["val"].dtype),
-    )
+    shape, count, dtype = (x.meta["val"].shape, x.meta["val"].numel, tags(x.meta["val"].dtype))
     found = sources_of(run, shape, dtype)
     if found is not None:
         return picks(found, count)
