@@ -51,8 +51,7 @@ def leaf_numbers(x: Any, leaves: list) -> Any:
 
 
 def fixed(x: Any) -> Any:
-    """Return a number for one of Dynamo's symbols, and a tensor of a size in numbers: Dynamo
-    compiles another graph for others."""
+    """Return a number for a symbol of Dynamo's, or a tensor of a size: it guards on them."""
     if x.__class__ in _SYMBOLS:
         return _SYMBOLS[x.__class__](x)
     place = (*x.shape, *x.stride(), x.storage_offset()) if x.layout is torch.strided else ()
@@ -62,8 +61,7 @@ def fixed(x: Any) -> Any:
 
 
 def at_path(tree: Any, path: tuple[int, ...], asked: str, i: int) -> Any:
-    """Return the "type", "size" or i-th "key" of what is at a path, or the "number" of a leaf:
-    Dynamo keeps literals alone."""
+    """Return the "type", "size" or i-th "key" at a path, or a leaf's "number", as a literal."""
     for k in path:
         tree = [*tree.values()][k] if isinstance(tree, dict) else tree[k]
     if asked == "type":

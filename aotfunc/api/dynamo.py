@@ -51,8 +51,7 @@ def read_by_dynamo(reads: Callable, runs: Callable) -> Callable:
 
 
 def read_as(reads: Callable) -> Callable:
-    """Make a decorator for a transform that takes the arguments of ``f`` too: Dynamo reads
-    ``reads(transform)`` instead."""
+    """Make a decorator of a transform that takes the arguments of ``f`` too, read likewise."""
     return lambda transform: entry(transform, reads(transform))
 
 
@@ -150,8 +149,7 @@ def run(transform: Callable, runs: Callable, graph: Any) -> Callable:
 
 
 def of_one_size(x: Any) -> Any:
-    """Return an operand with numbers in place of symbolic ones; from here on the compiled function
-    is guarded on them."""
+    """Return an operand with numbers for symbols: the compiled function is guarded on them."""
     if isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool):
         return {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(x)](x)
     if isinstance(x, Tensor) and any(isinstance(s, torch.SymInt) for s in (*x.shape, *x.stride())):
@@ -160,8 +158,7 @@ def of_one_size(x: Any) -> Any:
 
 
 class SubgraphBody:
-    """``f`` as a function of the tensors that enter, then of all inputs of the subgraph, to
-    ``(outs, aux)``."""
+    """``f`` as a function of the tensors that enter and a subgraph's inputs."""
 
     def __init__(self, graph: GraphModule) -> None:
         nodes = list(graph.graph.nodes)

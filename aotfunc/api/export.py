@@ -1,5 +1,4 @@
-"""``export`` and ``load``: a function or a module as a file, to call, differentiate and transform
-where its source is not."""
+"""``export`` and ``load``: a function as a file, to call and transform without its source."""
 
 from __future__ import annotations
 

@@ -49,8 +49,7 @@ def scan(
 
 
 def switch(*bodies_and_operands: Any) -> Any:
-    """Run :func:`aotfunc.switch` with ``bodies[index](*operands)``, called as ``switch(*bodies,
-    index, operands)``."""
+    """Run :func:`aotfunc.switch` as ``switch(*bodies, index, operands)``."""
     *bodies, index, operands = bodies_and_operands
     if has_torch_function(given := (index, *operands)):
         return handle_torch_function(switch, given, *bodies_and_operands)

@@ -300,8 +300,7 @@ def run_push_again(linearize: Callable, body: Callable, given: list, more: list)
 
 
 def repeatable(body: Callable) -> Callable:
-    """Return ``body``, which runs once more than in eager. Refuse one that draws random numbers or
-    writes to outside tensors."""
+    """Return ``body``, which runs twice. Refuse one that draws or writes to outside tensors."""
 
     def call(*tensors: Tensor) -> Any:
         result, trace = body(*tensors), current()

@@ -38,8 +38,7 @@ Slopes = list[tuple[Tensor, Tensor]]
 
 
 def validated(kind: type[Validation]) -> Callable:
-    """Make a decorator that gives a transform the option ``validate``: its first call is then
-    compared as ``kind`` says."""
+    """Make a decorator that adds the option ``validate``: the first call is compared."""
 
     def decorate(transform: Callable) -> Callable:
         own = inspect.signature(transform)
