@@ -52,8 +52,7 @@ def on_cpu(graph: fx.Graph) -> bool:
 
 
 def possible() -> bool:
-    """Return whether there is a compiler, or the disk store has the library that launches kernels,
-    and so may have kernels."""
+    """Return whether there is a compiler, or the disk has the library that launches kernels."""
     from .loops.launch import native_form
 
     return toolchain.has_compiler() or native_form() is not None

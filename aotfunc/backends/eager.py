@@ -144,8 +144,7 @@ BINDINGS: dict[Any, Callable] = {
 
 
 def binds_one_overload(n: Node) -> bool:
-    """Return whether a call of the op's binding can only mean this overload: it has a tensor first
-    and no argument by name."""
+    """Return whether a call of the op's binding can only mean this overload."""
     return (
         not n.kwargs
         and n.args[0].__class__ is Node
@@ -219,8 +218,7 @@ def compare(n: Node, value: Any) -> None:
 
 
 def last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
-    """List, for each node, the values that no later node reads (inputs included: the caller
-    decides how long they live)."""
+    """List, for each node, the values that no later node reads, inputs included."""
     last: dict[Node, list[Node]] = {}
     seen: set[Node] = set()
     for n in reversed(graph.nodes):

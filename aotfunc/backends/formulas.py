@@ -59,8 +59,7 @@ def is_floating(*args: Any) -> bool:
 
 
 def remainder(a: Any, b: Any) -> Any:
-    """Compute the exact remainder: a - floor(a / b) * b loses digits where a is large, and is nan
-    for an infinite b."""
+    """Compute the exact remainder: a - floor(a / b) * b loses digits where a is large."""
     if not is_floating(a, b):
         return NotImplemented
     rest = fmod(a, b)
@@ -74,8 +73,7 @@ def fmod(a: Any, b: Any) -> Tensor:
 
 
 def floor_division(a: Tensor, b: Any) -> Any:
-    """Compute Python's floor division: floor(a / b) rounds up where the division does (1 // 0.1 is
-    9), and an infinite a gives nan."""
+    """Compute Python's floor division: floor(a / b) rounds up where the division does."""
     if not is_floating(a, b):
         return NotImplemented
     quotient, rest = a / b, fmod(a, b)
@@ -95,8 +93,7 @@ def floor_division(a: Tensor, b: Any) -> Any:
 
 
 def truncated_division(a: Tensor, b: Any) -> Any:
-    """Divide integers by way of the floor, whose kernel raises for a zero; the truncating kernel
-    ends the process."""
+    """Divide integers by the floor, whose kernel raises for a zero; the other one crashes."""
     if is_floating(a, b):
         return NotImplemented
     floor = torch.div(a, b, rounding_mode="floor")
@@ -124,8 +121,7 @@ def atanh(x: Tensor) -> Tensor:
 
 
 def erf(x: Tensor) -> Any:
-    """Compute small arguments by a series: Inductor's approximation is good to 1e-7 absolutely,
-    not to seven digits."""
+    """Compute small arguments by a series: Inductor is good to 1e-7 absolutely."""
     if x.dtype is torch.float64:
         return NotImplemented
     series = functools.reduce(

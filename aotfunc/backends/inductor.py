@@ -1,5 +1,4 @@
-"""PyTorch's Inductor as a backend: C++ on CPU (needs g++), Triton on GPU, and eager kernels for
-ops that it fails on."""
+"""PyTorch's Inductor as a backend: C++, Triton, and eager kernels for ops it fails on."""
 
 from __future__ import annotations
 
@@ -258,8 +257,7 @@ def misplaced(n: fx.Node) -> bool:
 
 
 def may_end_the_process(n: fx.Node) -> bool:
-    """Return whether a node divides integers: before PyTorch 2.13, Inductor's code on the CPU does
-    not check for zero divisors."""
+    """Return whether a node divides integers: older Inductors do not check for zeros."""
     val = n.meta.get("val")
     return (
         torch.__version__ < "2.13"

@@ -18,8 +18,7 @@ def compiling() -> doing:
 
 
 def step_of(thread: int) -> str:
-    """Return what a thread does within Inductor, by the innermost known function on its stack;
-    Inductor itself reports nothing."""
+    """Return what a thread does within Inductor: the innermost known function on its stack."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith("torch._inductor."):

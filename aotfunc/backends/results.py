@@ -32,8 +32,7 @@ class Results:
         self.roots = [storage_root(o) for o in self.outputs]
 
     def repairs(self, args: Sequence, outs: Sequence) -> list[Repair]:
-        """List the repairs of these results, which every later call needs, too. Raises GraphError
-        if a result cannot be repaired."""
+        """List the repairs that these results need at every call. Raises GraphError."""
         found: list[Repair] = []
         owners: dict[int, list[tuple[Node, Pick]]] = {}  # address -> the values in that memory
         for i, a in enumerate(args):

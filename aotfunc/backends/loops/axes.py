@@ -194,8 +194,7 @@ def with_unit_dims(place: Place, shape: Sequence[int]) -> Place:
 def merged_in_memory(
     place: Place, shape: Sequence[int], source: Node, extents: Sequence[int]
 ) -> Place:
-    """Merge dimensions as :func:`regrouped` does, for a tensor in memory: neighbours become one if
-    equal steps lead through them."""
+    """Merge dimensions as :func:`regrouped`, in memory: neighbours of equal steps are one."""
     have, strides = static_shape(source), source.meta["val"].stride()
     sizes, last = [1], [0]
     for d, (size, stride) in enumerate(zip(have, strides, strict=True)):

@@ -117,8 +117,7 @@ def worth(nodes: Sequence[Node]) -> bool:
 
 
 def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph, str]:
-    """Return the graph with kernel launches in place of the nodes that they compute, and the
-    kernels' source."""
+    """Return the graph with launches in place of nodes, and the kernels' source."""
     old = copy_graph(gm.graph)
     without_views_of_parts(old)
     in_steps(old)

@@ -47,8 +47,7 @@ block_sums = torch.ops.aotfunc.block_sums.default
 
 
 def sum_in_blocks(graph: fx.Graph) -> None:
-    """Sum first over blocks where a tensor of the same shape is also summed along its rows.
-    Changes the graph."""
+    """Sum over blocks, in the graph, where the rows of an equal shape are summed too."""
     asked = {n: reduced_dims(n) for n in graph.nodes if n.target in REDUCTIONS}
     along = set(asked.values())
     for n, (shape, dims) in asked.items():

@@ -46,8 +46,7 @@ def wrapped(work: KernelBuilder, found: Expr, size: int) -> Expr:
 
 
 def check_of(n: Node, tensor: Node, low: int, high: int, error: Any) -> Requirement:
-    """Return the requirement on the elements of a view of a tensor in memory. Raises Unfit for a
-    copy of it, which is computed."""
+    """Return what a view of a tensor in memory requires. Raises Unfit for a copy."""
     shape = static_shape(n)
     place: Place = tuple([index_along(d) for d in range(len(shape))])
     while n is not tensor:

@@ -139,8 +139,7 @@ class Printer(Accumulators):
             self.say(f"const int64_t {counted[outer[0]][0]} = {'rest' if outer[1:] else 'row'};")
 
     def crossed(self, outer: list[int]) -> None:
-        """Run blocks of the cross axis beside blocks of the vector axis: a cache line read for one
-        point is still there for the next."""
+        """Run blocks of the cross axis beside those of the vector axis: they share cache lines."""
         k, v = self.kernel.cross, self.vector
         self.say(f"const int64_t blocks = (n{k} + {BLOCK - 1}) / {BLOCK};")
         self.point(outer, {j: (f"i{j}", f"n{j}") for j in outer} | {k: ("block", "blocks")})
@@ -166,8 +165,7 @@ class Printer(Accumulators):
         self.close(2)
 
     def to_turn(self) -> list[int]:
-        """List the buffers that are contiguous along the cross axis: their blocks are read line by
-        line and transposed in registers."""
+        """List the buffers contiguous along the cross axis: they are transposed in registers."""
         k, v, found = self.kernel.cross, self.vector, dict[int, None]()
         for e in walk(self.kernel.values):
             if isinstance(e, Load) and not e.args and self.lanes == "FLOATS":

@@ -24,8 +24,7 @@ MOST = 1 << 20
 
 
 def fold(graph: fx.Graph, ours: tuple[type, ...]) -> None:
-    """Compute the constant values of the graph. Nodes that call kernels, and targets in ``ours``,
-    have no effects."""
+    """Compute the graph's constant values; kernels and targets in ``ours`` have no effects."""
     known: dict[Node, Any] = {}
     for n in graph.nodes:
         if n.op == "call_function" and all(m in known for m in n.all_input_nodes):

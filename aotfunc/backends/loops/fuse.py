@@ -111,8 +111,7 @@ class Groups:
 
 
 def same_elementwise(one: Unit, other: Unit) -> bool:
-    """Return whether two units compute values of one shape element by element, and neither sees
-    the other's through views."""
+    """Return whether two units compute elements of one shape without views of each other."""
     return (
         one.shape is not None
         and one.shape == other.shape

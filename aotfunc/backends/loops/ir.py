@@ -131,8 +131,7 @@ class Reduce(Accumulated):
 
 
 class Prefix(Accumulated):
-    """``fn`` (sum, prod, max, min, logsumexp) of the value at this point of the kernel's one
-    reduced axis and at those before."""
+    """``fn`` (sum, prod, max, min, logsumexp) of the values up to here on the reduced axis."""
 
 
 def function_of(fn: str, *args: Operand) -> Expr:

@@ -20,8 +20,7 @@ from .views import SEVERAL, source_of
 
 
 def in_kernels(n: Any) -> bool:
-    """Return whether a node may be part of a kernel: it has a rule, and it is a plain tensor on
-    the CPU, made of such."""
+    """Return whether a node may be in a kernel: it has a rule and is a plain CPU tensor."""
     return (
         isinstance(n, Node)
         and n.op == "call_function"

@@ -20,8 +20,7 @@ from .views import source_of
 def calls(
     graph: fx.Graph, units: Sequence[Unit], worth: Callable[[Sequence[Node]], bool]
 ) -> list[Unit]:
-    """Return the units in an order in which they can run. A kernel that is not ``worth`` its
-    launch is several calls."""
+    """Return the units in an order to run. One not ``worth`` a launch is several calls."""
     found = []
     for u in units:
         if u.kernel and not worth(u.nodes):
@@ -32,8 +31,7 @@ def calls(
 
 
 def in_dependency_order(graph: fx.Graph, found: list[Unit]) -> list[Unit]:
-    """Return each unit after those that it reads from, in the graph's order except for units that
-    do not let memory grow."""
+    """Return units behind those they read, in the graph's order unless memory grows."""
     rank = {n: i for i, n in enumerate(graph.nodes)}
     waits = dependencies(graph, found)
     readers: dict[Unit, list[Unit]] = {u: [] for u in found}

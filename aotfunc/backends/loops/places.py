@@ -79,8 +79,7 @@ def covers(index: Index, size: int, extents: Sequence[int]) -> bool:
 
 
 def divide_index(index: Index, n: int, extents: Sequence[int]) -> tuple[Index, Index]:
-    """Return quotient and remainder. Raises Split if an axis must become two for them to be
-    affine, Unfit if they cannot be."""
+    """Return quotient and remainder. Raises Split if that makes them affine, else Unfit."""
     start, rest = divmod(index.start, n)
     whole = Index(tuple([(w, s // n) for w, s in index.steps if s % n == 0]), start)
     part = Index(tuple([(w, s) for w, s in index.steps if s % n]), rest)
@@ -98,8 +97,7 @@ def divide_index(index: Index, n: int, extents: Sequence[int]) -> tuple[Index, I
 def regrouped(
     place: Place, shape: Sequence[int], have: Sequence[int], extents: Sequence[int]
 ) -> Place:
-    """Return the place of a value of shape ``have`` whose elements are shown in another ``shape``.
-    Raises as :func:`divide_index`."""
+    """Return the place of a value of shape ``have`` shown in ``shape``, or raise likewise."""
     found = [FIRST] * len(have)
     left = list(zip(place, shape, strict=True))
     flat, size = FIRST, 1

@@ -1,5 +1,4 @@
-"""Compute real and imaginary parts in the kernels that make or read complex numbers, where a graph
-has views of them in memory."""
+"""Compute real and imaginary parts in kernels, where a graph has views of them in memory."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ aten = torch.ops.aten
 
 
 def without_views_of_parts(graph: fx.Graph) -> None:
-    """Replace ``view_as_real`` and ``view_as_complex`` of values that kernels make, and read.
-    Changes the graph."""
+    """Replace ``view_as_real`` and ``view_as_complex`` between kernels in the graph."""
     for n in list(graph.nodes):
         if not all(map(in_kernels, readers_of(n))):
             continue

@@ -78,8 +78,7 @@ def made_of(v: Node, unit: Unit, ends: Set[Node]) -> tuple[list[Node], list[Node
 
 
 def lacks_dimension(n: Node, v: Node) -> bool:
-    """Return whether ``n`` has fewer dimensions larger than 1 than ``v``; their sizes may differ
-    from call to call."""
+    """Return whether ``n`` has fewer dimensions larger than 1 than ``v`` has."""
     return rank(n) < rank(v)
 
 

@@ -105,8 +105,7 @@ def vector_axis(kernel: Kernel) -> int:
 
 
 def side_by_side(a: Access, k: int) -> bool:
-    """Return whether neighbours along an axis are neighbours in memory: numbers, or parts of
-    complex numbers."""
+    """Return whether neighbours along an axis are neighbours in memory."""
     return a.strides[k] == (1 if a.part is None else 2)
 
 

@@ -137,8 +137,7 @@ def source_of(n: Any) -> Node | None:
 
 
 def source_place(n: Node, place: Place, extents: Sequence[int]) -> Place:
-    """Return the place of a view's argument. Raises Split and Unfit as
-    :func:`places.divide_index`."""
+    """Return the place of a view's argument. Raises Split and Unfit."""
     source = source_of(n)
     assert source is not None
     shape = static_shape(source)

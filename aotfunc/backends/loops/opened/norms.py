@@ -100,8 +100,7 @@ def as_floats(x: Tensor) -> Tensor:
 
 
 def is_slower(x: Tensor, running: bool = False) -> bool:
-    """Return whether PyTorch's own batch norm is faster than kernels: that of bfloat16 and float16
-    with running statistics is."""
+    """Return whether PyTorch's batch norm is faster: in low precision with running statistics."""
     return x.dtype in ROUNDED and (running or not x.is_contiguous())
 
 

@@ -64,8 +64,7 @@ def window_slices(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> list
 def avg_pool(
     x, size, stride=(), padding=(0, 0), ceil_mode=False, count_include_pad=True, divisor=None
 ) -> Any:
-    """Return the mean of each window of few elements. PyTorch's own is as fast for large windows
-    several steps apart."""
+    """Return the mean of each window of few elements; PyTorch is as fast for large ones."""
     (kh, kw), (sh, sw), (ph, pw) = pair(size), pair(stride or size), pair(padding)
     most = 9 if sw == 1 else 4
     if ceil_mode or kh * kw > most or not dense_floats(x):
