@@ -40,8 +40,7 @@ class Begin(Step):
 
 
 class End(Step):
-    """The end of a Function, ``(values, residuals, inputs) -> outputs``: the values, with the
-    Function's derivative."""
+    """The end of a Function, ``(values, residuals, inputs) -> values`` with its derivative."""
 
     def __init__(self, derivative: CustomDerivative) -> None:
         super().__init__(derivative.vals)
@@ -58,8 +57,7 @@ class End(Step):
         self.bind(f, [f.b.item(node, i) for i in range(d.n_outputs)], grad)
 
     def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
-        """Return which outputs require grad, which depends on the Function's inputs alone, the
-        step's last ones."""
+        """Return which outputs require grad by the Function's inputs, the step's last ones."""
         d = self.derivative
         return [any(given[len(given) - d.n_inputs :])] * d.n_outputs, []
 

@@ -68,8 +68,7 @@ def drawn(body: Program) -> list[Node]:
 
 
 def differing(body: Program, given: Sequence[bool], apart: bool) -> list[bool]:
-    """Return which results of a body differ between samples if these inputs do, and, with draws
-    ``apart``, if their draws do."""
+    """Return which results differ if these inputs, or draws ``apart``, do."""
     start = [p for p, yes in zip(body.placeholders, given, strict=True) if yes]
     reached = dependents(body.graph, [*start, *(drawn(body) if apart else ())])
     return [o in reached for o in body.outputs]
@@ -162,8 +161,7 @@ def results_as(body: Program, wanted: Sequence[Sig]) -> Program:
 
 
 def with_constants(body: Program, places: Sequence[int], consts: Sequence[Sig]) -> Program:
-    """Return the body as a program of these constants, which have its own at ``places``, and of
-    its other inputs."""
+    """Return the body with these constants, for its own at ``places``, and other inputs."""
 
     def make() -> Program:
         with paused_gc():

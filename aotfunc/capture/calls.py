@@ -74,8 +74,7 @@ class Step:
         return ()
 
     def handed(self, refs: Sequence[int]) -> Sequence[int]:
-        """List the tensors whose memory the results may show, if the step's results are its first
-        tensors with another derivative."""
+        """List the tensors that the results, if they are the first ones again, may show."""
         return ()
 
     def bind(self, f: Functionalizer, results: Sequence[Any], grad: bool) -> None:
@@ -152,8 +151,7 @@ class CallStep(Step):
             f.write(refs[index], new, grad and not hidden, line)
 
     def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
-        """Return which results, and which written inputs, have a derivative if the inputs
-        ``given`` have one."""
+        """Return which results and written inputs have a derivative if ``given`` inputs do."""
         program = self.program
         flags = live(program, tuple(i for i, yes in enumerate(given) if yes))
         count = program.n_outputs
@@ -324,8 +322,7 @@ class CompiledCall:
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
-        """Make the node call the forward half, which also returns residuals, and add a call of the
-        backward half."""
+        """Make the node call the forward half, with residuals, and add the backward half."""
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in active)
         whole = program.flat()
@@ -348,8 +345,7 @@ class CompiledCall:
         return [n.args[i] for i in wrt], grads[: len(wrt)]
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Make ``new`` return the values and residuals, and add a call for the tangents, which is
-        linear in the given ones."""
+        """Make ``new`` return values and residuals, and add a call linear in the tangents."""
         program = self.program
         wrt = tuple(i for i, a in enumerate(n.args) if a in tangents)
         whole = program.flat()
@@ -390,6 +386,5 @@ _steps = Cache(4096)
 
 
 def interned(cls: Any, *args: Any) -> Any:
-    """Return one object for equal arguments, as recordings are keyed by the identity of their
-    steps."""
+    """Return one object for equal arguments: recordings are keyed by their steps' identity."""
     return _steps.once((cls, *args), lambda: cls(*args))

@@ -42,8 +42,7 @@ _NONE = nullcontext()
 
 
 class Numbers:
-    """The Python numbers of recordings that differ in nothing else: the ``first`` ones, and the
-    positions that have ``varied``."""
+    """Recordings' Python numbers: the ``first`` ones, and the positions that have ``varied``."""
 
     def __init__(self, first: tuple) -> None:
         self.first = first
@@ -111,8 +110,7 @@ class Captured:
 
     @property
     def roots(self) -> list[int]:
-        """Return the value that each returned tensor is a view of, or itself; a tensor that a
-        Function passed on is its own."""
+        """Return the value that each returned tensor is a view of, or itself if passed on."""
         return [next((s.ref for s in x.path[:0:-1] if s.passed), x.root) for x in self.returned]
 
     @property
@@ -204,8 +202,7 @@ class Captured:
         return Functionalizer(self.trace, b, inputs, numbers=numbers)
 
     def _memory(self, f: Functionalizer, ref: int) -> Node:
-        """Return the memory of a value, without what was copied into a part of it; cut off if all
-        returned views of it are detached."""
+        """Return a value's memory, without copies into parts; cut if its views are detached."""
         node = f.as_made(ref, f.memory(ref))
         if node.meta["val"].offset and f.trace.mutates and f.env[ref].storage.memory.version:
             node = f.fitted(f.b.call(aten.clone.default, node), f.env[ref].storage.sig)
@@ -239,8 +236,7 @@ class Captured:
 
     @property
     def aliases(self) -> tuple[tuple[int, int], ...]:
-        """List ``(position, root)`` of the returned tensors that share memory with an input, a
-        closed-over tensor or one another."""
+        """List ``(position, root)`` of the returned tensors that share memory."""
         return self.program().once("aliases", self.shared)
 
     def shared(self) -> tuple[tuple[int, int], ...]:

@@ -29,8 +29,7 @@ from .function_rules import Context
 
 @contextmanager
 def recorded_region(trace: Trace, policy: Callable[[Node], int] | None = None) -> Iterator[None]:
-    """Record ops inside the block as a region that the backward recomputes, except values that the
-    policy lets be saved."""
+    """Record a region that the backward recomputes, except values the policy saves."""
     outer, trace.regions = trace.region, trace.regions + 1
     trace.region = trace.regions if policy is None else Region(trace.regions, policy)
     try:

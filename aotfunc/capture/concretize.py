@@ -156,8 +156,7 @@ def aside(trace: Trace, program: Program, inputs: Sequence[Tensor]) -> Iterator[
 
 
 def run_once(program: Program, inputs: Sequence[Tensor], what: str) -> list[Tensor]:
-    """Run the program on real tensors, add a leading dimension of 1 to the results, and restore
-    the generators."""
+    """Run the program on real tensors, with a leading 1; restore the generators."""
     states = [
         (g, g.get_state()) for g in generators([]) | set(named_generators(program.graph.nodes))
     ]

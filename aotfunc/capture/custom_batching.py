@@ -102,8 +102,7 @@ def with_batching(args: tuple, rule: Callable, call: Callable[[], tuple[Any, lis
 
 
 def closed_over(f: Callable) -> list[Tensor]:
-    """Return the tensors that a function, and functions of its module that it calls, read by
-    closures, globals and defaults."""
+    """Return the tensors that a function and those of its module that it calls read."""
     tensors: dict[int, Tensor] = {}
     functions = {id(f): f}
     queue: list[Any] = [f]

@@ -27,8 +27,7 @@ aten = torch.ops.aten
 
 
 class RuleProgram(NamedTuple):
-    """One recorded rule: a program of its given values and of ``n_residuals`` residuals, which
-    begin at ``first``."""
+    """A recorded rule: a program of given values and ``n_residuals`` from ``first`` on."""
 
     program: Program
     first: int

@@ -228,8 +228,7 @@ class Pullback:
 def argument_gradients(
     rules: CustomRules, i: int, spec: Any, grad: Any, shapes: Sequence[torch.Size | None]
 ) -> list:
-    """Return the leaves of the gradient of argument ``i``, which has the tree ``spec`` and tensors
-    of these shapes."""
+    """Return the leaves of argument ``i``'s gradient, of this tree and these shapes."""
     name = parameter(rules.f, i) or f"argument {i}"
     leaves, given = flatten_tree(grad)
     if given != spec:

@@ -30,8 +30,7 @@ from .live_hooks import LiveHooks
 
 
 def calls_late(*functions: Callable) -> None:
-    """Note that autograd calls these functions after ``f`` is over, when the Python variables that
-    they read may have changed."""
+    """Note functions that autograd calls later, when variables that they read may differ."""
     for trace in under_way.traces:
         if not trace.may_ask_constants:
             trace.late += functions

@@ -30,16 +30,14 @@ from .calls import CallStep, Row, on_eager
 
 
 class Samples(NamedTuple):
-    """How the inputs of a recording under ``vmap`` were sampled: the batch dimension of each
-    (None: unbatched), and the axis."""
+    """How a recording's inputs were sampled by ``vmap``: dimensions (or None), the axis."""
 
     dims: tuple[int | None, ...]
     axis: Axis
 
 
 class Unsteady(Exception):
-    """Raised for a recording that cannot be followed step by step: something writes, draws or
-    looks back at earlier steps."""
+    """Raised for a recording that cannot be followed: a step writes, draws or looks back."""
 
 
 def followed_batches(trace: Trace, tensors: Sequence[Tensor]) -> tuple[list[Tensor], int] | None:
@@ -60,8 +58,7 @@ def follow_trace(trace: Trace) -> Followed:
 
 
 class Followed:
-    """The values of a recording so far. Those that ``differ`` are kept for all samples of all
-    batches around it, at dimension 0."""
+    """A recording's values so far; those that ``differ`` for all samples, at dimension 0."""
 
     def __init__(self, trace: Trace) -> None:
         self.outer = samples_around(trace)

@@ -121,8 +121,7 @@ def rule_program(
     seen: Callable,
     residuals: list,
 ) -> Any:
-    """Return a rule recorded as a program, or the error that it raised; append what it reads, as
-    ``seen``, to ``residuals``."""
+    """Return a rule as a program, or its error; append what it reads to ``residuals``."""
     under_way = recorded_now.of(calls)
     if under_way is not None:
         bare, read = held(ctx)

@@ -141,8 +141,7 @@ def may_be_real(trace: Trace) -> bool:
 
 
 class LookedAt:
-    """What was looked at of a recording: the tensors from outside and their ``memory``, and the
-    steps, each once."""
+    """What was looked at: tensors from outside, their ``memory``, and the steps, once."""
 
     def __init__(self) -> None:
         self.tensors = self.steps = 0

@@ -17,8 +17,7 @@ def has_drawn(trace: Trace) -> bool:
 
 
 def set_rng_state(new_state: Tensor) -> None:
-    """Set the default generator's state, which is allowed before the first draw and in a function
-    that runs again each time."""
+    """Set the generator's state: before the first draw, or in a function that runs each time."""
     ORIGINALS["set_state"](settable("torch.set_rng_state", new_state))
 
 

@@ -82,8 +82,7 @@ def autograd_grad(
 
 
 def empty(what: str) -> Exception:
-    """Return the error for ``inputs`` without an element, which PyTorch 2.11 has as a ValueError,
-    later ones as a RuntimeError."""
+    """Return the error for empty ``inputs``: a ValueError in PyTorch 2.11, then RuntimeError."""
     message = f"torch.autograd.{what}: inputs is empty{at(debug.user_line())}"
     return OpError.like(ValueError(), message)
 
@@ -96,8 +95,7 @@ def gradients_inside(
     size: int | None,
     ins: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Return the gradients in ``ins`` inside the recording; None for those that do not lead to
-    ``outs`` there."""
+    """Return the gradients in ``ins`` inside the recording, None where no path leads."""
     refs = [trace.ref_of(o)[0] for o in outs]
     used = [trace.autograd.reaches(trace.ref_of(x)[0], refs) for x in ins]
     wanted = [x for x, yes in zip(ins, used, strict=True) if yes]

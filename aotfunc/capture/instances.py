@@ -131,8 +131,7 @@ def unflatten_tree(leaves: list[Any], spec: TreeSpec) -> Any:
 
 
 def opened_instance(x: Any, always: bool) -> Any:
-    """Return a leaf, or, if it holds a tensor (or ``always``), an instance's content in PyTorch's
-    kinds of trees."""
+    """Return a leaf, or an instance's content as a tree if it holds tensors or ``always``."""
     if not (is_data(x) and (always or holds_tensor(x))):
         return x
     found = Opened(x)

@@ -19,8 +19,7 @@ from .custom_derivative import CustomDerivative
 
 
 class LiveHooks:
-    """Hooks that every call registers. Programs, which live long, hold them weakly; the entry of
-    the capture keeps them alive."""
+    """Hooks that every call registers. Programs hold them weakly; the capture's entry holds on."""
 
     #: the hooks, and the module passed to them
     held: Sequence[Any]

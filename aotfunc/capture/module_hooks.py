@@ -76,8 +76,7 @@ class Front(Identity):
 
 
 class Behind(Identity):
-    """The identity behind a module: pre-hooks may replace the gradients of its outputs. ``hooks``
-    are the programs for the front."""
+    """The identity behind a module, whose pre-hooks may replace gradients of its outputs."""
 
     link: HookedCall
 
@@ -159,8 +158,7 @@ def setup_output_hook(hook: Any, args: Any) -> Any:
 def hooked_identity(
     waiting: Deferred, hook: Any, name: str, count: int, places: list[int], vals: tuple
 ) -> tuple[End, list[int]]:
-    """Return the identity behind a module with ``count`` results, with its hooks as programs, and
-    the values that they read."""
+    """Return the identity behind a module, its hooks as programs, and what they read."""
     residuals: list[int] = []
 
     def part(rule: Callable, sigs: Sequence[Any]) -> Any:
@@ -239,8 +237,7 @@ def values_at(size: int, places: Sequence[int], values: Sequence[Any]) -> tuple:
 
 
 def pre_hooked(hook: Any, gradients: tuple, places: Sequence[int]) -> list:
-    """Return the gradients of a module's outputs after its pre-hooks; its hooks are called too if
-    no input has a gradient."""
+    """Return a module's output gradients after its pre-hooks; perhaps call its hooks."""
     for f in hook.user_pre_hooks:
         gradients = replaced("pre hook", "grad_output", f(hook.module, gradients), gradients)
     if hook.input_tensors_index is None:

@@ -92,8 +92,7 @@ class OpaqueForward(Step):
 
 
 def forward_result(call: ForwardCall, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
-    """Run ``cls.forward`` on copies of these tensors, outside of every recording; return its
-    result and the copies."""
+    """Run ``cls.forward`` on copies, outside of recordings; return its result and them."""
     with no_recording(), quiet(), torch.no_grad():
         copies = [t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
         with call.surroundings.again():

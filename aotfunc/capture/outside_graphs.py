@@ -92,8 +92,7 @@ class Unpacking(TorchDispatchMode):
 
 
 def outside_ends(trace: Trace, outs: Sequence[int], ins: Sequence[int]) -> dict[int, Tensor]:
-    """Return, by number, the tensors from outside that ``outs`` depend on here and that depend on
-    one of ``ins`` outside."""
+    """Return, by number, outside tensors that ``outs`` need and that ``ins`` lead to."""
     wanted = [t for ref in ins if (t := from_outside(trace, ref)) is not None]
     found = {}
     for ref in trace.given_refs() if wanted else ():

@@ -230,8 +230,7 @@ def differs(t: Tensor, vmap: Trace) -> bool:
 
 
 def as_recorded(trace: Trace, results: Sequence[Tensor]) -> tuple | None:
-    """Return the recorded steps of these results and the numbers that the rule made; None if it
-    made more than numbers."""
+    """Return the steps of these results and the rule's numbers; None if it made more."""
     if any(t.dim() for t in trace.foreign()) or not all(map(is_unwrapped, trace.lifted)):
         return None
     with quiet():

@@ -66,8 +66,7 @@ def enter_saved_tensors_hooks(self: Any) -> None:
 
 
 def any_requires_grad(*args: Any, **kwargs: Any) -> bool:
-    """Return whether a custom op should call its registered backward as an
-    ``autograd.Function``."""
+    """Return whether a custom op should call its backward as a Function's."""
     if recorder() is None:
         return ORIGINALS["any_requires_grad"](*args, **kwargs)
     return any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))

@@ -48,6 +48,5 @@ def stride(steps: int, slots: int) -> int:
 
 
 def steps_for(slots: int, times: int) -> int:
-    """Return how many steps these slots suffice for, if each is computed at most ``times`` times
-    before it is visited."""
+    """Return how many steps these slots serve, if each runs at most ``times`` times before."""
     return comb(slots + times, slots) if times >= 0 else 0

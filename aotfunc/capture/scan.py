@@ -143,8 +143,7 @@ class Scan(Flow):
         return flat_arguments(n, self.body)
 
     def derivative(self, given: Sequence[bool]) -> tuple[tuple[int, ...], list[bool]]:
-        """Return ``(inputs, results)`` of the body with a derivative in some step if the ``given``
-        arguments have one."""
+        """Return ``(inputs, results)`` with a derivative in some step, from the ``given``."""
         wrt = {i for i, yes in enumerate(given) if yes}
         while True:
             flags = live(self.body, tuple(sorted(wrt)))

@@ -24,8 +24,7 @@ aten = torch.ops.aten
 
 
 class Saved(NamedTuple):
-    """The residuals of a loop as arguments of another: constants for those common to every step,
-    stacks for the others."""
+    """A loop's residuals as arguments of another: constants if steps share them, or stacks."""
 
     consts: list[Node]
     rows: list[Node]

@@ -1,5 +1,4 @@
-"""Branches as one node of a graph: one of several programs runs, and each transform makes another
-choice between other programs."""
+"""Branches as one node of a graph; transforms make choices between other programs."""
 
 from __future__ import annotations
 

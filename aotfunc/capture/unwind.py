@@ -149,8 +149,7 @@ class Unwind(Flow):
         return args, [*[found.get(i) for i in read], *[pushed[j] for j in self.given]]
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Go back through the loop that also carries tangents; or, if only cotangents have some,
-        through the same loop along these."""
+        """Go back through the loop with tangents; if only cotangents have some, along these."""
         _, inputs, given = self.parts(n.args)
         steps, values, cts = self.parts(new.args)
         ts = {i: tangents[a] for i, a in enumerate(inputs) if a in tangents}

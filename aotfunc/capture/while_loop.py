@@ -99,8 +99,7 @@ class While(Flow):
         return flat_arguments(n, self.body)
 
     def derivative(self, given: Sequence[bool]) -> tuple[tuple[int, ...], list[bool]]:
-        """Return ``(inputs, results)`` of the body with a derivative in some step if the ``given``
-        arguments have one."""
+        """Return ``(inputs, results)`` with a derivative in some step, from the ``given``."""
         return self.once().derivative(given)
 
     def once(self) -> Scan:
@@ -124,8 +123,7 @@ class While(Flow):
         return loop.pull(b, n, g, active, again)
 
     def guarded(self) -> Program:
-        """Return ``(constants, carry) -> carry``: a step if the condition holds, else the same
-        carry."""
+        """Return ``(constants, carry) -> carry``: a step if the condition holds, else none."""
 
         def make() -> Program:
             with paused_gc():
