@@ -27,8 +27,7 @@ class Cost(Protocol):
 
 
 def hint(size: Any) -> int:
-    """Return a size as a number: of a symbolic one what it was at capture. It steers choices,
-    never correctness."""
+    """Return a size as a number, symbols as at capture. It steers choices only."""
     if size.__class__ is int:
         return size
     if isinstance(size, torch.SymInt | torch.SymFloat):

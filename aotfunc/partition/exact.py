@@ -218,8 +218,7 @@ def criteria(axis: str, size: np.ndarray, time: np.ndarray) -> tuple[np.ndarray,
 
 
 def undominated_by_state(found: Partial) -> Partial:
-    """Return the partial choices that no other one of their state beats in bytes or time without
-    being worse in the other."""
+    """Return the partial choices that no other one of their state beats in bytes or time."""
     found = found.at(np.lexsort((found.bytes, found.time, found.state)))
     if not len(found.state):
         return found
@@ -251,8 +250,7 @@ def narrow_order(values: list[int], inputs: list[list[int]], forward: np.ndarray
 
 
 def costless(problem: Problem) -> np.ndarray:
-    """Return the values that are saved at no cost: they take no bytes, and nothing runs for them
-    that would not run anyway."""
+    """Return the values saved at no cost: no bytes, and nothing more runs for them."""
     found = (problem.save < INF) & (problem.bytes == 0)
     for v, inputs in enumerate(problem.inputs):
         found[v] &= problem.forward[v] or found[inputs].all()

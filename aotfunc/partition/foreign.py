@@ -1,5 +1,4 @@
-"""Call partition functions of others: tell them what belongs where, in PyTorch's own words, and
-check what they return."""
+"""Call others' partition functions, in PyTorch's words, and check what they return."""
 
 from __future__ import annotations
 

@@ -104,8 +104,7 @@ class Frontier:
 
     @cached_property
     def points(self) -> list[Choice]:
-        """Return choices of which none is better than another in both bytes and time, from the
-        least bytes to the most."""
+        """Return choices that none beats in both bytes and time, the least bytes first."""
         return undominated([p.choice for p in self.cuts])
 
     def within(self, limit: float, axis: str) -> Choice | None:

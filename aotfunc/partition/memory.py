@@ -65,8 +65,7 @@ class Layout:
 
 
 def live_bytes(nodes: Sequence[Node], results: Iterable[Node]) -> list[int]:
-    """Return the bytes of memory, beyond the inputs, that values of a graph take while each of its
-    nodes runs; the results stay."""
+    """Return the bytes beyond the inputs that live while each node of a graph runs."""
     index, layout = {n: i for i, n in enumerate(nodes)}, Layout(nodes)
     kept = {layout.owner[index[o]] for o in results}
     return list(layout.live(range(len(nodes)), set(), kept))

@@ -26,8 +26,7 @@ SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float)
 
 
 def is_view(n: Node) -> bool:
-    """Return whether the value shares the storage of an input, as views do, and the parts of a
-    view with several results."""
+    """Return whether the value shares an input's storage, as views and their parts do."""
     if n.target is operator.getitem:
         return n.args[0].__class__ is Node and is_view(n.args[0])  # type: ignore[arg-type]
     op = n.target
@@ -60,8 +59,7 @@ def writes(n: Node) -> bool:
 
 
 def is_pinned(n: Node) -> bool:
-    """Return whether the node must run where ``f`` ran it, in order, even unread: whether it draws
-    or has an effect."""
+    """Return whether the node must run in order, even unread: it draws or has an effect."""
     return n.op not in ("placeholder", "get_attr", "output") and (is_random(n) or has_effect(n))
 
 
@@ -76,8 +74,7 @@ def is_together(n: Node) -> bool:
 
 
 def gathers_again(n: Node) -> bool:
-    """Return whether the node gathers what lies in parts, and the backward is to do so again
-    instead of keeping the whole."""
+    """Return whether the node gathers parts that the backward is to gather again."""
     return n.target is gather and bool(n.args[-1])
 
 

@@ -52,8 +52,7 @@ class Choice(NamedTuple):
 
 
 class Problem:
-    """The values of a joint graph that the backward may need, numbered anew. The arrays run
-    parallel to ``nodes``."""
+    """A joint graph's values that the backward may need; arrays run parallel to ``nodes``."""
 
     def __init__(self, joint: Joint, cost: Cost, policy: Policy | None = None) -> None:
         self.joint, self.cost = joint, cost

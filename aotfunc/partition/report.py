@@ -146,8 +146,7 @@ class Report:
         )
 
     def svg(self) -> str:
-        """Draw the frontier as SVG: bytes saved to the right, time computed again upwards (both
-        from 0), the chosen point filled."""
+        """Draw the frontier as SVG: bytes saved, time computed again, the chosen point filled."""
         width, height, edge = 480, 320, 50
         points = [(c, t) for c, t, _ in self.frontier]
         most_bytes = max([b for b, _ in points] + [self.bytes, 1])

@@ -1,5 +1,4 @@
-"""Split a joint graph by what to save: into ``early(*inputs) -> (*outputs, *saved)`` and
-``late(*saved, *late_inputs)``."""
+"""Split a joint graph by what to save into ``early`` and ``late``, which takes that."""
 
 from __future__ import annotations
 
