@@ -121,8 +121,7 @@ def view_program(rec: Captured, ref: int) -> Program:
 
 
 def view_step(b: Builder, x: Node, step: Shown, quiet: bool, made: dict) -> Node:
-    """Return the view of ``x`` that a step of a path is; ``x`` may be laid out otherwise than the
-    recording knew, as gradients are."""
+    """Return the view of ``x`` that a path's step is; gradients may be laid out otherwise."""
     op, args, kwargs, val = step.call
     if Facts(op).reshapes:
         op = functional_twin(op, None)
@@ -200,8 +199,7 @@ class Changes:
         return bool(self.flags or self.retained or self.hooks or self.ops)
 
     def before(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the inputs that the program runs on: its backward must not see shapes that
-        arguments have later."""
+        """Return the inputs to run on: the backward must not see shapes of later."""
         for i, value, line in self.flags:
             if line is not None:
                 raise CaptureError(

@@ -40,8 +40,7 @@ _inside_functorch = torch._C._functorch.peek_interpreter_stack
 
 
 def call_compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
-    """Return the results of a compiled call on real tensors, written inputs updated,
-    differentiable if an input is."""
+    """Return a compiled call's results on real tensors, perhaps differentiable."""
     program = call.program
     if op_by_op():
         check_whole(call, tensors)

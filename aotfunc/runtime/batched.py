@@ -159,8 +159,7 @@ def dependent(program: Program, dims: Sequence[int | None]) -> list[bool]:
 
 
 def older_batch(t: Tensor, level: int) -> Tensor | None:
-    """Return the batch that ``t`` is of at this level of the older vmap; tensors without one would
-    be expanded to any size."""
+    """Return ``t``'s batch at this level of the older vmap, which would expand others."""
     first, second = (torch._remove_batch_dim(t, level, size, 0) for size in (1, 2))
     return first if first.shape == second.shape else None
 

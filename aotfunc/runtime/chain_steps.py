@@ -53,8 +53,7 @@ def stage_numbers(
 def cut_stages(
     program: Program, cuts: Sequence[Node]
 ) -> list[tuple[Program, list[Node], list[Node]]]:
-    """Return the program cut at these values, ``(program, what it reads, results)`` of each stage;
-    none if nothing reads them."""
+    """Return ``(program, what it reads, results)`` of each stage cut at these values."""
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
     stage = stage_numbers(nodes, cuts)
     if not any(stage.values()):
@@ -77,8 +76,7 @@ def cut_stages(
 def stage_of(
     nodes: Sequence[Node], reads: Sequence[Node], outs: Sequence[Node], said: dict[Node, Any]
 ) -> Program:
-    """Return these nodes as a program of what they read; the signatures that are ``said`` of
-    values, and of its results."""
+    """Return these nodes as a program of what they read, with the ``said`` signatures."""
     with paused_gc():
         b = builder()
         env: dict[Node, Any] = {
@@ -119,8 +117,7 @@ def saves_a_result(n: Node) -> bool:
 
 
 def saved_results(n: Node, active: Container[Node]) -> set[int]:
-    """Return the numbers of the results that PyTorch's op keeps for its derivative by the
-    ``active`` ones of its arguments."""
+    """Return which results PyTorch's op keeps for its derivative by the ``active`` ones."""
     found = sample_run(n, active)
     if found is None:
         return set()

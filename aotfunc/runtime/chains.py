@@ -85,8 +85,7 @@ def made_by(rec: Captured) -> tuple[str, ...]:
 
 
 def made_in(program: Program) -> tuple[str, ...]:
-    """Return the name of the op that made each result of a program; an exported one, which has
-    been rewritten, knows them."""
+    """Return the op that made each result, by name; exported programs know theirs."""
     return program.once("made", lambda: tuple(map(maker, program.outputs)))
 
 
@@ -160,8 +159,7 @@ def call_text(target: Any, args: tuple) -> str:
 
 
 class Chain:
-    """Steps ``(function of a list of tensors, positions of what it reads)``. Each appends its
-    results to the values."""
+    """Steps ``(function of tensors, positions read)``, which append results to values."""
 
     def __init__(
         self,
@@ -259,8 +257,7 @@ class CallCuts:
         self.stage = stage_numbers(self.nodes, self.cuts, self.saving)
 
     def recorded(self, n: Node) -> RecordedHooks | None:
-        """Return the hooks of a result that are recorded: autograd calls them before those that
-        the caller registers."""
+        """Return the recorded hooks of a result, called before those the caller registers."""
         ends = self.ends[: self.call.program.n_outputs]
         mine = any(u in ends for u in n.users)
         return recorded_hooks(n, self.call.__name__) if mine else None

@@ -77,8 +77,7 @@ class Served:
         self.recipe = Recipe(following, entry.sources)
 
     def inputs(self, values: Sequence[float]) -> list[tuple[int, Tensor]] | None:
-        """Return the closed-over tensors that stand for the numbers; None for a call that the
-        entry does not serve."""
+        """Return the tensors that stand for the numbers; None for a call not served."""
         if any(bits(values[i]) != x for i, x in self.fixed):
             return None
         return self.recipe.inputs_for(values)

@@ -114,8 +114,7 @@ class Compiled:
     # ----- copying and pickling: what was captured stays behind ----------------------------------
 
     def __reduce__(self) -> Any:
-        """Pickle by name if the name is bound to this compiled function, as a decorator binds it;
-        else by its parts."""
+        """Pickle by name if the name is bound to this function, else by its parts."""
         new = copyreg.__newobj__  # type: ignore[attr-defined]
         found: Any = sys.modules.get(getattr(self, "__module__", None) or "")
         for name in getattr(self, "__qualname__", "").split("."):
@@ -157,8 +156,7 @@ class Compiled:
     def looked_up(
         self, key: tuple, tensors: list[Tensor], objects: list[Any], given: tuple
     ) -> Any:
-        """Look the entry of a call up and run it, if the entry used last does not fit; ``given``
-        are the arguments."""
+        """Run the entry of a call that the last one does not fit; ``given``: the arguments."""
         if torch._C._get_tracing_state() is not None:  # the shapes of arguments are tensors
             raise CaptureError(
                 f"torch.jit.trace does not trace {self.who}{at(user_line())}; trace the function "
@@ -226,8 +224,7 @@ class Compiled:
     def seen(
         self, key: tuple, tensors: list[Tensor], objects: list[Any], given: tuple
     ) -> tuple[Arguments, list[str], State, tuple]:
-        """Return the arguments of a call, the names of its ``objects``, the state that the
-        function reads, and the whole key."""
+        """Return a call's arguments, names of ``objects``, the state read, and the key."""
         arguments = Arguments(*given)
         names = {id(x): name for name, x in zip(*labelled(self.f, arguments), strict=True)}
         labels = [

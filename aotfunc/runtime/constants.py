@@ -47,8 +47,7 @@ def attached(
 
 
 def bent_outputs(program: Program, wrt: tuple[int, ...]) -> list[bool]:
-    """Return which outputs depend on the inputs ``wrt`` by an op that is not linear in all of its
-    arguments together."""
+    """Return which outputs depend on ``wrt`` by an op not linear in its arguments."""
     inputs = program.placeholders
     bent: set[Any] = set()
     active = active_nodes(program.graph.nodes, [inputs[i] for i in wrt], zeros=True)
@@ -87,8 +86,7 @@ def left_out(program: Program, wrt: Sequence[int], others: Sequence[int]) -> lis
 def tangents_read(
     program: Program, wrt: Sequence[int], others: Sequence[int], zeros: bool
 ) -> list[set[int]]:
-    """Return the inputs ``others`` that the tangent of each output depends on; ``zeros``: those
-    that are zero, too."""
+    """Return which ``others`` each tangent depends on; ``zeros``: which zeros, too."""
     nodes, inputs = program.graph.nodes, program.placeholders
     values = {inputs[i]: {i} for i in others}
     for n in active_nodes(nodes, list(values), zeros=True):
@@ -105,8 +103,7 @@ def tangents_read(
 
 
 def factors_read(n: Node, active: Sequence[Node]) -> list[Node]:
-    """Return the arguments whose values the derivative of a node by the ``active`` ones reads, as
-    far as is known."""
+    """Return the arguments that a node's derivative by the ``active`` ones reads."""
     if n.target is operator.getitem or n.target in SUMS:
         return []
     entry = entry_for(n.target) if isinstance(n.target, OpOverload) else None

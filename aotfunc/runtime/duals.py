@@ -26,8 +26,7 @@ def has_tangent(t: Tensor) -> bool:
 
 
 def pushed_program(program: Program, wrt: tuple[int, ...]) -> Program:
-    """Return ``(inputs, tangents) -> (outputs, their tangents or None)``, new values of written
-    inputs among the outputs."""
+    """Return ``(inputs, tangents) -> (outputs and new values, their tangents or None)``."""
     return program.once(("pushed", wrt), lambda: jvp(program.flat(), wrt, zeros=False))
 
 

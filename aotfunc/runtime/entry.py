@@ -382,8 +382,7 @@ def captured_entry(
 def followed(
     captured: Callable[[Following | None], Captured], following: Following, state: State
 ) -> Captured:
-    """Return a capture that follows numbers; one that does not where something takes numbers
-    alone, or keeps them."""
+    """Return a capture that follows numbers, unless something takes numbers alone."""
     rewind = rewinder()
     try:
         rec = captured(following)

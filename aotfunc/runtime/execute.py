@@ -1,5 +1,4 @@
-"""Run a program: recorded if a recording is under way, otherwise on the eager backend; plain
-autograd can differentiate either."""
+"""Run a program: record it, or run it on eager so that autograd can differentiate it."""
 
 from __future__ import annotations
 
@@ -116,8 +115,7 @@ def has_control_flow(program: Program) -> bool:
 
 
 def eager_values(program: Program, tensors: Sequence[Tensor]) -> Sequence:
-    """Return all outputs of a program, run eagerly; control flow meets no batches of torch.func's,
-    whose strides are unknown."""
+    """Return a program's outputs, run eagerly, without batches of torch.func's."""
     if has_control_flow(program):
         check_draws(program, tensors)
         return call_batched(lambda p, given: on_eager(p)(*given), program, tensors, whole)
@@ -130,8 +128,7 @@ def whole(program: Program, tensors: Sequence[Tensor]) -> Sequence:
 
 
 def as_function(program: Program, name: str = "") -> Callable[..., list]:
-    """Return the program as a Python function of its inputs and closed-over tensors, to be
-    captured again."""
+    """Return the program as a Python function, to be captured again."""
 
     def run(*tensors: Tensor) -> list:
         return list(execute(program, tensors))
@@ -148,8 +145,7 @@ def ours(program: Program) -> bool:
 def lay_cotangents(
     cts: Sequence[Tensor | None], vals: Sequence[Any]
 ) -> tuple[tuple[Sig | None, ...], list[Tensor]]:
-    """Return the layouts in which cotangents of these values are expected, and the given
-    cotangents laid out so."""
+    """Return the layouts that cotangents of these values need, and the given ones laid so."""
     plan = tuple(
         [c if c is None else cotangent_sig(v, c.stride()) for c, v in zip(cts, vals, strict=True)]
     )
@@ -167,8 +163,7 @@ def laid(t: Tensor, sig: Sig) -> Tensor:
 
 
 def new_layout(t: Tensor) -> Tensor:
-    """Return ``t`` laid out as a new contiguous tensor; ``t.contiguous()`` leaves the strides of
-    dimensions of size 1."""
+    """Return ``t`` laid out as new; ``t.contiguous()`` leaves strides of size 1."""
     t = t.contiguous()
     if 1 in t.shape and t.stride() != contiguous_stride(t.shape):
         return t.clone(memory_format=torch.contiguous_format)
@@ -211,8 +206,7 @@ def distinct(program: Program, outs: Sequence, count: int, tensors: Sequence[Ten
 
 
 def strided_copy(t: Tensor) -> Tensor:
-    """Return a copy with the strides of ``t``, as its readers expect: ``clone()`` closes gaps and
-    undoes expansions."""
+    """Return a copy with the strides of ``t``; ``clone()`` closes gaps and expansions."""
     copy = t.clone()
     if copy.stride() == t.stride() or not t.numel():
         return copy

@@ -310,8 +310,7 @@ def parts(
 
 
 def materializes(program: Program) -> bool:
-    """Return whether a Function in the program has several outputs and a backward that gets zeros
-    for an output without a cotangent."""
+    """Return whether a Function of several outputs gets zeros for absent cotangents."""
 
     def one(n: Node) -> bool:
         if isinstance(n.target, CustomDerivative):

@@ -20,8 +20,7 @@ Versions = list[tuple[weakref.ref[Tensor], Tensor, int]]
 
 
 def late_reads(program: Program) -> tuple[list[int], list[int]]:
-    """Return the inputs and results of a program that its backward reads in eager mode without a
-    guard of autograd's."""
+    """Return what a backward reads in eager without a guard of autograd's."""
     backwards, checkpoints = unguarded(program), unguarded(program, again=True)
     inputs, results = ({*a, *b} for a, b in zip(backwards, checkpoints, strict=True))
     return sorted(inputs), sorted(results)

@@ -91,8 +91,7 @@ class Leaves:
                 Attached.apply(torch.zeros((), requires_grad=True), t)
 
     def returns(self, outs: Sequence[Any]) -> Sequence[Any]:
-        """Return the tensors that the function returns, those that are leaves as leaves; some
-        retain their gradient."""
+        """Return the returned tensors, leaves as leaves; some retain their gradient."""
         outs = list(outs)
         for k in self.returned:
             outs[k] = outs[k].requires_grad_()

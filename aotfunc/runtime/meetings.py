@@ -61,8 +61,7 @@ class Known(CustomDerivative):
 
 
 def without_meetings(program: Program) -> Program:
-    """Return the program without nested calls in which cotangents meet, or whose results are kept
-    for second derivatives."""
+    """Return the program without nested calls in which cotangents meet, or results are kept."""
 
     def nested(n: Node) -> Program:
         return n.target.program.flat()  # type: ignore[union-attr]
@@ -260,8 +259,7 @@ def bent_nodes(program: Program, bodies: bool) -> list[Node]:
 def reaches_bent(
     program: Program, wrt: Sequence[int], outs: Sequence[int], bodies: bool = False
 ) -> bool:
-    """Return whether the gradients of the results ``outs`` by the inputs ``wrt`` pass through one
-    of :func:`bent_nodes`."""
+    """Return whether gradients of ``outs`` by ``wrt`` pass through :func:`bent_nodes`."""
 
     def find() -> bool:
         nodes = [n for n in program.graph.nodes if n.op == "call_function"]
@@ -286,8 +284,7 @@ def behind(outs: Sequence[Node]) -> set[Node]:
 
 
 def is_reached(n: Node, needed: Container[Node]) -> bool:
-    """Return whether such a derivative, or one that the node contains, is behind the ``needed``
-    ones of its results."""
+    """Return whether such a derivative is behind the ``needed`` results of a node."""
     target: Any = n.target
     if not hasattr(target, "reading"):
         return n in needed

@@ -115,8 +115,7 @@ class Pipeline:
 
     @property
     def rounds(self) -> bool:
-        """Return whether an input may be rounded to the low precision of other operands, where
-        eager does not round a number."""
+        """Return whether an input may be rounded to low precision where eager is exact."""
         ours = (backends.AUTO, backends.CPP, backends.EAGER)
         return not all([b in ours for b in self.backends])
 
@@ -139,8 +138,7 @@ class Pipeline:
         )
 
     def opened(self, program: Program) -> Program:
-        """Apply the user's decompositions; they come after differentiation, as they need not be
-        differentiable."""
+        """Apply the user's decompositions, which need not be differentiable: last."""
         return (
             decomposed(program, Declining(self.decompositions)) if self.decompositions else program
         )
@@ -321,8 +319,7 @@ def unboxed(body: Callable[[list], Sequence]) -> Callable[..., Sequence]:
 
 
 def run_bodies(target: Any, bodies: Sequence[Callable], *tensors: Tensor) -> Sequence:
-    """Return the results of control flow; checks that kernels make of their arguments at each call
-    are made once for all steps."""
+    """Return control flow's results; kernels' checks are made once for all steps."""
     if all([t.__class__ in (Tensor, torch.nn.Parameter) and not is_lazy(t) for t in tensors]):
         bodies = [body.unchecked for body in bodies]  # type: ignore[attr-defined]
     return target.run(bodies, tensors)

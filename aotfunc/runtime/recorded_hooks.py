@@ -40,8 +40,7 @@ class RecordedHooks:
 
 
 def recorded_hooks(n: Node, name: str) -> RecordedHooks | None:
-    """Return the hooks that a node of a call's program records; None if there are none, or an
-    error of theirs."""
+    """Return the hooks that a call's node records; None without, or an error of theirs."""
     target = n.target
     if not isinstance(target, Hooked):
         return None

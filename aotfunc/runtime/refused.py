@@ -88,8 +88,7 @@ def check_alone(ctx: Any) -> None:
 
 
 def check_met(ctx: Any) -> tuple[int, ...]:
-    """Return the further results of this node; refuse a second derivative where another node has
-    cotangents for the same Function."""
+    """Return this node's further results; refuse cotangents that meet in a Function."""
     if ctx.met is None:
         raise AotfuncError(
             f"several results of {ctx.halves.call.__name__} have gradients of their own, and a "

@@ -34,8 +34,7 @@ NAMED = {torch.dtype: "torch.", torch.layout: "torch.", torch.memory_format: "to
 
 
 def program_data(program: Program, depth: int = 0) -> dict[str, Any]:
-    """Return the program as data. Raises CaptureError for a node that runs Python code, and for a
-    random generator of the user's."""
+    """Return the program as data. Raises CaptureError for Python code and generators."""
     program = lowered(program, CALLS)
     number = {n: i for i, n in enumerate(program.graph.nodes)}
     regions: dict[Any, int] = {}

@@ -1,5 +1,4 @@
-"""The tensors of a saved function: those of a module by name, as copies, and put into another
-module under the same names."""
+"""A saved function's tensors: a module's by name, put into another module."""
 
 from __future__ import annotations
 

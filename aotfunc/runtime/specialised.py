@@ -54,8 +54,7 @@ def _restored(make: Any, arguments: tuple, made_for: Any) -> Specialised:
 
 
 def check_facts(made_for: dict[str, list], given: dict[str, Any]) -> None:
-    """Raise ArgumentError for an argument that has other facts; the module's code says where
-    structures differ."""
+    """Raise ArgumentError for other facts; the module's code tells other structures."""
     for name, x in given.items():
         wanted = made_for.get(name, ())
         for i, (leaf, want) in enumerate(zip(flatten_tree(x)[0], wanted, strict=False)):

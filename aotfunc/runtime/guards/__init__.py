@@ -1,2 +1,1 @@
-"""Conditions for using a compiled entry again: keys of arguments and surroundings, and the Python
-state that is read."""
+"""Conditions for using an entry again: keys of arguments and surroundings, state read."""

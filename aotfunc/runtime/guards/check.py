@@ -35,8 +35,7 @@ class Described(Protocol):
 
 
 class Check:
-    """A quick check that all is still as it was described, and its tensors. ``large``: of how many
-    lines it is worth native code."""
+    """A quick check that all is as described; ``large``: the lines worth native code."""
 
     def __init__(self, state: Described, large: int | None = None) -> None:
         self.large = LARGE if large is None else large

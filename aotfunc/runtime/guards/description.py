@@ -117,7 +117,6 @@ def by_bits(x: Any) -> Any:
 
 
 def passing(x: Any) -> bool:
-    """Return whether a value that the code only adds to need not be looked at: a counter, a list
-    that is appended to."""
+    """Return whether a value is only added to: a counter, or a list that grows."""
     full = getattr(x, "maxlen", None) is not None  # then what is added shifts the rest
     return isinstance(x, int | float | complex | str) or (type(x) in _GROWING and not full)

@@ -37,8 +37,7 @@ class History:
         self.last = entries, captured
 
     def why(self) -> list[str]:
-        """Return why the function was captured last: the differences from the entry most like it,
-        and what it changed itself."""
+        """Return how the last capture differs from the entry most like it, and why."""
         why: list[str] = []
         if self.last is not None and self.last[0]:
             why = min([[*differences(old, self.last[1])] for old in self.last[0]], key=len)

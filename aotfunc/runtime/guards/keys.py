@@ -70,8 +70,7 @@ def is_value(x: Any) -> bool:
 
 
 def bits(x: Any) -> Any:
-    """Return a plain value in a form in which only equal values of one class that mean the same
-    are equal: numbers by their bits."""
+    """Return a plain value so that only the same are equal: numbers by their bits."""
     cls = x.__class__
     if cls in ATOMS:
         return x
@@ -165,8 +164,7 @@ def noted(x: Any) -> Any:
 
 
 def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[Any]) -> None:
-    """Append to ``key`` what identifies an argument tree, and to ``tensors`` and ``objects`` its
-    leaves of these kinds, in order."""
+    """Append an argument tree's key to ``key``, its ``tensors`` and ``objects`` to these."""
     try:
         cls = x.__class__
     except Exception as e:
@@ -314,8 +312,7 @@ def rare() -> bool:
 
 
 def environment_key() -> tuple:
-    """Return grad modes, autocast, defaults of tensors and distributions, determinism, and the
-    kernels that attention may use."""
+    """Return grad modes, autocast, defaults, determinism and attention's kernels."""
     return (
         _grad(),
         _inference(),

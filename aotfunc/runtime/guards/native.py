@@ -95,8 +95,7 @@ KNOWN = {"None": None, "True": True, "False": False}
 
 @functools.lru_cache(4096)
 def steps_in(path: str) -> list[tuple[int, Any]]:
-    """List the steps from a variable to an object: ``(ITEM, key)``, ``(ATTRIBUTE, name)``,
-    ``(CALL, None)``."""
+    """List the steps to an object: ``(ITEM, key)``, ``(ATTRIBUTE, name)``, ``(CALL, None)``."""
     found: list[tuple[int, Any]] = []
     for key, number, name in map(re.Match.groups, re.finditer(STEP, path)):
         if name is not None:

@@ -278,8 +278,7 @@ class Objects(Description):
 
 @remembered(1024)
 def functions_of(cls: type) -> tuple[str, ...]:
-    """List the functions of ``torch.nn.functional`` that the methods of a class call, and those
-    that these call."""
+    """List the functions of ``torch.nn.functional`` that a class's methods lead to."""
     table = vars(torch.nn.functional)
     methods = [f for f in vars(cls).values() if isinstance(f, types.FunctionType)]
     names = {n for f in methods for n in reads_of(f.__code__).attributes}

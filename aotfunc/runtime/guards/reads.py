@@ -141,8 +141,7 @@ def tells_apart(code: types.CodeType) -> bool:
 
 
 def _changes_only(steps: list[dis.Instruction], i: int) -> bool:
-    """Return whether what is loaded here is changed, and its old value has no other use: ``n +=
-    1``, ``names.append(x)``."""
+    """Return whether the load is for a change alone: ``n += 1``, ``names.append(x)``."""
     name, rest = steps[i].argval, [s.opname for s in steps[i + 1 : i + 5]]
     if rest[:1] and rest[0] in ("LOAD_METHOD", "LOAD_ATTR") and steps[i + 1].argval in _GROWS:
         return True

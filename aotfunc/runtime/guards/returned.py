@@ -144,8 +144,7 @@ PLACE = torch.empty(0)
 
 
 def is_record(x: Any) -> bool:
-    """Return whether an object is what its attributes hold, as those are whose class says nothing
-    else about how to copy them."""
+    """Return whether an object is what its attributes hold, by how its class is copied."""
     cls = type(x)
     own = [n for n in _COPYING if getattr(cls, n, None) is not getattr(object, n, None)]
     return (
@@ -158,8 +157,7 @@ def is_record(x: Any) -> bool:
 
 
 class Finish:
-    """The last part of a call: puts tensors that the function binds outside in their places, and
-    fills the result with objects."""
+    """A call's last part: puts tensors where the function binds them, fills the result."""
 
     def __init__(
         self,

@@ -104,8 +104,7 @@ def undo_stores(state: State) -> None:
 
 
 def empty_caches(state: State) -> None:
-    """Empty the caches of functions (``functools.lru_cache``) that hold traced values, which are
-    good for one capture."""
+    """Empty functions' caches that hold traced values (``functools.lru_cache``)."""
     for x in state.kept:
         if isinstance(x, functools._lru_cache_wrapper) and holds_traced(
             x, {*state.seen} - {id(x)}
@@ -145,8 +144,7 @@ def restore(owner: Any, before: dict, keys: Sequence[Any]) -> None:
 
 
 def finder(state: State, names: Sequence[str]) -> Callable[[Callable, Sequence[Any]], list]:
-    """Return a function of ``f`` and the objects among the arguments to what these variables of
-    the state's check hold."""
+    """Return a function of ``f`` and argument objects to what these state variables hold."""
     body = "".join(f"    {line}\n" for line in lines_needed(state.lines, names))
     space = {"Slots": Slots, **state.constants}
     exec(f"def found(f, objects):\n{body}    return [{', '.join(names)}]\n", space)

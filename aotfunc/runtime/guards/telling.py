@@ -1,5 +1,4 @@
-"""Functions of libraries that tell a part of the process's state by a plain value: code that names
-one depends on its answer."""
+"""Library functions that tell a part of the process's state, as code may depend on."""
 
 from __future__ import annotations
 
