@@ -1,5 +1,4 @@
-"""Call the functions of other modules that a recording leads to: their modules import this one,
-and are imported at the call."""
+"""Call functions of modules that import this one: they are imported at the call."""
 
 from __future__ import annotations
 

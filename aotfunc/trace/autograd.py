@@ -22,8 +22,7 @@ is_leaf = torch._C.TensorBase.is_leaf.__get__  # type: ignore[attr-defined]
 
 
 class Autograd:
-    """The leaves of a recording and the values that require grad through them. The lists are
-    shared with the recording."""
+    """A recording's leaves and the values that require grad, in lists shared with it."""
 
     def __init__(
         self,
@@ -133,8 +132,7 @@ class Autograd:
         return not self.reach().of(ref, self.records, self.leaves).isdisjoint(outs)
 
     def leaves_of(self, outs: Sequence[int]) -> tuple[list[int], list[Traced]]:
-        """List the tensors that ``.backward()`` of ``outs`` would give a gradient: leaves from
-        outside, and tensors made inside."""
+        """List the tensors that ``.backward()`` of ``outs`` gives a gradient."""
         self.adopt_leaves()
         outside = {i for i in range(len(self.inputs)) if self.leaves.get(i)}
         rewritten = set(map(id, self.rewritten))
@@ -223,8 +221,7 @@ class Reach:
         return active
 
     def extend(self, records: list[Record], leaves: dict[int, bool]) -> None:
-        """Extend the reach to the present end of the recording. ``leaves`` may say that a value
-        requires no grad."""
+        """Extend the reach to the recording's end; ``leaves`` may stop requiring grad."""
         for k in range(len(self.ends), len(records)):
             instr, refs, grad, *_ = records[k]
             first = self.ends[-1] if k else self.count
@@ -246,8 +243,7 @@ class Reach:
                 self.step(self.active, records[k], k, leaves)
 
     def use(self, i: int) -> None:
-        """Use an outside tensor in its present state; a value of an outer recording counts as it
-        was before it was written."""
+        """Use an outside tensor as it is; an outer recording's value, as before its writes."""
         t = self.lifted[i]
         if needs_grad(t) if self.settled is None else self.settled[i]:
             self.active.add(-1 - i)

@@ -1,5 +1,4 @@
-"""Record the cumulative average of batch norm with ``momentum=None``, whose factor is read from a
-counter tensor."""
+"""Record batch norm's cumulative average (``momentum=None``), with a counter tensor."""
 
 from __future__ import annotations
 

@@ -31,8 +31,7 @@ def to_stack(data: Any) -> bool:
 def stacked_numbers(
     data: Any, dtype: torch.dtype | None, device: Any, requires_grad: bool = False
 ) -> Tensor:
-    """Return the tensor of nested lists of numbers and tensors of one element each; the common
-    dtype if ``dtype`` is None."""
+    """Return the tensor of nested lists of numbers and tensors of one element."""
     if dtype is None:
         dtype = functools.reduce(
             torch.promote_types, (torch.as_tensor(x).dtype for x in leaves(data))

@@ -147,8 +147,7 @@ def whole_of(trace: Any, x: Any) -> Traced:
 
 
 def record_function(trace: Any, function: Any, args: tuple) -> Any:
-    """Record one of the Functions between DTensors and their parts; NotImplemented for others,
-    which take no DTensors."""
+    """Record a Function between DTensors and their parts; NotImplemented for others."""
     name, x = function.__name__, (*args, None)[0]
     if not function.__module__.startswith("torch.distributed.tensor."):
         if any(map(is_dtensor, args)):

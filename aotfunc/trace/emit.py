@@ -234,8 +234,7 @@ class Builder:
         return remap(outputs, env)
 
     def inlined(self, program: Program, inputs: Sequence[Any]) -> list:
-        """Copy a program into this graph for these inputs; return its results, new values of
-        written inputs included."""
+        """Copy a program into this graph; return its results, new values included."""
         return list(self.splice(program.graph, inputs, program.outputs))
 
     def finish(self, outputs: Sequence[Any]) -> fx.Graph:

@@ -32,8 +32,7 @@ LOW = (torch.float16, torch.bfloat16)
 
 
 class Expression:
-    """A value that ``step`` computes: an operator with the places of its operands, the place of a
-    followed number, or a constant."""
+    """A value: an operator with operands, the place of a followed number, or a constant."""
 
     def __init__(self, home: Following, place: int, value: float) -> None:
         self.home, self.place, self.value = home, place, value

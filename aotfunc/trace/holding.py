@@ -17,8 +17,7 @@ SHARED = (type, types.ModuleType, types.BuiltinFunctionType)
 
 
 def holds_traced(x: Any, seen: set[int]) -> bool:
-    """Return whether there is a traced value in an object, beside those in objects that were
-    ``seen``, by ``id``."""
+    """Return whether an object holds a traced value, beside objects that were ``seen``."""
     todo, seen, alive = [x], set(seen), []
     while todo:
         e = todo.pop()

@@ -42,8 +42,7 @@ OVERWRITES = frozenset(
 def write_results(
     trace: Trace, op: OpOverload, outs: Any, args: tuple, kwargs: dict | None
 ) -> Any:
-    """Return results of an op that writes: the written arguments themselves, refreshed where their
-    metadata changed."""
+    """Return a writing op's results: the written arguments, refreshed."""
     facts = Facts(op)
     if kwargs and (made := resize_out(trace, op, outs, args, kwargs)) is not None:
         return made

@@ -149,8 +149,7 @@ def extent(t: Tensor) -> int:
 
 
 def offset_inside(base: Sig, at: MemoryPlace, sig: Sig, place: MemoryPlace) -> int | None:
-    """Return the element of ``base`` at which a tensor of signature ``sig`` begins; None unless it
-    lies wholly inside."""
+    """Return the element of ``base`` where ``sig`` begins; None unless wholly inside."""
     size = base.dtype.itemsize
     start, odd = divmod(place.start - at.start, size)
     dense = base.stride == contiguous_stride(base.shape) and (

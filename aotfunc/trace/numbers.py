@@ -59,8 +59,7 @@ def forgive(error: CaptureError) -> None:
 
 
 def refusing(read: Callable, what: str) -> Callable:
-    """Return ``read`` with a refusal for tensors whose value the recording under way in this
-    thread would freeze."""
+    """Return ``read`` with a refusal for values that a recording here would freeze."""
 
     @functools.wraps(read)
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:

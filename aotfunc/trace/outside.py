@@ -184,8 +184,7 @@ def check_outside_hooks(trace: Trace | None, t: Tensor, line: str) -> None:
 
 
 def check_grad(t: Traced) -> None:
-    """Refuse an argument's ``.grad``: it is another tensor at each call, which a function compiled
-    once would not see."""
+    """Refuse an argument's ``.grad``: it is another tensor at each call."""
     trace = t.tracer
     if not trace.may_ask_constants and any(t is a for a in trace.arguments):
         raise CaptureError(

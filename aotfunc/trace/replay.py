@@ -93,8 +93,7 @@ class Replay:
         return self.env.get(ref)
 
     def take(self, trace: Answering, instr: Any, refs: Sequence[int]) -> None:
-        """Take the next step: run it, or let it wait. Skip one that reads what is not known,
-        or other than values."""
+        """Run the next step, or let it wait. Skip one that reads unknown values."""
         first = self.number
         if instr.__class__ is Instr and instr.simple and instr.size < MANY:
             if all([r in self.env for r in refs]):
@@ -168,8 +167,7 @@ class Answering(Tape):
         return self.answer(lambda value: value, [t], what)
 
     def answer(self, question: Callable, tensors: Sequence[Tensor], what: str) -> Any:
-        """Return ``question(*values)`` for the real values of ``tensors``. The samples of a batch
-        must give one answer."""
+        """Return ``question(*values)`` for ``tensors``; a batch must give one answer."""
         if not self.may_ask_constants and any(
             t.__class__ is not Traced and not self._made(t) for t in tensors
         ):

@@ -123,8 +123,7 @@ def with_number(
 
 
 def dtype_of_number(op: OpOverload, sigs: tuple, outs: Any) -> torch.dtype | None:
-    """Return the dtype in which the number may be a tensor; None if it may not. ``outs``: the op's
-    result signatures."""
+    """Return the dtype of a number as a tensor, by the results ``outs``, or None."""
     tensors = [s for s in sigs if s is not NUMBER]
     if outs.__class__ is not Sig or not any(s.differentiable for s in tensors):
         return None

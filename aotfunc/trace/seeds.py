@@ -100,8 +100,7 @@ def undo_draws(known: States) -> bool:
 
 
 def of_python() -> tuple:
-    """Return the states of Python's and NumPy's global generators, which are drawn from while
-    ``f`` is recorded."""
+    """Return the states of Python's and NumPy's generators, drawn from by ``f``."""
     state: Any = np.random.get_state()
     _, keys, place, *rest = state
     return random.getstate(), keys.tobytes(), place, *rest

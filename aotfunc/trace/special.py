@@ -70,8 +70,7 @@ def _view_as_real(trace: Trace, x: Tensor) -> Any:
 
 
 def _lift_fresh(trace: Trace, x: Tensor) -> Any:
-    """Record a constant that ``f`` makes anew on each run; a tensor in numpy's memory, which may
-    change, is not one."""
+    """Record a constant that ``f`` makes on each run; numpy's memory is none."""
     if x.untyped_storage().resizable():
         trace.made_inside.add(trace.lift(x))
     return NotImplemented
@@ -96,8 +95,7 @@ def _scalar(trace: Trace, x: Tensor) -> Any:
 
 
 def validation_check(asking: FrameType) -> str | None:
-    """Return the name of the check if ``torch.distributions`` or a loss is asking; the program
-    then checks at each call."""
+    """Return the check if ``torch.distributions`` or a loss asks: programs check, too."""
     frame: FrameType | None = asking
     while frame is not None and frame.f_code.co_filename.startswith(_OURS):
         frame = frame.f_back
@@ -133,8 +131,7 @@ def _equal(trace: Trace, a: Tensor, b: Tensor) -> bool:
 
 
 def _batch_norm(trace: Trace, x, *args):  # type: ignore[no-untyped-def]
-    """Record the functional op: ``native_batch_norm`` updates the running statistics and its
-    schema does not say so."""
+    """Record the functional op: ``native_batch_norm`` hides that it writes statistics."""
     weight, bias, mean, var, train, momentum, eps, *_ = args
     if train and mean is not None:
         out, m, s, new_mean, new_var = aten._native_batch_norm_legit_functional(
@@ -203,8 +200,7 @@ def _batch_norm_no_update(trace: Trace, x: Any, *args: Any) -> tuple:
 def _pack_padded(
     trace: Trace, x: Tensor, lengths: Tensor, batch_first: bool
 ) -> tuple[Tensor, Tensor]:
-    """Ask for the lengths, which shape the result, and for the sizes of steps, which recurrent
-    layers read from memory."""
+    """Ask for lengths, which shape the result, and the sizes of recurrent steps."""
 
     def packed(lengths: Tensor) -> tuple[Tensor, Tensor]:
         numbers = torch.arange(x.shape[0] * x.shape[1]).view(*x.shape[:2], 1)

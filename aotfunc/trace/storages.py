@@ -45,8 +45,7 @@ class Storage:
         self.shown: dict[int, tuple[int, Node]] = {}
 
     def seen_through(self, b: Builder, link: Link, node: Node) -> Node:
-        """Return ``node`` seen through a link of a view's chain, as the one node that the view and
-        the views of it share."""
+        """Return ``node`` seen through a view's link, as one node for all its views."""
         version, found = self.shown.get(id(link), (None, node))
         if version != self.version:
             found = replay_view(b, link, node)
@@ -72,8 +71,7 @@ class View:
 def covered(
     sigs: dict[int, Sig], places: Sequence[MemoryPlace], base: int, i: int
 ) -> tuple[Link, ...]:
-    """Return the links by which the input ``base`` shows the input ``i`` inside of it. Refuse one
-    that ``base`` does not cover."""
+    """Return the links from the input ``base`` to ``i`` inside of it, or refuse them."""
     if i == base or (sigs[i] is sigs[base] and places[i][:3] == places[base][:3]):
         return ()
     start = offset_inside(sigs[base], places[base], sigs[i], places[i])

@@ -165,8 +165,7 @@ class Tape:
         return twin
 
     def lift(self, t: Tensor) -> int:
-        """Return the number of an outside tensor, kept by reference: a constant, or a value of an
-        outer recording."""
+        """Return an outside tensor's number: a constant, or an outer recording's value."""
         key = id(t)
         ref = self._lift_refs.get(key)
         if ref is None:
@@ -282,8 +281,7 @@ class Tape:
 
     @property
     def placed(self) -> bool:
-        """Return whether the program depends on where inputs begin in their storages: it writes,
-        or has ops that count from there."""
+        """Return whether inputs' storage offsets matter: by writes, or ops that count so."""
         return self.mutates or self.strided
 
     def signatures(self) -> list[Sig]:
@@ -361,8 +359,7 @@ class Tape:
 
 
 def check_levels(t: Tensor) -> None:
-    """Refuse a recorded value that a transform of torch.func's follows: as one from outside it
-    would lose its derivative."""
+    """Refuse a recorded value that torch.func follows: it would lose its derivative."""
     inner = innermost(t)
     if inner is not t and inner.__class__ is Traced:
         raise CaptureError(

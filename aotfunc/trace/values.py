@@ -30,8 +30,7 @@ aten = torch.ops.aten
 
 
 class ValueNodes:
-    """The node of each value of one recording, while its graph is built. Steps of other layers
-    call ``read`` and ``write``."""
+    """The node of each value while a recording's graph is built; steps read and write."""
 
     def __init__(
         self,
@@ -91,8 +90,7 @@ class ValueNodes:
         places: Sequence[MemoryPlace],
         memory: Any,
     ) -> Memory:
-        """Bind inputs that autograd knows as views of one tensor to one storage, laid out as the
-        input ``base``."""
+        """Bind inputs that are views of one tensor to the storage of the input ``base``."""
         sigs: dict[int, Sig] = {i: self.placeholders[i].meta["val"] for i in (*mine, base)}
         chains = {i: covered(sigs, places, base, i) for i in mine}
         first = base if base in mine else max(mine, key=lambda i: sigs[i].numel)
@@ -109,8 +107,7 @@ class ValueNodes:
         return storage.memory
 
     def read(self, ref: int, grad: bool = True) -> Node:
-        """Return the current value of a tensor, cut off if it was made under no_grad and is read
-        with gradients on."""
+        """Return a tensor's current value, cut off if made under no_grad and read with grad."""
         view = self.env[ref]
         if view.__class__ is View:
             storage = view.storage

@@ -32,8 +32,7 @@ COMPUTED = (aten._conj.default, narrow_at)
 
 
 class Link(tuple):
-    """One step of a view chain: ``(op, args after the tensor, kwargs, index among several outputs
-    or None, val)``."""
+    """A step of a view chain: ``(op, args after the tensor, kwargs, index or None, val)``."""
 
 
 def replay_view(b: Builder, link: Link, node: Node) -> Node:
@@ -69,8 +68,7 @@ def linked(
 
 
 def restrided(base: Sig, chain: Sequence[Link], val: Sig) -> tuple[Link, ...]:
-    """Return the chain to a tensor whose offset counts from the storage ``base``, independent of
-    the tensor it was taken from."""
+    """Return the chain to a tensor by its offset in the storage ``base``."""
     if val.dtype is not base.dtype or any(
         link[0] in (*COMPUTED, aten._neg_view.default) for link in chain
     ):
@@ -101,8 +99,7 @@ def strided_link(base: Sig, val: Sig, start: int) -> Link:
 
 
 def in_memory(b: Builder, node: Node, args: tuple) -> tuple[Node, tuple]:
-    """Return ``as_strided``'s arguments for a value; copy it if it does not have the layout that
-    the link counts in."""
+    """Return ``as_strided``'s arguments for a value, copied if laid out otherwise."""
     size, stride, start, layout = args
     if node.meta["val"].stride != layout:
         node = b.call(aten.clone.default, node, memory_format=torch.contiguous_format)

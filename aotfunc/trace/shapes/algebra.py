@@ -343,8 +343,7 @@ def _ldl_solve(factors, pivots, b, *, hermitian=False):
 
 @shape_rule(aten.linalg_lstsq)
 def _lstsq(a, b, rcond=None, *, driver=None):
-    """Infer all results but residuals that depend on the rank, see
-    :mod:`aotfunc.trace.special`."""
+    """Infer all results but residuals: these depend on the rank."""
     same_dtype(a, b)
     sure(a.device.type == "cpu" and a.ndim >= 2 and 0 not in a.shape and 0 not in b.shape)
     *batch, m, n = a.shape

@@ -14,8 +14,7 @@ aten = torch.ops.aten
 
 
 def contiguous_joined(parts):
-    """Decline unless a join of these (shape, stride)s is surely contiguous: if all are
-    channels-last, so is the result."""
+    """Decline unless a join of these (shape, stride)s is surely contiguous."""
     shape, _ = parts[0]
     sure(
         len(shape) not in (4, 5)

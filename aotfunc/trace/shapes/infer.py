@@ -129,8 +129,7 @@ def better_tried(op: OpOverload, sigs: tuple) -> bool:
 
 
 def by_values(op: OpOverload, sigs: tuple) -> bool:
-    """Return whether the result's shape depends on values, given these signatures: with integer
-    indices it does not."""
+    """Return whether the result's shape depends on values; by integer indices it does not."""
     masks = any(s.dtype in (torch.bool, torch.uint8) for s in sigs[1:])
     return Facts(op).dynamic and (op is not aten.index.Tensor or masks)
 

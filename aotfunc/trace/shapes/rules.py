@@ -46,8 +46,7 @@ def shape_rule(*ops: Any) -> Callable[[Callable], Callable]:
 
 
 def by_rule(op: OpOverload, args: tuple, kwargs: dict, sigs: tuple) -> Any:
-    """Return the result signatures of ``op`` by its rule (arguments as for :func:`.infer.infer`),
-    or NotImplemented."""
+    """Return the result signatures of ``op`` by its rule, or NotImplemented."""
     known = shape_rule_for(op)
     if known is None:
         return NotImplemented
@@ -71,8 +70,7 @@ def sure(condition: Any) -> None:
 def new(
     like: Sig, shape: Iterable[int], dtype: torch.dtype | None = None, stride: tuple | None = None
 ) -> Sig:
-    """Return a new tensor on the device of ``like``, of its dtype unless given; contiguous unless
-    strides are given."""
+    """Return a new tensor of the device of ``like``, and its dtype, unless given."""
     shape = tuple(shape)
     sure(all(n >= 0 for n in shape))
     return make_sig(

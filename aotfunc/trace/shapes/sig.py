@@ -114,8 +114,7 @@ def make_sig(
 
 
 def sig_of(t: Tensor, device: torch.device | None = None) -> Sig:
-    """Return the signature of a tensor; ``device`` overrides its own, as a meta tensor stands for
-    one of that device."""
+    """Return a tensor's signature; a meta tensor may stand for one of ``device``."""
     if t.layout is not torch.strided or t.is_quantized:
         raise CaptureError(
             f"only dense tensors can be captured, not one with layout {t.layout} and dtype "
@@ -145,8 +144,7 @@ UNTRACKED = frozenset(
 
 @cache
 class Facts:
-    """The schema and tags of an overload: which arguments it writes, which its returns alias,
-    whether it draws."""
+    """An overload's schema and tags: what it writes, what its returns alias, draws."""
 
     def __init__(self, op: OpOverload) -> None:
         schema = op._schema
