@@ -67,8 +67,7 @@ def is_nondiff(n: Node, active: dict[Node, None], zeros: bool) -> bool:
 
 
 def live(program: Program, wrt: tuple[int, ...]) -> list[bool]:
-    """Return which outputs of a program, new values of written inputs included, require grad if
-    the inputs ``wrt`` do."""
+    """Return which outputs and new values require grad if the inputs ``wrt`` do."""
 
     def find() -> list[bool]:
         inputs = program.placeholders

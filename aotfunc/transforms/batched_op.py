@@ -31,8 +31,7 @@ aten = torch.ops.aten
 
 
 def batched_op(walk: Batch, n: Node, randomness: str) -> tuple[Any, list[OpOverload]]:
-    """Return ``(results, looped ops)`` of the node ``n`` in the batched graph; ``randomness`` says
-    how a random op draws."""
+    """Return ``(results, looped ops)`` of ``n`` batched, drawing as ``randomness`` says."""
     op: Any = n.target
     args = full_args(op, n.args, n.kwargs)
     where = tensor_args(op)
@@ -163,8 +162,7 @@ def promoted(b: Builder, n: Node, args: list) -> list:
 
 
 def promotion(sigs: Sequence[Sig]) -> torch.dtype:
-    """Return the dtype that tensors of these signatures promote to: 0-dim ones count only if they
-    are of a higher category."""
+    """Return what these promote to; 0-dim ones count only in a higher category."""
 
     def category(d: torch.dtype) -> int:
         return 3 if d.is_complex else 2 if d.is_floating_point else 1 if d is not torch.bool else 0

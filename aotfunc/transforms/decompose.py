@@ -59,8 +59,7 @@ def copy_opened(b: Builder, nodes: Any, env: dict[Node, Any], table: dict, depth
 
 
 def separate_outputs(b: Builder, outs: Sequence, env: dict[Node, Any]) -> list:
-    """Return the outputs, copied if one shows memory that it did not show before: a ``cat`` of one
-    tensor must not be its input."""
+    """Return the outputs, copied if one shows other memory than before, as ``cat`` of one."""
     owners = {new: old for old, new in env.items() if old.op == "placeholder"}
     new = remap(list(outs), env)
     for i, (old, mine) in enumerate(zip(outs, new, strict=True)):

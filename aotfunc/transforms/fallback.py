@@ -223,8 +223,7 @@ def batching_rule(op: OpOverload) -> Callable:
 
 @cache
 def has_batching_rule(op: OpOverload) -> bool:
-    """Return whether PyTorch batches ``op`` itself; it loops over an op without a rule, also
-    within composite ops."""
+    """Return whether PyTorch batches ``op`` itself, without a loop."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "FuncTorchBatched")
 
 

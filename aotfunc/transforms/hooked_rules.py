@@ -20,8 +20,7 @@ aten = torch.ops.aten
 
 
 def behind_hooks(b: Builder, n: Any, again: Any) -> Any:
-    """Return the result ``n`` of an op, as the value of ``again``, behind its hooks: autograd
-    saves it there."""
+    """Return an op's result ``n``, by ``again``, behind its hooks: autograd saves it there."""
     for u in reversed(getattr(n, "users", ())):
         if getattr(u.target, "hooked", False) and u.args[0] is n:
             behind = output(b, u, 0)

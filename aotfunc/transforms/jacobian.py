@@ -146,8 +146,7 @@ def chunks(total: int, chunk: int | None) -> list[tuple[int, int]]:
 
 
 def basis_rows(b: Builder, sig: Sig, start: int, count: int) -> Node:
-    """Return rows ``start`` to ``start + count`` of the identity over the elements of ``sig``,
-    each in its shape."""
+    """Return ``count`` rows of the identity from ``start``, each in the shape of ``sig``."""
     if sig.numel == 1 and count == 1:
         return filled_node(b, 1, make_dense((1, *sig.shape), sig))
     eye = b.call(aten.eye.default, sig.numel, dtype=sig.dtype, device=sig.device)

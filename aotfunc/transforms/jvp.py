@@ -32,8 +32,7 @@ aten = torch.ops.aten
 
 
 def forward(b: Builder, nodes: Any, env: dict[Node, Any], tangents: dict[Node, Any]) -> None:
-    """Copy ``nodes`` into ``b`` (``env``: old to new) and fill ``tangents`` (keyed by the old
-    node) along the way."""
+    """Copy ``nodes`` into ``b`` (``env``: old to new) and fill ``tangents`` by old nodes."""
     nodes = list(nodes)
     active = active_nodes(nodes, list(tangents))
 

@@ -63,8 +63,7 @@ class Summed(Batch):
         return new
 
     def columns(self, n: Node) -> Any:
-        """Return the products of a matrix with all unit vectors, which are its columns or rows;
-        None for another node."""
+        """Return a matrix's products with unit vectors, its columns or rows, or None."""
         if n.target not in (aten.mv.default, aten.mm.default) or all(map(self.has, n.args)):
             return None
         (left, right), shape, b = n.args, n.meta["val"].shape, self.b

@@ -42,8 +42,7 @@ def report(op: OpOverload, line: Line | None, strict: bool) -> None:
 
 
 def looped(b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Exception) -> Any:
-    """Return the op of ``n`` called for each sample on the new ``args``; ``flags`` says which of
-    them are batched."""
+    """Return the op of ``n`` called for each sample of the ``args`` with ``flags``."""
     op = n.target
     where = tensor_args(op)
 
@@ -63,8 +62,7 @@ def looped(b: Builder, n: Node, flags: tuple, size: int, args: Any, why: Excepti
 
 
 def looped_by_value(b: Builder, n: Node, flags: tuple, size: int, args: Any) -> Any:
-    """Loop as :func:`looped`, over an op whose result's shape depends on values; ``n`` has one
-    length for every sample."""
+    """Loop as :func:`looped` over an op whose shape, by values, is one for all samples."""
     op, want = n.target, n.meta["val"]
     named = [a.name for a in op._schema.arguments if a.kwarg_only]
 

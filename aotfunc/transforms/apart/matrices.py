@@ -20,8 +20,7 @@ def added(c: OpCall) -> Any:
 
 
 def product(left: tuple[Sig, Part | None], right: tuple[Sig, Part | None]) -> Part:
-    """Return the part of a product of (batches of) matrices: rows of the left, columns of the
-    right, or the batch."""
+    """Return a matrix product's part: the left's rows, the right's columns, or the batch."""
     (sig, a), (_, b) = left, right
     rows = sig.ndim - 2
     if a is not None and b is None and a.dim == rows:

@@ -22,8 +22,7 @@ Dims = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Factor:
-    """A node with the labels of its dimensions, or a form of it: ``("reciprocal",)``, or the
-    ``("windows", …)`` of an image."""
+    """A node with labels, or a form of it: ``("reciprocal",)``, an image's ``("windows", …)``."""
 
     node: Node
     dims: Dims
@@ -36,8 +35,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Product:
-    """``scale`` times a sum of products. A ``square`` is one of sums, so not negative; ``rooted``
-    is its square root."""
+    """``scale`` times a sum of products, not negative if a ``square``, perhaps ``rooted``."""
 
     factors: tuple[Factor, ...]
     dims: Dims

@@ -167,8 +167,7 @@ def _sum(
 
 
 def dimensions(p: Product, over: Sequence[int] | None) -> Sequence[int]:
-    """Return the dimensions that an op sums over, all if it names none. A 0-dim tensor counts as
-    one with a dimension 0."""
+    """Return the dimensions that an op sums over, all if it names none; 0 of 0-dim tensors."""
     return (over or range(len(p.dims))) if p.dims else ()
 
 

@@ -29,8 +29,7 @@ class Windows:
         self.inside, self.places = labels_of(dims[3 : 3 + rank]), labels_of(dims[3 + rank :])
 
     def convolves(self, others: Collection[int], out: Collection[int]) -> bool:
-        """Return whether the product with a tensor of labels ``others``, summed to ``out``, is the
-        weight gradient of a convolution."""
+        """Return whether a product, summed to ``out``, is a convolution's weight gradient."""
         kept = {*self.channels, *self.inside}
         return (
             {*self.images, *self.places}.issubset(others)

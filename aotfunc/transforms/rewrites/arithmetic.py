@@ -124,8 +124,7 @@ def _sub(b: Builder, val: Sig, x: Any, y: Any, alpha: Any = 1) -> Any:
 
 
 def number_added(b: Builder, val: Sig, op: Any, x: Any, y: Any) -> Any:
-    """Return a sum or difference with filled tensors as a constant (both are filled) or with a
-    number (one is)."""
+    """Return a sum with filled tensors as a constant (both) or with a number (one)."""
     m, n = filled_with(x), filled_with(y)
     if m is None and n is None:
         return None

@@ -50,8 +50,7 @@ for op in (*SINGLE, aten.tanh_backward.default, aten.sigmoid_backward.default):
 
 
 def unspread(b: Builder, a: Node, copies: bool) -> Node | None:
-    """Return the value that ``a`` was broadcast from, with ``copies`` also through a dense copy of
-    it; None if it was not broadcast."""
+    """Return the value that ``a`` broadcasts, with ``copies`` also a dense copy; or None."""
     val = a.meta["val"]
     if a.target is FULL:
         return full(b, val, a.args[1], ()) if val.shape else None

@@ -102,8 +102,7 @@ def plain_number(value: Any, dtype: torch.dtype) -> Any:
 
 
 def of_dtype(a: Any, dtype: torch.dtype) -> bool:
-    """Return whether the number that fills ``a`` has the same value in this dtype; 0.1 in float32
-    is not 0.1 in float64."""
+    """Return whether the number that fills ``a`` is exact in this dtype, as 0.1 is not."""
     return a.__class__ is not Node or a.meta["val"].dtype is dtype
 
 

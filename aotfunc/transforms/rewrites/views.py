@@ -62,8 +62,7 @@ def _moved(b: Builder, val: Sig, x: Any, *_: Any, turn: bool = False, **__: Any)
 
 
 def turned_variables(x: Any, turns: bool) -> bool:
-    """Return whether a chain of moves that ends with ``x``, or a permutation of it, permutes a
-    value whose elements share memory."""
+    """Return whether moves that end with ``x`` permute elements that share memory."""
     while x.target in MOVES:
         turns = turns or x.target in TURNS
         x = x.args[0]
@@ -107,8 +106,7 @@ def turned(b: Builder, val: Sig, x: Any, dims: list[int], how: tuple | None = No
 
 
 def fewer_moves(b: Builder, val: Sig, x: Any) -> Any:
-    """Rebuild the view of the view ``x`` from an earlier tensor of the chain, by fewer ops; None
-    if that is not possible."""
+    """Rebuild a view's view ``x`` from an earlier tensor by fewer ops; None if impossible."""
     origin, links = x, 0
     while origin.target in MOVES:
         origin = origin.args[0]

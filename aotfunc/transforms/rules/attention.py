@@ -102,8 +102,7 @@ def tangent(tangents: Any, q, k, v, mask, causal, scale) -> Tensor | None:
 
 
 def cotangent(g, q, k, v, mask, causal, scale) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return cotangents of ``(q, k, v, scores)``, the last of which is the mask's: the results of
-    the kernels' backward ops."""
+    """Return cotangents of ``(q, k, v, scores)`` as the kernels do; the mask's is scores'."""
     keys, values = per_head(k, q), per_head(v, q)
     s = scale_of(q, scale)
     p = attention_matrix(q, keys, mask, causal, s)

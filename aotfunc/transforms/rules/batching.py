@@ -18,16 +18,14 @@ from .schema import Formula, call_op, overload, tensor_args
 
 
 def align(x: Tensor, rank: int) -> Tensor:
-    """Return ``x`` with the batch at 0 and ones behind it, so that its other dimensions broadcast
-    against ``rank`` ones."""
+    """Return ``x`` with the batch at 0 and ones behind it, to broadcast with ``rank`` others."""
     return (
         x.reshape(x.shape[0], *[1] * (rank + 1 - x.dim()), *x.shape[1:]) if x.dim() <= rank else x
     )
 
 
 def elementwise(op: OpOverload) -> Formula:
-    """Return the vmap rule of an op that broadcasts its tensor arguments: align their ranks behind
-    the batch, and call the op."""
+    """Return the vmap rule of an op that broadcasts: align the ranks behind the batch."""
     where = tensor_args(op)
 
     def batch(*args: Any, batched: tuple[Any, ...]) -> Any:
@@ -105,8 +103,7 @@ def all_batched(tensors: Sequence[Tensor | None], batched: Sequence[bool], size:
 
 
 def into(x: Tensor, dim: int, groups: int = 1) -> Tensor:
-    """Move the batch from the front into dimension ``dim`` (counted without it), inside each of
-    its ``groups``."""
+    """Move the batch from the front into ``dim`` (counted without it), inside ``groups``."""
     if groups == 1:
         return x.movedim(0, dim).flatten(dim, dim + 1)
     return x.unflatten(dim + 1, (groups, -1)).movedim(0, dim + 1).flatten(dim, dim + 2)
@@ -125,8 +122,7 @@ def along_channels(vector: Tensor, spatial: int) -> Tensor:
 
 
 def planes(op: OpOverload | OpOverloadPacket, spatial: int) -> Formula:
-    """Return the vmap rule of an op whose tensor arguments are all images ``(N, C, *spatial)`` or
-    ``(C, *spatial)``."""
+    """Return the vmap rule of an op on images ``(N, C, *spatial)`` or ``(C, *spatial)``."""
     op = overload(op)
     where = tensor_args(op)
 

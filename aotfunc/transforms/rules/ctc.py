@@ -64,8 +64,7 @@ def among_longest(
     of_target: Tensor,
     label: int,
 ) -> Tensor:
-    """Return the losses of a call with one more example, whose target is of maximal length;
-    ``label`` is not blank."""
+    """Return the losses of a call with one more example of maximal length, of ``label``."""
     single = log_probs.dim() == 2
     if single:
         log_probs, targets = log_probs.unsqueeze(1), targets.reshape(1, -1)
@@ -83,8 +82,7 @@ def among_longest(
 def folded(
     log_probs: Tensor, targets: Tensor, lengths: tuple, batched: tuple[bool, ...], size: Any
 ) -> tuple[Tensor, Tensor, Any, Any]:
-    """Return the arguments with the batch in front of ``N``; lengths are lists of numbers, or
-    tensors with a flag each."""
+    """Return the arguments with the batch in front of ``N``; lengths may be lists."""
     log_probs, targets = all_batched((log_probs, targets), batched, size)
     if isinstance(lengths[0], Tensor):
         of_input, of_target = (n.flatten() for n in all_batched(lengths, batched[2:], size))

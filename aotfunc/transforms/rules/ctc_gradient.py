@@ -27,8 +27,7 @@ def column(lengths: Any, like: Tensor) -> Tensor:
 
 
 def states_of(targets: Tensor, of_target: Tensor, blank: int, classes: Any) -> Tensor:
-    """Return targets ``(N, S)``, or all in one vector, as ``(N, 2 S + 1)`` with blanks between,
-    before and after."""
+    """Return targets as ``(N, 2 S + 1)`` with blanks between, before and after."""
     targets = target_rows(targets, of_target)
     blanks = torch.full_like(targets, blank)
     pairs = torch.stack([blanks, targets], -1).flatten(1)

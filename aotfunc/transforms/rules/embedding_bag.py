@@ -37,8 +37,7 @@ def table_rows(index: Tensor, table: Any, padding_idx: int) -> Tensor:
 
 
 def starts(offsets: Tensor, n: Any, last: bool) -> Tensor:
-    """Return the beginnings of the bags (with ``last`` also the end of the last one) among the ``B
-    * n`` indices of all samples."""
+    """Return where all samples' bags begin, with ``last`` also where the last ends."""
     if not last:
         return lined_up(offsets, n)
     return torch.cat([lined_up(offsets[:, :-1], n), offsets[-1:, -1] + n * (offsets.shape[0] - 1)])
@@ -220,8 +219,7 @@ def _(
 def _(
     tangents, out, weight, indices, offsets, by_freq, mode, sparse, weights, last, padding_idx
 ) -> Any:
-    """Differentiate what is linear in the table and in the weights, except that the largest rows
-    (mode 2) are read where they are."""
+    """Differentiate by table and weights: linear, but for where the largest rows (mode 2) are."""
     of_table, of_weights = tangents[0], tangents[3]
     before, after = (indices, offsets, by_freq, mode, False), (last, padding_idx)
     if mode == 2:

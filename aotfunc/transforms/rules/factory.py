@@ -39,8 +39,7 @@ def per_sample_size(op: OpOverload) -> Callable[..., Tensor]:
 
 
 def new_restrided(op: OpOverload) -> Callable[..., Tensor]:
-    """Return the vmap rule of ``x.new_empty_strided(size, strides)``: samples follow each other,
-    each with these strides."""
+    """Return the vmap rule of ``x.new_empty_strided``: samples follow each other."""
 
     def batch(x: Tensor, shape: Any, strides: Any, *rest: Any) -> Tensor:
         extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))

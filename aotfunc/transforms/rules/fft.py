@@ -17,8 +17,7 @@ from .table import linear
 
 
 def scale_halves(x: Tensor, dim: int, last: int, factor: float) -> Tensor:
-    """Scale the entries of a one-sided spectrum of ``last`` points that stand for two: not the
-    ends of an even one."""
+    """Scale the entries of a one-sided spectrum of ``last`` points that stand for two."""
     inner = (last - 1) // 2
     return (
         x

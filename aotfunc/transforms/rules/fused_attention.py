@@ -103,8 +103,7 @@ class KernelCall:
         return None if self.mask is None else each[self.tensors.index(self.mask)]
 
     def folded(self, batched: Sequence[bool], size: int) -> list[Any]:
-        """Fold the batch of all arguments into ``N``; a batched state of the generator becomes the
-        first sample's."""
+        """Fold the batch into ``N``; a batched generator's state is the first sample's."""
         args = dict(self.args)
         for name, b in zip(self.tensors, batched, strict=True):
             if name in FOLDED:
@@ -165,8 +164,7 @@ def forward_rules(op: OpOverload) -> None:
 
 
 def backward_rules(op: OpOverload) -> None:
-    """Register derivatives and batch of ``op(g, q, k, v, ...) -> gradients of (q, k, v)``, for
-    some also of the mask."""
+    """Register the rules of ``op(g, q, k, v, ...) -> gradients of (q, k, v[, mask])``."""
 
     @vjp_of(op)
     def _(cotangents, out, g, *args):

@@ -28,8 +28,7 @@ nondiff(
 def tally(
     at: Tensor, valid: Tensor | None, weight: Tensor | None, bins: Any, like: Tensor
 ) -> Tensor:
-    """Return the weights (or ones) of a batch of elements ``[B, n]``, summed by their bin numbers
-    ``at``: ``[B, bins]``."""
+    """Return weights (or ones) ``[B, n]`` summed by bin numbers ``at``: ``[B, bins]``."""
     each = torch.ones_like(at, dtype=like.dtype) if weight is None else weight.to(like.dtype)
     if valid is not None:
         at, each = at.masked_fill(~valid, 0), each.masked_fill(~valid, 0)

@@ -76,8 +76,7 @@ def _(lu, pivots, data, with_pivots, *, batched, size):
 
 
 def with_pivots(op: OpOverloadPacket) -> None:
-    """Register the vmap rule of a solver ``(factors, pivots, b, *flags)``, whose pivots have one
-    dimension less."""
+    """Register the vmap rule of ``(factors, pivots, b, *flags)``; pivots have a rank less."""
 
     @vmap_of(op)
     def _(factors, pivots, b, *flags, batched, size):
@@ -257,8 +256,7 @@ def _(g, out, b, a, upper, transpose, unit, *, needs):
 
 @vjp_of(aten.linalg_lstsq, diff_outputs=(0, 1))
 def _(g, out, a, b, rcond, *, needs):
-    """Differentiate ``x = pinv(a) @ b`` and, where there are any, the residuals ``|a @ x - b|^2``,
-    for ``a`` of full rank."""
+    """Differentiate ``x = pinv(a) @ b`` and residuals ``|a @ x - b|^2``, for full rank."""
     x, gx, of_residual = out[0], g[0], g[1] if out[1].numel() else None
     vector = is_vector(a, b)
     if vector:
