@@ -193,8 +193,7 @@ def draw_graph_compile(name: str) -> Callable:
 def draw_joint_graph(
     graph: fx.GraphModule, joint_inputs: Any, file_name: str = "full_graph.svg", **kwargs: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Return a partition function that draws the joint graph and then does as
-    :func:`default_partition`."""
+    """Return a partition function that draws the joint graph; the default one splits it."""
     draw_graph(graph, file_name)
     return default_partition(graph, joint_inputs, **kwargs)
 
@@ -228,8 +227,7 @@ default_decompositions: dict[Any, Callable] = {}
 def aot_module_simplified(
     mod: nn.Module, args: Sequence[Any], *compilers: Any, **options: Any
 ) -> Callable:
-    """Return :func:`aot_module` as a function of the module's arguments; ``args`` are an example,
-    which is not needed."""
+    """Return :func:`aot_module` as a function; the example ``args`` are not needed."""
     return aot_module(mod, *compilers, **options)
 
 
@@ -237,8 +235,7 @@ def aot_module_simplified(
 
 
 def num_of_recompilations() -> int:
-    """Return how many signatures have been captured, of all compiled functions alive, since the
-    last clear_compile_cache()."""
+    """Return how many signatures living functions captured since clear_compile_cache()."""
     return sum(c.captures for c in EVERY)
 
 

@@ -38,8 +38,7 @@ class OpError(CaptureError):
 
 
 class RuleError(AotfuncError, NotImplementedError):
-    """No rule is known for an op under a transform; the message names the op, the transform and
-    the user's line."""
+    """No rule is known; the message names the op, the transform and the user's line."""
 
 
 class GraphError(AotfuncError, AssertionError):
@@ -47,13 +46,11 @@ class GraphError(AotfuncError, AssertionError):
 
 
 class PartitionError(AotfuncError, AssertionError):
-    """A joint graph cannot be split as asked, or a split is not right; the message names the node,
-    or the least that is possible."""
+    """A joint graph cannot be split as asked, or is split wrongly; the message says where."""
 
 
 class ValidationError(AotfuncError, AssertionError):
-    """A result is not eager PyTorch's, as ``validate=True`` found; the message names the first op
-    that differs, and the user's line."""
+    """``validate=True`` found a wrong result; the message names the first wrong op and line."""
 
 
 class BackendError(AotfuncError, ImportError):

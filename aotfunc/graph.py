@@ -48,8 +48,7 @@ class Target(Protocol):
         """Run it and return its flat results."""
 
     def inline(self, b: Any, args: Sequence[Any], inner: Callable[[Program], Program]) -> list:
-        """Return its results as nodes of the builder ``b``, for ``args``; ``inner`` lowers the
-        programs in it."""
+        """Return its results as nodes of ``b`` for ``args``; ``inner`` lowers its programs."""
 
     def pull(
         self, b: Any, n: Node, g: dict[int, Node], active: Any, again: Any
@@ -61,8 +60,7 @@ class Target(Protocol):
         """Return tangents of the results of ``n``, which has become ``new`` in forward mode."""
 
     def batch(self, walk: Any, n: Node) -> tuple[Any, Any]:
-        """Return ``(results, which of them are batched)`` of the batched ``n``, whose new
-        arguments are in ``walk.env``."""
+        """Return ``(results, which are batched)`` of ``n``, with arguments in ``walk.env``."""
 
 
 class Program:
@@ -120,8 +118,7 @@ class Program:
         return _derived.once((self, *key), make)
 
     def flat(self) -> Program:
-        """Return the same graph with its closed-over tensors among the inputs, and the new values
-        among the results."""
+        """Return the same graph, with closed-over tensors as inputs and new values as results."""
         outs = self.n_outputs + len(self.mutated)
         return self.once(
             "flat", lambda: Program(self.graph, len(self.placeholders), outs, (), self.name)
@@ -257,8 +254,7 @@ COLLECTIVE = (
 
 
 def acts(n: Node) -> bool:
-    """Return whether a node calls an op that writes to an argument, returns nothing, or talks to
-    other processes."""
+    """Return whether a node's op writes, returns nothing, or talks to other processes."""
     return isinstance(n.target, OpOverload) and acting(n.target)
 
 
@@ -283,8 +279,7 @@ def draws(n: Node) -> bool:
 
 @cache
 def drawing(op: OpOverload) -> list[tuple[int, Any]] | None:
-    """Return None for an op that never draws, else the arguments that switch drawing off where
-    they are zero or false."""
+    """Return None for an op that never draws, else the arguments whose zeros stop it."""
     arguments = list(enumerate(op._schema.arguments))
     tagged = torch.Tag.nondeterministic_seeded in op.tags
     if not tagged and not any("Generator" in str(a.type) for _, a in arguments):

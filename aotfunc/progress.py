@@ -42,8 +42,7 @@ def show_progress(shown: bool = True) -> Iterator[None]:
 
 
 class doing:
-    """A step of this thread's, for a ``with`` block; ``say()`` is its text at that moment, asked
-    by another thread."""
+    """A step of this thread's, for a ``with`` block; other threads ask ``say()`` for its text."""
 
     __slots__ = ("began", "say", "steps")
     began: float
@@ -136,8 +135,7 @@ class Watch:
 
 
 class Screen:
-    """One line that is rewritten, where stderr is a terminal and rich is installed; elsewhere a
-    line every ten seconds."""
+    """One line, rewritten on a terminal by rich; elsewhere a line every ten seconds."""
 
     def __init__(self) -> None:
         self.live: Any = None

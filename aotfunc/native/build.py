@@ -19,8 +19,7 @@ def key_of(text: str) -> str:
 
 
 def built(source: str) -> Path:
-    """Return the compiled file of this source, or, without a compiler, one that any compiler has
-    left there. Raises CompilerError."""
+    """Return the source's compiled file, or any compiler's without one. Raises CompilerError."""
     code = without_comments(source)  # these name the numbers that the kernels get
     key = key_of(f"{toolchain.target_facts()}\n{code}")
     try:

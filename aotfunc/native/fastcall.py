@@ -1,5 +1,4 @@
-"""C functions as Python functions, without Python's headers: hand-written declarations of CPython
-are checked first."""
+"""C functions as Python functions, by declarations of CPython's that are checked first."""
 
 from __future__ import annotations
 
@@ -55,8 +54,7 @@ def word(x: Any, offset: int) -> int:
 
 
 def check_objects() -> None:
-    """Check that objects begin with a count and a class, and that a tuple goes on with its length
-    and its elements. Raises Unlike."""
+    """Check how objects begin, and how a tuple goes on. Raises Unlike."""
     sizes = (object.__basicsize__, tuple.__basicsize__, ctypes.sizeof(ctypes.c_void_p))
     if sys.implementation.name != "cpython" or sizes != (16, 24, 8):
         raise Unlike("objects of this Python are laid out in another way")
