@@ -166,8 +166,7 @@ class Call:
         return self.program.derived((self.name, self.wrt, *key), make)
 
     def results(self, tensors: Sequence[Tensor], first: int = 0) -> tuple[Any, ...]:
-        """Return ``(output, aux)`` with these tensors for the leaves from ``first`` on; aux is
-        None without ``has_aux``."""
+        """Return ``(output, aux)`` of these tensors from the leaf ``first`` on, or no aux."""
         Changes(self.rec).after(self.inputs, self.wrt)
         leaves = self.leaves(tensors, first)
         output = unflatten(leaves[: self.n_out], self.spec)

@@ -38,8 +38,7 @@ aten = torch.ops.aten
 
 
 class Regions:
-    """The checkpointed regions of a forward graph. The reverse walk recomputes the values of one
-    that it reads."""
+    """A forward graph's checkpointed regions; the reverse walk runs what it reads again."""
 
     def __init__(self, b: Builder) -> None:
         self.b = b

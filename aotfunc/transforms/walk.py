@@ -110,8 +110,7 @@ def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Mak
 def placed(
     b: Builder, fn: Callable, trace: Trace, results: Any, nodes: list[Node], intent: bool = True
 ) -> Any:
-    """Put the functional graph of ``results``, which ``fn`` recorded in ``trace``, into the
-    builder, on these nodes."""
+    """Put the graph of ``results``, recorded by ``fn``, into the builder, on these nodes."""
     with quiet():  # a rule may look at the values of its own constants
         known = {r: made_node(b, trace.lifted[-1 - r]) for r in trace.made_inside}
     consts = [known.get(-1 - i) or constant_node(b, t) for i, t in enumerate(trace.lifted)]
@@ -171,8 +170,7 @@ def errors_of(kind: str, n: Node, rule: Callable) -> Iterator[None]:
 
 
 def check_count(results: Sequence[Any], count: int) -> None:
-    """Raise ValueError for more results of a rule than there may be; those it leaves out at the
-    end are absent."""
+    """Raise ValueError for too many results of a rule; those left out are absent."""
     if len(results) > count:
         raise ValueError(f"it returned {len(results)} results where there are {count}")
 

@@ -142,8 +142,7 @@ def collapsed(keys: Sequence[str], edges: Iterable[tuple[int, int]]) -> dict[str
 
 
 def node_line(n: Node) -> tuple[str, str, str]:
-    """Return the user's line that a node came from, the function that this line is in, and the
-    module that was being called."""
+    """Return a node's user line, the function it is in, and the module being called."""
     line = n.meta.get("line")
     if isinstance(line, Line):
         function = line.code.co_qualname.replace("<locals>.", "")

@@ -126,8 +126,7 @@ class Objects(Description):
             self.same(x, v, label)
 
     def attributes(self, x: Any, d: str, label: str, wanted: Callable[[str, Any], bool]) -> int:
-        """Describe the attributes that the code may name and return their number. ``d`` holds the
-        dictionary of ``x``."""
+        """Describe and count the attributes of ``x``, in ``d``, that code may name."""
         table, count = x.__dict__, 0
         self.owners.append((table, d, dict(table)))
         for name, e in table.items():

@@ -98,8 +98,7 @@ def reduce(loss: Tensor, reduction: int, kept: int = 0) -> Tensor:
 
 
 def per_element(g: Tensor, reduction: int, count: int) -> Tensor:
-    """Return the cotangent of each element's loss, to be broadcast, from that of the reduced loss
-    over ``count`` elements."""
+    """Return each element's cotangent, to broadcast, from that of ``count`` reduced ones."""
     return g / count if reduction == MEAN else g
 
 
@@ -125,8 +124,7 @@ def expanded_args(
 
 
 def batch_loss(op: OpOverload | OpOverloadPacket, at: int) -> Formula:
-    """Return the vmap rule of an elementwise loss with its ``reduction`` in place ``at``: reduce
-    over all but the batch."""
+    """Return the vmap rule of an elementwise loss: reduce, as argument ``at`` says, samples."""
     op = overload(op)
 
     def batch(*args: Any, batched: tuple[bool, ...], size: int) -> Tensor:

@@ -47,8 +47,7 @@ def reduced_losses(loss: Tensor, x: Tensor, reduction: int) -> Tensor:
 def weighing(
     weight: Tensor | None, carries: bool, target: Tensor, size: Any
 ) -> tuple[Tensor | None, Callable]:
-    """Return the weight that the kernel takes, and a function that weighs the losses of the rows
-    if the kernel does not."""
+    """Return the kernel's weight, and a function that weighs rows where it does not."""
     if weight is None or not carries:
         return weight, lambda loss: loss
     each = weight.gather(1, target.reshape(size, -1)).flatten()

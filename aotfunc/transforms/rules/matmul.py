@@ -24,8 +24,7 @@ def adjoint(x: Tensor) -> Tensor:
 
 
 def is_transposed(x: Tensor) -> bool:
-    """Return whether ``x`` lies in memory as the transpose of a contiguous matrix, as a linear
-    layer's ``weight.t()`` does."""
+    """Return whether ``x`` is in memory a contiguous matrix's transpose, like ``weight.t()``."""
     return x.stride(0) == 1 and x.stride(1) == x.shape[0] and x.shape[0] != 1
 
 
@@ -45,8 +44,7 @@ def outer(a: Tensor, b: Tensor) -> Tensor:
 
 
 def as_dtype(x: Any, dtype: torch.dtype) -> Any:
-    """Return a Python number as these kernels read it: cut to an integer or a truth value if the
-    tensors are integers or bools."""
+    """Return a number as kernels read it: cut to an integer or a truth value by dtype."""
     if dtype == torch.bool:
         return bool(x)
     return (
@@ -123,8 +121,7 @@ linear(aten.vdot, lambda g, a, b: conj(g) * b, lambda g, a, b: g * a, batch=batc
 
 
 def fused(op: Any, product: Any, left: Any, right: Any, batch: Any) -> None:
-    """Register the rules of ``op(c, a, b, *, beta, alpha) = beta * c + alpha * product(a, b)``,
-    made of those of its product."""
+    """Register ``op(c, a, b, *, beta, alpha) = beta * c + alpha * product(a, b)``."""
 
     @vjp_of(op)
     def vjp(g, out, c, a, b, beta, alpha, *, needs) -> Any:
@@ -179,8 +176,7 @@ def fused(op: Any, product: Any, left: Any, right: Any, batch: Any) -> None:
 
 
 def summed_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of a batch of products, ``[p, n, k] @ [p, k, m] -> [n, m]``: one product over
-    ``p`` and ``k``."""
+    """Sum products, ``[p, n, k] @ [p, k, m] -> [n, m]``: as one over ``p`` and ``k``."""
     return torch.bmm(a, b).sum(0)
 
 

@@ -1,5 +1,4 @@
-"""Rules of the normalisations: batch, layer, group and root-mean-square norm. The formulas are in
-``normalized.py``."""
+"""Rules of batch, layer, group and root-mean-square norm, by ``normalized.py``'s formulas."""
 
 from __future__ import annotations
 

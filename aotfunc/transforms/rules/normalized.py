@@ -46,8 +46,7 @@ class NormLayout:
         return v.mean(self.over, keepdim=True)
 
     def project(self, v: Tensor, hat: Tensor) -> Tensor:
-        """Return the part of a change ``v`` of ``x`` that survives the normalisation, without the
-        factor ``rstd``: a symmetric map."""
+        """Return what survives, of a change ``v`` of ``x``, but for ``rstd``: a symmetric map."""
         if not self.over:
             return v
         moved = v - self.mean(v) if self.centred else v

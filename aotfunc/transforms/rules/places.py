@@ -65,8 +65,7 @@ class IndexLayout:
 
 
 class Count(NamedTuple):
-    """How many elements each mask of an index selects; ``repeated``: a mask may select one that
-    stands for all of them."""
+    """How many elements an index's masks select; ``repeated``: one may stand for all."""
 
     number: Any
     repeated: bool
@@ -152,8 +151,7 @@ def numbered_each(
 
 
 def columns_each(x: Tensor, length: Any, fill: int = -1, exact: bool = False) -> list[Tensor]:
-    """Return the columns ``[B, length]`` of ``nonzero_static`` for each example; ``exact``: each
-    has at least ``length``."""
+    """Return columns ``[B, length]`` of ``nonzero_static``; ``exact``: each has as many."""
     if not length or not x.numel():
         return [torch.full((x.shape[0], length), fill, device=x.device)] * (x.dim() - 1)
     found = x if x.dtype == torch.bool else x != 0

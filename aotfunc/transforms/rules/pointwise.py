@@ -44,8 +44,7 @@ def functional(*packets: OpOverloadPacket) -> Iterator[OpOverload]:
 
 
 def is_low_precision(x: Tensor) -> bool:
-    """Return whether a value has so few digits that the order of its products shows; then
-    PyTorch's order is used."""
+    """Return whether digits are so few that the order of products, PyTorch's then, shows."""
     return x.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -175,8 +174,7 @@ pointwise(
 
 
 def log_slope(log: Any, floor: float) -> Any:
-    """Return ``log(y)``, the derivative of ``x * log(y)`` in ``x``; zero where ``x`` is 0 and
-    ``y`` is at most ``floor``."""
+    """Return ``log(y)``, or zero where ``x`` is 0 and ``y`` at most ``floor``."""
 
     def formula(g: Tensor, out: Tensor, x: Tensor, y: Any) -> Tensor:
         if isinstance(y, Tensor):
@@ -281,8 +279,7 @@ vmap_of(aten.frexp.Tensor)(elementwise(aten.frexp.Tensor))
 
 
 def copying(op: OpOverload) -> Any:
-    """Return the vmap rule of an op whose ``memory_format`` may fit only the unbatched rank:
-    values matter, strides do not."""
+    """Return the vmap rule of an op whose ``memory_format`` may not fit the batch."""
     batch, at = elementwise(op), [a.name for a in op._schema.arguments].index("memory_format")
 
     def rule(*args: Any, batched: tuple[bool, ...]) -> Tensor:

@@ -91,8 +91,7 @@ average_pooling(aten.avg_pool3d, aten.avg_pool3d_backward, 3)
 def adaptive_average_pooling(
     op: OpOverloadPacket, backward: OpOverloadPacket, spatial: int
 ) -> None:
-    """Register an average pooling as :func:`average_pooling` does, whose backward op takes the
-    output's size from the cotangent."""
+    """Register as :func:`average_pooling` does; the cotangent tells the output's size."""
     linear(op, lambda g, x: backward(g, x), batch=planes(op, spatial))
     linear(
         backward,

@@ -90,8 +90,7 @@ nondiff(aten.randperm, aten.randperm.generator, batch=permutations)
 
 
 def of_shape(op: OpOverload) -> Callable[..., Tensor]:
-    """Return the vmap rule of a draw whose first tensor argument gives only shape and dtype; a
-    0-dim bound must not be batched."""
+    """Return the vmap rule of a draw like its first tensor; a 0-dim bound stays unbatched."""
     names = [a.name for a in op._schema.arguments]
     where = tensor_args(op)
 

@@ -115,8 +115,7 @@ def _(tangents: tuple, out: tuple, *args: Any) -> Any:
 
 
 def layer_backward(*args: Any) -> tuple[Tensor, ...]:
-    """Return the cotangents of the layer's tensors, backwards through its steps. Its last states
-    and its workspace are not read."""
+    """Return cotangents of the layer's tensors, step by step, without its workspace."""
     tensors, out, (g_out, g_h, g_c) = args[:7], args[7], args[10:13]
     reverse, mode, has_biases, batch_sizes = args[13], args[14], args[17], args[20]
     only_lstm(mode, batch_sizes)
@@ -148,8 +147,7 @@ decompose_as(aten.mkldnn_rnn_layer_backward, layer_backward)
 def layers(
     x: Tensor, w_x: Tensor, w_h: Tensor, bias: Any, h: Tensor, c: Tensor, reverse: bool
 ) -> tuple:
-    """Run a batch of layers on ``[B, T, N, I]``, each with its weights; return the outputs ``[B,
-    T, N, H]`` and the last states."""
+    """Run layers on ``[B, T, N, I]``; return outputs ``[B, T, N, H]`` and last states."""
     of_input = x @ w_x.mT.unsqueeze(1) + bias
     steps = range(x.shape[1])
     rows: list[Tensor] = []

@@ -22,8 +22,7 @@ from .table import along_dims, jvp_of, linear, nondiff, vjp_of, vmap_of
 
 
 def dims_of(x: Tensor, dim: Any) -> tuple[int, ...]:
-    """Return the dimensions that ``dim`` names, not negative: an int, a list, or ``None`` or
-    ``[]`` for all."""
+    """Return ``dim``'s dimensions, not negative: an int, a list, None or ``[]`` for all."""
     if isinstance(dim, int):
         dim = [dim]
     return tuple(d % x.dim() for d in dim) if dim and x.dim() else tuple(range(x.dim()))
@@ -45,8 +44,7 @@ def count(x: Tensor, dim: Any) -> Any:
 
 
 def per_sample(op: Any) -> Callable[..., Any]:
-    """Return the vmap rule of a reduction of everything, from ``op(x, dims, *rest)`` that reduces
-    some dimensions."""
+    """Return the vmap rule of a full reduction, from ``op(x, dims, *rest)``."""
 
     def batch(x: Tensor, *rest: Any) -> Any:
         x = x.unsqueeze(1) if x.dim() == 1 else x
@@ -306,8 +304,7 @@ def _(x: Tensor, dim: int | None, keepdim: bool) -> tuple[Tensor, Tensor]:
 
 
 def selection(op: OpOverload) -> None:
-    """State the rules of an op ``(x, …, dim, …) -> (values, indices)`` with ``values =
-    x.gather(dim, indices)``."""
+    """State the rules of ``(x, …, dim, …) -> (x.gather(dim, indices), indices)``."""
     names = [a.name for a in op._schema.arguments]
     dim_at, keepdim_at = names.index("dim"), names.index("keepdim") if "keepdim" in names else None
 

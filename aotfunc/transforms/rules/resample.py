@@ -15,8 +15,7 @@ from .table import linear, vjp_of, vmap_of
 
 
 def register_resizing(op: OpOverloadPacket, backward: OpOverloadPacket) -> None:
-    """Register an interpolation ``(x, output_size, *how)`` and its transpose ``(g, output_size,
-    input_size, *how)``."""
+    """Register an interpolation ``(x, size, *how)`` and its ``(g, size, input_size, *how)``."""
 
     def batch_backward(
         g: Tensor, output_size: Any, input_size: Any, *how: Any, size: int

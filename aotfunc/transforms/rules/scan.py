@@ -53,8 +53,7 @@ def products_before(x: Tensor) -> Tensor:
 
 
 def weighted_after(g: Tensor, weight: Tensor) -> Tensor:
-    """Solve ``s[k] = g[k] + weight[k] s[k + 1]`` along the last dimension, in log2(n) steps and
-    without a division."""
+    """Solve ``s[k] = g[k] + weight[k] s[k + 1]`` in log2(n) steps without a division."""
     length, step = g.shape[-1], 1
     while step < length:
         g = g + weight * moved_along(g, -step, 0)

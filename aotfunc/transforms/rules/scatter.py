@@ -30,8 +30,7 @@ def fitted(x: Tensor, shape: Sequence[Any]) -> Tensor:
 
 
 def indexed_along(op: Any) -> Formula:
-    """Return the vmap rule of ``op(self, dim, index, ...)`` whose tensors all have one rank (a
-    number counts as a vector)."""
+    """Return the vmap rule of ``op(self, dim, index, ...)`` on tensors of one rank."""
     op = overload(op)
     schema = [a.name for a in op._schema.arguments]
     tensors_at = [schema.index(name) for name in ("self", "index", "src") if name in schema]
@@ -157,8 +156,7 @@ for op in (aten.scatter.value_reduce, aten.scatter_reduce.two, aten.scatter.redu
 
 
 def every_position(index: Tensor, shape: Sequence[Any], dim: int) -> Tensor:
-    """Return positions ``[n]`` along ``dim``, or ``[B, n]`` of each example, for every element of
-    a tensor of ``shape``."""
+    """Return positions ``[n]`` or ``[B, n]`` along ``dim`` for elements of ``shape``."""
     ones = [1] * len(shape)
     ones[dim] = shape[dim]
     if index.dim() == 2:
@@ -188,14 +186,12 @@ def batch_index_select(
 
 
 def select_for(g: Tensor, source: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Return the values that an op wrote from ``source`` (perhaps a number) to the positions
-    ``index`` of ``g``."""
+    """Return what an op wrote from ``source``, or a number, to ``index`` of ``g``."""
     return g.index_select(dim, index).reshape(source.shape)
 
 
 def write_rule(op: Any, scatter: Any) -> Formula:
-    """Return the vmap rule of ``op(self, dim, index, source, ...)``; ``scatter``, called alike,
-    takes an index per element."""
+    """Return the vmap rule of ``op(self, dim, index, source, ...)`` by a ``scatter``."""
     op = overload(op)
 
     def batch(

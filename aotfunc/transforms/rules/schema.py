@@ -23,8 +23,7 @@ def overload(op: OpOverload | OpOverloadPacket) -> OpOverload:
 
 @cache
 def tensor_args(op: OpOverload) -> tuple[int, ...]:
-    """Return positions of the tensor arguments (``Tensor``, ``Tensor?``, ``Tensor[]``,
-    ``Tensor?[]``) in the schema."""
+    """Return positions of the schema's tensor arguments, optional ones and lists too."""
     kinds = ("Tensor", "Optional[Tensor]", "List[Tensor]", "List[Optional[Tensor]]")
     return tuple(i for i, a in enumerate(op._schema.arguments) if str(a.type) in kinds)
 
@@ -58,8 +57,7 @@ def overloads_named(*names: str) -> Any:
 def op_of_graphs(
     library: torch.library.Library, alone: Callable, schema: str, meta: Callable
 ) -> OpOverload:
-    """Define an op that stands in graphs and never runs: ``alone`` raises where it would, ``meta``
-    makes its result without values."""
+    """Define an op that stands in graphs and never runs: ``alone`` raises, ``meta`` infers."""
     name = schema.partition("(")[0]
     library.define(schema)
     library.impl(name, alone, "CompositeExplicitAutograd")

@@ -21,8 +21,7 @@ from .table import linear, wrong_in_autograd
 
 
 def of_input(op: Any, *names: str) -> Formula:
-    """Return the vmap rule of a transpose that takes ``input_sizes`` of the primal and ``names``,
-    dimensions of the primal."""
+    """Return the vmap rule of a transpose with ``input_sizes`` and dimensions ``names``."""
     op = overload(op)
     schema = [a.name for a in op._schema.arguments]
     sizes_at, dims_at = schema.index("input_sizes"), [schema.index(name) for name in names]
@@ -124,8 +123,7 @@ linear(aten.triu, lambda g, x, k: g.triu(k), batch=aten.triu.default)
 
 
 def scatter_lines(op: Any, view: Any, *dims: str) -> None:
-    """State the rules of ``op(self, src, *where)``: ``self`` with its part ``view(self, *where)``
-    replaced by ``src``."""
+    """State the rules of an op that replaces ``view(self, *where)`` by ``src``."""
     op = overload(op)
 
     def batch(

@@ -14,8 +14,7 @@ aten = torch.ops.aten
 
 
 def slices(shape: Sequence[int], dims: Any) -> tuple[Tensor, list[int]]:
-    """Return the number of the slice along ``dims`` (None: all) that each element of a tensor lies
-    in, and these dims."""
+    """Return each element's number of its slice along ``dims`` (None: all), and these."""
     given = dims if isinstance(dims, list | tuple) else [] if dims is None else [dims]
     every = [d % len(shape) for d in given] if shape else []
     every = every or list(range(len(shape)))

@@ -122,8 +122,7 @@ class Dependence:
     def normalised(
         self, n: Node, full: Any, stats: Any, scales: Any, groups: Tensor, channels: Tensor
     ) -> Pattern | None:
-        """Return the pattern of a normalisation, see ``NORMALISED``, or of its statistics, one for
-        each group; None for others."""
+        """Return the pattern of a normalisation or of its statistics; None for others."""
 
         def rows(some: Sequence[Any], places: Tensor) -> list[Pattern]:
             own = [a for a in some if isinstance(a, Node) and a in self.active]
@@ -155,8 +154,7 @@ class Dependence:
         return joined(parts)
 
     def apart(self, call: Node, n: Node, a: Node) -> dict[int, int]:
-        """Return the dimensions of an argument along which an op keeps samples apart, each with
-        the result's that holds them."""
+        """Return the dimensions along which an op keeps samples apart, with its result's."""
         target, given = call.target, a.meta["val"]
         found: dict[int, int] = {}
         rule = part_rule_for(target) if isinstance(target, OpOverload) else None
@@ -182,8 +180,7 @@ class Dependence:
         return found
 
     def linear(self, op: OpOverload, args: list, item: int | None, x: Node) -> Pattern:
-        """Return the pattern with respect to ``x`` of an op that is linear in it; None if the op
-        mixes elements."""
+        """Return the pattern by ``x`` of an op linear in it; None if it mixes elements."""
 
         def run(t: Tensor) -> Tensor:
             zero = lambda a: t.new_zeros(a.meta["val"].shape, dtype=tags(a.meta["val"].dtype))
@@ -210,8 +207,7 @@ class Dependence:
         return a in self.drawn and a not in self.active
 
     def strided(self, op: OpOverload, a: Any) -> bool:
-        """Return whether the op reads an argument's memory, which is not that of a copy, or has no
-        right derivative in autograd."""
+        """Return whether an op reads memory but a copy's, or autograd derives it wrongly."""
         name = op._schema.name
         if "as_strided" not in name or not isinstance(a, Node):
             return False
@@ -233,8 +229,7 @@ class Dependence:
         return x.to(tags(x.dtype)) if isinstance(x, Tensor) else x
 
     def nonzero(self, n: Any) -> Any:
-        """Return where a factor may be nonzero: everywhere, if it depends on the input or on
-        random numbers."""
+        """Return where a factor may be nonzero: all, if it depends on the input or draws."""
         if n in self.active or n in self.drawn:
             return np.ones(n.meta["val"].shape, bool)
         return (self.value(n) != 0).numpy(force=True)

@@ -1,5 +1,4 @@
-"""Ops whose results have the pattern of their factors: products of matrices,
-distances of rows, samples."""
+"""Patterns made of the factors': products of matrices, distances of rows, samples."""
 
 from __future__ import annotations
 

@@ -26,8 +26,7 @@ def image_shape(n: Node, rank: int) -> list[int]:
 
 
 def window(size: int, places: np.ndarray) -> Pattern:
-    """Return the pattern of results that read these places, a row for each, of ``size``
-    elements; others do not count."""
+    """Return the pattern of rows that read these places, if within ``size`` elements."""
     row, tap = np.nonzero((places >= 0) & (places < size))
     found = (np.ones(len(row), bool), (row, places[row, tap]))
     return sparse.csr_array(found, (len(places), size))
@@ -178,8 +177,7 @@ RESIZED = {
 
 
 def resized(name: str, rank: int, reach: int) -> None:
-    """Register a resizing ``(x, size, align_corners, *scales)`` and its backward ``(g, size, size
-    of x, align_corners, *scales)``."""
+    """Register ``(x, size, corners, *scales)`` and ``(g, size, size of x, corners, *scales)``."""
 
     def make(x: Node, out: Node, align: bool, *scales: float | None) -> list[Pattern]:
         def one(size: int, count: int, scale: float | None) -> Pattern:
