@@ -30,6 +30,7 @@ from .runtime.anomaly import has_nan
 from .runtime.compiled import EVERY
 from .runtime.compiled import Compiled as Compiled
 from .runtime.pipeline import naming
+from .trace.nested import with_items
 
 compiled_function = aot_function
 compiled_module = aot_module
@@ -126,9 +127,7 @@ def ts_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callab
     script = torch.jit.trace(tensors, tuple(example_inputs), check_trace=False)
 
     def run(*args: Tensor) -> list:
-        found = list(outs)  # literals stand for themselves
-        for i, value in zip(there, script(*args), strict=True):
-            found[i] = value
+        found = with_items(outs, there, script(*args))  # literals stand for themselves
         return found
 
     return run

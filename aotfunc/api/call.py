@@ -19,6 +19,7 @@ from ..errors import ArgumentError
 from ..graph import Program
 from ..runtime.aliasing import Changes
 from ..trace.kinds import check_kind
+from ..trace.nested import with_items
 from ..trace.shapes.sig import Sig, floating, make_sig
 from ..trace.tape import signature
 from ..transforms.jvp import tangent_sig
@@ -182,10 +183,7 @@ class Call:
 
     def leaves(self, tensors: Sequence[Tensor], first: int = 0) -> list:
         """Return the flat result of the function with these tensors from leaf ``first`` on."""
-        leaves = list(self.rec.leaves)
-        for i, t in zip([i for i in self.rec.tensors if i >= first], tensors, strict=True):
-            leaves[i] = t
-        return leaves
+        return with_items(self.rec.leaves, [i for i in self.rec.tensors if i >= first], tensors)
 
 
 def primals_and_tangents(

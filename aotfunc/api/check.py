@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map, tree_unflatten
 
 from ..capture.tree import Arguments, flatten
 from ..errors import ArgumentError
+from ..trace.nested import with_items
 from ..transforms.rules.schema import overload
 from .func import jvp, vjp
 from .vmap import vmap
@@ -68,10 +69,7 @@ def check_rule(
         floating = [i for i in tensors if given[i].dtype in (torch.float64, torch.complex128)]
 
         def call(*xs: Tensor, at: list[int] = floating, given: list = given) -> Any:
-            full = list(given)
-            for i, x in zip(at, xs, strict=True):
-                full[i] = x
-            return op(*full)
+            return op(*with_items(given, at, xs))
 
         if floating:
             smooth = lambda *xs, call=call: [

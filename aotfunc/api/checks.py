@@ -15,6 +15,7 @@ from ..capture.tree import Arguments, flatten, unflatten
 from ..errors import ArgumentError
 from ..graph import Program, dependents
 from ..trace.entering import entry
+from ..trace.nested import with_items
 from ..trace.shapes.sig import floating
 from .call import batch_size, broadcast_prefix, input_dims
 from .rehearse import leaves_behind, pulled, rehearsed, widened
@@ -29,9 +30,7 @@ class Derivatives(Validation):
         places = [k for k, x in enumerate(xs) if floating(x)]
 
         def weighted(*some: Tensor) -> Tensor:
-            whole = list(xs)
-            for k, x in zip(places, some, strict=True):
-                whole[k] = x
+            whole = with_items(xs, places, some)
             generator, total = torch.Generator().manual_seed(1), torch.zeros(())
             for y in filter(floating, tree_leaves(call_node(n, *whole))):
                 w = torch.randn(y.shape, generator=generator, dtype=widened(y.dtype)).to(y)

@@ -22,6 +22,7 @@ from ..errors import ArgumentError
 from ..partition.policies import Policy, check_policy
 from ..trace.emit import Builder
 from ..trace.entering import entry
+from ..trace.nested import with_items
 from ..trace.traced import current, under_way
 from ..transforms.vmap import inserted
 from ..transforms.walk import filled_node
@@ -142,9 +143,7 @@ def scan(
 
     key = ("scan", count, steps, reverse, unroll, policy, slots)
     outs = run_flow(body, key, build, [*consts, *carry, *rows])
-    ys = list(y_spec[0])
-    for k, y in zip(places, outs[count:], strict=True):
-        ys[k] = y
+    ys = with_items(y_spec[0], places, outs[count:])
     return unflatten(outs[:count], spec), unflatten(ys, y_spec[1])
 
 
@@ -234,10 +233,7 @@ def choice(name: str, index: Tensor, branches: Sequence[Callable], operands: tup
     given = [arguments.leaves[k] for k in places]
 
     def rebuilt(leaves: Sequence[Any]) -> tuple[list, dict]:
-        whole = list(arguments.leaves)
-        for k, x in zip(places, leaves, strict=True):
-            whole[k] = x
-        return arguments.rebuilt(whole)
+        return arguments.rebuilt(with_items(arguments.leaves, places, leaves))
 
     sigs = [signature(x).start for x in given]
     why = f"a branch of {name} is recorded whether or not it is taken"
@@ -257,10 +253,7 @@ def choice(name: str, index: Tensor, branches: Sequence[Callable], operands: tup
     else:
         build = lambda b, args: emit_flow(b, target, args)
         outs = run_flow(bodies[0], (name, *bodies), build, [index, *consts, *given])
-    leaves = list(first)
-    for k, x in zip(results, outs, strict=True):
-        leaves[k] = x
-    return unflatten(leaves, spec)
+    return unflatten(with_items(first, results, outs), spec)
 
 
 @entry

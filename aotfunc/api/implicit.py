@@ -17,6 +17,7 @@ from ..capture.tree import Arguments, flatten, structure
 from ..errors import ArgumentError
 from ..graph import dependents
 from ..trace.entering import entry
+from ..trace.nested import with_items
 from ..trace.shapes.sig import floating
 from ..transforms.jvp import jvp as jvp_pass
 from .call import Call, positions
@@ -174,10 +175,7 @@ def of_some(f: Callable, tensors: Sequence[Tensor], places: Sequence[int]) -> Ca
     """Return ``f(*tensors)`` as a function of the tensors at these places."""
 
     def call(*some: Tensor) -> Any:
-        given = list(tensors)
-        for i, t in zip(places, some, strict=True):
-            given[i] = t
-        return f(*given)
+        return f(*with_items(tensors, places, some))
 
     return call
 

@@ -20,6 +20,7 @@ from ..trace.dtensors import undistributed
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
 from ..trace.kinds import is_fake
+from ..trace.nested import with_items
 from ..trace.outside import check_stand_ins
 from ..trace.scalars import TENSOR, bits_of
 from ..trace.shared_parts import check_shared_parts
@@ -245,7 +246,4 @@ class Captured:
 
     def results(self, tensors: Sequence[Tensor]) -> Any:
         """Return the returned tree with these tensors."""
-        leaves = list(self.leaves)
-        for i, t in zip(self.tensors, tensors, strict=True):
-            leaves[i] = t
-        return unflatten(leaves, self.spec)
+        return unflatten(with_items(self.leaves, self.tensors, tensors), self.spec)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 
 from ..trace.kinds import KINDS, ordinary_tensor
+from ..trace.nested import with_items
 from .instances import Opened, flatten_tree, is_data, is_whole, stored_names, unflatten_tree
 from .plain_trees import flatten_plain
 
@@ -127,16 +128,11 @@ class Operands:
 
     def rebuilt(self, values: Sequence[Any]) -> tuple:
         """Return the arguments with ``values`` for the tensors."""
-        leaves = list(self.literals)
-        for i, x in zip(self.places, values, strict=True):
-            leaves[i] = x
-        return unflatten_tree(leaves, self.spec)
+        return unflatten_tree(with_items(self.literals, self.places, values), self.spec)
 
     def dims(self, values: Sequence[int | None]) -> tuple:
         """Return the trees of dimensions: ``values`` for the tensors, None for others."""
-        leaves: list[int | None] = [None] * len(self.literals)
-        for i, d in zip(self.places, values, strict=True):
-            leaves[i] = d
+        leaves = with_items([None] * len(self.literals), self.places, values)
         return unflatten_tree(leaves, self.spec)
 
     @property

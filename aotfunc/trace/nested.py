@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -24,6 +24,14 @@ def map_nested(f: Callable, tree: Any) -> Any:
 def listed(result: Any) -> list:
     """Return the results of a call that has one or several, as a list."""
     return list(result) if isinstance(result, list | tuple) else [result]
+
+
+def with_items(values: Iterable[Any], places: Iterable[int], new: Iterable[Any]) -> list:
+    """Return the values with the ``new`` ones at these places."""
+    found = list(values)
+    for i, x in zip(places, new, strict=True):
+        found[i] = x
+    return found
 
 
 def leaves(tree: Any) -> list:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ...trace.nested import with_items
 from .ir import Access, Expr, Given, Load, Position, Ramp, Unfit, function_of, number, wide
 from .places import FIRST, Index, Place, Split, bounds, covers, matched, regrouped
 from .views import static_shape
@@ -206,7 +207,5 @@ def merged_in_memory(
         else:
             sizes.append(size)
             last.append(d)
-    found = [FIRST] * len(have)
-    for d, index in zip(last[1:], regrouped(place, shape, sizes[1:], extents), strict=True):
-        found[d] = index
+    found = with_items([FIRST] * len(have), last[1:], regrouped(place, shape, sizes[1:], extents))
     return tuple(found)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ...trace.nested import with_items
 from .places import FIRST, Index, Place, regrouped
 
 aten = torch.ops.aten
@@ -30,10 +31,7 @@ def place_of_expanded(shape: Shape, place: Place, *_: Any) -> Place:
 
 
 def place_of_permuted(shape: Shape, place: Place, dims: Shape) -> Place:
-    found = [FIRST] * len(shape)
-    for d, index in zip(dims, place, strict=True):
-        found[d] = index
-    return tuple(found)
+    return tuple(with_items([FIRST] * len(shape), dims, place))
 
 
 def place_of_transposed(shape: Shape, place: Place, i: int = 0, j: int = -1) -> Place:
