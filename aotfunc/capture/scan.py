@@ -25,7 +25,6 @@ from ..transforms.vjp import vjp
 from ..transforms.vmap import inserted, vmap, with_dim_moved
 from ..transforms.walk import filled_node
 from .bodies import (
-    Flow,
     as_planned,
     dense,
     differing,
@@ -36,7 +35,7 @@ from .bodies import (
     row_sig,
 )
 from .scan_halves import Half, backward_body, linear_body
-from .series import SeriesLayout, Tangents, body_series, emit_series, has_coefficients
+from .series import Loop, SeriesLayout
 from .stacked import halved_body
 from .unwind import pull_unwinding
 
@@ -44,7 +43,7 @@ from .unwind import pull_unwinding
 ROWS = 256
 
 
-class Scan(Flow):
+class Scan(Loop):
     """The target of a node ``(constants, carry, stacks) -> (carry, stacks)``.
 
     ``body`` maps ``(constants, carry, one row of each stack)`` to ``(carry, one row of each
@@ -206,8 +205,7 @@ class Scan(Flow):
         """Let ``new`` also stack residuals, and add a loop for the tangents, which is linear in
         the tangents given. With ``slots`` add a loop that carries the tangents with the values."""
         if self.slots:
-            ts = {i: tangents[a] for i, a in enumerate(n.args) if a in tangents}
-            return Tangents(b, self, new.args, ts).emit()  # type: ignore[arg-type]
+            return super().push(b, n, new, env, tangents)
         wrt, flags = self.derivative([a in tangents for a in n.args])
         half = self.body.once(
             ("push", self.n_consts, self.n_carry, wrt),
@@ -235,11 +233,6 @@ class Scan(Flow):
         places = [*[i - self.n_consts for i in carries], *stacked]
         found: dict[int, Any] = dict(zip(places, outs, strict=True))
         return [found.get(j) if flags[j] else None for j in range(len(flags))]
-
-    def series(self, b: Builder, n: Node, given: Sequence[Sequence], order: int) -> list[list]:
-        """Let the loop also carry and stack coefficients."""
-        loop, inputs, results = self.coefficients(has_coefficients(given), order, body_series)
-        return emit_series(b, loop, given, inputs, results)
 
     def coefficients(
         self, given: Sequence[bool], order: int, made: Callable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch.fx import Node
@@ -13,7 +13,7 @@ from ..trace.views import laid_out
 from ..transforms.jvp import jvp
 from ..transforms.taylor import taylor
 from ..transforms.walk import builder, filled_node
-from .bodies import dense, emit_flow
+from .bodies import Flow, dense, emit_flow
 
 
 class SeriesLayout(NamedTuple):
@@ -132,3 +132,19 @@ class Tangents:
     def emit(self) -> list[Node | None]:
         """Add the loop, and return the tangent of each result."""
         return [t for _, t in self.ends.parted(emit_flow(self.b, self.loop, self.args))]
+
+
+class Loop(Flow):
+    """Control flow that can carry tangents or coefficients beside its values."""
+
+    coefficients: Callable
+
+    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
+        """Add a loop beside this one that carries the tangents with the values."""
+        ts = {i: tangents[a] for i, a in enumerate(n.args) if a in tangents}
+        return Tangents(b, self, new.args, ts).emit()  # type: ignore[arg-type]
+
+    def series(self, b: Builder, n: Node, given: Sequence[Sequence], order: int) -> list[list]:
+        """Let the loop also carry, and stack, coefficients."""
+        loop, inputs, results = self.coefficients(has_coefficients(given), order, body_series)
+        return emit_series(b, loop, given, inputs, results)

@@ -18,17 +18,17 @@ from ..trace.views import laid_out
 from ..transforms.activity import flat_arguments
 from ..transforms.vmap import vmap
 from ..transforms.walk import builder
-from .bodies import Flow, as_planned, dense, differing, emit_flow, own_memory, results_as
+from .bodies import as_planned, dense, differing, emit_flow, own_memory, results_as
 from .one_by_one import one_by_one
 from .scan import Scan
-from .series import SeriesLayout, Tangents, body_series, emit_series, has_coefficients
+from .series import Loop, SeriesLayout
 from .switch import Switch
 from .unwind import pull_unwinding
 
 aten = torch.ops.aten
 
 
-class While(Flow):
+class While(Loop):
     """The target of a node ``(constants, carry) -> carry``: the ``body`` is called while the
     ``condition`` holds, at most ``max_steps`` times.
 
@@ -137,16 +137,6 @@ class While(Flow):
                 return Program(b.finish(outs), len(args), len(outs), (), "guarded")
 
         return self.body.derived(("guarded", self.condition), make)
-
-    def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
-        """Add a loop beside this one that carries the tangents with the values."""
-        ts = {i: tangents[a] for i, a in enumerate(n.args) if a in tangents}
-        return Tangents(b, self, new.args, ts).emit()  # type: ignore[arg-type]
-
-    def series(self, b: Builder, n: Node, given: Sequence[Sequence], order: int) -> list[list]:
-        """Let the loop also carry coefficients."""
-        loop, inputs, results = self.coefficients(has_coefficients(given), order, body_series)
-        return emit_series(b, loop, given, inputs, results)
 
     def coefficients(
         self, given: Sequence[bool], order: int, made: Callable

@@ -35,29 +35,22 @@ class Meeting(CustomDerivative):
     """``(result, the same one as autograd knows it) -> that``; the cotangent goes to the first."""
 
     hooked = stays = True
+    name, n_values = "meeting", 1  # the last value gets the cotangent
 
     def __init__(self, val: Any) -> None:
-        super().__init__("meeting", 1, (val,), (), None, (), None)
+        super().__init__(self.name, self.n_values, (val,), (), None, (), None)
 
     def pull(
         self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
     ) -> tuple[list, list]:
-        return [n.args[0]], [g[0]]
+        return [n.args[self.n_values - 1]], [g[0]]
 
 
-class Known(CustomDerivative):
+class Known(Meeting):
     """``(result, the same one as autograd knows it, that) -> that``; the cotangent goes there. The
     derivative of the op's other results reads it, though the program may not."""
 
-    hooked = stays = True
-
-    def __init__(self, val: Any) -> None:
-        super().__init__("known", 2, (val,), (), None, (), None)
-
-    def pull(
-        self, b: Builder, n: Node, g: dict[int, Node], active: Any, again: Any
-    ) -> tuple[list, list]:
-        return [n.args[1]], [g[0]]
+    name, n_values = "known", 2
 
 
 def without_meetings(program: Program) -> Program:
@@ -211,7 +204,7 @@ def parted(program: Program) -> Program:
     """Return the program with the values themselves where cotangents have met."""
 
     def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
-        if not isinstance(n.target, Meeting):
+        if n.target.__class__ is not Meeting:
             return NotImplemented
         x, known = unhooked_value(n.args[0]), env[n.args[1]]  # type: ignore[arg-type, index]
         op = op_of(x)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..trace.traced import under_way
 from .entry import Entry
 from .guards.check import Check
+from .guards.description import CheckLines
 from .guards.keys import (
     ATOMS,
     ATTRIBUTES,
@@ -74,7 +75,7 @@ def repeated_call(
     return call
 
 
-class Situation:
+class Situation(CheckLines):
     """The tensors and surroundings of a call and the state that its function reads, described for
     a check; without the state where that is None."""
 
@@ -103,14 +104,6 @@ class Situation:
             known = self.constant(environment_key), self.constant(environment_key())
             self.lines.append("if {}() != {}: return".format(*known))
         self.lines += lines
-
-    def require(self, expr: str, x: Any) -> None:
-        self.lines.append(f"if {expr} is not {self.constant(x)}: return")
-
-    def constant(self, x: Any) -> str:
-        name = f"k{len(self.constants)}"
-        self.constants[name] = x
-        return name
 
 
 def same_structure(x: Any) -> Callable[[Any, list], bool] | None:

@@ -16,7 +16,24 @@ NOTHING = object()
 _GROWING = (list, set, dict, collections.deque)
 
 
-class Description:
+class CheckLines:
+    """The lines of a check, and the objects that they name."""
+
+    lines: list[str]
+    constants: dict[str, Any]
+
+    def constant(self, x: Any) -> str:
+        name = f"k{len(self.constants)}"
+        self.constants[name] = x
+        return name
+
+    def require(self, expr: str, x: Any) -> None:
+        """Require that ``expr`` is the object ``x``."""
+        known = repr(x) if x is None or x is True or x is False else self.constant(x)
+        self.lines.append(f"if {expr} is not {known}: return")
+
+
+class Description(CheckLines):
     """A description in the making, by the names in ``names``."""
 
     def __init__(self, names: Names) -> None:
@@ -41,16 +58,6 @@ class Description:
         self._static: dict[type, list[str]] = {}
         self._functions: set[str] = set()  # of torch.nn.functional
         self._modules = self._parametrized = False
-
-    def constant(self, x: Any) -> str:
-        name = f"k{len(self.constants)}"
-        self.constants[name] = x
-        return name
-
-    def require(self, expr: str, x: Any) -> None:
-        """Require that ``expr`` is the object ``x``."""
-        known = repr(x) if x is None or x is True or x is False else self.constant(x)
-        self.lines.append(f"if {expr} is not {known}: return")
 
     def bind(self, expr: str) -> str:
         name = f"v{len(self.lines)}"

@@ -292,46 +292,39 @@ def functions_of(cls: type) -> tuple[str, ...]:
     )
 
 
-class Attributes:
-    """The attributes of a class as a dictionary that can be written to."""
+class AsDictionary:
+    """Part of an object as a dictionary that can be written to."""
 
-    def __init__(self, cls: type) -> None:
-        self.cls = cls
-
-    def items(self) -> list[tuple[str, Any]]:
-        return list(vars(self.cls).items())
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        type.__setattr__(self.cls, name, value)
-
-    def __delitem__(self, name: str) -> None:
-        type.__delattr__(self.cls, name)
-
-
-class Slots:
-    """The slots of an object as a dictionary."""
+    owner: type = object  # whose setting of attributes runs no other code
 
     def __init__(self, x: Any) -> None:
         self.x = x
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.owner.__setattr__(self.x, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        self.owner.__delattr__(self.x, name)
+
+
+class Attributes(AsDictionary):
+    """The attributes of a class."""
+
+    owner = type
+
+    def items(self) -> list[tuple[str, Any]]:
+        return list(vars(self.x).items())
+
+
+class Slots(AsDictionary):
+    """The slots of an object."""
 
     def items(self) -> list[tuple[str, Any]]:
         return [(n, getattr(self.x, n)) for n in slots_of(type(self.x)) if hasattr(self.x, n)]
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        object.__setattr__(self.x, name, value)
 
-    def __delitem__(self, name: str) -> None:
-        object.__delattr__(self.x, name)
-
-
-class Kind:
-    """The class of an object as a dictionary, which a parametrization writes to."""
-
-    def __init__(self, x: Any) -> None:
-        self.x = x
+class Kind(AsDictionary):
+    """The class of an object, which a parametrization writes to."""
 
     def items(self) -> list[tuple[str, Any]]:
         return [("__class__", type(self.x))]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        object.__setattr__(self.x, "__class__", value)  # a module would take modules for parts
