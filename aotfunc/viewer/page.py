@@ -154,8 +154,8 @@ def node_line(n: Node) -> tuple[str, str, str]:
 def numbered_module(module: str) -> str:
     """Return the name up to its first number.
 
-    >>> tuple(map(numbered_module, ("encoder.layers.0.self_attn", "head", "stem.conv")))
-    ('encoder.layers.0', 'head', 'stem')
+    >>> [numbered_module(m) for m in ("encoder.layers.0.self_attn", "head", "stem.conv")]
+    ['encoder.layers.0', 'head', 'stem']
     """
     return re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)|[^.]*", module)[0]  # type: ignore[index]
 
