@@ -295,7 +295,7 @@ def functions_of(cls: type) -> tuple[str, ...]:
 class AsDictionary:
     """Part of an object as a dictionary that can be written to."""
 
-    owner: type = object  # whose setting of attributes runs no other code
+    owner: Any = object  # the class whose setting of attributes runs no other code
 
     def __init__(self, x: Any) -> None:
         self.x = x
