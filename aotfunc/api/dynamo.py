@@ -103,9 +103,8 @@ INDICES = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 class TracedIndex(Tensor):
-    """An index as Dynamo reads it, and values computed from it. PyTorch 2.11's Dynamo would keep
-    the item of a list for good where the value has one element; this class breaks the graph
-    there."""
+    """An index as Dynamo reads it, and values computed from it. It breaks the graph where PyTorch
+    2.11's Dynamo would keep the item of a list for good."""
 
     def numel(self) -> int:
         return 0
@@ -120,9 +119,8 @@ def leave(
     aux: Any,
     options: Any,
 ) -> list:
-    """Return results that look like ``examples``. ``given``: the tensors that ``entered`` stands
-    for; ``more``: other tensors that the transform takes; ``outs``, ``aux``: the results of
-    ``f``."""
+    """Return results like ``examples``. ``given``: the tensors that ``entered`` stands for;
+    ``more``: others that the transform takes; ``outs``, ``aux``: the results of ``f``."""
     return [x.clone() for x in examples]
 
 

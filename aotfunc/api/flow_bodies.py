@@ -82,9 +82,8 @@ def one_row_sig(x: Tensor) -> Sig:
 
 
 class Body:
-    """A function recorded once, on values of the signatures ``sigs``, as the body of control flow
-    called ``name``. ``rebuilt`` makes its arguments from their leaves; ``arranged`` puts its
-    results in order."""
+    """A function recorded once, on values like ``sigs``, as the body of ``name``. ``rebuilt``
+    makes its arguments of their leaves; ``arranged`` puts its results in order."""
 
     def __init__(
         self,

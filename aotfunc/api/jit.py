@@ -198,9 +198,8 @@ def without_global_hooks(f: Any) -> Any:
 
 
 class CompiledModule(nn.Module):
-    """A module with a compiled forward and everything else of the original: parameters, buffers,
-    submodules and their names, state, mode, attributes and methods. Hooks registered here run
-    around the compiled call."""
+    """A module with a compiled forward and all else of the original: tensors, submodules, state,
+    attributes and methods. Hooks registered here run around the compiled call."""
 
     def __init__(self, module: nn.Module, compiled: Compiled) -> None:
         super().__init__()

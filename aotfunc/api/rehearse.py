@@ -161,9 +161,8 @@ class EagerRun:
 
 
 def copied(leaves: Sequence[Any], apart: Sequence[int], wide: bool) -> dict[int, Tensor]:
-    """Return copies of the tensors by their ids. They share memory where these do, so that a write
-    to one is seen in the others, except those ``apart``, by id, which become leaves of
-    autograd."""
+    """Return copies of the tensors by their ids. They share memory as these do, except those
+    ``apart``, by id, which become leaves of autograd."""
     copies, groups = {}, dict[Any, dict[int, Tensor]]()
     for x in filter(lambda x: isinstance(x, Tensor), leaves):
         alone = id(x) in apart or x.layout is not torch.strided or x.is_conj() or x.is_neg()

@@ -287,9 +287,8 @@ class Validation:
         along: Callable,
         size: float = 0.0,
     ) -> None:
-        """Check a derivative against autograd's. Differences, with ``along(derivative)``, decide
-        if the two differ, and whether both are wrong, unless the function states its own
-        derivative."""
+        """Check a derivative against autograd's. If the two differ, differences along
+        ``along(derivative)`` decide, unless the function states its derivative."""
         wrong = None
         try:
             self.equal("the derivative", got, want, wide, size)

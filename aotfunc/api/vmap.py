@@ -121,9 +121,8 @@ def _run(
     inputs: list[Tensor],
     dims: Sequence[tuple[int | None, int | None]],
 ) -> Any:
-    """Run a batched program. A written input that is returned stays itself, and a returned view of
-    it stays its view. ``dims``: for each result the batch dimension in the input whose memory it
-    shows, and in the result."""
+    """Run a batched program. Returned written inputs and their views stay such. ``dims``: each
+    result's batch dimension in the input that it shows, and in itself."""
     rec = changes.rec
     with rec.gradients():
         outs = list(called(program, inputs))
