@@ -79,9 +79,8 @@ def in_blocks(program: Program) -> Program:
 
 
 def without_loops(program: Program) -> Program:
-    """Return the program with batches in place of loops whose steps need nothing of one another,
-    and with the steps of others one by one where they have few ops in all. Rules of the user's
-    stay."""
+    """Return the program with batches for loops of independent steps, and with steps one by one
+    for loops of few ops. Rules of the user's stay."""
     if not any(isinstance(n.target, Scan) for n in program.graph.nodes):
         return program
 
@@ -101,9 +100,8 @@ def without_loops(program: Program) -> Program:
 def emit_blocks(
     b: Builder, loop: Scan, args: Sequence[Any], most: int | None = None
 ) -> list | None:
-    """Add a loop over blocks of the steps of ``loop``, at ``most`` so many, and the remaining
-    steps after it; if all steps are in one block, there is no loop. Return its results, None if
-    its steps stay."""
+    """Add a loop over blocks of at most ``most`` steps of ``loop``, and the steps that remain; one
+    block needs no loop. Return its results, None if its steps stay."""
     k, first = loop.n_carry, loop.n_consts
     body = lowered(loop.body, EVERYTHING)
     summands = body.once(("summands", first, k), lambda: without_sums(body, first, k))

@@ -90,9 +90,8 @@ def keep_saved(trace: Trace, start: int, context: Any) -> None:
 
 
 def recorded_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run ``Function.apply`` inside a recording; reentrant checkpoints are Functions, too.
-    Without an argument that requires grad a compiled checkpoint has no derivative by what it
-    closes over."""
+    """Run ``Function.apply`` inside a recording, as reentrant checkpoints do. A compiled one
+    without an argument that requires grad has no derivative by what it closes over."""
     trace = current()
     assert trace is not None
     if trace.dtensors and (done := record_function(trace, cls, args)) is not NotImplemented:

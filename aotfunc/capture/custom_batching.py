@@ -81,9 +81,8 @@ class BatchedBy(Step):
 
 
 def with_batching(args: tuple, rule: Callable, call: Callable[[], tuple[Any, list]]) -> list:
-    """Record ``owner, leaves = call()`` and return the leaves, batched by ``owner.vmap``, which
-    calls the user's ``rule`` for the call on ``args``. Tensors that ``rule`` closes over are
-    operands, too."""
+    """Record ``owner, leaves = call()``; return the leaves, batched by ``owner.vmap``, by the
+    user's ``rule`` on ``args``. What ``rule`` closes over are operands, too."""
     trace = current()
     assert trace is not None
     closed = closed_over(rule)

@@ -124,9 +124,8 @@ def on_real_batch(cls: Any, args: Sequence[Any]) -> Any:
 
 
 def may_be_real(trace: Trace) -> bool:
-    """Return whether the recording is of an outermost ``vmap`` that runs at once, on tensors with
-    values. A draw in it would be drawn again, and a write to a tensor from outside would not be
-    seen by the rule: then it may not."""
+    """Return whether the recording is of an outermost ``vmap`` that runs at once on values. It may
+    not if it draws, or writes to a tensor from outside."""
     if (
         trace.samples is None
         or not trace.may_ask_constants

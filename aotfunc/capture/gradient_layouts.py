@@ -26,9 +26,8 @@ _layouts = Cache(256)  # keys are whole recordings
 
 
 def computed_layouts(trace: Trace, step: GradStep, refs: tuple[int, ...]) -> tuple[Sig, ...]:
-    """Return the signatures of the results of a gradient step that is about to be recorded for the
-    values ``refs``. If its derivation is refused they are the step's own: the program's derivation
-    will raise the refusal."""
+    """Return the signatures of the results of a gradient step to be recorded for ``refs``; the
+    step's own if its derivation is refused, which the program's will raise."""
 
     def found() -> tuple[Sig, ...]:
         if trace.mutates or not all(stands_alone(instr) for instr, *_ in trace.records):

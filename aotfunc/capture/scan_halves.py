@@ -31,9 +31,8 @@ class Saved(NamedTuple):
 
 
 class Half:
-    """A body's joint program in two: its results and residuals, and what depends on its last
-    ``n_late`` inputs. A residual that depends on constants alone is computed outside of the loop
-    and kept once."""
+    """A body's joint program in two: results and residuals, and what its last ``n_late`` inputs
+    lead to. Residuals of constants alone are computed once, outside of the loop."""
 
     def __init__(
         self, scan: Scan, joint: Program, n_late: int, cuts: Callable[..., tuple] = halve
@@ -112,8 +111,7 @@ def backward_body(
     scan: Scan, half: Half, wrt: tuple[int, ...], have: Sequence[bool]
 ) -> tuple[Program, list[int], list[int]]:
     """Return ``(residuals, cotangents of constants and carry, residuals, cotangents of rows) ->
-    (cotangents of constants and carry, those of rows)``, and of which constants and which rows
-    these are."""
+    cotangents``, and of which constants and which rows these are."""
     with paused_gc():
         b = builder()
         consts, carries, rows = scan.parts(wrt)

@@ -237,9 +237,8 @@ class BranchHalves(NamedTuple):
 def cut_branches(
     switch: Switch, joints: Sequence[Program], n_late: int, wanted: Sequence[Sig | None]
 ) -> BranchHalves:
-    """Cut the joint programs of the branches in two. The branches share the places of residuals; a
-    place that a branch does not need holds zeros. ``wanted``: the signatures of the late results,
-    None for those left out."""
+    """Cut the branches' joint programs in two. They share places of residuals, zeros if unneeded.
+    ``wanted``: the late results' signatures, None for those left out."""
     count = len(switch.vals)
     parts = [halve(joint, count, n_late) for joint in joints]
     read = sorted({i for _, _, direct in parts for i in direct})

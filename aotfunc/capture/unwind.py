@@ -186,9 +186,8 @@ class Unwind(Flow):
         return outs, [True] * len(self.wrt)
 
     def check_rules(self, n: Node, symmetric: bool) -> None:
-        """Refuse derivatives of the backward if the condition draws, or if a rule of the user's
-        may differ from the transpose of another, or, for ``symmetric`` second derivatives, from
-        the derivative."""
+        """Refuse derivatives of the backward if the condition draws, or a user's rule may not be
+        another's transpose or, for ``symmetric`` second ones, the derivative."""
         if self.loop.draws:
             raise RuleError(
                 "a second derivative of while_loop(checkpoint='revolve') whose condition draws "
@@ -287,9 +286,8 @@ def backward_step(loop: While | Scan, wrt: tuple[int, ...], given: Sequence[int]
 
 
 def own_rule(body: Program, symmetric: bool) -> str:
-    """Return the name of an op in a body with rules of the user's for both modes, or, if
-    ``symmetric``, for any mode; else "". Hooks act on cotangents alone, so forward mode is no
-    transpose of theirs."""
+    """Return an op in a body with rules of the user's for both modes (``symmetric``: any), by
+    name, or "". Hooks act on cotangents alone: forward mode is no transpose of theirs."""
     for n in lowered(body, CALLS).graph.nodes:
         target: Any = n.target
         if n.op != "call_function" or target is operator.getitem:
