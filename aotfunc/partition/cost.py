@@ -41,9 +41,8 @@ def shape_of(val: Any) -> tuple[int, ...]:
 
 
 def nbytes(val: Any) -> int:
-    """Return the bytes of storage that a value keeps alive: tensors (real, fake, or any signature
-    with ``shape``, ``stride`` and ``dtype``), numbers, and tuples of them. Expanded dimensions
-    count once."""
+    """Return the bytes that a value keeps alive: tensors (or signatures with ``shape``, ``stride``
+    and ``dtype``), numbers, tuples. Expanded dimensions count once."""
     if isinstance(val, tuple | list):
         return sum([nbytes(v) for v in val])
     dtype = getattr(val, "dtype", None)

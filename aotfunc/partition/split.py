@@ -92,9 +92,8 @@ def on_host(val: Any) -> Any:
 
 
 class Copy:
-    """A graph copied node by node from another; ``env`` maps old nodes to new ones, ``taken`` are
-    the names of the old ones. A new node that has another name tells by ``meta["original"]`` which
-    one it stands for."""
+    """A graph copied node by node; ``env`` maps old nodes to new ones, ``taken`` are the old
+    names. ``meta["original"]`` tells what a new node of another name stands for."""
 
     def __init__(self, taken: set[str]) -> None:
         self.graph, self.taken = fx.Graph(), taken
