@@ -16,9 +16,8 @@ from ..transforms.lower import lowered
 
 
 def without_nan(program: Program, inputs: Sequence[Tensor], grads: Sequence[Any]) -> Sequence[Any]:
-    """Return the ``grads`` that the program has computed. Where anomalies are to be detected, a
-    NaN in one of them raises RuntimeError, as in autograd's engine: now, or when what is recorded
-    is run."""
+    """Return the ``grads`` of a program. Where anomalies are detected a NaN in one raises
+    RuntimeError, as autograd's engine does: now, or when the recording runs."""
     if not torch.is_anomaly_enabled() or not torch.is_anomaly_check_nan_enabled():
         return grads
     if current() is not None:

@@ -125,9 +125,8 @@ storage_users = torch._C._storage_Use_Count
 
 
 def among_views(t: Tensor, residuals: Sequence, others: Sequence) -> bool:
-    """Return whether the memory of ``t`` is shared by residuals alone, and by the tensor that
-    they, or ``t``, are views of; not by the ``others``. Autograd sees through such views when
-    ``t`` is written."""
+    """Return whether residuals alone share the memory of ``t``, with what they are views of, not
+    the ``others``. Autograd sees through such views when ``t`` is written."""
     base, memory = t if t._base is None else t._base, t.untyped_storage()._cdata
     views = {id(o) for o in residuals if isinstance(o, Tensor) and o._base is base}
     if users(t) != len(views | {id(t), id(base)}):

@@ -46,9 +46,8 @@ def call_batched(
     tensors: Sequence[Tensor],
     beneath: Callable[..., Sequence] | None = None,
 ) -> Sequence:
-    """Return ``run(call, tensors)``, where torch's vmap may have batched some of them; by
-    ``beneath`` (default: ``run``) if these batches are of tensors that torch.func
-    differentiates."""
+    """Return ``run(call, tensors)``, on batches of torch's vmap too; by ``beneath`` (default:
+    ``run``) if these are of tensors that torch.func differentiates."""
     if (_functorch.peek_interpreter_stack() is not None or older_levels()) and has_batches(
         tensors
     ):

@@ -137,9 +137,8 @@ def saves(n: Node, x: Node, active: Container[Node]) -> bool:
 def sample_run(
     n: Node, active: Container[Node]
 ) -> tuple[dict[Node, Tensor], dict[int, Tensor], list[Tensor]] | None:
-    """Return ``(its arguments, its differentiable results, what it keeps)`` of a run of PyTorch's
-    op: on zeros, if its kernel without data would import half of PyTorch. None if there is no such
-    kernel, or none for zeros."""
+    """Return ``(arguments, differentiable results, what it keeps)`` of PyTorch's op, run on zeros
+    if its meta kernel would import half of PyTorch; None if neither runs."""
     op = n.target
     if not isinstance(op, OpOverload) or op.namespace != "aten":
         return None

@@ -26,8 +26,7 @@ def attached(
     base: Program, wrt: Sequence[int], tensors: Sequence[Tensor], tangents: Sequence[Any]
 ) -> list:
     """Return the tangents of the first outputs of ``base``, each attached to those inputs ``wrt``
-    that require grad and that it is not linear in, and to the others that require grad and that a
-    zero was multiplied with."""
+    that require grad and it is not linear in, or a zero was multiplied with."""
     every = tuple([i for i, t in enumerate(tensors) if t.requires_grad])
     if not every or not torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return list(tangents)

@@ -247,8 +247,7 @@ def captured_entry(
     may_fail: bool = True,
 ) -> tuple[Entry, bool]:
     """Capture the function for a call; return the entry and whether its program is new. If the
-    function ``may_fail``, an error of its own is the entry's: the program does what the function
-    did until then, as in eager."""
+    function ``may_fail``, the entry does what it did until its error."""
     function, name = compiled.f, compiled.name
     places: list[Place] = []
     late: list[Read] = []

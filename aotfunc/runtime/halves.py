@@ -257,9 +257,8 @@ class Halves:
         met: tuple[int, ...] = (),
         known: tuple[int, ...] = (),
     ) -> CompiledCall:
-        """Return ``(needed inputs, known, cotangents) -> gradients`` as one compiled call. Of the
-        further results ``met`` have cotangents, the last ones; results ``known``, further ones
-        among them, are inputs."""
+        """Return ``(needed inputs, known, cotangents) -> gradients`` as one compiled call. The
+        further results ``met`` have the last cotangents; ``known`` ones are inputs."""
 
         def make() -> Program:
             lives, given = iter(have), iter(sigs)

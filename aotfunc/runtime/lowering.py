@@ -68,9 +68,8 @@ class Lowered:
         return self._compiled
 
     def cost_analysis(self) -> dict[str, dict[str, float]]:
-        """Return for each half "flops", the floating point operations of its products,
-        convolutions and attention, and "bytes accessed", the reads and writes of its ops run one
-        by one."""
+        """Return each half's "flops", those of its products, convolutions and attention, and
+        "bytes accessed", the reads and writes of its ops one by one."""
         return {
             name: {
                 "flops": sum(map(flops, gm.graph.nodes)),

@@ -220,9 +220,8 @@ def parted(program: Program) -> Program:
 
 
 def bent(target: Any) -> bool:
-    """Return whether this is a derivative of the user's that is not linear, by all that is
-    known, or contains one: hooks of a module get the gradients of its inputs and outputs
-    together."""
+    """Return whether this is a derivative of the user's not known to be linear, or holds one: a
+    module's hooks get the gradients of inputs and outputs together."""
     if getattr(target, "hooks", None):
         return True
     if isinstance(target, CustomDerivative):

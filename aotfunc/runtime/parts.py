@@ -106,9 +106,8 @@ class OnParts:
         return [x if how is None else how(next(outs), known) for how, x in placed]
 
     def captured(self, specs: Sequence[Any], parts: list[Tensor]) -> tuple:
-        """Return the program of parts for these placements as a compiled call, the constants that
-        it takes, and how its results become results: ``(function, None)``, or ``(None, value)``
-        for what is no tensor."""
+        """Return the program of parts for these placements as a compiled call, its constants, and
+        what makes its results: ``(function, None)``, or ``(None, value)`` of no tensor."""
         placed: list[tuple] = []
 
         def f(*parts: Tensor) -> list:

@@ -38,9 +38,8 @@ OTHER = object()
 def repeated_call(
     f: Callable, entry: Entry, tensors: Sequence[Tensor], found: Sequence[Tensor], given: tuple
 ) -> Callable:
-    """Return ``call(args, kwargs)``, which takes a call like ``given`` to ``entry`` and returns
-    OTHER for any other call, or one that is not easily compared; ``found`` are the tensors of the
-    state."""
+    """Return ``call(args, kwargs)`` for calls like ``given`` of ``entry``, with the state's
+    tensors ``found``; OTHER for any other call, or one not easily compared."""
     same = same_structure(given)
     plain = all(t.__class__ in TENSORS and not t.__dict__ for t in tensors)
     alone = first_alike(tensors) is None and not entry.shared.given and entry.whereabouts is None
@@ -107,9 +106,8 @@ class Situation(CheckLines):
 
 
 def same_structure(x: Any) -> Callable[[Any, list], bool] | None:
-    """Return ``same(y, found)``: whether ``y`` is built as ``x`` is and has the same values.
-    Tensors in ``y`` are added to ``found`` and not compared. None if ``x`` holds objects of other
-    kinds."""
+    """Return ``same(y, found)``: whether ``y`` has the structure and the values of ``x``, but for
+    tensors, added to ``found``. None if ``x`` holds other kinds of objects."""
     cls = x.__class__
     if cls in TENSORS:
         return tensor

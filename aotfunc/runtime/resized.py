@@ -30,9 +30,8 @@ def resized_program(
     own: tuple,
     make: Callable,
 ) -> Program:
-    """Return the batched ``base``, which ``make`` makes, for an axis of this size; ``dims`` and
-    ``sigs`` are of its inputs, ``out_dims`` and ``own`` (the memory that they share) of its
-    results."""
+    """Return the batched ``base`` of ``make`` for an axis of this size; ``dims`` and ``sigs`` are
+    of its inputs, ``out_dims`` and ``own``, shared memory, of its results."""
     layouts = [batch_layout(sig, dim) for sig, dim in zip(sigs, dims, strict=True)]
     if axis.size < 2 or None in layouts:  # a dimension of one has any stride
         return make()

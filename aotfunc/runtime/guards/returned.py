@@ -34,9 +34,8 @@ _OTHERWISE = (Tensor, nn.Module, types.FunctionType, types.MethodType, list, tup
 
 
 class Reference:
-    """The stand-in, in a result, for an object that exists at each call: ``kind`` is "state"
-    (``where`` is a variable of the state's check), "arguments" (the number of a container) or
-    "stored" (that of a value)."""
+    """The stand-in for an object that exists at each call: ``kind`` "state" (``where``: a variable
+    of the check), "arguments" (a container's number) or "stored" (a value's)."""
 
     def __init__(self, kind: str, where: Any) -> None:
         self.kind, self.where = kind, where

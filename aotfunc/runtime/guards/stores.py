@@ -48,9 +48,8 @@ def entries(owner: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def changed_stores(state: State) -> Iterator[tuple[Place, list[Tensor]]]:
-    """Find the entries into which the function has put tensors (traced ones, or tensors from
-    elsewhere) since the state was described; none where it put them into an object that hides
-    them."""
+    """Find the entries into which the function has put tensors, traced or from elsewhere, since
+    the state was described; none in objects that hide them."""
     known = set(state.seen)
     owners = {id(owner): (i, owner, before) for i, (owner, _, before) in enumerate(state.owners)}
     for i, owner, before in owners.values():
