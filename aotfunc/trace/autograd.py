@@ -104,9 +104,8 @@ class Autograd:
         self.made.clear()
 
     def requires_grad(self, t: Traced, ref: int | None = None) -> bool:
-        """Return whether autograd would record an op on ``t``: a path of differentiable steps
-        leads back to a leaf that requires grad. ``ref``: the number that a value of an outer
-        recording has in this one."""
+        """Return whether autograd would record an op on ``t``: differentiable steps lead back to a
+        leaf that requires grad. ``ref``: an outer recording's value's number here."""
         ref = t.ref if ref is None else ref
         self.adopt_leaves()
         if (known := self.leaves.get(ref)) is not None:

@@ -155,9 +155,8 @@ class Builder:
         return self.node(target, args, kwargs, infer_val(target, args, kwargs))
 
     def again(self, target: OpOverload, args: tuple, kwargs: dict, val: Any) -> tuple[tuple, Any]:
-        """Return ``(args, signature)`` of a call whose arguments have other strides or offsets
-        than when it was recorded. Copies are made of arguments that the kernel would misread, or
-        that have no such view."""
+        """Return ``(args, signature)`` of a call on other strides or offsets than it was recorded
+        with; arguments that the kernel would misread, or cannot view, are copied."""
         copy = lambda a, form: self.call(_aten.clone.default, a, memory_format=form)
         if copies := misread(
             target, [a.meta["val"] if a.__class__ is Node else None for a in args]
@@ -180,9 +179,8 @@ class Builder:
         return self.node(view, args, {}, val)
 
     def call_like(self, n: Node, env: Mapping[Node, Any], moved: bool = False) -> Any:
-        """Return the copy of a call, with arguments from ``env``. Infer its signature anew if some
-        of these have ``moved``: they have other strides or offsets than the call was recorded
-        with."""
+        """Return the copy of a call, on arguments from ``env``. Infer its signature anew if some
+        have ``moved``, to other strides or offsets than it was recorded with."""
         args, kwargs, val = remap(n.args, env), remap_dict(n.kwargs, env), n.meta["val"]
         if moved and n.target is operator.getitem:
             val = args[0].meta["val"][args[1]]
@@ -202,9 +200,8 @@ class Builder:
     def copy(
         self, nodes: Iterable[Node], env: dict[Node, Any], visit: Visit | None = None
     ) -> None:
-        """Copy nodes, and put the copies into ``env``; a placeholder that is not in there
-        becomes an input. ``visit`` returns a stand-in for a call, or NotImplemented for the
-        call's copy."""
+        """Copy nodes, and put the copies into ``env``; placeholders not in there become inputs.
+        ``visit`` returns a stand-in for a call, or NotImplemented for its copy."""
         for n in nodes:
             if n.op == "placeholder" and n not in env:
                 [env[n]] = self.inputs([n])

@@ -32,9 +32,8 @@ class GiveHistory(Function):
 
 
 def keep_off(trace: Trace, facts: Any, args: Sequence[Tensor], written: Sequence[Any]) -> None:
-    """Keep autograd's own record of a write off outside tensors; C++ makes one if parameters
-    take part. Take it back when the recording ends, and refuse a write to a tensor with an older
-    one."""
+    """Keep autograd's record of a write, which C++ makes for parameters, off outside tensors: take
+    it back in the end. Refuse a write to a tensor with an older one."""
     tracked = [t for t in args if requires_grad(t)]
     if not tracked:
         follow_writes(trace, written)

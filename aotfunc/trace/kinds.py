@@ -110,9 +110,8 @@ _disabled = Traced.__torch_function__
 
 
 def ordinary_tensor(x: Any) -> Any:
-    """Return an instance of a subclass without ``__torch_dispatch__`` as an ordinary tensor of the
-    same memory and history: its ``__torch_function__`` would be asked about the ops of programs.
-    Anything else is itself."""
+    """Return an instance of a subclass without ``__torch_dispatch__`` as an ordinary tensor of its
+    memory and history, for ops of programs. Anything else is itself."""
     cls = x.__class__
     if (
         cls in KINDS

@@ -219,9 +219,8 @@ def give_memory(t: Traced, value: Tensor) -> None:
 
 
 class StandIn(NamedTuple):
-    """A value that stands, after so many records, for ``old``, and in eager shares the memory of
-    ``value``: after ``t.data = value``, or with a hook. ``why`` is the error for a program that
-    could see the difference."""
+    """A value that stands, from ``start`` on, for ``old``, and in eager shares memory with
+    ``value``: by ``t.data = value``, or a hook. ``why``: the error if that could be seen."""
 
     start: int
     value: int

@@ -103,9 +103,8 @@ def meeting_pairs(
 
 
 def crossing_writes(elements: Sequence[Sequence[Tensor]], shared: Sequence[Tensor]) -> bool:
-    """Return whether an op on lists writes to the first tensor of an element what another element
-    shows, or what all of them share. PyTorch goes through the lists one element after the
-    other."""
+    """Return whether an op on lists, one element after the other, writes to the first tensor of an
+    element what another one, or all, show."""
     every = [(k, i == 0, t) for k, one in enumerate(elements) for i, t in enumerate(one)]
     every += [(-1, False, t) for t in shared]
     places = {n: Span(*memory_of(t)) for n, (*_, t) in enumerate(every)}

@@ -34,9 +34,8 @@ def recorder() -> Trace | None:
 
 
 class Code:
-    """The code of a function ``f``, exchanged for the template's, which asks whether a recording
-    is under way. The name stays bound to ``f``, so that names bound earlier (``sq = Sq.apply``)
-    come along."""
+    """The code of a function ``f``, exchanged for the template's, which asks for a recording.
+    Names bound to ``f`` earlier (``sq = Sq.apply``) come along."""
 
     def __init__(
         self, name: str, f: types.FunctionType, ours: Callable | None, template: Any

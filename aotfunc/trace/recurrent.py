@@ -27,9 +27,8 @@ def rolled(name: str) -> Callable:
 
 
 def fits(name: str, x: Tensor, start: Any, weights: Any, bias: Any, *rest: Any) -> bool:
-    """Return whether a call may be a loop: sequences of one length and of several steps, on the
-    CPU, of one dtype that no own kernel takes (oneDNN has an LSTM) and nothing rounds, without
-    projections."""
+    """Return whether a call may be a loop: equal sequences of several steps on the CPU, of one
+    dtype without a kernel (oneDNN's LSTM) or rounding, without projections."""
     if not isinstance(bias, bool) or torch.is_autocast_enabled("cpu"):  # else packed
         return False
     starts, batch_first = [*start] if name == "lstm" else [start], rest[-1]

@@ -160,8 +160,7 @@ class Trace(Answering, TorchDispatchMode):
 
     def direct(self, key: tuple, refs: tuple[int, ...], number: float | None = None) -> Any:
         """Record an op that makes one new tensor and is known by its key, as
-        :meth:`__torch_dispatch__` would, with a number as its last argument. Return None for any
-        other op."""
+        :meth:`__torch_dispatch__` would, with a number as last argument; None for any other op."""
         instr = interned(key)
         if instr is None or not instr.simple or key[-1][0] is not self.dtype:
             return None

@@ -217,9 +217,8 @@ INVERSES: dict[OpOverload, Any] = {
 
 
 def laid_out(b: Builder, x: Node, sig: Sig, exactly: bool = False) -> Node:
-    """Return ``x`` with its dimensions in memory in the order of ``sig``, so that a view of
-    ``sig`` is possible; ``exactly``: with the strides of a dense ``sig``, dimensions of size 1
-    included."""
+    """Return ``x`` with dimensions in memory in the order of ``sig``, to be viewed as it;
+    ``exactly``: with a dense ``sig``'s strides, also in dimensions of size 1."""
     val = x.meta["val"]
     if val.stride == sig.stride:
         return x
