@@ -28,9 +28,8 @@ def has_derivative(val: Any) -> bool:
 
 
 def active_nodes(nodes: Any, wrt: Sequence[Node], zeros: bool = False) -> dict[Node, None]:
-    """Return the nodes through which a derivative with respect to ``wrt`` can flow, in graph
-    order; with ``zeros`` also nodes whose derivative is zero or ends there, and which autograd
-    still takes to require grad."""
+    """Return the nodes through which a derivative by ``wrt`` can flow, in order; with ``zeros``
+    also where it is zero or ends, which autograd takes to require grad."""
     active = dict.fromkeys(wrt)
     for n in nodes:
         if n in active or n.op != "call_function" or n.target is aten.detach.default:

@@ -71,9 +71,8 @@ def separate_outputs(b: Builder, outs: Sequence, env: dict[Node, Any]) -> list:
 
 
 def by_schema(op: OpOverload, body: Callable) -> Callable:
-    """Return ``body`` as a function of all arguments of the op's schema, called as PyTorch calls
-    decompositions: without trailing defaults, and by keyword for arguments that the schema or the
-    body takes by keyword only."""
+    """Return ``body`` as a function of all the schema's arguments, called as decompositions are:
+    without trailing defaults, and by keyword where it must be."""
     schema = op._schema.arguments
     keywords = {a.name for a in schema if a.kwarg_only} | keywords_of(body)
 

@@ -82,9 +82,8 @@ class Summed(Batch):
 
 
 def summed(program: Program, direction: int, sig: Sig) -> Program:
-    """Return the sums of the results of a program that is quadratic in its input ``direction``,
-    over the rows of a tensor of signature ``sig`` that take its place: unit vectors. Literal
-    results stay."""
+    """Return the sums of the results of a program quadratic in its input ``direction`` over rows
+    like ``sig`` in its place: unit vectors. Literal results stay."""
     with paused_gc():
         b = builder()
         early = not any(hasattr(n.target, "bodies") for n in program.graph.nodes)
@@ -101,9 +100,8 @@ def summed(program: Program, direction: int, sig: Sig) -> Program:
 
 
 def laplacian(program: Program, x: int, n_out: int, axes: Sig) -> Program:
-    """Return the sums of the second derivatives of the first ``n_out`` results along the rows
-    of ``axes``, an input behind the others: ``(inputs, axes, closed-over) -> sums``, None for
-    zero."""
+    """Return ``(inputs, axes, closed-over) -> sums``, those of the second derivatives of the first
+    ``n_out`` results along the rows of ``axes``; None for zero."""
     along = taylor(program, (x,), ((True, False),), 2, n_out)
     end = output_node(along.graph)
     end.args = (along.outputs[program.n_outputs + 1 :: 2],)

@@ -39,9 +39,8 @@ def for_backward(n: Node) -> bool:
 
 
 def lowered(program: Program, dissolve: frozenset[str] = MARKS) -> Program:
-    """Return the program without ``marks`` (``detach`` and hidden writes), ``customs`` (custom
-    derivatives) and ``calls`` (nested compiled calls), as ``dissolve`` names them, in bodies of
-    control flow too."""
+    """Return the program, in bodies too, without what ``dissolve`` names: ``marks`` (``detach``,
+    hidden writes), ``customs`` (derivatives), ``calls`` (nested compiled ones)."""
     final = dissolve == EVERYTHING
     apart = final and any(
         adds_apart(n.target, n.args, n.meta.get("val")) for n in program.graph.nodes

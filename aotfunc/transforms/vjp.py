@@ -187,9 +187,8 @@ def by_output(g: Any, val: Any) -> Any:
 
 
 def vjp_make(n: Node, hooked: bool = False) -> Any:
-    """Return the builder of the reverse fragment of this node's op: our rule, PyTorch's formula,
-    or its decomposition. PyTorch's formula comes first for an op with a ``hooked`` result: it says
-    where the op saves that."""
+    """Return the builder of this node's reverse fragment: our rule, PyTorch's formula (first for a
+    ``hooked`` result: it says where the op saves that), or its decomposition."""
     op = n.target
     entry = entry_for(op)
     rule: Any = no_slope if entry.zero else entry.vjp

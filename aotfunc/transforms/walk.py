@@ -83,9 +83,8 @@ def apply(b: Builder, tag: tuple, make: Make, *args: Any) -> Any:
 
 
 def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Make:
-    """Return the ``make`` that records plain tensor code ``fn(*args)`` and puts its functional
-    graph into the builder; ``opened``: functions to call in place of ops that a recording would
-    answer itself."""
+    """Return the ``make`` that records tensor code ``fn(*args)`` and puts its functional graph
+    into the builder; ``opened``: functions for ops that a recording answers."""
 
     @outside_inference_mode
     def make(b: Builder, *args: Any) -> Any:

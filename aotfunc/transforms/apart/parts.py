@@ -41,9 +41,8 @@ class Mixed(Exception):
 
 
 class Walk:
-    """The parts of the values of a graph for a batch of this size, and the arguments that depend
-    on the size. ``multiples``: a factory's dimension whose length is a multiple of the size holds
-    the batch, too."""
+    """The parts of a graph's values for a batch of this size, and the arguments that depend on it.
+    ``multiples``: factories hold the batch in multiples of the size, too."""
 
     def __init__(self, size: int, multiples: bool) -> None:
         self.size, self.multiples = size, multiples

@@ -151,9 +151,8 @@ class Algebra:
         return self.without_identities(p)
 
     def without_identities(self, p: Product) -> Product:
-        """Replace a sum over one side of an identity matrix: the other factors get the other
-        side's labels. A factor with labels of both sides would be read along its diagonal, so it
-        keeps the identity."""
+        """Replace a sum over one side of an identity matrix: other factors get the other side's
+        labels, but for one with both, which would be read along its diagonal."""
         for f in p.factors:
             if not is_identity(f):
                 continue

@@ -95,9 +95,8 @@ def spaced(low: Tensor, high: Tensor, bins: int) -> Tensor:
 def histogram(
     points: Sequence[Tensor], edges: Sequence[Tensor], weight: Tensor | None, density: bool
 ) -> Tensor:
-    """Return a batch of histograms: coordinates ``[B, n]`` and sorted edges ``[B, k + 1]`` of each
-    dimension, weights ``[B, n]``; counts ``[B, *k]``, or with ``density`` such that they integrate
-    to one."""
+    """Return a batch of histograms: of coordinates ``[B, n]`` by sorted edges ``[B, k + 1]`` of
+    each dimension, weighted; ``[B, *k]``, or with ``density`` integrating to one."""
     at, valid, total = 0, None, 1
     for x, e in zip(points, edges, strict=True):
         bins = e.shape[1] - 1

@@ -85,9 +85,8 @@ def prod_of_others(x: Tensor) -> Tensor:
 
 
 def products_of_others(factors: tuple[Tensor, ...]) -> Tensor:
-    """Return for each factor the product of all others, in products of two. The derivatives of
-    these are products of numbers again, and equal ones are computed once; those of a scan are
-    scans, and grow tenfold."""
+    """Return for each factor the product of all others, in products of two: derivatives stay
+    products, computed once, where those of a scan would grow tenfold."""
     one = torch.ones_like(factors[0])
     before = [one, *itertools.accumulate(factors[:-1], torch.mul)]
     after = [one, *itertools.accumulate(factors[:0:-1], torch.mul)]

@@ -296,9 +296,8 @@ def zeros(g: Tensor, *_: Any) -> Tensor:
 
 
 def flat(*ops: OpOverload | OpOverloadPacket, by: tuple[int, ...] = (1,)) -> None:
-    """State that ``ops`` are piecewise constant in the arguments at the positions ``by``. Their
-    rules have no derivative there, which keeps graphs short; autograd has zeros, and fills
-    ``.grad`` with them."""
+    """State that ``ops`` are piecewise constant in the arguments ``by``. Rules have no derivative
+    there, for short graphs; autograd fills ``.grad`` with zeros."""
     for op in ops:
         writable_entry(op).flat = by
 

@@ -90,9 +90,8 @@ def star_coloured(pattern: Pattern) -> np.ndarray:
 def read_by_symmetry(
     row: np.ndarray, col: np.ndarray, colours: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for each entry of a star coloured matrix, the colour and the row of the product that
-    holds it: those of its column and row if no other entry of the row has this colour, else those
-    of its mirror image."""
+    """Return the colour and row of the product that holds each entry of a star coloured matrix:
+    its own if alone of this colour in its row, else its mirror image's."""
     if not len(row):
         return row, col
     product = row.astype(np.int64) * (colours.max() + 1) + colours[col]
