@@ -193,10 +193,7 @@ def sharing_constants(steps: Sequence[Body]) -> tuple[list[Tensor], list[Program
 
 
 def run_flow(
-    body: Program,
-    key: tuple,
-    build: Callable[[Builder, list], list],
-    inputs: Sequence[Tensor],
+    body: Program, key: tuple, build: Callable[[Builder, list], list], inputs: Sequence[Tensor]
 ) -> tuple:
     """Build a program from ``body`` by ``build(builder, nodes)`` and return its results for these
     inputs; ``key`` has all else that the program depends on."""

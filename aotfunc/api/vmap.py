@@ -152,11 +152,7 @@ def batched_view(rec: Captured, ref: int, x: Tensor, old: int | None, new: int |
 
 
 def _batched_program(
-    func: Callable,
-    arguments: Arguments,
-    dims: Sequence[int | None],
-    axis: Axis,
-    out_dims: Dims,
+    func: Callable, arguments: Arguments, dims: Sequence[int | None], axis: Axis, out_dims: Dims
 ) -> tuple[Changes, Program, list[Tensor], list[tuple[int | None, int | None]]]:
     """Return the changes that one sample's recording makes to its inputs, the batched program, its
     inputs, and the dimensions as _run takes them."""

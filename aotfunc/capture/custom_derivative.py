@@ -252,9 +252,7 @@ class CustomDerivative:
             outs = [0 if isinstance(o, Node) else None for o in program.outputs]
             whole = Program(program.graph, len(dims), program.n_outputs, (), program.name)
             return RuleProgram(
-                vmap(whole, dims, sigs, walk.axis, outs),
-                part.first,
-                part.n_residuals,
+                vmap(whole, dims, sigs, walk.axis, outs), part.first, part.n_residuals
             )
 
         d = self.batched(walk, tuple(x.meta["val"] for x in new[len(inputs) :]), batched)

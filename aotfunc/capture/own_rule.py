@@ -52,11 +52,7 @@ class OwnRule:
     that hold it are equal, too."""
 
     def __init__(
-        self,
-        cls: Any,
-        operands: Operands,
-        surroundings: Surroundings,
-        closed: Sequence[Tensor],
+        self, cls: Any, operands: Operands, surroundings: Surroundings, closed: Sequence[Tensor]
     ) -> None:
         self.cls, self.operands, self.surroundings = cls, operands, surroundings
         self.closed = list(map(weakref.ref, closed))

@@ -24,12 +24,7 @@ NEVER = -2
 
 
 def with_lower_peak(
-    joint: Joint,
-    order: list[int],
-    given: set[int],
-    kept: set[int],
-    cost: Cost,
-    most: float,
+    joint: Joint, order: list[int], given: set[int], kept: set[int], cost: Cost, most: float
 ) -> list[int]:
     """Return an order of the late part whose peak is lower, with nodes that run once more.
 

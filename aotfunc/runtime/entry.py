@@ -339,11 +339,7 @@ def captured_entry(
     step = compiled._steps.get(alike) if shares else None
     if new := step is None:
         whole = Program(
-            program.graph,
-            len(program.placeholders),
-            program.n_outputs,
-            program.mutated,
-            name,
+            program.graph, len(program.placeholders), program.n_outputs, program.mutated, name
         )
         # what ends in an error runs once
         pipeline = Pipeline(name, "eager") if errors else compiled.pipeline

@@ -93,11 +93,7 @@ class Resized(Program):
         self.n_inputs, self.n_outputs = like.n_inputs, like.n_outputs
         self.mutated, self.name = (), like.name
         self.like, self.make = like, make
-        self.cache = {
-            on_eager: code,
-            ours: ours(like),
-            has_control_flow: has_control_flow(like),
-        }
+        self.cache = {on_eager: code, ours: ours(like), has_control_flow: has_control_flow(like)}
 
     @property
     def weight(self) -> int:

@@ -158,9 +158,7 @@ def entropy(x: Expr) -> Expr:
 add_rule("float", elu_backward, aten.elu_backward.default)
 add_rule("float", lambda x, alpha=1.0: elu(x, alpha, 1, 1 / alpha), aten.celu.default)
 add_rule(
-    "any",
-    lambda g, x, low, high: zero_outside(low, high, g, x),
-    aten.hardtanh_backward.default,
+    "any", lambda g, x, low, high: zero_outside(low, high, g, x), aten.hardtanh_backward.default
 )
 add_rule(
     "float",
@@ -177,9 +175,7 @@ add_rule(
     *(aten.hardshrink_backward.default, aten.softshrink_backward.default),
 )
 add_rule(
-    "float",
-    lambda x, b=0.5: shrunk(x, b, where(x > 0, x - b, x + b)),
-    aten.softshrink.default,
+    "float", lambda x, b=0.5: shrunk(x, b, where(x > 0, x - b, x + b)), aten.softshrink.default
 )
 add_rule("float", lambda x, slope: where(x > 0, x, slope * x), aten._prelu_kernel.default)
 add_rule("float", logit, aten.logit.default)

@@ -71,12 +71,7 @@ def conjugate(x: Expr) -> Expr:
 
 
 add_rule("any", lambda x: where(x < 0, 0, x), aten.relu.default)
-add_rule(
-    "any",
-    sign,
-    aten.sign.default,
-    aten.sgn.default,
-)
+add_rule("any", sign, aten.sign.default, aten.sgn.default)
 add_rule("any", fn("complex"), aten.complex.default)
 add_rule("any", fn("polar"), aten.polar.default)
 add_rule("any", angle, aten.angle.default)

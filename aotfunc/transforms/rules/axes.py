@@ -46,8 +46,6 @@ def of_this_sample(g: Tensor, x: Tensor, size: int, axis: str) -> Tensor:
 
 linear(psum, lambda g, x, axis: psum(g, axis), batch=lambda x, axis: psum(x, axis))
 linear(
-    all_gather,
-    of_this_sample,
-    batch=lambda x, size, axis: all_gather(x, size, axis).movedim(1, 0),
+    all_gather, of_this_sample, batch=lambda x, size, axis: all_gather(x, size, axis).movedim(1, 0)
 )
 nondiff(axis_index)

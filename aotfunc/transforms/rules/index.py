@@ -219,14 +219,7 @@ def _(tangents: Any, out: Tensor, x: Tensor, indices: Any) -> Tensor:
 
 
 for op in (aten.index_put, aten._unsafe_index_put, aten._index_put_impl):
-    linear(
-        op,
-        put_back,
-        None,
-        put_values_back,
-        batch=batch_index_put,
-        jointly=True,
-    )
+    linear(op, put_back, None, put_values_back, batch=batch_index_put, jointly=True)
 
 # ----- masked indexing: positions may be out of range where the mask is false --------------------
 

@@ -36,8 +36,7 @@ def meta_strided(x: Tensor, shape: Any, stride: Any, *_: Any) -> Tensor:
 
 #: the tensor in another layout; its cotangent gets the layout ``back``
 redistribute = defined(
-    "redistribute(Tensor x, str to, str back) -> Tensor",
-    lambda x, to, back: torch.empty_like(x),
+    "redistribute(Tensor x, str to, str back) -> Tensor", lambda x, to, back: torch.empty_like(x)
 )
 #: the whole of which each process gives a part
 from_local = defined(
@@ -73,8 +72,7 @@ def summed_layout(layout: str) -> str:
 
 linear(redistribute, lambda g, x, to, back: redistribute(g, back, summed_layout(to)))
 linear(
-    from_local,
-    lambda g, x, shape, stride, to, back: to_local(g, x.shape, x.stride(), back, to),
+    from_local, lambda g, x, shape, stride, to, back: to_local(g, x.shape, x.stride(), back, to)
 )
 linear(
     to_local,

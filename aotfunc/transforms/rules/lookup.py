@@ -56,11 +56,7 @@ def embedding_back(
     return aten.embedding_dense_backward(g, indices, weight.shape[0], pad, by_freq)
 
 
-linear(
-    aten.embedding,
-    embedding_back,
-    None,
-)
+linear(aten.embedding, embedding_back, None)
 
 
 def embedding_dense_back(

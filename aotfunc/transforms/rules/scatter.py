@@ -59,12 +59,7 @@ def scatter_cotangent(g: Tensor, x: Tensor, dim: int, index: Tensor, sparse: boo
     return g.new_zeros(x.shape).scatter_add(dim, index, g)
 
 
-linear(
-    aten.gather,
-    scatter_cotangent,
-    None,
-    batch=indexed_along(aten.gather),
-)
+linear(aten.gather, scatter_cotangent, None, batch=indexed_along(aten.gather))
 linear(
     aten.scatter.src,
     lambda g, x, dim, index, src: g.scatter(dim, index, 0),
