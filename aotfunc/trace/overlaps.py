@@ -36,7 +36,8 @@ class Span(NamedTuple):
     start: int
 
 
-#: (instruction, places) -> one of these, or PyTorch's words where it refuses them
+#: (instruction, places), or (instruction, which arguments share memory made in the recording) ->
+#: one of these, or PyTorch's words where it refuses them
 _verdicts = Cache(4096)
 SAME, OTHER = "as a graph does", "in an order of its own"
 
@@ -45,8 +46,24 @@ def check_overlaps(trace: Trace) -> None:
     """Refuse the op in place that was recorded last if it meets memory that it writes through two
     views, and its kernel does something else then than a graph does."""
     instr, refs, *_ = trace.records[-1]
-    if len(refs) == 1 or assigns_to_a_part(instr) or made_apart(trace, refs):
+    if len(refs) == 1 or assigns_to_a_part(instr):
         return
+    of, count = trace.roots().of, len(trace.inputs)
+    roots = [of.get(r, r) for r in refs]
+    if made_apart(roots, count):
+        return
+    if min(roots) < count:
+        return check_places(trace)
+    # of values made in this recording the signatures say where they lie
+    pattern = (instr, *map(roots.index, roots))
+    if _verdicts[pattern] is not SAME:
+        check_places(trace)
+        _verdicts.put(pattern, SAME)
+
+
+def check_places(trace: Trace) -> None:
+    """Refuse that op by where its arguments lie in memory."""
+    instr, refs, *_ = trace.records[-1]
     written = written_slots(instr)
     places = {
         i: Span(*memory_at(trace, refs[i], sig))
@@ -82,12 +99,11 @@ def assigns_to_a_part(instr: Instr) -> bool:
     return not any(s.ndim or s.dtype in (torch.bool, torch.uint8) for s in instr.sigs[1:-1])
 
 
-def made_apart(trace: Trace, refs: Sequence[int]) -> bool:
+def made_apart(roots: Sequence[int], count: int) -> bool:
     """Return whether values share no memory for the plain reason that all but one were made in
-    this recording, each with memory of its own."""
-    of, count = trace.roots().of, len(trace.inputs)
-    made = [r for ref in refs if (r := of.get(ref, ref)) >= count]
-    return len(made) >= len(refs) - 1 and len({*made}) == len(made)
+    this recording, which has ``count`` inputs, each with memory of its own."""
+    made = [r for r in roots if r >= count]
+    return len(made) >= len(roots) - 1 and len({*made}) == len(made)
 
 
 def meeting_pairs(

@@ -97,7 +97,10 @@ def getitem(self: Tensor, index: Any) -> Tensor:
     """Return ``self[index]`` where the index may have traced integers."""
     places = places_in(index)
     if not places:
-        return _getitem(self, index)
+        part = _getitem(self, index)
+        if part.__class__ is Traced and part.tracer is self.tracer:
+            self.tracer.taken = (self.ref, self.sig, index, part.ref)
+        return part
     shown, indices = rest(self, index, places)
     for dim, i in reversed(list(enumerate(indices))):
         if i is not None:
@@ -106,6 +109,8 @@ def getitem(self: Tensor, index: Any) -> Tensor:
 
 
 def setitem(self: Tensor, index: Any, value: Any) -> None:
+    if value.__class__ is Traced and is_part(self, index, value):
+        return
     if places := places_in(index):
         shown, indices = rest(self, index, places)
         aten.index_put_.default(shown, indices, assigned(shown, value, shown.dim() - len(places)))
@@ -113,6 +118,17 @@ def setitem(self: Tensor, index: Any, value: Any) -> None:
         self.copy_(torch.where(index, assigned(self, value, self.dim()), self))
     else:
         _setitem(self, index, value)
+
+
+def is_part(x: Tensor, index: Any, value: Traced) -> bool:
+    """Return whether ``value`` is the view ``x[index]`` that was taken last, as in ``x[i] += 1``,
+    which assigns what it has written to already."""
+    trace = value.tracer
+    if trace.taken is None or x.__class__ is not Traced or x.tracer is not trace:
+        return False
+    ref, sig, taken, part = trace.taken
+    same = index is taken and (x.ref, value.ref) == (ref, part) and x.sig is sig
+    return same and trace.root(ref) == trace.root(part)
 
 
 def assigned(x: Tensor, value: Any, rank: int) -> Tensor:

@@ -136,6 +136,13 @@ def written_slots(instr: Any) -> list[int]:
         return []
     if not isinstance(instr, Instr):
         return list(instr.facts.writes)
+    if instr.written is None:
+        instr.written = given_slots(instr)
+    return instr.written
+
+
+def given_slots(instr: Instr) -> list[int]:
+    """Return the positions of the tensors that an op's schema says it writes."""
     found = []
     for i in instr.facts.writes:
         a = instr.args[i] if i < len(instr.args) else instr.kwargs.get(instr.facts.names[i])

@@ -73,6 +73,7 @@ class Tape:
     last_versions: Sequence[int] = ()  # of the inputs and lifted tensors, when it ended
     refused: CaptureError | None = None  # the error of a question without an answer
     place: tuple | None = None  # the index asked for its number, see special
+    taken: tuple | None = None  # the view x[index] taken last, see places.is_part
     in_lstsq = False
     dtensors = False  # whether it may have DTensors
     gathering: Any = None  # what FSDP2's modules have gathered, see capture.gathering

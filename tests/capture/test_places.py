@@ -5,7 +5,7 @@ import operator
 import pytest
 import torch
 
-from aotfunc import grad, jit, vmap
+from aotfunc import grad, jit, make_fx, vmap
 from aotfunc.errors import CaptureError
 from tests.reference import assert_same, grads
 
@@ -166,3 +166,36 @@ def test_containers_and_slices_with_places(compile):
     for f in asking:
         with pytest.raises(CaptureError, match=r"asked for.*test_places\.py"):
             compile(vmap(f))(torch.tensor([0, 1]))
+
+
+def rotated(x):
+    """Write to parts in the ways that assign what they have written to already, and in others."""
+    y = x * 1
+    y[..., 0, 0] += x[..., 1, 1]
+    y[1:, 2] -= y[1:, 0].clone().sin()
+    y[None, ..., 3] *= 2
+    part = y[0]
+    part += 1
+    y[0] = part
+    y[1] = y[0]
+    y[0] = part * 2
+    index = [0, 1]
+    y[index] += 1  # a copy
+    shown = y.transpose(0, 1)
+    shown[0] += shown[1].clone()
+    return y
+
+
+def test_augmented_assignment():
+    x = data()
+    summed = lambda x: rotated(x).sin().sum()
+    assert_same(jit(rotated)(x), rotated(x))
+    assert_same(grad(summed)(x), grads(summed)(x))
+    xs = torch.stack([x, x.sin()])
+    assert_same(vmap(rotated)(xs), torch.stack([*map(rotated, xs)]))
+    first, second = data(), data()
+    assert_same(jit(add_to)(first, 1, 2.0), add_to(second, 1, 2.0))
+    assert_same(first, second)
+    graph = make_fx(lambda x: add_to(x * 1, (..., 0), x[..., 1]))(x).graph
+    scatters = [n for n in graph.nodes if n.target is torch.ops.aten.select_scatter.default]
+    assert len(scatters) == 1

@@ -32,7 +32,7 @@ class Instr:
     runs = True  # see capture.calls.Step
     __slots__ = (
         *("op", "args", "kwargs", "sigs", "outs", "facts", "anywhere"),
-        *("number", "made", "simple", "size"),
+        *("number", "made", "written", "simple", "size"),
     )
 
     def __init__(
@@ -49,6 +49,7 @@ class Instr:
         self.anywhere = anywhere
         self.number: torch.dtype | None = None
         self.made: list[Sig] | None = None  # see records.result_sigs
+        self.written: list[int] | None = None  # see records.written_slots
         self.simple = outs.__class__ is Sig and bool(
             sigs and facts.pure and not (facts.random or facts.factory)
         )
