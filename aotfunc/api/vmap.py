@@ -112,7 +112,10 @@ def dims_of_results(out_dims: Dims, leaves: list, spec: Any) -> list[int | None]
     """Return the batch dimension of each leaf of a result."""
     if isinstance(out_dims, int):
         return [out_dims] * len(leaves)
-    return broadcast_prefix(out_dims, unflatten(leaves, spec), "out_dims")
+    results = unflatten(leaves, spec)
+    if isinstance(results, Tensor) and isinstance(out_dims, tuple) and len(out_dims) == 1:
+        (out_dims,) = out_dims  # torch.func takes it, too
+    return broadcast_prefix(out_dims, results, "out_dims")
 
 
 def _run(

@@ -185,3 +185,11 @@ def test_complex_tangents_of_what_is_real():
         with pytest.raises(ArgumentError, match=r"complex"):
             run()
     assert_same(jvp(lambda z: z * 2, (t,), (x,))[1], torch.tensor(2 + 0j))
+
+
+def test_out_dims_of_one_result_may_be_a_tuple():
+    x = torch.randn(2, 3)
+    for f, dims in ((torch.sin, (1,)), (lambda x: x.unsqueeze(0), (-1,))):
+        got, want = (v(f, out_dims=dims)(x) for v in (vmap, torch.func.vmap))
+        assert_same(got, want)
+    assert_same(vmap(lambda _: x, out_dims=(None,))(x), x)
