@@ -60,7 +60,7 @@ CLIENTS = {
         None,
         "tests/torchlie_tests/functional tests/theseus_tests/geometry/test_so3.py "
         "-k 'jacrev or exp_map or log_map or compose or inverse'",
-        "lxml urdf-parser-py",
+        "lxml urdf-parser-py torchlie torchkin",
     ),
     "torchjd": Client(None, "tests/unit/autogram", "torchjd quadprog qpsolvers"),
     "torchode": Client(None, "tests/adjoint_test.py", "torchode"),
