@@ -126,11 +126,8 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
     found = calls(old, recompute(old, units), worth)
     kernels = {u: kernel_of(u) for u in found if u.kernel}
     texts, name_of, late = text(list(kernels.values()))
-    source = "\n\n".join(texts.values())
-    library: Any = native.load_kernels(f"{native.PRELUDE}{source}\n") if source else {}
-    for name, found_text in texts.items():
-        library[name].text = found_text
-    tasks = {u: task(k, library[name_of[k.name]], late[k.name]) for u, k in kernels.items()}
+    loaded = native.loaded(texts)
+    tasks = {u: task(k, loaded[name_of[k.name]], late[k.name]) for u, k in kernels.items()}
     tasks |= {u: p for u in found if u not in tasks and (p := product_launch(u.nodes[0]))}
     graph = fx.Graph(gm)
     new: dict[Node, Any] = {}
@@ -145,7 +142,7 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
     graph.node_copy(output_node(old), new.__getitem__)
     fold(graph, (LaidOut, InRange))
     reuse(graph)
-    return graph, source
+    return graph, "\n\n".join(texts.values())
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -201,7 +198,7 @@ def text(kernels: Sequence[Kernel]) -> tuple[dict[str, str], dict[str, str], dic
     for kernel in kernels:
         printer = Printer(kernel)
         found, late[kernel.name] = printer.text(), printer.late
-        code = native.without_comments(found).replace(f" {kernel.name}(", " (")
+        code = native.nameless(kernel.name, found)
         functions[kernel.name] = name = names.setdefault(code, kernel.name)
         texts.setdefault(name, found)
     return texts, functions, late

@@ -13,8 +13,10 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from ...cache import Cache
 from ...graph import draws
 from ...progress import with_progress
+from .alike import description
 from .builder import build_kernel
 from .ir import Unfit
 from .members import in_kernels, seen_through
@@ -23,6 +25,9 @@ from .views import SEVERAL, source_of, static_shape
 
 #: most nodes of a kernel: more compile slowly, and have more values than there are registers
 MOST = 64
+
+#: whether nodes of a description form a kernel: the layers of a network are alike
+TRIED = Cache(1 << 14)
 
 
 class Unit:
@@ -192,11 +197,16 @@ def with_views(n: Node) -> Iterator[Node]:
 
 def is_kernel(nodes: Sequence[Node]) -> bool:
     """Return whether one kernel can compute these nodes."""
-    try:
-        build_kernel(nodes, stored(nodes), "kernel")
-    except Unfit:
-        return False
-    return True
+    stores = stored(nodes)
+
+    def tried() -> bool:
+        try:
+            build_kernel(nodes, stores, "kernel")
+        except Unfit:
+            return False
+        return True
+
+    return TRIED.once(description(nodes, stores), tried)
 
 
 def stored(nodes: Sequence[Node]) -> list[Node]:

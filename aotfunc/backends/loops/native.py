@@ -10,7 +10,7 @@ import ctypes
 import functools
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,8 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.loaded = ctypes.CDLL(str(path))
         self.kernels: dict[str, LoadedKernel] = {}
+        #: code without the name -> the kernel
+        self.codes: dict[str, LoadedKernel] = {}
 
     def __getitem__(self, name: str) -> LoadedKernel:
         if name not in self.kernels:
@@ -103,6 +105,29 @@ def load_kernels(source: str) -> Library:
     if library is None:
         library = LOADED.setdefault(code, Library(built(source)))
     return library
+
+
+def loaded(texts: Mapping[str, str]) -> dict[str, LoadedKernel]:
+    """Return the kernels of these texts by their names. Those that this process has not loaded
+    under any name are compiled as one source. Raises CompilerError."""
+    found = {}
+    codes = {name: nameless(name, text) for name, text in texts.items()}
+    for name, code in codes.items():
+        for library in list(LOADED.values()):
+            if code in library.codes:
+                found[name] = library.codes[code]
+    new = [name for name in texts if name not in found]
+    if new:
+        library = load_kernels("\n\n".join([PRELUDE, *[texts[name] for name in new], ""]))
+        for name in new:
+            found[name] = library.codes[codes[name]] = library[name]
+            found[name].text = texts[name]
+    return found
+
+
+def nameless(name: str, text: str) -> str:
+    """Return the code of a kernel, which equal ones share."""
+    return without_comments(text).replace(f" {name}(", " (")
 
 
 @functools.cache
