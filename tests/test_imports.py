@@ -31,7 +31,7 @@ ROWS = [
 # Stricter than the rows: a backend does not know that a gradient exists; a rule is plain tensor
 # code beside its table.
 ONLY = {
-    "backends": {"backends", "trace", "graph", "debug", "native", "errors", "progress"},
+    "backends": {"backends", "trace", "graph", "debug", "cache", "native", "errors", "progress"},
     "rules": {"rules"},
 }
 

@@ -57,10 +57,17 @@ def write_back(
             program.n_outputs :
         ]
         news = [new if yes else new.detach() for new, yes in zip(news, flags, strict=True)]
+    inside = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack()
+    statistics, their_news = [], []  # a network has a hundred, which one call copies
     for index, new, quiet in zip(program.mutated, news, hidden, strict=True):
         if index in done:
             continue
         t = tensors[index]
+        if quiet and not inside and t.__class__ is Tensor is new.__class__:
+            if not (t.requires_grad or new.requires_grad or t.is_inference()):
+                statistics.append(t)
+                their_news.append(new)
+                continue
         if quiet and t.is_inference():
             t = t.detach()  # (outside of the mode it could not be written to itself)
         if quiet and (t.requires_grad or new.requires_grad):
@@ -68,6 +75,8 @@ def write_back(
                 t.copy_(new)
         else:
             t.copy_(new)
+    if statistics:
+        torch._foreach_copy_(statistics, their_news)
 
 
 def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:

@@ -274,6 +274,15 @@ def test_equal_kernels_are_compiled_once():
     assert len({launch.__name__ for launch in every_kernel.made[-2:]}) == 1
 
 
+def test_kernels_of_other_graphs_are_not_compiled_again(cache):
+    f, g = (lambda x: x.tanh() * 2), (lambda y: y.cos() + 1)
+    x, y = floats(5), floats(4, 7)
+    jit(f, backend="cpp")(x), jit(g, backend="cpp")(y)
+    count = len(native.LOADED)
+    assert_close(jit(lambda x, y: (f(x), g(y)), backend="cpp")(x, y), (f(x), g(y)))
+    assert len(native.LOADED) == count == 2
+
+
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     x = floats(5)
