@@ -23,6 +23,10 @@ TERMINAL = sys.stderr is not None and sys.stderr.isatty()
 _shown = ContextVar("shown", default=bool(int(os.environ.get("AOTFUNC_PROGRESS", TERMINAL))))
 
 
+#: return whether progress is shown
+is_shown = _shown.get
+
+
 @contextmanager
 def show_progress(shown: bool = True) -> Iterator[None]:
     """Show, or do not show, what captures and compilations inside that take longer than two
@@ -51,7 +55,7 @@ class doing:
         self.say = say
 
     def __enter__(self) -> None:
-        self.steps: list[doing] | None = WATCH.begin(self) if _shown.get() else None
+        self.steps: list[doing] | None = WATCH.begin(self) if is_shown() else None
 
     def __exit__(self, *_: Any) -> None:
         if self.steps is not None:

@@ -5,12 +5,13 @@ them, and its results as trees.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_, tree_unflatten
 
+from ..cache import Cache
 from ..capture.capture import capture, parameter_names
 from ..capture.instances import flatten_tree, opened_in
 from ..capture.tree import Arguments, flatten, in_order_of, leaf_paths, structure, unflatten
@@ -31,6 +32,9 @@ def positions(name: str, args: Arguments, argnums: int | tuple[int, ...]) -> lis
     """Return the leaf positions of the differentiated arguments. Raises ArgumentError for a leaf
     that is no floating or complex tensor."""
     count = len(args.spans)
+    if args.flat and argnums.__class__ is int and 0 <= argnums < count:  # type: ignore[operator]
+        if floating(args.leaves[argnums]):  # type: ignore[index]
+            return [argnums]  # type: ignore[list-item]
     if not isinstance(argnums, int) and not (
         isinstance(argnums, tuple) and all(isinstance(i, int) for i in argnums)
     ):
@@ -51,6 +55,14 @@ def positions(name: str, args: Arguments, argnums: int | tuple[int, ...]) -> lis
     if len({i % count for i in chosen}) != len(chosen):
         raise ArgumentError(f"{name}: argnums={argnums} names an argument twice")
     return found
+
+
+def all_positions(name: str, args: Arguments) -> list[int]:
+    """Return the leaf positions of all arguments. Raises as :func:`positions`."""
+    for x in args.leaves:
+        if not floating(x):
+            return positions(name, args, tuple(range(len(args.spans))))
+    return [*range(len(args.leaves))]
 
 
 def not_differentiable(name: str, x: Any, where: str) -> ArgumentError:
@@ -118,9 +130,9 @@ class Call:
             name_of=names,
         )
         self.program, self.aliases = self.rec.program(), self.rec.aliases
-        self.inputs = [*tensors_of(arguments), *self.rec.closed_over]
-        self.primals = [k for k, x in enumerate(arguments.leaves) if isinstance(x, Tensor)]
-        self.wrt = tuple(map(self.primals.index, differentiated))
+        self.inputs = [*self.rec.trace.origins, *self.rec.closed_over]
+        primals = [k for k, x in enumerate(arguments.leaves) if isinstance(x, Tensor)]
+        self.wrt = tuple(map(primals.index, differentiated))
 
     def split(self, result: Any) -> tuple[Any, Any]:
         if not self.has_aux:
@@ -134,6 +146,8 @@ class Call:
 
     def check_tensors(self) -> None:
         """Raise ArgumentError unless every leaf of the output is a tensor."""
+        if len(self.rec.tensors) == len(self.rec.leaves):
+            return
         for k, x in enumerate(self.rec.leaves[: self.n_out]):
             if not isinstance(x, Tensor):
                 raise ArgumentError(
@@ -183,6 +197,8 @@ class Call:
 
     def leaves(self, tensors: Sequence[Tensor], first: int = 0) -> list:
         """Return the flat result of the function with these tensors from leaf ``first`` on."""
+        if not first and len(tensors) == len(self.rec.leaves) == len(self.rec.tensors):
+            return list(tensors)
         return with_items(self.rec.leaves, [i for i in self.rec.tensors if i >= first], tensors)
 
 
@@ -199,7 +215,7 @@ def primals_and_tangents(
             f"{name}: tangents must be a tuple like primals: {unlike(primals, tangents)}"
         )
     arguments, others = Arguments(primals, {}, f), Arguments(in_order_of(primals, tangents), {}, f)
-    positions(name, arguments, tuple(range(len(primals))))
+    all_positions(name, arguments)
     if arguments.specs != others.specs:
         raise ArgumentError(
             f"{name}: tangents do not have the structure of primals: {unlike(primals, tangents)}"
@@ -232,6 +248,8 @@ def unlike(primals: Any, tangents: Any) -> str:
 def like_tangent(t: Tensor, p: Tensor) -> Tensor:
     """Return ``t`` with the dtype and the strides of a tangent of ``p``."""
     want = tangent_sig(signature(p))
+    if signature(t) is want:
+        return t
     t = t.to(p.dtype)
     if t.stride() != want.stride or t.storage_offset():
         t = torch.empty_strided(
@@ -317,8 +335,60 @@ def batch_size(arguments: Arguments, dims: Sequence[int | None]) -> int:
     return first
 
 
-def sample_sig(x: Tensor, dim: int) -> Sig:
+class Batch(NamedTuple):
+    """How leaves are a batch: the dimension of each leaf, the number of samples, the signatures of
+    the tensors and, by leaf, of one sample, and the dimensions of the tensors."""
+
+    dims: Sequence[int | None]
+    size: int
+    sigs: tuple[Sig, ...]
+    samples: dict[int, Sig]
+    tensor_dims: tuple[int | None, ...]
+
+
+#: (in_dims, signatures of arguments that are tensors) -> the batch
+_batches = Cache(1 << 12)
+
+
+def batch_of(in_dims: Dims, args: tuple, arguments: Arguments) -> Batch:
+    """Return how the arguments are a batch. Raises ArgumentError if they are none."""
+    key: Any = None
+    # True is equal to 1, but no dimension
+    kind = type(in_dims)
+    plain = kind is int or (kind is tuple and _DIMS.issuperset(map(type, in_dims)))  # type: ignore
+    if arguments.flat and plain:
+        try:
+            key = in_dims, tuple([signature(x) for x in args])
+        except RuntimeError:  # of a kind that is refused below
+            pass
+        else:
+            if (found := _batches[key]) is not None:
+                return found
+    dims = input_dims(in_dims, args, arguments)
+    made = batched_along(arguments, dims, batch_size(arguments, dims))
+    if key is not None:
+        _batches.put(key, made)
+    return made
+
+
+def batched_along(arguments: Arguments, dims: Sequence[int | None], size: int) -> Batch:
+    """Return the leaves as a batch of so many samples along these dimensions."""
+    sigs, samples, tensor_dims = [], {}, []
+    for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)):
+        if isinstance(x, Tensor):
+            check_kind(x)
+            sigs.append(signature(x))
+            tensor_dims.append(d)
+            if d is not None:
+                samples[k] = sample_sig(sigs[-1], d)
+    return Batch(dims, size, tuple(sigs), samples, tuple(tensor_dims))
+
+
+_DIMS = frozenset({int, type(None)})
+
+
+def sample_sig(sig: Sig, dim: int) -> Sig:
     """Return the signature of one sample of a batch."""
-    shape, stride = list(x.shape), list(x.stride())
+    shape, stride = list(sig.shape), list(sig.stride)
     del shape[dim], stride[dim]
-    return make_sig(tuple(shape), tuple(stride), x.dtype, x.device)
+    return make_sig(tuple(shape), tuple(stride), sig.dtype, sig.device)

@@ -33,7 +33,7 @@ from ..transforms.jvp import jvp as jvp_pass
 from ..transforms.linearize import halve, linear_program
 from ..transforms.unhooked import unhooked
 from ..transforms.vjp import vjp as vjp_pass
-from .call import Call, chosen_tree, positions, primals_and_tangents, tensors_of
+from .call import Call, all_positions, chosen_tree, positions, primals_and_tangents, tensors_of
 from .checks import Gradients, Maps
 from .dynamo import read_as, read_by_dynamo
 from .readings import (
@@ -154,7 +154,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     if not primals:
         raise ArgumentError("vjp: there is nothing to differentiate: no primals were given")
     arguments, everything = Arguments(primals, {}, func), tuple(range(len(primals)))
-    call = Call("vjp", func, arguments, positions("vjp", arguments, everything), has_aux)
+    call = Call("vjp", func, arguments, all_positions("vjp", arguments), has_aux)
     call.check_tensors()
     base, n_out, spec = call.program, call.n_out, call.spec
     vals = base.once("vals", lambda: base.vals)
@@ -261,8 +261,7 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     if not primals:
         raise ArgumentError("linearize: no primals were given")
     arguments = Arguments(primals, {}, func)
-    chosen = positions("linearize", arguments, tuple(range(len(primals))))
-    call = Call("linearize", func, arguments, chosen, has_aux)
+    call = Call("linearize", func, arguments, all_positions("linearize", arguments), has_aux)
     base, wrt, n_out = call.program, call.wrt, call.n_out
     joint = call.derived((n_out,), lambda: linear_program(base, wrt, n_out))
     early, late, direct = _halves(joint, call, len(wrt))

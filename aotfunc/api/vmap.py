@@ -28,7 +28,7 @@ from ..trace.traced import Traced
 from ..transforms.fresh import fresh
 from ..transforms.vmap import Axis
 from ..transforms.vmap import vmap as vmap_pass
-from .call import Dims, batch_size, broadcast_prefix, input_dims, sample_sig, tensors_of
+from .call import Batch, Dims, batch_of, batch_size, batched_along, broadcast_prefix, input_dims
 from .checks import Batches
 from .dynamo import read_by_dynamo
 from .readings import batched, run_batched
@@ -97,15 +97,17 @@ def vmap(
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs, func)
-        dims = input_dims(in_dims, args, arguments)
-        size = batch_size(arguments, dims)
-        axis = Axis(size, randomness, strict, axis_name, cond == "map")
-        if chunk_size is None or axis.size <= chunk_size:
-            return _run(*_batched_program(func, arguments, dims, axis, placed))
-        return _chunked(func, arguments, dims, axis, placed, chunk_size)
+        batch = batch_of(in_dims, args, arguments)
+        axis = Axis(batch.size, randomness, strict, axis_name, cond == "map")
+        if chunk_size is None or batch.size <= chunk_size:
+            return _run(*_batched_program(func, arguments, batch, axis, placed))
+        return _chunked(func, arguments, batch, axis, placed, chunk_size)
 
     placed = tuple(out_dims) if isinstance(out_dims, list) else out_dims
     return wrapper
+
+
+_NONE = nullcontext()
 
 
 def dims_of_results(out_dims: Dims, leaves: list, spec: Any) -> list[int | None]:
@@ -155,20 +157,22 @@ def batched_view(rec: Captured, ref: int, x: Tensor, old: int | None, new: int |
 
 
 def _batched_program(
-    func: Callable, arguments: Arguments, dims: Sequence[int | None], axis: Axis, out_dims: Dims
+    func: Callable,
+    arguments: Arguments,
+    batch: Batch,
+    axis: Axis,
+    out_dims: Dims,
 ) -> tuple[Changes, Program, list[Tensor], list[tuple[int | None, int | None]]]:
     """Return the changes that one sample's recording makes to its inputs, the batched program, its
     inputs, and the dimensions as _run takes them."""
-    pairs = [*zip(arguments.leaves, dims, strict=True)]
-    samples = {k: sample_sig(x, d) for k, (x, d) in enumerate(pairs) if d is not None}
-    tensor_dims = tuple([d for x, d in pairs if isinstance(x, Tensor)])
+    tensor_dims = batch.tensor_dims
     named = axis.name is not None
-    with axes({**AXES.sizes, axis.name: axis.size}) if named else nullcontext():
+    with axes({**AXES.sizes, axis.name: axis.size}) if named else _NONE:
         rec = capture(
             as_called(func),
             arguments.leaves,
             arguments.rebuilt,
-            samples=samples,
+            samples=batch.samples,
             batch=Samples(tensor_dims, axis),
             numbers=True,
             name_of=parameter_names(func, arguments),
@@ -196,25 +200,24 @@ def _batched_program(
             )
     results_dims = tuple([flat[k] for k in rec.tensors])
     base = rec.program()
-    tensors = tensors_of(arguments)
-    sigs = tuple(rec.trace.as_placed([*map(signature, tensors)]))
-    own = rec.aliases
-    how = (tensor_dims, sigs, axis, results_dims)
-    program = base.derived(
-        ("vmap", *how, own),
-        lambda: resized_program(base, *how, own, lambda: fresh(vmap_pass(base, *how), own)),
-    )
+    how = (tensor_dims, tuple(rec.trace.as_placed(batch.sigs)), axis, results_dims)
+
+    def make() -> Program:
+        own = rec.aliases
+        return resized_program(base, *how, own, lambda: fresh(vmap_pass(base, *how), own))
+
+    program = base.derived(("vmap", *how), make)
     places: list[tuple[int | None, int | None]] = []
     if program.mutated:  # without writes no result is an input
         sources = (tensor_dims[r] if 0 <= r < len(tensor_dims) else None for r in rec.roots)
         places += zip(sources, results_dims, strict=True)
-    return changes, program, [*tensors, *rec.closed_over], places
+    return changes, program, [*rec.trace.origins, *rec.closed_over], places
 
 
 def _chunked(
     func: Callable,
     arguments: Arguments,
-    dims: Sequence[int | None],
+    batch: Batch,
     axis: Axis,
     out_dims: Dims,
     chunk: int,
@@ -222,12 +225,13 @@ def _chunked(
     parts: list[Any] = []
     for start in range(0, axis.size, chunk):
         count = min(chunk, axis.size - start)
-        parts_of = zip(arguments.leaves, dims, strict=True)
+        parts_of = zip(arguments.leaves, batch.dims, strict=True)
         piece = arguments.with_leaves(
             [x if d is None else x.narrow(d, start, count) for x, d in parts_of]
         )
         some = axis._replace(size=count)
-        changes, program, inputs, places = _batched_program(func, piece, dims, some, out_dims)
+        part = batched_along(piece, batch.dims, count)
+        changes, program, inputs, places = _batched_program(func, piece, part, some, out_dims)
         # several chunks would draw the same numbers
         if axis.randomness == "same" and any(map(draws, program.graph.nodes)):
             if parts:
@@ -235,7 +239,7 @@ def _chunked(
                     "vmap: randomness='same' with chunk_size, and not every chunk draws; drop "
                     "chunk_size"
                 )
-            return _run(*_batched_program(func, arguments, dims, axis, out_dims))
+            return _run(*_batched_program(func, arguments, batch, axis, out_dims))
         parts.append(_run(changes, program, inputs, places))
     flat = [flatten(p) for p in parts]
     leaves, spec = flat[0]

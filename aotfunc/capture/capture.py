@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..debug import at, line_of_error
 from ..errors import CaptureError
-from ..progress import doing
+from ..progress import doing, is_shown
 from ..trace.dtensors import is_dtensor, stand_in
 from ..trace.entering import as_outside
 from ..trace.following import Following
+from ..trace.kinds import KINDS
 from ..trace.modes import outside_inference_mode
 from ..trace.recording import record_into
 from ..trace.traced import Traced, attributes, current, quiet
@@ -26,7 +27,7 @@ from ..trace.tracer import Trace, on_functions
 from . import patches
 from .captured import Captured
 from .concretize import agreed
-from .gathering import exchanged
+from .gathering import exchanged, is_sharded
 from .instances import reassigned
 from .plain_trees import flatten_plain
 from .tree import Arguments, leaf_labels
@@ -65,53 +66,55 @@ def capture(
     are passed as they are. ``dtensors`` may be among the tensors."""
     patches.install()
     trace, outer = Trace(why_not, constants, ask=agreed), current()
-    trace.rolls = (outer is not None and outer.rolls) if rolls is None else rolls
-    trace.lifts_numbers = (
-        numbers and (outer is None or outer.lifts_numbers) and not under_fake_mode()
-    )
-    trace.following = following or trace.following
-    trace.dtensors = dtensors and outer is None
-    autograd = trace.autograd
+    if rolls or (rolls is None and outer is not None and outer.rolls):
+        trace.rolls = True
+    if numbers and (outer is None or outer.lifts_numbers) and not under_fake_mode():
+        trace.lifts_numbers = True
+    if following is not None:
+        trace.following = following
+    if dtensors and outer is None:
+        trace.dtensors = True
+    autograd, reals = trace.autograd, trace.origins
     values = list(leaves)
-    reals = []
     first: dict[int, Traced] = {}
     for i, x in enumerate(leaves):
         if isinstance(x, Tensor):
             reals.append(x)
-            if samples is not None and i in samples:
-                t = trace.input_like(samples[i])
-                if x.requires_grad:
-                    autograd.leaves[t.ref] = True
-            else:
-                t = trace.input(x)
-                if x.requires_grad:
-                    autograd.leaves[t.ref] = True
-                    if x.is_leaf and x.__class__ is not Traced and i not in differentiated:
-                        autograd.protected.add(t.ref)
-                    elif not x.is_leaf and i not in differentiated:
-                        autograd.computed.add(t.ref)
-                if not differentiated:
-                    t = first.setdefault(id(x), t)
-                    trace.stand_for(t, x)
+            sampled = samples is not None and i in samples
+            t = trace.input_like(samples[i]) if sampled else trace.input(x)  # type: ignore[index]
+            if x.requires_grad:
+                autograd.leaves[t.ref] = True
+                if sampled or i in differentiated:
+                    pass
+                elif not x.is_leaf:
+                    autograd.computed.add(t.ref)
+                elif x.__class__ is not Traced:
+                    autograd.protected.add(t.ref)
+            if not (sampled or differentiated):
+                t = first.setdefault(id(x), t)
+                trace.stand_for(t, x)
             if given := attributes(x):
                 t.__dict__.update(given)
             # an index may stand beside traced ones
-            whole = samples is not None and i not in samples and x.dim()
+            whole = samples is not None and not sampled and x.dim()
             values[i] = x if whole or id(x) in outside else t
-            if trace.dtensors and is_dtensor(x) and values[i] is t:
+            if dtensors and trace.dtensors and is_dtensor(x) and values[i] is t:
                 values[i] = stand_in(t, x)
     for i in differentiated:
         autograd.leaves[values[i].ref] = True
-    trace.samples = batch
+    if batch is not None:
+        trace.samples = batch
     if why_not is None:
-        trace.concrete_inputs = (
-            [*reals]
-            if batch is None
-            else [x if d is None else None for x, d in zip(reals, batch.dims, strict=True)]
-        )
-    trace.origins = reals
+        if batch is None:
+            trace.concrete_inputs = [*reals]
+        elif None not in batch.dims:
+            trace.concrete_inputs = [None] * len(reals)
+        else:
+            trace.concrete_inputs = [
+                x if d is None else None for x, d in zip(reals, batch.dims, strict=True)
+            ]
     args, kwargs = rebuild(values)
-    trees = kwargs or [a for a in args if not issubclass(type(a), Tensor)]
+    trees = kwargs or not KINDS.issuperset(map(type, args))
     if trees:
         args, kwargs = with_known_sizes(trace, (args, kwargs), values, leaves)
 
@@ -129,9 +132,13 @@ def capture(
             )
         return Captured(trace, result, name_of or (lambda: ()))
 
-    with doing(lambda: recorded_so_far(trace)), exchanged():
+    if is_shown() or is_sharded():
+        with doing(lambda: recorded_so_far(trace)), exchanged():
+            recorded = record_into(trace, call)
+    else:
         recorded = record_into(trace, call)
-    trace.seeds.check()
+    if trace.seeds.drawn:
+        trace.seeds.check()
     return recorded
 
 

@@ -205,7 +205,12 @@ def gathering() -> Iterator[None]:
 
 def exchanged() -> AbstractContextManager:
     """Exchange what the hooks of FSDP2 call, if it is imported."""
-    return group_functions() if f"{FSDP}_fully_shard" in sys.modules else _NONE
+    return group_functions() if is_sharded() else _NONE
+
+
+def is_sharded() -> bool:
+    """Return whether FSDP2 is imported."""
+    return f"{FSDP}_fully_shard" in sys.modules
 
 
 _NONE = nullcontext()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Sequence
-from itertools import repeat
 from typing import Any
 
 from torch import Tensor
@@ -25,15 +25,15 @@ class Arguments:
         self, args: Sequence[Any], kwargs: dict[str, Any], f: Callable | None = None
     ) -> None:
         self.f = f
-        self.leaves: list[Any] = []
-        self.specs: list[TreeSpec | None] = []
-        self.spans: list[range] = []
         self.kw_spec: TreeSpec | None = None
-        if not kwargs and KINDS.issuperset(map(type, args)):
-            self.leaves += args
-            self.specs += repeat(None, len(args))
-            self.spans += map(range, range(len(args)), range(1, len(args) + 1))
+        #: each argument is a tensor
+        self.flat = not kwargs and KINDS.issuperset(map(type, args))
+        if self.flat:
+            self.leaves: list[Any] = [*args]
+            self.specs: list[TreeSpec | None] = [None] * len(args)
+            self.spans = [*single_spans(len(args))]
             return
+        self.leaves, self.specs, self.spans = [], [], []
         for a in args:
             start = len(self.leaves)
             if issubclass(type(a), Tensor):  # isinstance asks the object
@@ -57,6 +57,8 @@ class Arguments:
 
     def rebuilt(self, leaves: list[Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments with these leaves."""
+        if self.flat:
+            return leaves, {}
         args = [
             leaves[span.start]
             if spec is None
@@ -85,8 +87,16 @@ class Arguments:
         return (tuple(self.specs), self.kw_spec)
 
 
+@functools.cache
+def single_spans(count: int) -> tuple[range, ...]:
+    """Return the positions of so many arguments of one leaf each."""
+    return tuple([range(i, i + 1) for i in range(count)])
+
+
 def in_order_of(template: Any, tree: Any) -> Any:
     """Return ``tree`` with the keys of its dictionaries in the order of ``template``."""
+    if type(tree) is tuple and KINDS.issuperset(map(type, tree)):
+        return tree
     plain = type(tree) in (tuple, list, dict)
     if not plain and (issubclass(type(tree), Tensor) or is_data(tree) or is_whole(tree)):
         return tree

@@ -168,13 +168,14 @@ class Changes:
 
     def __init__(self, rec: Captured) -> None:
         self.rec, trace = rec, rec.trace
-        self.flags = [(i, value, line) for i, (value, line) in trace.autograd.flags.items()]
-        kept = trace.autograd.kept
+        flags, kept = trace.autograd.flags, trace.autograd.kept
+        self.flags = [(i, value, line) for i, (value, line) in flags.items()] if flags else []
         self.retained = [i for i, ref in enumerate(trace.finals) if ref in kept] if kept else []
-        self.hooks = [(i, h.hook) for i, h in trace.given_hooks if not h.removed]
+        hooks = trace.given_hooks
+        self.hooks = [(i, h.hook) for i, h in hooks if not h.removed] if hooks else []
         #: (position, [(op, other arguments, keywords, under no_grad)])
         self.ops: list[tuple[int, list[tuple]]] = []
-        if not trace.reshapes and trace.finals == list(range(len(trace.finals))):
+        if not trace.reshapes and trace.finals == [*range(len(trace.finals))]:
             return
         for i, ref in enumerate(trace.finals):
             last = rec.seen.get(ref)

@@ -21,7 +21,6 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from .scalars import FIRST, NUMBER, TAKES_NUMBER, generic
-from .shapes.instr import env_key
 from .traced import Traced, under_way
 from .tracer import Trace
 
@@ -63,7 +62,7 @@ def unary(name: str, op: OpOverload) -> Callable:
     def method(self: Traced) -> Any:
         trace, ask = self.tracer, getattr(Tensor, name)  # the user may have exchanged it
         if ask is of_torch and is_open(trace) and not _recorded_by_autograd(self):
-            found = trace.direct((call, self.sig, env_key()), (self.ref,))
+            found = trace.direct((call, self.sig), (self.ref,))
             if found is not None:
                 return found
         return ask(self)
@@ -83,16 +82,16 @@ def binary(name: str, op: OpOverload) -> Callable:
             return ask(self, other)
         if kind is Traced:
             if other.tracer is trace and not _recorded_by_autograd(other):
-                key: tuple = (call, self.sig, other.sig, env_key())
+                key: tuple = (call, self.sig, other.sig)
                 found = trace.direct(key, (self.ref, other.ref))
         elif kind is float or kind is int:
             if trace.lifts_numbers and takes_number and generic(other):
-                key = (call, self.sig, kind, NUMBER, env_key())
+                key = (call, self.sig, kind, NUMBER)
                 found = trace.direct(key, (self.ref, FIRST - len(trace.numbers)), other)
             elif kind is float:
-                found = trace.direct((call, self.sig, other.hex(), env_key()), (self.ref,))
+                found = trace.direct((call, self.sig, other.hex()), (self.ref,))
             else:
-                found = trace.direct((call, self.sig, kind, other, env_key()), (self.ref,))
+                found = trace.direct((call, self.sig, kind, other), (self.ref,))
         return ask(self, other) if found is None else found
 
     return method

@@ -7,12 +7,12 @@ torch does.
 
 from __future__ import annotations
 
-import operator
 import sys
 import threading
 import types
 from collections import deque
 from collections.abc import Callable
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from .traced import current
@@ -90,19 +90,19 @@ class Exchange:
     def __init__(self, new: dict[tuple[Any, str], Any]) -> None:
         self.lock, self.count, self.done = threading.Lock(), 0, False
         self.dynamo: Any = None  # Dynamo was imported before
-        self.owners, self.names = zip(*new, strict=True)
-        self.ours = tuple(new.values())
-        self.theirs: tuple = (None,) * len(new)  # None: the class inherits it
-        self.readers = [vars(x).get for x in self.owners]
-
-    def now(self) -> tuple:
-        return tuple(map(operator.call, self.readers, self.names))
+        owners = {id(owner): owner for owner, _ in new}.values()
+        self.tables = [
+            Table(x, {name: ours for (owner, name), ours in new.items() if owner is x})
+            for x in owners
+        ]
 
     def __enter__(self) -> None:
         with self.lock:
             if not self.done:
                 try:
-                    self.exchange()
+                    self.dynamo = sys.modules.get(DYNAMO)
+                    for table in self.tables:
+                        table.exchange()
                 except BaseException:  # Ctrl-C
                     self.put_back()
                     raise
@@ -115,10 +115,7 @@ class Exchange:
             if not self.count:
                 self.done = False
                 try:
-                    if self.now() == self.ours and None not in self.theirs:
-                        exhaust(map(setattr, self.owners, self.names, self.theirs))
-                    else:
-                        self.put_back()
+                    self.put_back()
                 except BaseException:
                     self.put_back()
                     raise
@@ -126,27 +123,51 @@ class Exchange:
                 if dynamo is not self.dynamo and hasattr(dynamo, "clear_lru_cache"):
                     dynamo.clear_lru_cache()
 
-    def exchange(self) -> None:
-        self.dynamo = sys.modules.get(DYNAMO)
-        if (now := self.now()) != self.theirs:
-            parts = zip(now, self.ours, self.theirs, strict=True)
-            # Ctrl-C may have interrupted this
-            self.theirs = tuple([old if x is ours else x for x, ours, old in parts])
-        exhaust(map(setattr, self.owners, self.names, self.ours))
+    def put_back(self) -> None:
+        for table in self.tables:
+            table.put_back()
 
     def before(self, owner: Any, name: str) -> Any:
         """Return what was exchanged there; None if nothing was, or the class inherits it."""
-        parts = zip(self.owners, self.names, self.theirs, strict=True)
-        return next(old for x, attribute, old in parts if x is owner and attribute == name)
+        return next(t.theirs[name] for t in self.tables if t.owner is owner and name in t.theirs)
+
+
+class Table:
+    """The attributes of a module or class that are exchanged: ``ours``, and ``theirs`` meanwhile;
+    None for one that the class inherits."""
+
+    def __init__(self, owner: Any, ours: dict[str, Any]) -> None:
+        self.owner, self.ours = owner, ours
+        self.theirs: dict[str, Any] = dict.fromkeys(ours)
+        self.get = vars(owner).get
+        of_module = isinstance(vars(owner), dict)
+        self.update = vars(owner).update if of_module else self.set_each
+        self.values = [*ours.values()], [*self.theirs.values()]
+
+    def set_each(self, new: dict[str, Any]) -> None:
+        exhaust(map(setattr, repeat(self.owner), new, new.values()))
+
+    def exchange(self) -> None:
+        ours, theirs = self.values
+        if (now := [*map(self.get, self.ours)]) != theirs:
+            # Ctrl-C may have interrupted this
+            parts = zip(now, ours, theirs, strict=True)
+            theirs = [old if x is mine else x for x, mine, old in parts]
+            self.values, self.theirs = (ours, theirs), dict(zip(self.ours, theirs, strict=True))
+        self.update(self.ours)
 
     def put_back(self) -> None:
         """Put back those that nobody else has exchanged since."""
-        parts = zip(self.owners, self.names, self.now(), self.ours, self.theirs, strict=True)
-        for owner, name, x, ours, old in parts:
-            if x is ours and old is None:
-                delattr(owner, name)
-            elif x is ours:
-                setattr(owner, name, old)
+        ours, theirs = self.values
+        now = [*map(self.get, self.ours)]
+        if now == ours and None not in theirs:
+            self.update(self.theirs)
+            return
+        for name, x, mine, old in zip(self.ours, now, ours, theirs, strict=True):
+            if x is mine and old is None:
+                delattr(self.owner, name)
+            elif x is mine:
+                setattr(self.owner, name, old)
 
 
 exhaust = deque[Any](maxlen=0).extend

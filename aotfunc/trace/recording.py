@@ -22,6 +22,14 @@ from .traced import current, under_way
 from .tracer import Trace
 
 functorch = torch._C._functorch
+_grad_enabled, _enable_grad = torch.is_grad_enabled, torch._C._set_grad_enabled
+_tangents_enabled = torch._C._is_fwd_grad_enabled
+_enable_tangents = torch._C._set_fwd_grad_enabled
+_set_aside = torch._C._autograd._saved_tensors_hooks_set_tracing
+_push, _pop = torch._C._push_on_torch_dispatch_stack, torch._C._pop_torch_dispatch_stack
+_modes = torch._C._len_torch_dispatch_stack
+_compiling = torch._C._dynamo.eval_frame.get_eval_frame_callback
+_compile_by = torch._C._dynamo.eval_frame.set_eval_frame
 
 #: torch's functions -> what they are during a recording
 functions = Exchange(CONSTRUCTORS | CONTEXTS)
@@ -36,64 +44,73 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
 
     Raises CaptureError where a number was refused, even if ``body`` caught the error.
     """
-    dynamo, traces = torch._C._dynamo.eval_frame, under_way.traces
-    grad, tangents = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
-    cache = cache_enabled()
-    compiling = dynamo.get_eval_frame_callback()
-    set_aside = torch._C._autograd._saved_tensors_hooks_set_tracing
-    set_aside(aside := set_aside(True))
-    depth, modes = len(traces), torch._C._len_torch_dispatch_stack()
-
-    def restore() -> None:
-        while torch._C._len_torch_dispatch_stack() > modes:
-            torch._C._pop_torch_dispatch_stack(None)
-        del traces[depth:]
-        torch._C._set_grad_enabled(grad)
-        torch._C._set_fwd_grad_enabled(tangents)
-        enable_cache(cache)
-        set_aside(aside)
-        if compiling is not None:
-            dynamo.set_eval_frame(compiling)
-        trace.finish()
-
-    with paused_gc(), functions, more_aside(trace):
+    traces, compiling, modes = under_way.traces, _compiling(), _modes()
+    _set_aside(aside := _set_aside(True))
+    grad, tangents, cache = _grad_enabled(), _tangents_enabled(), cache_enabled()
+    before = trace, traces, len(traces), modes, grad, tangents, cache, aside, compiling
+    with paused_gc(), surroundings(trace):
         try:
             if compiling is not None:
-                dynamo.set_eval_frame(None)  # Dynamo must not compile what f calls
+                _compile_by(None)  # Dynamo must not compile what f calls
             enable_cache(False)
-            torch._C._set_grad_enabled(True)
-            torch._C._set_fwd_grad_enabled(True)
-            set_aside(True)
+            _enable_grad(True)
+            _enable_tangents(True)
+            _set_aside(True)
             traces.append(trace)
             # as `with trace` does, without the flags that TorchDispatchMode keeps for the whole
             # process
-            torch._C._push_on_torch_dispatch_stack(trace)
-            trace.depth = torch._C._len_torch_dispatch_stack()
+            _push(trace)
+            trace.depth = modes + 1
             result = body()
-            trace.settle()
+            if trace.deferred:
+                trace.settle()
         except Exception as e:
             if trace.refused is not None and trace.refused is not e:
                 raise trace.refused from e
             raise
-        else:
-            if trace.refused is not None:
-                raise trace.refused
-            return result
         finally:
             try:
-                restore()
+                restore(*before)
             except BaseException:  # Ctrl-C interrupted the exit
-                restore()
+                restore(*before)
                 raise
+    if trace.refused is not None:
+        raise trace.refused
+    return result
 
 
-def more_aside(trace: Trace) -> AbstractContextManager:
-    """Set aside torch.func's levels, reads of numbers that would be frozen, and recurrent layers
-    that become loops, if there are any."""
+def restore(
+    trace: Trace,
+    traces: list[Trace],
+    depth: int,
+    modes: int,
+    grad: bool,
+    tangents: bool,
+    cache: bool,
+    aside: bool,
+    compiling: Any,
+) -> None:
+    """Put back the states of :func:`record_into`, and end the recording."""
+    while _modes() > modes:
+        _pop(None)
+    del traces[depth:]
+    _enable_grad(grad)
+    _enable_tangents(tangents)
+    enable_cache(cache)
+    _set_aside(aside)
+    if compiling is not None:
+        _compile_by(compiling)
+    trace.finish()
+
+
+def surroundings(trace: Trace) -> AbstractContextManager:
+    """Exchange torch's functions; set aside torch.func's levels, reads of numbers that would be
+    frozen, and recurrent layers that become loops, if there are any."""
     inside = functorch.peek_interpreter_stack() is not None
     if trace.may_ask_constants and not (inside or trace.rolls):
-        return _NONE
+        return functions
     stack = ExitStack()
+    stack.enter_context(functions)
     if inside:
         stack.enter_context(without_functorch())
         stack.enter_context(ByReference(trace))

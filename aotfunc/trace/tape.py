@@ -231,11 +231,11 @@ class Tape:
         """End the recording; traced values live on while they are referenced."""
         self.finished = True
         self.autograd.settle()
-        histories.take_back(self)
+        if self.versions or self.rewritten:
+            histories.take_back(self)
         if self.why_not is None and self.keeps_intent:
-            self.last_versions = [
-                0 if t.__class__ is Traced else version(t) for t in (*self.origins, *self.lifted)
-            ]
+            given = self.origins + self.lifted if self.lifted else self.origins
+            self.last_versions = [0 if t.__class__ is Traced else version(t) for t in given]
         self.finals = [t.ref for t in self.arguments]
         if self.stand_ins:  # an argument with a recorded hook keeps its value
             before = {s.new: s.value for s in self.stand_ins if s.hooks}
@@ -243,8 +243,9 @@ class Tape:
         self.arguments.clear()
         self.deferred.clear()
         self.late.clear()
-        self.casts_left = [*self.casts]
-        self.casts.clear()
+        if self.casts:
+            self.casts_left = [*self.casts]
+            self.casts.clear()
         self.autograd.finish()
 
     def forget(self, records: int, count: int) -> None:
@@ -277,7 +278,7 @@ class Tape:
             records,
             memory,
             tuple(self.autograd.overwritten),
-            tuple(self.named.items()),
+            tuple(self.named.items()) if self.named else (),
         )
 
     @property
@@ -286,12 +287,16 @@ class Tape:
         return self.mutates or self.strided
 
     def signatures(self) -> list[Sig]:
-        """Return the signatures of a program's inputs, then of the lifted tensors."""
-        return self.as_placed([*self.inputs, *map(signature, self.lifted)])
+        """Return the signatures of the inputs, then of the lifted tensors, as a program expects
+        them."""
+        sigs = [*self.inputs, *map(signature, self.lifted)] if self.lifted else self.inputs
+        return self.as_placed(sigs)
 
     def as_placed(self, sigs: Sequence[Sig]) -> list[Sig]:
         """Return the signatures, with storage offset 0 if the program does not depend on it."""
-        return list(sigs) if self.placed else [s.start if s.offset else s for s in sigs]
+        if self.placed or not any([s.offset for s in sigs]):
+            return list(sigs)
+        return [s.start for s in sigs]
 
     def layout(self) -> tuple[MemoryPlace, ...]:
         """Return the place in memory of each input, then of each lifted tensor."""

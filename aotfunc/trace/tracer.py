@@ -159,10 +159,12 @@ class Trace(Answering, TorchDispatchMode):
         )
 
     def direct(self, key: tuple, refs: tuple[int, ...], number: float | None = None) -> Any:
-        """Record an op that makes one new tensor and is known by its key, as
-        :meth:`__torch_dispatch__` would, with a number as last argument; None for any other op."""
-        instr = interned(key)
-        if instr is None or not instr.simple or key[-1][0] is not self.dtype:
+        """Record an op that makes one new tensor and is known by its key (without the global
+        settings), as :meth:`__torch_dispatch__` would, with a number as its last argument. Return
+        None for any other op."""
+        env = _default_dtype(), _deterministic()
+        instr = interned((*key, env))
+        if instr is None or not instr.simple or env[0] is not self.dtype:
             return None
         if number is not None:
             if instr.number is None:

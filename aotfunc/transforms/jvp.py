@@ -202,7 +202,10 @@ def fit_tangents(b: Builder, result: Any, out: Any) -> Any:
 
 
 def tangent_sig(primal: Sig) -> Sig:
-    """Return an input's tangent's signature: its primal's at offset 0, without overlaps."""
+    """Return the signature of an input's tangent: its primal's, at offset 0, unless that overlaps
+    itself."""
+    if primal.plain:
+        return primal
     whole = all(step for step, n in zip(primal.stride, primal.shape, strict=True) if n > 1)
     return primal.start if whole else contiguous_sig(primal.start)
 
