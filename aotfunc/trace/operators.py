@@ -20,12 +20,17 @@ from torch._C import (
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
+from ..debug import user_line
 from .scalars import FIRST, NUMBER, TAKES_NUMBER, generic
+from .shapes.infer import _deterministic
+from .shapes.instr import interned
 from .traced import Traced, under_way
 from .tracer import Trace
 
 aten = torch.ops.aten
 _recorded_by_autograd = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]
+_default_dtype, _grad_enabled = torch.get_default_dtype, torch.is_grad_enabled
+_tangents_enabled = torch._C._is_fwd_grad_enabled
 _level_of_functorch = torch._C._functorch.maybe_current_level
 
 BINARY = {
@@ -38,22 +43,43 @@ UNARY = {
     **{name: getattr(aten, name).default for name in ("relu", "sigmoid", "abs", "neg")},
     "__neg__": aten.neg.default,
 }
+#: of all elements
+REDUCTIONS = {"sum": aten.sum.default, "mean": aten.mean.default}
 
 
-def is_open(trace: Trace) -> bool:
-    """Return whether nothing between PyTorch and this recording may intercept an op."""
+def direct(
+    trace: Trace, key: tuple, refs: tuple[int, ...], number: float | None = None
+) -> Tensor | None:
+    """Record an op that makes one new tensor and is known by its key (without the global
+    settings), as the dispatcher would let the recording do, with a number as its last argument.
+    Return None for any other op, and if anything between PyTorch and the recording may intercept
+    it."""
     traces = under_way.traces
-    return (
-        bool(traces)
-        and traces[-1] is trace
-        and _len_torch_dispatch_stack() == trace.depth
-        and not _is_torch_function_mode_enabled()
-        and not _is_any_autocast_enabled()
-        and forward_ad._current_level < 0
-        and _level_of_functorch() is None
-        and not under_way.quiet
-        and trace.following is None
-    )
+    if (
+        not traces
+        or traces[-1] is not trace
+        or _len_torch_dispatch_stack() != trace.depth
+        or _is_torch_function_mode_enabled()
+        or _is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
+        or _level_of_functorch() is not None
+        or under_way.quiet
+        or trace.following is not None
+    ):
+        return None
+    env = _default_dtype(), _deterministic()
+    instr = interned((*key, env))
+    if instr is None or not instr.simple or env[0] is not trace.dtype:
+        return None
+    if number is not None:
+        if instr.number is None:
+            return None
+        trace.numbers.append(number)
+    if trace.autograd.made:
+        trace.autograd.adopt_leaves()
+    trace.records.append((instr, refs, _grad_enabled(), trace.region, user_line(3)))
+    t = trace.new(instr.outs)
+    return t if _tangents_enabled() else trace.without_tangents(t)
 
 
 def unary(name: str, op: OpOverload) -> Callable:
@@ -61,11 +87,20 @@ def unary(name: str, op: OpOverload) -> Callable:
 
     def method(self: Traced) -> Any:
         trace, ask = self.tracer, getattr(Tensor, name)  # the user may have exchanged it
-        if ask is of_torch and is_open(trace) and not _recorded_by_autograd(self):
-            found = trace.direct((call, self.sig), (self.ref,))
+        if ask is of_torch and not _recorded_by_autograd(self):
+            found = direct(trace, (call, self.sig), (self.ref,))
             if found is not None:
                 return found
         return ask(self)
+
+    return method
+
+
+def reduction(name: str, op: OpOverload) -> Callable:
+    of_all = unary(name, op)
+
+    def method(self: Traced, *args: Any, **kwargs: Any) -> Any:
+        return getattr(Tensor, name)(self, *args, **kwargs) if args or kwargs else of_all(self)
 
     return method
 
@@ -78,20 +113,20 @@ def binary(name: str, op: OpOverload) -> Callable:
         trace, ask, kind, found = self.tracer, getattr(Tensor, name), type(other), None
         if reflected and isinstance(other, Tensor):
             return NotImplemented  # let the left operand go first
-        if ask is not of_torch or not is_open(trace) or _recorded_by_autograd(self):
+        if ask is not of_torch or _recorded_by_autograd(self):
             return ask(self, other)
         if kind is Traced:
             if other.tracer is trace and not _recorded_by_autograd(other):
                 key: tuple = (call, self.sig, other.sig)
-                found = trace.direct(key, (self.ref, other.ref))
+                found = direct(trace, key, (self.ref, other.ref))
         elif kind is float or kind is int:
             if trace.lifts_numbers and takes_number and generic(other):
                 key = (call, self.sig, kind, NUMBER)
-                found = trace.direct(key, (self.ref, FIRST - len(trace.numbers)), other)
+                found = direct(trace, key, (self.ref, FIRST - len(trace.numbers)), other)
             elif kind is float:
-                found = trace.direct((call, self.sig, other.hex()), (self.ref,))
+                found = direct(trace, (call, self.sig, other.hex()), (self.ref,))
             else:
-                found = trace.direct((call, self.sig, kind, other), (self.ref,))
+                found = direct(trace, (call, self.sig, kind, other), (self.ref,))
         return ask(self, other) if found is None else found
 
     return method
@@ -101,3 +136,5 @@ for name, op in BINARY.items():
     setattr(Traced, name, binary(name, op))
 for name, op in UNARY.items():
     setattr(Traced, name, unary(name, op))
+for name, op in REDUCTIONS.items():
+    setattr(Traced, name, reduction(name, op))

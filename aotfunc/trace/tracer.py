@@ -158,25 +158,6 @@ class Trace(Answering, TorchDispatchMode):
             else self.without_tangents(results)
         )
 
-    def direct(self, key: tuple, refs: tuple[int, ...], number: float | None = None) -> Any:
-        """Record an op that makes one new tensor and is known by its key (without the global
-        settings), as :meth:`__torch_dispatch__` would, with a number as its last argument. Return
-        None for any other op."""
-        env = _default_dtype(), _deterministic()
-        instr = interned((*key, env))
-        if instr is None or not instr.simple or env[0] is not self.dtype:
-            return None
-        if number is not None:
-            if instr.number is None:
-                return None
-            self.numbers.append(number)
-        if self.autograd.made:
-            self.autograd.adopt_leaves()
-        line = debug.user_line(3)
-        self.records.append((instr, refs, _grad_enabled(), self.region, line))
-        t = self.new(instr.outs)
-        return t if _tangents_enabled() else self.without_tangents(t)
-
     def _sink(self, refs: list[int]) -> Callable[[Tensor], tuple[None, Sig]]:
         """Return the function that encodes a tensor among the arguments."""
 
