@@ -109,15 +109,17 @@ class Call:
         self.name, self.f, self.arguments, self.has_aux = name, f, arguments, has_aux
         self.n_out, self.spec, self.aux_spec = 0, None, None
 
-        def flat(*args: Any, **kwargs: Any) -> list:
+        def flat(*args: Any, **kwargs: Any) -> Any:
             output, aux = self.split(f(*args, **kwargs))
             if output is None:
                 raise ArgumentError(
                     f"{name}: {where_defined(f)} returned None: is a `return` missing?"
                 )
             leaves, self.spec = flatten(output)
-            more, self.aux_spec = flatten_tree(aux) if has_aux else ([], None)
             self.n_out = len(leaves)
+            if self.spec is None and not has_aux:
+                return output
+            more, self.aux_spec = flatten_tree(aux) if has_aux else ([], None)
             return [*leaves, *more]
 
         names = parameter_names(f, arguments)

@@ -195,7 +195,7 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
             if c.is_complex() and not v.dtype.is_complex:
                 raise ArgumentError(f"vjp_fn: cotangent {i} is complex, and the output is real")
             if have[i]:
-                given.append(new_layout(c.to(v.dtype)))
+                given.append(new_layout(c if c.dtype is v.dtype else c.to(v.dtype)))
         check_memory(residuals, memory, "vjp")
         for r, before in zip(residuals, versions, strict=True):
             if version(r) != before:

@@ -107,9 +107,6 @@ def vmap(
     return wrapper
 
 
-_NONE = nullcontext()
-
-
 def dims_of_results(out_dims: Dims, leaves: list, spec: Any) -> list[int | None]:
     """Return the batch dimension of each leaf of a result."""
     if isinstance(out_dims, int):
@@ -167,7 +164,7 @@ def _batched_program(
     inputs, and the dimensions as _run takes them."""
     tensor_dims = batch.tensor_dims
     named = axis.name is not None
-    with axes({**AXES.sizes, axis.name: axis.size}) if named else _NONE:
+    with axes({**AXES.sizes, axis.name: axis.size}) if named else nullcontext():
         rec = capture(
             as_called(func),
             arguments.leaves,

@@ -174,7 +174,11 @@ class Captured:
         value, or the whole memory that it was made with."""
         if memory is None and self._program is not None:
             return self._program
-        program = _programs.once((*self.key, memory), lambda: self._build(memory))
+        key = (*self.key, memory)
+        program = _programs[key]
+        if program is None:
+            program = self._build(memory)
+            _programs.put(key, program)
         if memory is None:
             self._program = program
         return program

@@ -25,10 +25,11 @@ from .pipeline import Pipeline
 
 def called(program: Program, tensors: Sequence[Tensor]) -> Sequence:
     """Return the results of a program for these inputs and closed-over tensors."""
-    plain = program.mutated or current() is not None or op_by_op()
+    if program.mutated or current() is not None or not torch.is_grad_enabled():
+        return execute(program, tensors)
     wrt = tuple([i for i, t in enumerate(tensors) if t.requires_grad])
     # the last looks at the graph, which a program that shares code may not have yet
-    if plain or not (wrt and torch.is_grad_enabled() and ours(program)):
+    if not wrt or op_by_op() or not ours(program):
         return execute(program, tensors)
     call, reads, outs = program.once(("called", wrt), lambda: as_call(program, wrt))
     if call is None:

@@ -171,13 +171,14 @@ class Autograd:
         if self.rewritten:
             self.reach()
         else:
-            self.settled = [*map(needs_grad, self.lifted)]
+            self.settled = [*map(needs_grad, self.lifted)] if self.lifted else []
             if self._reached is not None:
                 self._reached.settled = self.settled
 
     def finish(self) -> None:
         """Decide which copies to arguments are no last writes, and release the tensors."""
-        self.adopt_leaves()
+        if self.made:
+            self.adopt_leaves()
         for k, base in self.copied:
             bases = self.reach().bases
             later = [refs[s] for i, refs, *_ in self.records[k + 1 :] for s in written_slots(i)]

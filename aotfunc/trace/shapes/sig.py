@@ -120,7 +120,8 @@ def sig_of(t: Tensor, device: torch.device | None = None) -> Sig:
             f"only dense tensors can be captured, not one with layout {t.layout} and dtype "
             f"{t.dtype}"
         )
-    return make_sig(t.shape, t.stride(), t.dtype, device or t.device, t.storage_offset())
+    key = t.shape, t.stride(), t.dtype, device or t.device, t.storage_offset()
+    return _sigs[key] or make_sig(*key)
 
 
 def floating(x: Any) -> bool:
