@@ -129,7 +129,12 @@ def memory_at(trace: Trace, ref: int, sig: Sig) -> tuple[Any, int]:
 
 def version(t: Tensor) -> int:
     """Return how often a tensor has been written to, 0 for one of inference mode."""
-    return 0 if t.is_inference() else t._version
+    if t.__class__ is Traced:
+        return 0 if t.is_inference() else t._version
+    try:  # asking first takes longer
+        return t._version
+    except RuntimeError:
+        return 0
 
 
 def overlap(a: Tensor, a_start: int, b: Tensor, b_start: int) -> bool:

@@ -155,8 +155,9 @@ class Tape:
     def input_like(self, sig: Sig) -> Traced:
         """Return a new input of this signature."""
         self.inputs.append(sig)
-        self.arguments.append(self.new(sig))
-        return self.arguments[-1]
+        t = self.new(sig)
+        self.arguments.append(t)
+        return t
 
     def alias(self, t: Traced) -> Traced:
         """Return another tensor object for the same value."""
