@@ -78,7 +78,10 @@ def not_differentiable(name: str, x: Any, where: str) -> ArgumentError:
 
 
 def chosen_tree(args: Arguments, argnums: int | tuple[int, ...], values: Sequence[Any]) -> Any:
-    """Return ``values`` of the differentiated leaves in the arguments' trees: one, or a tuple."""
+    """Return ``values`` of the differentiated leaves in the trees of the arguments: one tree, or a
+    tuple of them."""
+    if args.flat:
+        return values[0] if isinstance(argnums, int) else tuple(values)
     chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     feed = iter(values)
     trees = []

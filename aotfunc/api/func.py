@@ -158,11 +158,14 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
     call.check_tensors()
     base, n_out, spec = call.program, call.n_out, call.spec
     vals = base.once("vals", lambda: base.vals)
-    have = tuple([i < n_out and has_derivative(v) for i, v in enumerate(vals)])
+    have = base.once(
+        ("have", n_out),
+        lambda: tuple([i < n_out and has_derivative(v) for i, v in enumerate(vals)]),
+    )
     joint = call.derived((have,), lambda: unhooked(vjp_pass(base, call.wrt, have, fill=True)))
     forward, backward, direct = _halves(joint, call, sum(have))
     outs = execute(forward, call.inputs)
-    residuals = [*outs[base.n_outputs :], *(call.inputs[i] for i in direct)]
+    residuals = [*outs[base.n_outputs :], *[call.inputs[i] for i in direct]]
     versions, memory = list(map(version, residuals)), storages(residuals)
     dtype = torch.get_default_dtype()
     output, *aux = call.results(outs[: base.n_outputs])

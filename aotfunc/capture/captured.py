@@ -64,12 +64,13 @@ class Numbers:
 class Captured:
     """The recording of one call: the trace, its leaves, and which of them are tensors."""
 
+    _program: Program | None = None
+    _key: Any = None
+    numbers: tuple[tuple[int, ...], ...] = ()  # positions of those that are inputs
+    literal = False  # no number may be an input
+
     def __init__(self, trace: Trace, result: Any, names: Callable[[], Sequence[str]]) -> None:
         self.trace, self.names = trace, names
-        self._program: Program | None = None
-        self._key: Any = None
-        self.numbers: tuple[tuple[int, ...], ...] = ()  # positions of those that are inputs
-        self.literal = False  # no number may be an input
         self.leaves, self.spec = flatten(result)
         if trace.dtensors:
             self.leaves = [*map(undistributed, self.leaves)]

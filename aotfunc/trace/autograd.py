@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -23,6 +23,11 @@ is_leaf = torch._C.TensorBase.is_leaf.__get__  # type: ignore[attr-defined]
 
 class Autograd:
     """A recording's leaves and the values that require grad, in lists shared with it."""
+
+    kept: Set[int] = frozenset()  # refs of `retained` at the end
+    #: which lifted tensors required grad when the recording was over
+    settled: list[bool] | None = None
+    _reached: Reach | None = None  # see active
 
     def __init__(
         self,
@@ -45,16 +50,12 @@ class Autograd:
         #: used before
         self.flags: dict[int, tuple[bool, Any]] = {}
         self.retained: list[Traced] = []
-        self.kept: set[int] = set()  # refs of `retained` at the end
         #: values made in an inference mode that the function switched on
         self.inference: set[int] = set()
         #: records in which a tensor that requires grad gets a value that does not
         self.overwritten: set[int] = set()
         #: records in which an argument that requires grad gets a value that does, too
         self.copied: list[tuple[int, int]] = []
-        #: which lifted tensors required grad when the recording was over
-        self.settled: list[bool] | None = None
-        self._reached: Reach | None = None  # see active
 
     def mark_leaf(self, t: Traced, value: bool) -> None:
         """Record ``t.requires_grad_(value)``."""

@@ -42,9 +42,8 @@ class Seeds:
     """The generators that a recording named (``drawn``), in their states at the first draw, and
     the default generator's state ``before`` ``f`` set it."""
 
-    def __init__(self) -> None:
-        self.drawn: States = {}
-        self.before: Tensor | None = None
+    drawn: States = {}
+    before: Tensor | None = None
 
     def draw(self, calls: Iterable[Any]) -> None:
         """Note the generators that these recorded ops, or nodes, name."""
