@@ -17,7 +17,7 @@ from ..graph import Program, dependents
 from ..trace.entering import entry
 from ..trace.nested import with_items
 from ..trace.shapes.sig import floating
-from .call import batch_size, broadcast_prefix, input_dims
+from .batch import batch_size, broadcast_prefix, input_dims
 from .rehearse import leaves_behind, pulled, rehearsed, widened
 from .validate import Validation, call_node, dot, node_values
 

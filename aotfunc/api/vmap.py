@@ -28,7 +28,7 @@ from ..trace.traced import Traced
 from ..transforms.fresh import fresh
 from ..transforms.vmap import Axis
 from ..transforms.vmap import vmap as vmap_pass
-from .call import Batch, Dims, batch_of, batch_size, batched_along, broadcast_prefix, input_dims
+from .batch import Batch, Dims, batch_of, batch_size, batched_along, broadcast_prefix, input_dims
 from .checks import Batches
 from .dynamo import read_by_dynamo
 from .readings import batched, run_batched

@@ -82,9 +82,7 @@ class Captured:
                         f"the function returns a {type(x).__name__}, which would go on when the "
                         "capture is over; return a list or a tuple of the values"
                     )
-            self.refs = tuple([trace.ref_of(self.leaves[i])[0] for i in self.tensors])
-        else:
-            self.refs = tuple([trace.ref_of(x)[0] for x in self.leaves])
+        self.refs = tuple([trace.ref_of(self.leaves[i])[0] for i in self.tensors])
         if trace.stand_ins:
             check_stand_ins(trace, self.refs)
         if trace.mutates:

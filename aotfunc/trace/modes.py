@@ -55,11 +55,9 @@ def outside_inference_mode(f: Callable) -> Callable:
     """Return ``f`` outside of inference mode, in which autograd's own formulas record nothing and
     traced values could not be written to."""
 
-    on = torch.is_inference_mode_enabled
-
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if not on():
+        if not torch.is_inference_mode_enabled():
             return f(*args, **kwargs)
         with torch.inference_mode(False):
             return f(*args, **kwargs)
