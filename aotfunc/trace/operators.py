@@ -48,7 +48,11 @@ REDUCTIONS = {"sum": aten.sum.default, "mean": aten.mean.default}
 
 
 def direct(
-    trace: Trace, key: tuple, refs: tuple[int, ...], number: float | None = None
+    trace: Trace,
+    key: tuple,
+    refs: tuple[int, ...],
+    tensors: tuple[Traced, ...],
+    number: float | None = None,
 ) -> Tensor | None:
     """Record an op that makes one new tensor and is known by its key (without the global
     settings), as the dispatcher would let the recording do, with a number as its last argument.
@@ -65,6 +69,7 @@ def direct(
         or _level_of_functorch() is not None
         or under_way.quiet
         or trace.following is not None
+        or any(map(_recorded_by_autograd, tensors))  # (would ask a function mode)
     ):
         return None
     env = _default_dtype(), _deterministic()
@@ -87,8 +92,8 @@ def unary(name: str, op: OpOverload) -> Callable:
 
     def method(self: Traced) -> Any:
         trace, ask = self.tracer, getattr(Tensor, name)  # the user may have exchanged it
-        if ask is of_torch and not _recorded_by_autograd(self):
-            found = direct(trace, (call, self.sig), (self.ref,))
+        if ask is of_torch:
+            found = direct(trace, (call, self.sig), (self.ref,), (self,))
             if found is not None:
                 return found
         return ask(self)
@@ -113,20 +118,21 @@ def binary(name: str, op: OpOverload) -> Callable:
         trace, ask, kind, found = self.tracer, getattr(Tensor, name), type(other), None
         if reflected and isinstance(other, Tensor):
             return NotImplemented  # let the left operand go first
-        if ask is not of_torch or _recorded_by_autograd(self):
+        if ask is not of_torch:
             return ask(self, other)
         if kind is Traced:
-            if other.tracer is trace and not _recorded_by_autograd(other):
+            if other.tracer is trace:
                 key: tuple = (call, self.sig, other.sig)
-                found = direct(trace, key, (self.ref, other.ref))
+                found = direct(trace, key, (self.ref, other.ref), (self, other))
         elif kind is float or kind is int:
             if trace.lifts_numbers and takes_number and generic(other):
                 key = (call, self.sig, kind, NUMBER)
-                found = direct(trace, key, (self.ref, FIRST - len(trace.numbers)), other)
+                refs = self.ref, FIRST - len(trace.numbers)
+                found = direct(trace, key, refs, (self,), other)
             elif kind is float:
-                found = direct(trace, (call, self.sig, other.hex()), (self.ref,))
+                found = direct(trace, (call, self.sig, other.hex()), (self.ref,), (self,))
             else:
-                found = direct(trace, (call, self.sig, kind, other), (self.ref,))
+                found = direct(trace, (call, self.sig, kind, other), (self.ref,), (self,))
         return ask(self, other) if found is None else found
 
     return method
