@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from aotfunc import cond, jit
+from aotfunc import cond, jit, vmap
 from aotfunc.errors import AotfuncError
 
 PAGE = Path(__file__).parents[1] / "docs" / "refusals.md"
@@ -226,7 +226,12 @@ PROGRAMS: dict[str, Callable] = {
     "`x[w > 0]`": closed_over(ones(), lambda w, x: x[w > 0]),
     "`torch.rand(2).sum().item()`": on(ones())(lambda x: x * torch.rand(2).sum().item()),
     "`w.grad`": closed_over(parameter, lambda w, x: x if w.grad is None else x + w.grad),
-    "`w.data = …`": closed_over(parameter, assigned("data")),
+    "`w.data = w.data.double()`": closed_over(
+        parameter, lambda w, x: (setattr(w, "data", w.data.double()), x)[1]
+    ),
+    "`w.data = …` in a transform": closed_over(
+        parameter, lambda w, x: vmap(lambda x: (setattr(w, "data", w.data * 2), x)[1])(x)
+    ),
     "`w.grad = …`": closed_over(parameter, assigned("grad")),
     "`w.requires_grad_(False)`": closed_over(parameter, lambda w, x: w.requires_grad_(False) * x),
     "`w.register_hook(…)`": closed_over(
@@ -235,7 +240,7 @@ PROGRAMS: dict[str, Callable] = {
     "`x.register_hook(seen.append)` of an argument, `seen` made inside": on(parameter)(
         made_for_a_hook
     ),
-    "`x.data = y` of an argument": on(ones(), ones())(
+    "`x.data = y`, both arguments": on(ones(), ones())(
         lambda x, y: (setattr(x, "data", y), x * 2)[1]
     ),
     "`x.resize_(6)` of an argument": on(ones())(lambda x: x.resize_(6) * 2),

@@ -82,7 +82,11 @@ class Captured:
                         f"the function returns a {type(x).__name__}, which would go on when the "
                         "capture is over; return a list or a tuple of the values"
                     )
-        self.refs = tuple([trace.ref_of(self.leaves[i])[0] for i in self.tensors])
+        #: the returned tensors, then those in the new memory of arguments and closed-over tensors
+        self.refs = tuple(
+            [trace.ref_of(self.leaves[i])[0] for i in self.tensors]
+            + [ref for ref, *_ in (trace.rebound or {}).values()]
+        )
         if trace.stand_ins:
             check_stand_ins(trace, self.refs)
         if trace.mutates:

@@ -173,6 +173,11 @@ class Changes:
         self.retained = [i for i, ref in enumerate(trace.finals) if ref in kept] if kept else []
         hooks = trace.given_hooks
         self.hooks = [(i, h.hook) for i, h in hooks if not h.removed] if hooks else []
+        #: the positions of those that get other memory, and which results are these themselves
+        new = {ref: trace.position(old) for old, (ref, *_) in (trace.rebound or {}).items()}
+        self.rebound = [*new.values()]
+        returned = rec.refs[: len(rec.tensors)]
+        self.itself = {k: new[ref] for k, ref in enumerate(returned) if ref in new}
         #: (position, [(op, other arguments, keywords, under no_grad)])
         self.ops: list[tuple[int, list[tuple]]] = []
         if not trace.reshapes and trace.finals == [*range(len(trace.finals))]:
@@ -197,10 +202,11 @@ class Changes:
                         )
 
     def __bool__(self) -> bool:
-        return bool(self.flags or self.retained or self.hooks or self.ops)
+        return bool(self.flags or self.retained or self.hooks or self.ops or self.rebound)
 
     def before(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the inputs to run on: the backward must not see shapes of later."""
+        """Return the inputs that the program runs on: its backward must not see shapes and memory
+        that they have later."""
         for i, value, line in self.flags:
             if line is not None:
                 raise CaptureError(
@@ -212,8 +218,16 @@ class Changes:
             tensors[i].retain_grad()
         for i, hook in self.hooks:
             tensors[i].register_hook(hook)
-        changed = {i for i, _ in self.ops}
+        changed = {*self.rebound, *(i for i, _ in self.ops)}
         return [t.view_as(t) if i in changed else t for i, t in enumerate(tensors)]
+
+    def rebind(self, tensors: Sequence[Tensor], outs: Sequence[Any]) -> Sequence[Any]:
+        """Give arguments and closed-over tensors their new memory, which the last of ``outs``
+        show; return the others, which are the function's results."""
+        count = len(outs) - len(self.rebound)
+        for i, new in zip(self.rebound, outs[count:], strict=True):
+            tensors[i].data = new
+        return [tensors[self.itself[k]] if k in self.itself else outs[k] for k in range(count)]
 
     def after(self, tensors: Sequence[Tensor], but: Sequence[int] = ()) -> None:
         """Apply the changes to the tensors themselves, but for those at the positions ``but``."""

@@ -222,6 +222,7 @@ class Entry:
             if self.inside is not None:
                 outs = self.inside.returns(outs)
             if self.changes is not None:
+                outs = self.changes.rebind(tensors, outs)
                 self.changes.after(tensors)
         return self.tree(outs, where)
 
@@ -267,7 +268,7 @@ def captured_entry(
     def f(*args: Any, **kwargs: Any) -> Any:
         mine = Snapshot(args, kwargs)
         trace: Any = current()
-        trace.live_hooks = []
+        trace.live_hooks, trace.rebound = [], {}
         # axes outside are not in the key
         with compiled._names.watching(), axes({}), gathering():
             try:

@@ -18,6 +18,7 @@ from .in_place import refresh
 from .marks import hidden_write
 from .patches import ORIGINALS, Attribute, Code
 from .records import written_slots
+from .shapes.sig import Sig
 from .traced import Traced, around, current, quiet
 
 if TYPE_CHECKING:
@@ -34,12 +35,9 @@ def data(self: Tensor) -> Tensor:
 
 def set_data(self: Tensor, value: Any) -> None:
     if current() is not None:
-        raise CaptureError(
-            f"`.data = ` gives a tensor from outside, of shape {list(self.shape)}, other "
-            f"memory{at(user_line())}; write to the memory that it has: `with torch.no_grad(): "
-            "x.copy_(value)`"
-        )
-    _data.__set__(self, with_data(value))
+        give_memory(self, value)
+    else:
+        _data.__set__(self, with_data(value))
 
 
 def refuse_grad(self: Tensor, value: Any) -> None:
@@ -193,29 +191,60 @@ def check_grad(t: Traced) -> None:
         )
 
 
-def give_memory(t: Traced, value: Tensor) -> None:
-    """Record ``t.data = value``: ``t`` copies it, with its old derivative; views stay."""
-    trace, line = t.tracer, user_line()
-    if current() is not trace or any(t is a for a in trace.arguments):
+def give_memory(t: Tensor, value: Tensor) -> None:
+    """Record ``t.data = value``: ``t`` becomes a copy of ``value`` with its old derivative; older
+    views stay. Each call of a compiled function gives arguments, and tensors from outside, their
+    new memory when the program is over."""
+    trace, line = current(), user_line()
+    assert trace is not None
+    inside = t.__class__ is Traced and t.tracer is trace  # type: ignore[attr-defined]
+    outside = not inside or any(t is a for a in trace.arguments)
+    if outside and (trace.rebound is None or trace.region is not None):
         raise CaptureError(
-            f"`.data = ` gives an argument, or a tensor from outside, other memory{at(line)}; "
-            "write to the memory that it has: `with torch.no_grad(): x.copy_(value)`"
+            "`.data = ` gives an argument, or a tensor from outside, other memory in a transform "
+            f"or checkpoint{at(line)}; write to the memory that it has: `with torch.no_grad(): "
+            "x.copy_(value)`"
         )
-    if value.shape != t.shape or value.dtype != t.dtype:
+    (ref, sig), (source, new_sig) = trace.ref_of(t), trace.ref_of(value)
+    if trace.root(source) == trace.root(ref) and new_sig == sig:
+        return  # `p.data /= 2`: the memory that it has
+    if (sig.shape, sig.dtype) != (new_sig.shape, new_sig.dtype):
         raise CaptureError(
             f"`.data = ` with another shape or dtype is not captured{at(line)}; make a new tensor"
         )
     with torch.enable_grad():
-        new = hidden_write(t, value.detach())
+        new = hidden_write(t if inside else trace.outside_value(t), value.detach())
+    if outside and not sig.stride == new_sig.stride == new.sig.stride:
+        raise CaptureError(
+            f"`.data = ` with other strides is not captured{at(line)}; assign a value laid out as "
+            "the tensor is"
+        )
     why = (
         f"`.data = ` lets tensors share memory, and one is written or both are returned{at(line)}"
     )
     why += "; assign a clone()"
-    trace.stand_ins.append(
-        StandIn(len(trace.records), trace.ref_of(value)[0], t.ref, new.ref, why)
+    if outside and rebind(trace, t, ref, new, source, new_sig):
+        raise CaptureError(why)
+    trace.stand_ins.append(StandIn(len(trace.records), source, ref, new.ref, why))
+    if inside:
+        t.ref = new.ref  # type: ignore[attr-defined]
+        refresh(t, new.sig)
+
+
+def rebind(trace: Trace, t: Tensor, ref: int, new: Traced, value: int, sig: Sig) -> bool:
+    """Let ``t``, an argument or a tensor from outside, which is ``ref`` by now, be ``new``, in the
+    memory of ``value``. Return whether another such tensor has it, too."""
+    assert trace.rebound is not None
+    first = next((old for old, (now, *_) in trace.rebound.items() if now == ref), ref)
+    root = trace.root(value)
+    trace.rebound[first] = new.ref, root, sig
+    if trace.seen_as(t) is not None:
+        trace.stand_for(new, t)
+    return any(
+        other == root and there.offset < sig.extent and sig.offset < there.extent
+        for old, (_, other, there) in trace.rebound.items()
+        if old != first
     )
-    t.ref = new.ref
-    refresh(t, new.sig)
 
 
 class StandIn(NamedTuple):

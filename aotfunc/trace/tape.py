@@ -76,6 +76,9 @@ class Tape:
     taken: tuple | None = None  # the view x[index] taken last, see places.is_part
     in_lstsq = False
     dtensors = False  # whether it may have DTensors
+    #: input or lifted tensor that gets other memory (`x.data = y`) -> its value there, the value
+    #: that was made with that memory, and the place in it; None: refused
+    rebound: dict[int, tuple[int, int, Sig]] | None = None
     gathering: Any = None  # what FSDP2's modules have gathered, see capture.gathering
 
     def __init__(
@@ -190,13 +193,13 @@ class Tape:
     def outside_value(self, t: Tensor) -> Traced:
         """Return an outside tensor as a value."""
         ref = self.lift(t)
-        twin = self.new(signature(t))
+        twin = self.new(self._unchanged(ref) if ref >= len(self.inputs) else signature(t))
         self.count -= 1
         twin.ref = ref
         return twin
 
     def stand_for(self, t: Traced, real: Tensor) -> None:
-        """Let ``t``, an input, stand for ``real``, which ``f`` also reaches by closing over it."""
+        """Let ``t`` stand for ``real``, which ``f`` also reaches by closing over it."""
         self._lift_refs[id(real)] = t.ref
 
     def seen_as(self, t: Tensor) -> int | None:
@@ -212,8 +215,10 @@ class Tape:
         return ref, signature(self.lifted[-ref - 1])
 
     def _unchanged(self, ref: int) -> Sig:
-        """Return the signature of an argument that ``f`` also closes over. Refuse it if ``f``
-        changed its metadata, which closed-over tensors do not show."""
+        """Return the signature of an argument that ``f`` also closes over, or of one with other
+        memory. Refuse it if ``f`` changed its metadata, which closed-over tensors do not show."""
+        if ref >= len(self.inputs):
+            return next(s.start for now, _, s in (self.rebound or {}).values() if now == ref)
         now = self.arguments[ref] if self.arguments else None
         if now is not None and (now.ref, now.sig) != (ref, self.inputs[ref]):
             raise CaptureError(

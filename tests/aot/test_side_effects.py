@@ -134,7 +134,7 @@ EFFECTS = {
     "weight_norm, the old one": (lambda w: weight_norm(w.net[0]), "pass it as an argument"),
     "vector_to_parameters": (
         lambda w: vector_to_parameters(torch.ones(24), w.net.parameters()),
-        r"\.data = ",
+        None,
     ),
     "share_memory_": (lambda w: w.constant.share_memory_(), "set_ gives a tensor"),
     "swap_tensors": (
