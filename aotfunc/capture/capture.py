@@ -221,8 +221,10 @@ OPERATORS = ("flex_attention",)
 
 
 def as_called(f: Callable) -> Callable:
-    """Return ``f`` with gradients off if they are off here, as a recording turns them on;
-    forward_ad still sees what autograd would not."""
+    """Return ``f`` with gradients off, or in inference mode, if that is so here, as a recording
+    sets both; forward_ad still sees what autograd would not."""
+    if torch.is_inference_mode_enabled():
+        return torch.inference_mode()(f)
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return f
 

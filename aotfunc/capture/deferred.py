@@ -18,8 +18,9 @@ from torch.fx import Node
 from ..debug import Line, at
 from ..errors import CaptureError, CheckpointWarning
 from ..graph import Program
+from ..trace.marks import no_tangent
 from ..trace.node_views import view_source
-from ..trace.records import n_new_values, written_slots
+from ..trace.records import instr_op, n_new_values, written_slots
 from ..trace.scalars import FIRST
 from ..trace.traced import under_way
 from ..trace.tracer import Trace
@@ -43,9 +44,11 @@ class Deferred:
     def __init__(
         self, trace: Trace, name: str, raw: Sequence[Tensor], results: Sequence[Any], saved: Any
     ) -> None:
-        """Remember that the last record turned ``raw`` into ``results``; autograd itself guards
-        the tensors ``saved`` against writes."""
+        """Remember that the last record of another layer turned ``raw`` into ``results``; autograd
+        itself guards the tensors ``saved`` against writes."""
         self.trace, self.name, self.record = trace, name, len(trace.records) - 1
+        while instr_op(trace.records[self.record][0]) is no_tangent:
+            self.record -= 1
         self.count = trace.count - len(results)
         self.raw = {new.ref: trace.ref_of(o)[0] for o, new in zip(raw, results, strict=True)}
         self.saved = {id(t): (trace.ref_of(t)) for t in saved if isinstance(t, Tensor)}

@@ -113,8 +113,15 @@ def computed_from(rec: Captured, leaves: set[int]) -> set[int]:
 def made_in_inference_mode(rec: Captured) -> bool:
     """Return whether the function has made its results in inference mode, which it switched on.
     Raises CaptureError where it has made others too: a program runs in the mode, or outside."""
-    trace = rec.trace
-    made = [trace.root(ref) in trace.autograd.inference for ref in rec.refs]
+    trace, roots = rec.trace, [rec.trace.root(ref) for ref in rec.refs]
+    made = [root in trace.autograd.inference for root in roots]
+    if torch.is_inference_mode_enabled():  # around the call
+        if any(root >= len(trace.inputs) and not yes for root, yes in zip(roots, made)):
+            raise CaptureError(
+                "the function switches inference mode, which is on around it, off and returns "
+                "what it has made there; call it outside of the mode"
+            )
+        return False
     if not any(made):
         return False
     for yes, ref in zip(made, rec.refs, strict=True):

@@ -94,11 +94,18 @@ def _scalar(trace: Trace, x: Tensor) -> Any:
         return 0  # any number serves: `outside[x]` goes on with a select
 
 
-def validation_check(asking: FrameType) -> str | None:
-    """Return the check if ``torch.distributions`` or a loss asks: programs check, too."""
+def asker(asking: FrameType) -> FrameType | None:
+    """Return the frame that calls what asks, which is none of ours."""
     frame: FrameType | None = asking
     while frame is not None and frame.f_code.co_filename.startswith(_OURS):
         frame = frame.f_back
+    return frame
+
+
+def validation_check(asking: FrameType) -> str | None:
+    """Return the name of the check if ``torch.distributions`` or a loss is asking; the program
+    then checks at each call."""
+    frame = asker(asking)
     if frame is not None and frame.f_code is F.gaussian_nll_loss.__code__:
         return NEGATIVE
     if frame is None or not frame.f_code.co_filename.startswith(_DISTRIBUTIONS):
@@ -127,7 +134,32 @@ def _slice(trace: Trace, *_: Any, **__: Any) -> Any:
 
 
 def _equal(trace: Trace, a: Tensor, b: Tensor) -> bool:
-    return trace.answer(torch.equal, [a, b], "a truth value")
+    try:
+        return trace.answer(torch.equal, [a, b], "a truth value")
+    except CaptureError as error:
+        asking = asker(sys._getframe(2))
+        names = () if asking is None else asking.f_code.co_names
+        last = [getattr(instr, "op", None) for instr, *_ in trace.records[-2:]]
+        if b.dim() or last[-1:] != [aten.new_ones.default] or ASKING.isdisjoint(names):
+            raise
+        good, what = ASKED_IN_CPP.get(last[0], (None, ""))
+        if good is None:
+            raise
+        forgive(error)
+        with trace:
+            aten._assert_async.msg(a if good else a.logical_not(), what)
+        return good
+
+
+#: functions that ask in C++ whether a scalar is true, to raise an error
+ASKING = {"istft", "cov", "corrcoef"}
+#: the comparison asked for -> the answer that is no error, and the error that the program raises
+ASKED_IN_CPP = {
+    aten.lt.Scalar: (False, "istft: the window is zero where it overlaps with itself"),
+    aten.ge.Scalar: (True, "cov(): weights cannot be negative"),
+    aten.ne.Scalar: (True, "cov(): weights sum to zero"),
+    aten.le.Scalar: (False, "cov(): the degrees of freedom are not positive"),
+}
 
 
 def _batch_norm(trace: Trace, x, *args):  # type: ignore[no-untyped-def]

@@ -141,6 +141,45 @@ def test_a_loss_validates_at_every_call(way):
         g(torch.tensor([[0.5, 2.0], [1.0, -3.0]]))
 
 
+WINDOW = torch.hann_window(8, dtype=torch.float64)
+
+
+def spectrum(window):
+    return torch.stft(torch.arange(24.0).double(), 8, window=window, return_complex=True)
+
+
+#: good arguments, and those for which eager raises
+ASKED_IN_CPP = {
+    "istft": (
+        lambda w: spectrum(WINDOW).istft(8, window=w),
+        (WINDOW,),
+        (WINDOW * 0,),
+    ),
+    "fweights": (
+        lambda n: torch.cov(M, fweights=n),
+        (torch.tensor([1, 2, 1]),),
+        (torch.tensor([1, 2, -1]),),
+    ),
+    "aweights": (lambda a: torch.cov(M, aweights=a), (P,), (-P,)),
+    "both": (lambda n, a: M.cov(fweights=n, aweights=a), (torch.tensor([1, 0, 1]), P), None),
+    "none": (lambda m: m.cov(), (M,), None),
+    "corrcoef": (torch.corrcoef, (M,), None),
+}
+
+
+@pytest.mark.parametrize("name", ASKED_IN_CPP)
+def test_what_torch_asks_of_values_in_cpp(name):
+    f, good, bad = ASKED_IN_CPP[name]
+    compiled = jit(f)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(*good), f(*good))
+        for g in (f, compiled) if bad is not None else ():
+            with pytest.raises(RuntimeError, match=r"istft|cov"):
+                g(*bad)
+    with pytest.raises(CaptureError, match="a truth value"):  # a question of the user's own
+        jit(lambda x: x if torch.equal(x.min() >= 0, x.new_ones((), dtype=torch.bool)) else -x)(P)
+
+
 def test_a_distribution_made_outside():
     d = D.Normal(torch.zeros(3), torch.ones(3))
     f = jit(lambda x: d.log_prob(x))

@@ -4,6 +4,7 @@ eager's are."""
 import pytest
 import torch
 from torch import nn
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 import aotfunc
 from aotfunc import aot_function, jit, make_fx
@@ -53,7 +54,35 @@ def views_of_rows(x):
     return y.sum()
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 3
+
+
+def without_tangents(x):
+    with _set_fwd_grad_enabled(False):
+        return Doubled.apply(x)
+
+
+def says(x):
+    y = LINEAR(x)
+    found = [torch.is_inference_mode_enabled(), torch.is_grad_enabled(), y.requires_grad]
+    found += [t.is_inference() for t in (x, x[0], y, y[0], LINEAR.weight, LINEAR.weight[0])]
+    with torch.inference_mode(False):
+        found += [torch.is_inference_mode_enabled(), (x.clone() * 2).is_inference()]
+    return y + sum(2**k for k, yes in enumerate(found) if yes)
+
+
 FUNCTIONS = {
+    "says": says,
+    "Function": within(Doubled.apply),
+    "Function without tangents": lambda x: without_tangents(x) * x,
     "copies of columns": copies_of_columns,
     "views of rows": views_of_rows,
     "pointwise": within(lambda x: x * 2),
@@ -76,12 +105,14 @@ FUNCTIONS = {
 )
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("active", [False, True])
-def test_as_in_eager(name, way, active):
+@pytest.mark.parametrize("around", [False, True])
+def test_as_in_eager(name, way, active, around):
     f, found = FUNCTIONS[name], []
     compiled = way(f)
     for g in (f, compiled, compiled):
         x = torch.arange(9.0).view(3, 3).requires_grad_(active and "written" not in name)
-        result = g(x)
+        with torch.inference_mode(around):
+            result = g(x)
         results = [*result, x] if isinstance(result, tuple) else [result, x]
         found.append([(t.is_inference(), t.requires_grad, t.detach().clone()) for t in results])
     assert_same(found[1], found[0])
@@ -101,6 +132,8 @@ def test_tensors_made_inside_and_outside_of_the_mode_are_refused():
     for g in (f, view):
         with pytest.raises(CaptureError, match="inference_mode"):
             jit(g)(torch.ones(3))
+    with torch.inference_mode(), pytest.raises(CaptureError, match="switches inference mode"):
+        jit(torch.inference_mode(False)(lambda x: x * 2))(torch.ones(3))
 
 
 def twice_by_data(x):
