@@ -20,6 +20,7 @@ from ..debug import _OURS, at, user_line
 from ..errors import CaptureError
 from .autograd import needs_grad
 from .casts import record_cast
+from .caught import catches
 from .collectives import DIFFERENTIATED, within_function
 from .in_place import refresh
 from .kernels import READ_AS_LAID, misread
@@ -160,6 +161,19 @@ ASKED_IN_CPP = {
     aten.ne.Scalar: (True, "cov(): weights sum to zero"),
     aten.le.Scalar: (False, "cov(): the degrees of freedom are not positive"),
 }
+
+
+def _check_errors(trace: Trace, info: Tensor, api: str, *, is_matrix: bool) -> Any:
+    """Raise the error of a matrix without a factorisation here, where the function would catch it
+    and runs once. Any other comes from the program."""
+    if trace.may_ask_constants and catches():
+        failed = trace.answer(
+            lambda info: bool(info.any()), [info], "whether a matrix is singular"
+        )
+        if failed:
+            check = partial(aten._linalg_check_errors, api_name=api, is_matrix=is_matrix)
+            trace.answer(check, [info], "which matrix is singular")
+    return NotImplemented
 
 
 def _batch_norm(trace: Trace, x, *args):  # type: ignore[no-untyped-def]
@@ -317,6 +331,7 @@ _ANSWERS: dict[OpOverload, Callable] = {
     **{op: partial(within_function, op) for op in DIFFERENTIATED},
     aten._local_scalar_dense.default: _scalar,
     aten.equal.default: _equal,
+    aten._linalg_check_errors.default: _check_errors,
     aten.lift_fresh.default: _lift_fresh,
     aten.squeeze_.dim: partial(_reshape_newest, aten.squeeze.dim),
     aten.squeeze_.dims: partial(_reshape_newest, aten.squeeze.dims),
