@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from ..debug import at, user_line
 from ..errors import CaptureError
 from .in_place import refresh
+from .kinds import is_dtensor
 from .marks import hidden_write
 from .patches import ORIGINALS, Attribute, Code
 from .records import written_slots
@@ -199,11 +200,12 @@ def give_memory(t: Tensor, value: Tensor) -> None:
     assert trace is not None
     inside = t.__class__ is Traced and t.tracer is trace  # type: ignore[attr-defined]
     outside = not inside or any(t is a for a in trace.arguments)
-    if outside and (trace.rebound is None or trace.region is not None):
+    captured = trace.rebound is not None and trace.region is None and not is_dtensor(t)
+    if outside and not captured:
         raise CaptureError(
-            "`.data = ` gives an argument, or a tensor from outside, other memory in a transform "
-            f"or checkpoint{at(line)}; write to the memory that it has: `with torch.no_grad(): "
-            "x.copy_(value)`"
+            "`.data = ` gives an argument, or a tensor from outside, other memory, which compiled "
+            f"functions take outside of checkpoints and for plain tensors{at(line)}; write to "
+            "the memory that it has: `with torch.no_grad(): x.copy_(value)`"
         )
     (ref, sig), (source, new_sig) = trace.ref_of(t), trace.ref_of(value)
     if trace.root(source) == trace.root(ref) and new_sig == sig:
