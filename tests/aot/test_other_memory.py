@@ -206,3 +206,68 @@ def test_refused(name):
         jit(lambda x: (w * 2, REFUSED[name](w, b, x)))(torch.ones(2, 2))
     assert (w.data_ptr(), b.data_ptr()) == memory
     assert_same((w.data, b), (torch.ones(2, 2), torch.zeros(2, 2)))
+
+
+def swapped(wrap, a, b):
+    def f(x):
+        before = a.data.clone()
+        a.data, b.data = b.data.clone(), before
+        return a * x + b
+
+    compiled = wrap(f)
+    for n in range(3):
+        compiled(torch.full((3,), n + 1.0)).sum().backward()
+        yield a, b, a.grad, b.grad
+
+
+def followed_numbers(wrap, a, b):
+    compiled = wrap(lambda x, m: setattr(a, "data", a.data * m + x * (1 - m)) or a * b)
+    for n in range(5):
+        yield compiled(torch.full((3,), n + 1.0), 1 - 0.1 * n), a
+
+
+def snapshots(wrap, a, b):
+    compiled, seen = wrap(lambda x: setattr(a, "data", a.data * 2) or a * x), []
+    for _ in range(3):
+        seen.append(a.detach())
+        yield compiled(b.detach()), *seen
+
+
+def errors(wrap, a, b):
+    def f(x, fails):
+        a.data = a.data * 2
+        if fails:
+            raise KeyError
+        return a * x
+
+    compiled = wrap(f)
+    for n in range(4):
+        if n % 2:
+            with pytest.raises(KeyError):
+                compiled(b.detach(), True)
+        else:
+            compiled(b.detach(), False)
+        yield (a,)
+
+
+def changed_outside(wrap, a, b):
+    compiled = wrap(lambda x: setattr(a, "data", a.data * 0.9 + x.detach()) or a * x)
+    for n in range(5):
+        with torch.set_grad_enabled(n != 1):
+            compiled(b * n)
+        yield (a.clone(),)
+        a.requires_grad_(n % 2 == 0)
+        if n == 3:
+            a.data = torch.full((3,), 7.0)
+
+
+@every_compiler
+@pytest.mark.parametrize(
+    "program", [swapped, followed_numbers, snapshots, errors, changed_outside]
+)
+def test_calls_one_after_the_other(program, compiler):
+    found = []
+    for wrap in (lambda f: f, COMPILERS[compiler]):
+        steps = program(wrap, *(nn.Parameter(torch.ones(3) * k) for k in (1, 2)))
+        found.append([[t.detach().clone() for t in step] for step in steps])
+    assert_same(found[1], found[0])
