@@ -238,6 +238,11 @@ def rebind(trace: Trace, t: Tensor, ref: int, new: Traced, value: int, sig: Sig)
     memory of ``value``. Return whether another such tensor has it, too."""
     assert trace.rebound is not None
     first = next((old for old, (now, *_) in trace.rebound.items() if now == ref), ref)
+    if first >= len(trace.inputs):
+        raise CaptureError(
+            f"`.data = ` of an argument that was detached or hooked before{at(user_line())}; "
+            "assign first"
+        )
     root = trace.root(value)
     trace.rebound[first] = new.ref, root, sig
     if trace.seen_as(t) is not None:
@@ -261,9 +266,28 @@ class StandIn(NamedTuple):
     hooks: tuple[Any, ...] = ()
 
 
+def check_rebound(trace: Trace) -> None:
+    """Refuse what is done to a tensor with other memory and would be done to its stand-in alone:
+    changes of its history, flags and hooks."""
+    autograd, rebound = trace.autograd, trace.rebound or {}
+    told = {*autograd.leaves, *(t.ref for t in autograd.retained)}
+    for instr, refs, grad, *_ in trace.records:
+        told.update(trace.root(refs[s]) for s in written_slots(instr) if grad)
+    told &= {*autograd.active(), *autograd.leaves}
+    for old, (new, *_) in rebound.items():
+        if new in told or (old >= 0 and trace.arguments[old].ref not in (old, new)):
+            raise CaptureError(
+                f"`.data = ` of {'an argument' if old >= 0 else 'a tensor from outside'} that is "
+                "then detached, hooked, made to require grad, or written where autograd sees it, "
+                "in place: do that before"
+            )
+
+
 def check_stand_ins(trace: Trace, returned: Sequence[int]) -> None:
     """Refuse ops that would tell that a stand-in has memory of its own."""
     root = trace.root
+    if trace.rebound:
+        check_rebound(trace)
     for start, value, old, new, why, hooks in trace.stand_ins:
         shared, results = {root(value), root(old)}, {root(r) for r in returned}
         later = trace.records[start:]

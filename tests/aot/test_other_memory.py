@@ -183,6 +183,28 @@ def test_a_buffer_of_a_compiled_module():
         want.sum().backward()
 
 
+#: what would be done to the stand-in alone
+AFTERWARDS = {
+    "detached": lambda x: x.detach_(),
+    "made to require grad": lambda x: x.requires_grad_(),
+    "hooked": lambda x: x.register_hook(lambda g: g * 5),
+    "retained": lambda x: x.retain_grad(),
+    "written": lambda x: x.mul_(2),
+    "reshaped": lambda x: x.t_(),
+}
+
+
+@pytest.mark.parametrize("name", AFTERWARDS)
+def test_refused_afterwards(name):
+    leaf = torch.ones(2, 2, requires_grad=name != "made to require grad")
+    x = leaf * 1
+    with pytest.raises(CaptureError, match="in place: do that before"):
+        jit(lambda x: (setattr(x, "data", x * 2), AFTERWARDS[name](x), x * 3)[2])(x)
+    assert_same(x.detach(), torch.ones(2, 2))
+    with pytest.raises(CaptureError, match="detached or hooked before"):
+        jit(lambda x: (x.detach_(), setattr(x, "data", x * 2), x * 3)[2])(x)
+
+
 REFUSED = {
     "returned by a compiled function inside": lambda w, b, x: jit(
         lambda x: (setattr(w, "data", x * 2), w[0])[1]
