@@ -37,7 +37,17 @@ def hint(size: Any) -> int:
 
 def shape_of(val: Any) -> tuple[int, ...]:
     """Return the shape in numbers."""
-    return tuple([hint(d) for d in val.shape])
+    return tuple([d if d.__class__ is int else hint(d) for d in val.shape])
+
+
+def strides_of(val: Any) -> list[int] | None:
+    """Return the strides in numbers; None of a layout without."""
+    try:
+        strides = val.stride
+        strides = strides() if callable(strides) else strides
+        return [s if s.__class__ is int else hint(s) for s in strides]
+    except RuntimeError:
+        return None
 
 
 def nbytes(val: Any) -> int:
@@ -48,12 +58,8 @@ def nbytes(val: Any) -> int:
     dtype = getattr(val, "dtype", None)
     if dtype is None:
         return 0 if val is None else 8
-    shape = shape_of(val)
-    try:
-        stride = val.stride() if callable(val.stride) else val.stride
-    except RuntimeError:  # a layout without strides
-        return math.prod(shape) * dtype.itemsize
-    return reach(shape, [hint(s) for s in stride]) * dtype.itemsize
+    shape, strides = shape_of(val), strides_of(val)
+    return (math.prod(shape) if strides is None else reach(shape, strides)) * dtype.itemsize
 
 
 # ----- how long ----------------------------------------------------------------------------------
@@ -106,9 +112,7 @@ def moves(n: Node) -> bool:
 
 def traffic(n: Node) -> int:
     """Return the bytes that the node reads and writes where it runs by itself."""
-    if not moves(n):
-        return 0
-    return nbytes(n.meta.get("val")) + sum([nbytes(i.meta.get("val")) for i in n.all_input_nodes])
+    return sum([nbytes(i.meta.get("val")) for i in (n, *n.all_input_nodes)]) if moves(n) else 0
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ Some values cost nothing, or are ruled out under every policy:
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +65,8 @@ class Problem:
         self.needed = [local[i] for i in joint.needed]
         #: runs in the forward, whatever is saved
         self.forward = np.array([joint.forward[i] for i in relevant], dtype=bool)
+        gathers = any(map(gathers_again, joint.nodes))
+        time = cache(cost.time)
         verdicts = [
             self.verdict(i, n, i in inside, policy)
             for i, n in zip(relevant, self.nodes, strict=True)
@@ -84,8 +87,8 @@ class Problem:
                 if v >= Verdict.OFFLOAD
                 or n.op == "placeholder"
                 or once(n)
-                or (v != Verdict.RECOMPUTE and reads_gathered(n))
-                else cost.time(n)
+                or (gathers and v != Verdict.RECOMPUTE and reads_gathered(n))
+                else time(n)
                 for n, v in zip(self.nodes, verdicts, strict=True)
             ],
             dtype=float,
@@ -98,7 +101,7 @@ class Problem:
             able & np.array([counts(n) for n in self.nodes], dtype=bool), self.save, 0.0
         )
         self.forward_time = sum(
-            [cost.time(n) for n, f in zip(joint.nodes, joint.forward, strict=True) if f]
+            [time(n) for n, f in zip(joint.nodes, joint.forward, strict=True) if f]
         )
 
     def verdict(self, i: int, n: Node, inside: bool, policy: Policy | None) -> int:

@@ -11,15 +11,18 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..trace.traced import quiet
-from .cost import Roofline, moves, shape_of
+from .cost import Roofline, moves, shape_of, strides_of
 from .ops import once
 
 #: nanoseconds for a byte of traffic, of what cannot be measured
 _ESTIMATE = 0.1
+#: bytes that are more than a core's own caches hold
+_CACHES = 1 << 23
 
 
 class Profiled:
-    """Time in nanoseconds: each op is run on tensors like its own, once for equal ones.
+    """Time in nanoseconds: each op is run on tensors like its own, once for equal ones, which are
+    out of the core's caches by then, as in a backward that reads what the forward made.
 
     Ops that may run only once are not run here either; their time is estimated, as is that of ops
     that fail."""
@@ -45,8 +48,9 @@ class Profiled:
             raise RuntimeError("may run only once")
         with quiet(), torch.no_grad():
             args, kwargs = map_arg((n.args, n.kwargs), lambda i: example(i.meta["val"]))
-            least = float("inf")
+            least, other = float("inf"), torch.zeros(_CACHES, dtype=torch.uint8)
             for _ in range(1 + self.repeat):
+                other.add_(1)
                 start = time.perf_counter_ns()
                 n.target(*args, **kwargs)  # type: ignore[operator]
                 synchronize(args)
@@ -63,7 +67,7 @@ class Like:
     def __repr__(self) -> str:
         vals = self.val if isinstance(self.val, tuple | list) else [self.val]
         return str(
-            [f"{v.dtype}{shape_of(v)}{v.stride}" if hasattr(v, "dtype") else v for v in vals]
+            [f"{v.dtype}{shape_of(v)}{strides_of(v)}" if hasattr(v, "dtype") else v for v in vals]
         )
 
 
@@ -73,9 +77,8 @@ def example(val: Any) -> Any:
         return tuple(map(example, val))
     if not hasattr(val, "dtype"):
         return val
-    stride = val.stride() if callable(val.stride) else val.stride
-    strides = [int(s) for s in stride]
-    made = torch.empty_strided(shape_of(val), strides, dtype=val.dtype, device=val.device)
+    shape, strides = shape_of(val), strides_of(val)
+    made = torch.empty_strided(shape, strides, dtype=val.dtype, device=val.device)
     if not val.dtype.is_floating_point:
         return made.zero_()
     return made.copy_(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
 
 from aotfunc import jit, partition
 from aotfunc.errors import ArgumentError
@@ -290,3 +291,16 @@ def test_measured_costs() -> None:
     assert cost.known == known  # each op is measured once
     products = [time for name, time in known.items() if "addmm" in name or "mm.default" in name]
     assert products and np.isfinite(list(known.values())).all()
+
+
+def test_equal_ops_are_measured_once() -> None:
+    """Also those of PyTorch's joint graphs, whose values are fake tensors."""
+    with FakeTensorMode():
+        like = torch.empty(4, 8), torch.empty(4, 8), torch.empty(8, 4).t()
+    graph, cost = fx.Graph(), Profiled(repeat=1)
+    for x in like:
+        given = graph.placeholder("x")
+        given.meta["val"] = x
+        (sin := graph.call_function(torch.ops.aten.sin.default, (given,))).meta["val"] = x
+        assert cost.time(sin) > 0
+    assert len(cost.known) == 2
