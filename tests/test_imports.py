@@ -5,6 +5,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -194,3 +195,10 @@ def test_files_and_lines_are_short():
     assert not [str(p) for p in lines if len(lines[p]) > 400], "look for the second question"
     long = [f"{p}:{i}" for p in lines for i, text in enumerate(lines[p], 1) if len(text) > 99]
     assert not long
+
+
+@pytest.mark.parametrize("package", ["aotfunc.partition", "aotfunc.extend"])
+def test_a_star_brings_no_modules(package: str):
+    names: dict[str, object] = {}
+    exec(f"from {package} import *", names)
+    assert not [k for k, v in names.items() if isinstance(v, ModuleType)]

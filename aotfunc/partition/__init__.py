@@ -1,35 +1,66 @@
 """Cut a joint graph into a forward and a backward: what to save, what to compute again."""
 
-from ..errors import PartitionError as PartitionError
-from .budget import Bytes as Bytes
-from .budget import Peak as Peak
-from .budget import Time as Time
-from .cost import Cost as Cost
-from .cost import Flops as Flops
-from .cost import Roofline as Roofline
-from .cost import nbytes as nbytes
-from .partitions import Partition as Partition
-from .partitions import default_partition as default_partition
-from .partitions import min_cut_rematerialization_partition as min_cut_rematerialization_partition
-from .partitions import partition as partition
-from .policies import Policy as Policy
-from .policies import Verdict as Verdict
-from .policies import both as both
-from .policies import either as either
-from .policies import everything_saveable as everything_saveable
-from .policies import must_recompute as must_recompute
-from .policies import must_save as must_save
-from .policies import names as names
-from .policies import nothing_saveable as nothing_saveable
-from .policies import offload as offload
-from .policies import save_any_but_these as save_any_but_these
-from .policies import save_dots as save_dots
-from .policies import save_dots_no_batch as save_dots_no_batch
-from .policies import save_only_these as save_only_these
-from .profile import Profiled as Profiled
-from .report import Recomputed as Recomputed
-from .report import Report as Report
-from .report import Residual as Residual
-from .report import residuals as residuals
-from .report import table as table
-from .verify import verify as verify
+from ..errors import PartitionError
+from .budget import Bytes, Peak, Time
+from .cost import Cost, Flops, Roofline, nbytes
+from .partitions import (
+    Partition,
+    default_partition,
+    min_cut_rematerialization_partition,
+    partition,
+)
+from .policies import (
+    Policy,
+    Verdict,
+    both,
+    either,
+    everything_saveable,
+    must_recompute,
+    must_save,
+    names,
+    nothing_saveable,
+    offload,
+    save_any_but_these,
+    save_dots,
+    save_dots_no_batch,
+    save_only_these,
+)
+from .profile import Profiled
+from .report import Recomputed, Report, Residual, residuals, table
+from .verify import verify
+
+__all__ = [
+    "Bytes",
+    "Cost",
+    "Flops",
+    "Partition",
+    "PartitionError",
+    "Peak",
+    "Policy",
+    "Profiled",
+    "Recomputed",
+    "Report",
+    "Residual",
+    "Roofline",
+    "Time",
+    "Verdict",
+    "both",
+    "default_partition",
+    "either",
+    "everything_saveable",
+    "min_cut_rematerialization_partition",
+    "must_recompute",
+    "must_save",
+    "names",
+    "nbytes",
+    "nothing_saveable",
+    "offload",
+    "partition",
+    "residuals",
+    "save_any_but_these",
+    "save_dots",
+    "save_dots_no_batch",
+    "save_only_these",
+    "table",
+    "verify",
+]

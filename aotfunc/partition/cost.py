@@ -141,7 +141,8 @@ class Roofline:
             )
             if folds or not n.all_input_nodes:
                 return self.fused * written
-        return max(flops(n) / self.intensity, traffic(n))
+        read = sum([nbytes(i.meta.get("val")) for i in n.all_input_nodes])
+        return max(flops(n) / self.intensity, written + read)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from torch.fx import Node
@@ -13,7 +13,8 @@ from ..progress import with_progress
 from .budget import Budget, Bytes, Peak, Share, Time
 from .exact import StateGraph
 from .frontier import Frontier
-from .lower_peak import with_lower_peak
+from .lowered import lowered
+from .memory import Layout
 from .order import schedule
 from .problem import Choice, Problem
 from .solve import INF
@@ -27,12 +28,27 @@ MANY = 12_000
 ANEW = 0.05
 
 
-class RunOrder(NamedTuple):
-    """In what order the forward and the backward run their nodes, and the peaks of the two."""
+@dataclass
+class RunOrder:
+    """In what order the forward and the backward run their nodes, which memory is handed over, and
+    what the two ``keep``."""
 
+    layout: Layout
     early: list[int]
     late: list[int]
-    peaks: tuple[int, int]
+    saved: set[int]
+    keep: tuple[set[int], set[int]]
+
+    @cached_property
+    def peaks(self) -> tuple[int, int]:
+        """Return the most bytes that live at one time in each half: what it makes, and what was
+        saved until it is read for the last time. Inputs and cotangents are not counted, nor what
+        is in the host's memory, before it comes back."""
+        early, late = self.keep
+        return (
+            self.layout.peak(self.early, set(), early),
+            self.layout.peak(self.late, self.saved, late),
+        )
 
 
 class Within:
@@ -52,10 +68,8 @@ class Within:
         return StateGraph(self.problem)
 
     def run(self, choice: Choice, low: bool) -> RunOrder:
-        """Return in what order the halves of a choice run, with the most bytes that live at one
-        time in each: what the half makes, and what was saved until it is read for the last time.
-        Inputs and cotangents are not counted, nor what is in the host's memory, before it comes
-        back. If the peaks are to be ``low``, the backward computes some values once more."""
+        """Return how the halves of a choice run. If their peaks are to be ``low``, the backward
+        computes some values once more."""
         if (key := (choice.saved.tobytes(), low)) in self.runs:
             return self.runs[key]
         joint, layout = self.problem.joint, self.problem.joint.layout
@@ -69,9 +83,8 @@ class Within:
         )
         if low:
             most = ANEW * self.problem.forward_time
-            late = with_lower_peak(joint, late, saved | hosted, grads, self.problem.cost, most)
-        peaks = layout.peak(early, set(), saved | results), layout.peak(late, saved, grads)
-        self.runs[key] = RunOrder(early, late, peaks)
+            late = lowered(joint, late, saved | hosted, grads, self.problem.cost, most)
+        self.runs[key] = RunOrder(layout, early, late, saved, (saved | results, grads))
         return self.runs[key]
 
     def run_under(self, choice: Choice, budget: Budget | None) -> RunOrder:
