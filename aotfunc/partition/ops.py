@@ -83,22 +83,17 @@ def reads_gathered(n: Node) -> bool:
     return not is_view(n) and any([gathers_again(base(i)) for i in n._input_nodes])
 
 
-def vouched(n: Node) -> bool:
-    """Return whether somebody vouches that a second run gives the same value again, draws and
-    effects apart."""
+def once(n: Node) -> bool:
+    """Return whether the node may run only once, because a second run could give another value or
+    be seen."""
     op = n.target
-    return (
+    known = (
         not isinstance(op, OpOverload)
         or op.namespace in TRUSTED
         or torch.Tag.pointwise in op.tags
         or region(n) is not None
     )
-
-
-def once(n: Node) -> bool:
-    """Return whether the node may run only once, because a second run could give another value or
-    be seen."""
-    return not vouched(n) or (is_pinned(n) and not gathers_again(n))
+    return not known or (is_pinned(n) and not gathers_again(n))
 
 
 def is_symbol(n: Node) -> bool:

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from ..errors import PartitionError
 from .memory import Layout
-from .ops import gathers_again, is_pinned, is_single, made_at, vouched, writes
+from .ops import gathers_again, is_pinned, is_single, made_at, once, writes
 
 
 def describe(n: Node) -> str:
@@ -62,9 +62,8 @@ class Joint:
     def may_run_later(self) -> list[bool]:
         """Return which nodes of the backward may run later: those whose value is one tensor or
         number that they alone make, and that nothing tells when."""
-        fixed = lambda n: n.target is getitem or not vouched(n) or gathers_again(n)
-        pairs = zip(self.nodes, self.pinned, strict=True)
-        return [is_single(n) and not pin and not fixed(n) for n, pin in pairs]
+        fixed = lambda n: n.target is getitem or once(n) or gathers_again(n)
+        return [is_single(n) and not fixed(n) for n in self.nodes]
 
     @cached_property
     def parts(self) -> list[list[int]]:
