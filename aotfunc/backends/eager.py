@@ -8,20 +8,21 @@ import functools
 import math
 import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx
+from torch._C import DispatchKey
 from torch._ops import OpOverload
 from torch.fx import Node
 
 from .. import debug
 from ..debug import at
 from ..errors import GraphError
-from ..graph import Times
+from ..graph import Times, output_node
 from ..trace.records import flat_tensors
-from ..trace.shapes.sig import Sig
+from ..trace.shapes.sig import Facts, Sig
 
 #: the namespaces of ops whose results have the strides of their rules or meta kernels
 OURS = ("aten", "prims", "aotfunc", "aotfunc_effect")
@@ -119,8 +120,42 @@ def compile_graph(graph: fx.Graph, sized: Mapping[Node, tuple] | None = None) ->
     def run(*values: Any) -> tuple:
         return boxed([*values])
 
+    boxed.own, boxed.unchecked, boxed.alone = own(output_node(graph).args[0]), run, None
     run.boxed, run.source = boxed, source  # type: ignore[attr-defined]
     return cast(Generated, run)
+
+
+def own(results: Sequence[Any]) -> int:
+    """Return how many of the first results have memory that no other value shares."""
+    for count, n in enumerate(results):
+        if not isinstance(n, Node) or not makes_memory(n) or n in results[:count]:
+            return count
+    return len(results)
+
+
+#: ops that, by PyTorch's own checks of its kernels, may return memory that others know
+SHARING = frozenset(
+    """
+    lift lift_fresh lift_fresh_copy dequantize lu_unpack channel_shuffle _slow_conv2d_forward
+    slow_conv3d_forward _unsafe_view q_per_channel_scales q_per_channel_zero_points
+    """.split()
+)
+
+
+def makes_memory(n: Node) -> bool:
+    """Return whether the value is a new tensor at each run: a kernel's, or an op's."""
+    if n.meta.get("laid_out") is n:
+        return True
+    alone = isinstance(n.target, OpOverload) and n.meta["val"].__class__ is not tuple
+    return alone and returns_new(n.target)
+
+
+@functools.cache
+def returns_new(op: OpOverload) -> bool:
+    """Return whether an op's result shares no memory, by its schema and kernels."""
+    if op.namespace != "aten" or not Facts(op).pure or op._opname in SHARING:
+        return False
+    return not op.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
 
 
 aten, functions, methods = torch.ops.aten, torch._C._VariableFunctions, torch._C.TensorBase

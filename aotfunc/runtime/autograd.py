@@ -20,7 +20,6 @@ from torch.autograd import forward_ad
 from ..capture.calls import CompiledCall
 from ..debug import outside_dynamo
 from ..trace.emit import remap
-from ..trace.memory import version
 from ..trace.modes import any_modes, without_modes
 from ..transforms.lower import CALLS, lowered
 from .aliasing import with_own_memory
@@ -37,6 +36,7 @@ from .unseen import watched
 
 aten = torch.ops.aten
 _inside_functorch = torch._C._functorch.peek_interpreter_stack
+keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def call_compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
@@ -296,7 +296,7 @@ class CompiledFunction(torch.autograd.Function):
         # not saved tensors: a plain backward must not mind if one that it does not read has
         # changed
         ctx.inputs = needed  # their gradients may depend on it, though the results do not
-        ctx.versions = [*map(version, needed)]
+        ctx.versions = [0 if t.is_inference() else t._version for t in needed]
         ctx.memory = storages(needed)
         ctx.keeps = bool(needed or kept)
         #: the results whose gradients were taken; what was saved for these is gone
@@ -307,6 +307,13 @@ class CompiledFunction(torch.autograd.Function):
     @outside_dynamo
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
         halves, inputs = ctx.halves, ctx.inputs
+        if ctx.layouts is not None and not ctx.done and as_laid_out(cts, ctx.layouts, ctx.dtype):
+            check_memory(inputs, ctx.memory, halves.call.__name__)
+            values = [*ctx.saved_tensors[: len(halves.saved)], *cts]
+            if not keeps_graph():
+                ctx.maybe_clear_saved_tensors()
+                ctx.done, ctx.inputs, ctx.memory = frozenset(ctx.part[0]), None, None
+            return None, None, None, None, *halves.backward.compiled(values)(values)
         if ctx.read_late is not None:
             check_unwritten(ctx.read_late, halves.call.__name__)
         if ctx.moment is not None:
@@ -325,11 +332,6 @@ class CompiledFunction(torch.autograd.Function):
         if ctx.met:
             cts, further = cts[: len(outs)], cts[len(outs) :]
             met = tuple([i for i, c in zip(ctx.met, further, strict=True) if c is not None])
-        if not (ctx.done or met) and as_laid_out(cts, ctx.layouts, ctx.dtype):
-            values = [*(ctx.saved_tensors if ctx.keeps else ())]
-            values[len(values) - len(further) - len(ctx.keeping) :] = cts
-            let_go(ctx, frozenset(outs))
-            return None, None, None, None, *halves.backward.compiled(values)(values)
         there = frozenset([i for i, c in zip(outs, cts, strict=True) if c is not None])
         # of another result, which had nothing in common with those: computed again
         again = bool(ctx.done and ctx.inputs is not None and halves.apart(ctx.done, there))
@@ -366,18 +368,20 @@ def as_laid_out(
 ) -> bool:
     """Return whether these cotangents go to the backward half as they are: all arrive, laid out
     so, outside of any mode and transform, and no second derivative is asked for."""
-    if layouts is None or torch.is_grad_enabled() or op_by_op() or any_modes() or older_levels():
+    if layouts is None or torch.is_grad_enabled() or torch.get_default_dtype() is not dtype:
+        return False
+    if op_by_op() or any_modes() or older_levels():
         return False
     for c, strides in zip(cts, layouts, strict=True):
         if c is None or c.stride() != strides:
             return False
-    return torch.get_default_dtype() is dtype
+    return True
 
 
 def let_go(ctx: Any, outs: frozenset[int]) -> None:
     """Let a node forget what it has saved, unless the graph is retained. Results that have nothing
     in common with ``outs``, whose gradients are taken, keep the inputs."""
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+    if keeps_graph():
         return
     ctx.maybe_clear_saved_tensors()
     ctx.done |= outs

@@ -91,7 +91,10 @@ class Halves:
 
     def cotangents_taken(self) -> list[tuple[int, ...]] | None:
         """Return the strides of cotangents of the only node that are, after the residuals, the
-        arguments of the backward half as they are; None if its results are not the gradients."""
+        arguments of the backward half as they are; None if its results are not the gradients, or
+        there is more to do than to run it."""
+        if self.met or self.unseen or self.bent or self.late_reads or self.reads_state:
+            return None
         vals = [self.vals[i] for i in self.whole[0]]
         grads = self.backward.program.outputs
         residuals = self.forward.program.outputs[self.early :]

@@ -57,7 +57,6 @@ def compile_cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
     steady = graph if consists_of_launches(graph) else None
     run = compile_graph(graph)
     if not any(isinstance(n.target, Launch) for n in graph.nodes):
-        run.boxed.own = 0  # type: ignore[attr-defined]
         run.boxed.steady = steady  # type: ignore[attr-defined]
         return run
     by_ops = functools.cache(lambda: compile_graph(gm.graph))
@@ -70,7 +69,7 @@ def compile_cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
             args[:] = [resolved(a) if is_lazy(a) else a for a in args]
         return run.boxed(args)
 
-    boxed.own = n_own_results(output_node(graph).args[0])  # type: ignore[attr-defined]
+    boxed.own = run.boxed.own  # type: ignore[attr-defined]
     boxed.unchecked = run  # type: ignore[attr-defined]
     boxed.alone = one_launch(graph)  # type: ignore[attr-defined]
     boxed.steady = steady  # type: ignore[attr-defined]
@@ -87,14 +86,6 @@ def one_launch(graph: fx.Graph) -> Callable | None:
     *inputs, last, output = graph.nodes
     given = all(n.op == "placeholder" for n in inputs) and last.args == (*inputs,)
     return last.target.entry if given and list(output.args[0]) == [last] else None
-
-
-def n_own_results(results: Sequence[Any]) -> int:
-    """Return how many of the first results are in memory of launches that no other shares."""
-    for count, n in enumerate(results):
-        if not isinstance(n, Node) or n.meta.get("laid_out") is not n or n in results[:count]:
-            return count
-    return len(results)
 
 
 def worth(nodes: Sequence[Node]) -> bool:
