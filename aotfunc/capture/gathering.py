@@ -67,8 +67,8 @@ def prepare_group(m: nn.Module, label: str) -> None:
 
 #: what may change from call to call
 _settings = attrgetter(
-    *("_sharded_state", "_training_state", "unshard_in_backward", "reduce_grads"),
-    *("all_reduce_grads", "gradient_divide_factor", "_all_reduce_hook"),
+    *("_sharded_state", "_training_state", "unshard_in_backward"),
+    *("gradient_divide_factor", "_all_reduce_hook"),
     *("_all_gather_comm", "_reduce_scatter_comm"),
 )
 
@@ -84,9 +84,23 @@ def settings(m: nn.Module) -> list:
             *_settings(g),
             g._reshard_after_forward and not keeps,
             getattr(g, "reduce_scatter_unused_params", False),
+            any(map(awaits_reduction, g.fsdp_params)),
+            reduces_in_part(g),
         )
         for g in groups_of(state)
     ]
+
+
+def awaits_reduction(p: Any) -> bool:
+    """Return whether a parameter has a gradient that eager backwards left with each process."""
+    whole = getattr(p, "_unsharded_param", None)
+    with no_recording():
+        grads = p.unsharded_accumulated_grad, None if whole is None else whole.grad
+    return any([g is not None for g in grads])
+
+
+def reduces_in_part(group: Any) -> bool:
+    return group.reduce_grads and not group.all_reduce_grads
 
 
 def unrecorded_facts(group: Any) -> str | None:
@@ -101,8 +115,8 @@ def unrecorded_facts(group: Any) -> str | None:
         "parameters that gather themselves": any(
             hasattr(p._sharded_local_tensor, "fsdp_pre_all_gather") for p in params
         ),
-        "set_requires_gradient_sync(False)": not group.reduce_grads,
-        "set_requires_all_reduce(False)": not group.all_reduce_grads,
+        "gradients of eager calls that are not reduced yet": any(map(awaits_reduction, params)),
+        "set_requires_all_reduce(False)": reduces_in_part(group),
         "set_gradient_divide_factor": group.gradient_divide_factor is not None,
         "set_all_reduce_hook": group._all_reduce_hook is not None,
         "collectives of its own": own != {f"{FSDP}_fsdp_collectives"},

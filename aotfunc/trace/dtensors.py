@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..cache import remembered
 from ..debug import at, user_line
 from ..errors import CaptureError
 from ..graph import drawing
 from .kinds import is_dtensor
-from .placement_rules import rule_for
-from .placing import mirrored, without_values
+from .placing import DRAWN, OWN, drawn_in_parts, mirrored, rule_for, without_values
 from .traced import Traced, current, no_recording
 
 #: name -> the mesh made last under it: one for each arrangement of processes, however often made
@@ -113,12 +112,8 @@ def record_op(trace: Any, func: Any, args: tuple, kwargs: dict) -> Any:
     found = [x for x in leaves if is_dtensor(x)]
     if any(x._local_tensor.__class__ is Traced for x in found):
         return NotImplemented
-    if op_draws(func, args, kwargs):
-        raise CaptureError(
-            f"{func} draws random numbers for a DTensor{at(user_line())}, from generators that "
-            "PyTorch keeps alike in all processes; inside a captured function draw them for "
-            "x.to_local()"
-        )
+    if draws(func, args, kwargs):
+        return record_draw(trace, func, *args, **kwargs)
     whole = [whole_of(trace, x) if is_dtensor(x) else x for x in leaves]
     given = {id(w): x for w, x in zip(whole, leaves, strict=True) if isinstance(w, Traced)}
     try:
@@ -135,7 +130,28 @@ def record_op(trace: Any, func: Any, args: tuple, kwargs: dict) -> Any:
     return tree_unflatten(results, out_spec)
 
 
-def op_draws(op: Any, args: tuple, kwargs: dict) -> bool:
+def record_draw(trace: Any, op: Any, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Record an op that each process draws for its part. The graph says where the parts are: it
+    may know the values of ``x``, and so need no DTensor."""
+    if not drawn_in_parts(op, x):
+        raise CaptureError(
+            f"{op} draws random numbers for a DTensor{at(user_line())}, from generators that "
+            "PyTorch keeps alike in all processes; inside a captured function draw them for "
+            "x.to_local()"
+        )
+    record = lambda op, *args: trace.__torch_dispatch__(op, (Traced,), args, {})
+    place, whole, drawn = of_spec(x._spec), whole_of(trace, x), DRAWN[op]
+    placed = record(torch.ops.aotfunc_layout.redistribute.default, whole, place, place)
+    # the op without a write has no defaults
+    rest = [a.default_value for a in op._schema.arguments[len(args) + 1 :] if not a.kwarg_only]
+    outs = trace.__torch_dispatch__(drawn, (Traced,), (placed, *args, *rest), kwargs)
+    if drawn is not op:  # it writes
+        record(torch.ops.aten.copy_.default, whole, outs)
+        return x
+    return tree_map(stand_in, outs, mirrored(OWN[drawn], x, *args, **kwargs))
+
+
+def draws(op: Any, args: tuple, kwargs: dict) -> bool:
     """Return whether an op draws random numbers, for these arguments."""
     switches = drawing(op)
     given = [args[i] if i < len(args) else kwargs.get(a.name) for i, a in switches or ()]

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.utils.checkpoint import checkpoint
 
 from aotfunc import aot_module, grad, jit, make_fx, vmap
 from aotfunc.errors import CaptureError
@@ -219,6 +220,40 @@ def check_writes(mesh, a, b):
         close(whole(x), whole(y))
 
 
+def kept_some(x):
+    return F.dropout(x.sin(), 0.3).cos()
+
+
+#: functions that draw a number for each element
+DRAWS = (
+    kept_some,
+    lambda x: checkpoint(kept_some, x, use_reentrant=False),
+    lambda x: kept_some(kept_some(x)) + torch.randn_like(x) * x,
+    lambda x: torch.bernoulli(torch.full_like(x, 0.4)) * torch.zeros_like(x).uniform_(1, 2) * x,
+    lambda x: torch.empty_like(x).normal_(2.0, 3.0) * torch.rand_like(x) * x,
+    lambda x: torch.empty_like(x).exponential_() * torch.empty_like(x).log_normal_() * x,
+    lambda x: torch.native_dropout(x, 0.5, True)[0] * torch.ones_like(x).geometric_(0.4),
+    lambda x: F.alpha_dropout(x, 0.5) + F.gumbel_softmax(x) + F.dropout1d(x, 0.5),
+)
+
+
+def check_draws(mesh):
+    """Each process draws for its part from its own generator, as in eager mode on the CPU."""
+    draw = torch.Generator().manual_seed(4)
+    a, rank = torch.randn(5, 6, generator=draw), mesh.get_local_rank()
+    for f in DRAWS:
+        compiled = jit(f, "eager")
+        for place in ROWS, COLUMNS, ALL:
+            x = distribute_tensor(a, mesh, [place]).requires_grad_()
+            found = []
+            for way in f, compiled, compiled:
+                torch.manual_seed(7 if place == ALL else rank)
+                y = way(x)
+                (g,) = torch.autograd.grad(whole(y).sum(), x)
+                found.append([y.to_local(), whole(g), torch.rand(2)])
+            close(found[1:], found[:1] * 2)
+
+
 def check_refused(mesh):
     x = distribute_tensor(torch.ones(4, 2), mesh, [ROWS]).requires_grad_()
     for words, call in (
@@ -227,7 +262,8 @@ def check_refused(mesh):
         ("go to compiled functions", lambda: make_fx(torch.sin)(x)),
         ("go to compiled functions", lambda: jit(lambda x: jit(torch.sin)(x))(x)),
         ("go to compiled functions", lambda: vmap(jit(torch.sin))(x)),
-        ("draws random numbers for a DTensor", lambda: jit(lambda x: F.dropout(x))(x)),
+        ("draws random numbers for a DTensor", lambda: jit(lambda x: torch.randint_like(x, 5))(x)),
+        ("draws random numbers for a DTensor", lambda: jit(lambda x: F.dropout(x.t() @ x))(x)),
         ("a number was asked for", lambda: jit(lambda x: x * x.sum().item())(x)),
         ("a hook or a gradient", lambda: jit(lambda x: (x * 2).register_hook(print))(x)),
         ("a gradient of a DTensor", lambda: jit(lambda x: torch.autograd.grad(x.sum(), x))(x)),
@@ -281,5 +317,6 @@ def check_dtensors(count):
         return check_two_dimensions()
     mesh = init_device_mesh("cpu", (count,))
     check_functions(mesh)
+    check_draws(mesh)
     check_refused(mesh)
     check_plans(mesh)

@@ -202,6 +202,23 @@ def check_calls(rank, count, start, tokens):
     )
 
 
+def check_accumulation(rank, start, tokens):
+    """Gradients of several batches, reduced with those of the last one, are eager's."""
+    ways = (each_layer(copy.deepcopy(start)) for _ in range(3))
+    eager, compiled, mixed = next(ways), aot_module(next(ways), "eager"), next(ways)
+    by_turns = aot_module(mixed, "eager")
+    for net, calls in (
+        (eager, (eager, eager, eager)),
+        (compiled, (compiled, compiled, compiled)),
+        (mixed, (by_turns, mixed, mixed)),
+    ):
+        for i, call in enumerate(calls):
+            net.set_requires_gradient_sync(i == 2)
+            call(tokens[2 * rank :][: 1 + (i > 0)]).square().sum().backward()
+    close([gradients(compiled), gradients(mixed)], [gradients(eager)] * 2)
+    assert compiled._compiled.captures == 2  # one for a batch of one
+
+
 def names(m):
     return [n for n, _ in m.named_parameters()]
 
@@ -211,13 +228,19 @@ def check_refused(start, tokens):
     net = each_layer(copy.deepcopy(start))
     compiled = aot_module(net, "eager")
     offload = CPUOffloadPolicy(pin_memory=False)
-    net.set_requires_gradient_sync(False)
     offloaded = aot_module(fully_shard(copy.deepcopy(start), offload_policy=offload), "eager")
     hooked = aot_module(each_layer(copy.deepcopy(start)), "eager")
     hooked.get_submodule("layers.1").register_full_backward_hook(lambda m, given, g: None)
-    with pytest.raises(CaptureError, match=r"set_requires_gradient_sync\(False\)"):
-        compiled(tokens)
+    net.set_requires_gradient_sync(False)
+    net(tokens).sum().backward()
     net.set_requires_gradient_sync(True)
+    with pytest.raises(CaptureError, match="gradients of eager calls that are not reduced yet"):
+        compiled(tokens)
+    net(tokens).sum().backward()
+    net.set_requires_all_reduce(False)
+    with pytest.raises(CaptureError, match=r"set_requires_all_reduce\(False\)"):
+        compiled(tokens)
+    net.set_requires_all_reduce(True)
     by_others = "called by compiled functions"
     for error, words, call in (
         (CaptureError, "an offload_policy", lambda: offloaded(tokens)),
@@ -242,4 +265,5 @@ def check_fully_sharded(rank, count):
     check_ways(rank, count, start, tokens)
     if count == 2:
         check_calls(rank, count, start, tokens)
+        check_accumulation(rank, start, tokens)
         check_refused(start, tokens)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -48,6 +49,9 @@ def check_training(rank, count):
     inside = nn.Sequential(parallel(nn.Linear(3, 8)), nn.Tanh())
     with pytest.raises(CaptureError, match=r"self\.0 is a module of DistributedData"):
         aot_module(inside)(x)
+    whole = replicate(nn.Linear(3, 8))
+    with pytest.raises(CaptureError, match="the module is a module of replicate"):
+        aot_module(whole)
 
 
 class Enter(torch.autograd.Function):
