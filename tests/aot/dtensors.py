@@ -246,6 +246,11 @@ def check_draws(mesh):
         for place in ROWS, COLUMNS, ALL:
             x = distribute_tensor(a, mesh, [place]).requires_grad_()
             found = []
+            try:
+                f(x)
+            except (NotImplementedError, RuntimeError):  # it has fewer rules
+                assert torch.__version__.startswith("2.11")
+                continue
             for way in f, compiled, compiled:
                 torch.manual_seed(7 if place == ALL else rank)
                 y = way(x)
