@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch.fx import Node
 
 from ..backends.loops.reductions import REDUCTIONS
 from ..errors import AotfuncError
-from ..graph import Program, acts, dependents, draws, n_ops
+from ..graph import Program, acts, dependents, draws, op_of, size
 from ..partition.cost import nbytes
 from ..trace.emit import Builder, paused_gc, remap
 from ..trace.views import laid_out
 from ..transforms.contractions import reassociated
 from ..transforms.decompose import separate_outputs
 from ..transforms.lower import CALLS, EVERYTHING, lowered, marked
+from ..transforms.rewrites.constants import filled_with
 from ..transforms.rules.schema import tensor_args
 from ..transforms.rules.table import entry_for
 from ..transforms.tidy import FINAL, rebuilt
@@ -107,17 +109,20 @@ def emit_blocks(
     summands = body.once(("summands", first, k), lambda: without_sums(body, first, k))
     if summands is None or not separate(summands) or not has_planned_layouts(loop, args):
         return None
+    consts, carry, rows = args[:first], args[first : first + k], args[first + k :]
+    if most is None and keeps_all(summands, k):
+        most = loop.length
     most = most or BLOCK // max(1, row_bytes(summands, first))
     if min(most, loop.length) < FEWEST:
         return None
     steps = even_size(loop.length, most)
     try:
-        of = functools.partial(block, summands, first, k)
+        signed = tuple([may_be_minus_zero(c) for c in carry])
+        of = functools.partial(block, summands, first, signed)
         count, left = divmod(loop.length, steps)
         bodies = [of(steps), *([of(left)] if left else [])]
     except AotfuncError:  # an op without a rule for batches
         return None
-    consts, carry, rows = args[:first], args[first : first + k], args[first + k :]
     if steps == loop.length:
         return b.inlined(bodies[0], args)
     blocks = [b.call(aten.slice.Tensor, x, 0, 0, loop.length - left) for x in rows]
@@ -195,6 +200,20 @@ def separate_node(n: Node) -> bool:
     )
 
 
+def keeps_all(body: Program, n_sums: int) -> bool:
+    """Return whether all that a step computes is among its results: blocks would not hold less at
+    once than all steps do."""
+    made = {op_of(o) for o in body.outputs if o.op == "call_function"}
+    loops = any(isinstance(o.target, Flow) for o in made)
+    return not (n_sums or loops) and size(body.graph) == len(made)
+
+
+def may_be_minus_zero(carry: Node) -> bool:
+    """Return whether a carry may begin as -0.0, which a sum of -0.0 leaves as it is."""
+    value = filled_with(carry)
+    return value is None or math.copysign(1, value) < 0
+
+
 def row_bytes(body: Program, n_consts: int) -> int:
     """Return the bytes of the values that a step has for itself."""
     return sum(
@@ -202,9 +221,11 @@ def row_bytes(body: Program, n_consts: int) -> int:
     )
 
 
-def block(body: Program, n_consts: int, n_carry: int, size: int) -> Program:
-    """Return ``(constants, carry, rows of a block) -> (carry, rows of a block)``. Raises an error
-    for a body with an op that has no rule for batches."""
+def block(body: Program, n_consts: int, signed: tuple[bool, ...], size: int) -> Program:
+    """Return ``(constants, carry, rows of a block) -> (carry, rows of a block)``. A ``signed`` sum
+    of -0.0 is -0.0, not 0.0. Raises an error for a body with an op that has no rule for
+    batches."""
+    n_carry = len(signed)
 
     def make() -> Program:
         given = [p.meta["val"] for p in body.placeholders]
@@ -217,11 +238,29 @@ def block(body: Program, n_consts: int, n_carry: int, size: int) -> Program:
             carry = [b.placeholder("sum", dense(v)) for v in body.vals[:n_carry]]
             stacks = b.inputs(batch.placeholders[n_consts:])
             outs = b.inlined(batch, [*inputs, *stacks])
-            sums = [b.call(aten.sum.dim_IntList, x, [0]) for x in outs[:n_carry]]
+            sums = [
+                (signed_sum if yes else row_sum)(b, x)
+                for x, yes in zip(outs, signed, strict=False)
+            ]
             added = [b.call(aten.add.Tensor, c, x) for c, x in zip(carry, sums, strict=True)]
             results = [laid_out(b, y, dense(y.meta["val"]), exactly=True) for y in outs[n_carry:]]
             results = [*added, *results]
             count = len(given) + n_carry
             return reassociated(Program(b.finish(results), count, len(results), (), "block"))
 
-    return body.derived(("block", n_consts, n_carry, size), make)
+    return body.derived(("block", n_consts, signed, size), make)
+
+
+def row_sum(b: Builder, x: Node) -> Node:
+    return b.call(aten.sum.dim_IntList, x, [0])
+
+
+def signed_sum(b: Builder, x: Node) -> Node:
+    """Return the sum of rows, -0.0 where all are: sums begin with 0.0."""
+    if x.meta["val"].dtype.is_complex:
+        parts = signed_sum(b, b.call(aten.view_as_real.default, x))
+        return b.call(aten.view_as_complex.default, parts)
+    found = row_sum(b, x)
+    negative = b.call(aten.all.dim, b.call(aten.signbit.default, x), 0)
+    minus = b.call(aten.neg.default, b.call(aten.abs.default, found))
+    return b.call(aten.where.self, negative, minus, found)

@@ -107,11 +107,12 @@ def lengths(f, *args):
 
 def test_what_is_in_blocks(small, monkeypatch):
     rows = torch.randn(100, 4)
-    tanh = lambda xs: map(lambda x: x.tanh(), xs)
+    tanh = lambda xs: map(lambda x: x.tanh().exp(), xs)
     weights = lambda w: map(lambda x: (x * w).tanh(), rows).sum()
     [blocked] = lengths(tanh, rows)
     assert 1 < blocked < 25
     assert max(lengths(grad(weights), rows[0])) < 25  # it carries a sum
+    assert lengths(lambda xs: map(torch.tanh, xs), rows) == []  # nothing lives in between
     monkeypatch.setattr(blocks, "BLOCK", 20000)
     assert lengths(tanh, rows) == []
 
@@ -156,6 +157,20 @@ def test_carries(name, small):
         h, y = step(h, x)
         ys.append(y)
     assert_same(got, (h, None if y is None else torch.stack(ys)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize(("start", "row"), [*itertools.product([0.0, -0.0], repeat=2)])
+def test_signs_of_zeros(start, row, dtype, small):
+    h, xs = torch.full((2,), start, dtype=dtype), torch.full((80, 2), row, dtype=dtype)
+    step = lambda h, x: (h + x, None)
+    want = torch.view_as_real(h + xs[0]) if dtype.is_complex else h + xs[0]
+    for begin in (lambda: h, lambda: torch.full((2,), start, dtype=dtype)):
+        run = lambda xs, begin=begin: scan(step, begin(), xs)[0]
+        assert max(lengths(run, xs), default=1) < 80
+        got = jit(run, backend="eager")(xs)
+        got = torch.view_as_real(got) if dtype.is_complex else got
+        assert torch.equal(got.signbit(), want.signbit())
 
 
 def test_whole_numbers_and_halves_are_summed_step_by_step(small):
