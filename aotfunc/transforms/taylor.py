@@ -130,6 +130,8 @@ class Series:
             return self.given[n][k] if k < len(self.given[n]) else None
         if n in self.originals:
             return self.coefficient(self.originals[n], k)
+        if k + 1 >= self.order:  # `call` adds what is linear in the last one
+            return None
         c = self.coefficient(self.integrals[n], k + 1)
         return c if c is None or k == 0 else self.b.call(aten.mul.Tensor, c, k + 1)
 
@@ -159,11 +161,19 @@ class Series:
         if n.target is aten.pow.Tensor_Scalar:
             return self.powered(n, k)
         slope, steady = self.slope(n)
-        if steady:
-            moved = {i: c for i in n._input_nodes if (c := self.coefficient(i, k)) is not None}
-            return push(b, n, self.coefficient(n, 0), env, moved)
-        found = [self.scaled(self.coefficient(p, k - 1), Fraction(1, k)) for p in slope]
-        return found if isinstance(n.meta["val"], tuple) else found[0]
+        found: Any = None
+        if not steady:
+            parts = [self.scaled(self.coefficient(p, k - 1), Fraction(1, k)) for p in slope]
+            found = parts if isinstance(n.meta["val"], tuple) else parts[0]
+            if k < self.order:
+                return found
+        moved = {i: c for i in n._input_nodes if (c := self.coefficient(i, k)) is not None}
+        linear = push(b, n, self.coefficient(n, 0), env, moved)
+        if found is None or linear is None:
+            return linear if found is None else found
+        if isinstance(found, list):
+            return [self.total(pair) for pair in zip(linear, found, strict=True)]
+        return self.total([linear, found])
 
     def flow(self, n: Node) -> list:
         """Return the coefficients of a loop's or a branch's results, all at once."""
@@ -261,8 +271,14 @@ class Series:
     def total(self, terms: Sequence[Any]) -> Any:
         found = None
         for t in terms:
-            if t is not None:
-                found = t if found is None else self.b.call(aten.add.Tensor, found, t)
+            if found is None or t is None:
+                found = t if found is None else found
+                continue
+            inner, factor = factored(t)
+            if factor == 1:
+                found = self.b.call(aten.add.Tensor, found, t)
+            else:
+                found = self.b.call(aten.add.Tensor, found, inner, alpha=number(factor))
         return found
 
     def scaled(self, c: Any, factor: Fraction | float) -> Any:

@@ -25,7 +25,7 @@ from .ir import Apply, Kernel, Prefix, walk
 from .launch import TENSORS, Launch, has_memory
 from .looped import consists_of_launches
 from .matmul import product_launch
-from .members import seen_through
+from .members import seen_through, within_kernels
 from .order import calls
 from .real_views import without_views_of_parts
 from .recompute import recompute
@@ -112,7 +112,7 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
     old = copy_graph(gm.graph)
     without_views_of_parts(old)
     in_steps(old)
-    sum_in_blocks(old)
+    in_blocks(old, within_kernels)
     units = [u for u in grouped(old).units if u.nodes]
     found = calls(old, recompute(old, units), worth)
     kernels = {u: kernel_of(u) for u in found if u.kernel}

@@ -7,7 +7,7 @@ It stores the sum of each block of rows, and a second kernel adds these few.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -46,13 +46,17 @@ _library.impl("block_sums", meta_block_sums, "Meta")
 block_sums = torch.ops.aotfunc.block_sums.default
 
 
-def sum_in_blocks(graph: fx.Graph) -> None:
-    """Sum over blocks, in the graph, where the rows of an equal shape are summed too."""
+def sum_in_blocks(graph: fx.Graph, within_kernels: Callable[[fx.Node], bool]) -> None:
+    """Sum first over blocks where a tensor of the same shape is also summed along its rows, and
+    one kernel may do both. Changes the graph."""
     asked = {n: reduced_dims(n) for n in graph.nodes if n.target in REDUCTIONS}
-    along = set(asked.values())
+    if len(set(asked.values())) < 2:
+        return
+    part = parts(graph, within_kernels)
+    along = {(part[n], *sizes) for n, sizes in asked.items()}
     for n, (shape, dims) in asked.items():
         rest = tuple(range(len(dims), len(shape)))
-        if n.target is not torch.ops.aten.sum.dim_IntList or (shape, rest) not in along:
+        if n.target is not torch.ops.aten.sum.dim_IntList or (part[n], shape, rest) not in along:
             continue
         x, val = n.args[0], n.meta["val"]
         before = x.meta["val"]
@@ -63,6 +67,22 @@ def sum_in_blocks(graph: fx.Graph) -> None:
                 first = graph.call_function(block_sums, (x, len(dims)))
             first.meta = {**n.meta, "val": meta_block_sums(before, len(dims))}
             n.args = (first, [0])
+
+
+def parts(graph: fx.Graph, within_kernels: Callable[[fx.Node], bool]) -> dict[fx.Node, fx.Node]:
+    """Return a node for each value, the same for those that kernels may join, as one reads the
+    other or both read a third."""
+    later: dict[fx.Node, fx.Node] = {}  # value -> one of its part, the last one itself
+    for n in graph.nodes:
+        later[n] = n
+        for m in n.all_input_nodes if within_kernels(n) else ():
+            while later[m] is not m:
+                m = later[m]
+            later[m] = n
+    part: dict[fx.Node, fx.Node] = {}
+    for n in reversed(graph.nodes):
+        part[n] = part.get(later[n], n)
+    return part
 
 
 def reduced_dims(n: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]]:

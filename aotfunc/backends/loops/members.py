@@ -55,3 +55,8 @@ def seen_through(n: Any) -> bool:
     return isinstance(n, Node) and (
         source_of(n) is not None or constant(n) is not None or iota(n) or n.target in SEVERAL
     )
+
+
+def within_kernels(n: Any) -> bool:
+    """Return whether a kernel may compute a node, or look through it."""
+    return in_kernels(n) or seen_through(n)
