@@ -133,13 +133,14 @@ def diag_hessian(f: Callable, *, chunk_size: int | None = None) -> Callable:
     ``x`` of shape ``I``; for an output of shape ``O`` a tensor of shape ``I + O``.
 
     It uses Taylor mode of order 2 along ``chunk_size`` axes at a time, without the Hessian. Errors
-    are those of :func:`jet` and :func:`vmap`.
+    are those of :func:`jet` and :func:`vmap`, and ArgumentError for a complex ``x``.
 
     >>> diag_hessian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
     tensor([ 6., 12.])
     """
 
     def diagonal(x: Tensor) -> Any:
+        check_real("diag_hessian", "the argument", x)
         axes = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
         along = lambda axis: jet(f, (x,), ([axis, None],))[1][1]
         leaves, spec = flatten(vmap(along, chunk_size=chunk_size)(axes))
@@ -154,7 +155,7 @@ def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -
 
     It uses Taylor mode of order 2 along ``chunk_size`` axes at a time, without the Hessian, and
     sums second derivatives before linear ops read them. Raises CaptureError if ``f`` writes to an
-    argument, ArgumentError if ``args[argnums]`` is no tensor.
+    argument, ArgumentError if ``args[argnums]`` is no real tensor.
 
     >>> laplacian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
     tensor(18.)
@@ -167,6 +168,7 @@ def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -
         chosen = positions("laplacian", arguments, argnums)
         if len(chosen) != 1:
             raise ArgumentError(f"laplacian: argument {argnums} must be a tensor")
+        check_real("laplacian", arguments.said(chosen[0]), arguments.leaves[chosen[0]])
         call = Call("laplacian", f, arguments, chosen, False)
         call.check_tensors()
         base, wrt, n_out = call.program, call.wrt[0], call.n_out
@@ -193,3 +195,12 @@ def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -
         )
 
     return sums
+
+
+def check_real(name: str, what: str, x: Any) -> None:
+    """Check that second derivatives along the axes of ``x`` are all that it has."""
+    if isinstance(x, Tensor) and x.is_complex():
+        raise ArgumentError(
+            f"{name}: {what} is complex; take that of lambda u, v: f(torch.complex(u, v)) by u "
+            "and by v, or of a complex differentiable function hessian(f, holomorphic=True)"
+        )

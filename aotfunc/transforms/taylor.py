@@ -26,6 +26,7 @@ from ..errors import RuleError
 from ..graph import Program, op_of
 from ..trace.emit import paused_gc
 from .activity import has_derivative, is_nondiff, sources
+from .factors import alike, multiple, multiplied, total
 from .jvp import fit_tangents, forward, push, tangent_sig
 from .lower import lowered
 from .rules.table import entry_for
@@ -163,7 +164,7 @@ class Series:
         slope, steady = self.slope(n)
         found: Any = None
         if not steady:
-            parts = [self.scaled(self.coefficient(p, k - 1), Fraction(1, k)) for p in slope]
+            parts = [multiple(self.b, self.coefficient(p, k - 1), Fraction(1, k)) for p in slope]
             found = parts if isinstance(n.meta["val"], tuple) else parts[0]
             if k < self.order:
                 return found
@@ -172,8 +173,8 @@ class Series:
         if found is None or linear is None:
             return linear if found is None else found
         if isinstance(found, list):
-            return [self.total(pair) for pair in zip(linear, found, strict=True)]
-        return self.total([linear, found])
+            return [total(self.b, pair) for pair in zip(linear, found, strict=True)]
+        return total(self.b, [linear, found])
 
     def flow(self, n: Node) -> list:
         """Return the coefficients of a loop's or a branch's results, all at once."""
@@ -214,10 +215,10 @@ class Series:
         if p == 0:
             return None
         terms = [
-            self.scaled(self.times(aten.mul.Tensor, x, j, n, k - j), (p * j - k + j) / k)
+            multiple(self.b, self.times(aten.mul.Tensor, x, j, n, k - j), (p * j - k + j) / k)
             for j in range(1, k + 1)
         ]
-        found, divisor = self.total(terms), self.coefficient(x, 0)
+        found, divisor = total(self.b, terms), self.coefficient(x, 0)
         if found is None:
             return None
         if k < p.real:
@@ -231,7 +232,7 @@ class Series:
             middle = None if k % 2 else self.times(op, x, k // 2, x, k // 2)
             if middle is not None:
                 return self.products(op, x, x, range(k // 2), k, middle, 2)
-            return self.scaled(self.products(op, x, x, range((k + 1) // 2), k), 2)
+            return multiple(self.b, self.products(op, x, x, range((k + 1) // 2), k), 2)
         return self.products(op, x, y, js, k, **how)
 
     def products(
@@ -251,52 +252,15 @@ class Series:
         for j in reversed(js) if fused else js:
             left, right = self.coefficient(x, j), self.coefficient(y, k - j)
             if fused and all(map(alike, (found, found), (left, right))):
-                found = self.multiplied(found, left, right, Fraction(factor))
+                found = multiplied(self.b, found, left, right, Fraction(factor))
             else:
-                term = self.scaled(self.times(op, x, j, y, k - j, **how), factor)
-                found = self.total([found, term])
+                term = multiple(self.b, self.times(op, x, j, y, k - j, **how), factor)
+                found = total(self.b, [found, term])
         return found
-
-    def multiplied(self, found: Any, left: Any, right: Any, factor: Fraction) -> Any:
-        """Return ``found + factor left right``."""
-        (left, one), (right, other) = factored(left), factored(right)
-        factor *= one * other
-        value = {} if factor == 1 else {"value": ratio(factor)}
-        return self.b.call(aten.addcmul.default, found, left, right, **value)
 
     def times(self, op: Any, x: Any, i: int, y: Any, j: int, **how: Any) -> Any:
         left, right = self.coefficient(x, i), self.coefficient(y, j)
         return None if left is None or right is None else self.b.call(op, left, right, **how)
-
-    def total(self, terms: Sequence[Any]) -> Any:
-        found = None
-        for t in terms:
-            if found is None or t is None:
-                found = t if found is None else found
-                continue
-            inner, factor = factored(t)
-            if factor == 1:
-                found = self.b.call(aten.add.Tensor, found, t)
-            else:
-                found = self.b.call(aten.add.Tensor, found, inner, alpha=number(factor))
-        return found
-
-    def scaled(self, c: Any, factor: Fraction | float) -> Any:
-        """Return ``factor c``. A fraction joins the factors inside of ``c``."""
-        if c is None or factor == 1:
-            return c
-        if not isinstance(factor, Fraction):
-            return self.b.call(aten.mul.Tensor, c, factor)
-        inner, one = factored(c)
-        factor *= one
-        if inner.target is aten.addcmul.default and mild(value := inner.kwargs.get("value", 1)):
-            found, left, right = inner.args
-            value = factor * Fraction(value)
-            return self.multiplied(self.scaled(found, factor), left, right, value)
-        if inner.target is aten.mul.Tensor and inner.args[1].__class__ is Node:
-            (left, one), (right, other) = map(factored, inner.args)
-            inner, factor = self.b.call(aten.mul.Tensor, left, right), factor * one * other
-        return inner if factor == 1 else self.b.call(aten.mul.Tensor, inner, ratio(factor))
 
 
 class Values(dict[Node, Any]):
@@ -308,36 +272,6 @@ class Values(dict[Node, Any]):
     def __missing__(self, n: Node) -> Any:
         value = self.series.coefficient(n, 0)
         return filled_node(self.series.b, 0, n.meta["val"]) if value is None else value
-
-
-def alike(one: Any, other: Any) -> bool:
-    """Return whether these are tensors of one dtype on one device."""
-    if one.__class__ is not Node or other.__class__ is not Node:
-        return False
-    vals = one.meta["val"], other.meta["val"]
-    return vals[0].dtype is vals[1].dtype and vals[0].device == vals[1].device
-
-
-def factored(c: Any) -> tuple[Any, Fraction]:
-    """Return a coefficient without a factor that is a mild real number, and this factor."""
-    if c.__class__ is Node and c.target is aten.neg.default:
-        return c.args[0], Fraction(-1)
-    if c.__class__ is Node and c.target is aten.mul.Tensor:
-        x, y = c.args
-        if mild(y) and x.meta["val"] is c.meta["val"] and x.meta["val"].dtype is not torch.float16:
-            return x, Fraction(y)
-    return c, Fraction(1)
-
-
-def mild(y: Any) -> bool:
-    """Return whether products with and without the factor ``y`` have about the same range: they
-    must not overflow where those of the function do not."""
-    return isinstance(y, int | float) and 2**-24 <= abs(y) <= 2**24
-
-
-def ratio(factor: Fraction) -> int | float:
-    """Return a fraction as an argument of an op."""
-    return int(factor) if factor.denominator == 1 and abs(factor) < 2**53 else float(factor)
 
 
 def nodes_between(ends: set[Node], outs: Sequence[Any]) -> list[Node]:
@@ -393,7 +327,7 @@ def taylor(
         new += primals(b, old[program.n_inputs :])
         env = dict(zip(old, series.ops.inputs(old), strict=True))
         for i, (p, x) in enumerate(zip(old, new, strict=True)):
-            each = [series.scaled(c, 1 / factor(k)) for k, c in enumerate(rows.get(i, ()), 1)]
+            each = [multiple(b, c, 1 / factor(k)) for k, c in enumerate(rows.get(i, ()), 1)]
             series.given[env[p]] = [x, *each]
         series.ops.copy(program.graph.nodes, env)
         for n in program.graph.nodes:  # in order: draws, and no deep recursion
@@ -403,7 +337,7 @@ def taylor(
         outs = [env[o] if isinstance(o, Node) else o for o in program.outputs]
         first = [series.coefficient(o, 0) for o in outs]
         rest = [
-            series.scaled(series.coefficient(o, k), Fraction(factor(k)))
+            multiple(b, series.coefficient(o, k), Fraction(factor(k)))
             for o in outs[:n_out]
             for k in range(1, order + 1)
         ]

@@ -20,9 +20,11 @@ from aotfunc import (
     jvp,
     laplacian,
     make_fx,
+    vjp,
     vmap,
 )
 from aotfunc.errors import ArgumentError, RuleError
+from aotfunc.graph import size
 from tests.ops.table import NO_FUNCTION, RANDOM
 from tests.sweeps import every
 
@@ -153,12 +155,12 @@ def test_loops(f, unrolled):
 
 
 def test_graphs_grow_with_the_square_of_the_order():
-    def size(order):
+    def nodes(order):
         one = torch.ones(4, dtype=D)
         f = lambda x: jet(FUNCTIONS["mlp"], (x,), ([one] + [None] * (order - 1),))[1]
         return len(make_fx(f)(numbers(4)).graph.nodes)
 
-    assert size(16) / size(8) < 4.5
+    assert nodes(16) / nodes(8) < 4.5
 
 
 def test_trees_and_several_primals():
@@ -263,6 +265,50 @@ def test_products_with_hessians():
 def test_errors(primals, series, words):
     with pytest.raises(ArgumentError, match=words):
         jet(lambda x, *_: x.sin(), primals, series)
+
+
+@pytest.mark.parametrize("transform", [laplacian, diag_hessian])
+def test_second_derivatives_by_complex_numbers(transform):
+    z = torch.complex(numbers(3), numbers(3).cos())
+    with pytest.raises(ArgumentError, match=r"argument.* is complex; take that of lambda u, v:"):
+        transform(lambda z: z.abs().square().sum())(z)
+    with pytest.raises(ArgumentError, match="is complex"):
+        jit(transform(lambda z: (z**3).sum()))(z)
+    by_part = lambda u: torch.exp(1j * u).sum()  # a complex result has both parts
+    parts = [transform(lambda u, f=f: f(by_part(u)))(z.real) for f in (torch.real, torch.imag)]
+    torch.testing.assert_close(transform(by_part)(z.real), torch.complex(*parts))
+
+
+def test_products_with_matrices_by_complex_numbers():
+    """They are derivatives along a line of real parameters."""
+    z, v = torch.complex(numbers(3), numbers(3).cos()), torch.complex(numbers(3).sin(), numbers(3))
+    f = lambda z: (z.abs() ** 4).sum() + (z * z.sin()).real.sum()
+    step = 1e-6
+    want = (grad(f)(z + step * v) - grad(f)(z - step * v)) / (2 * step)
+    torch.testing.assert_close(hvp(f, (z,), (v,))[1], want, rtol=1e-6, atol=1e-6)
+    model = lambda z: z * z.cos()
+    pushed = jvp(model, (z,), (v,))[1]
+    want = vjp(model, z)[1](jvp(grad(f), (model(z),), (pushed,))[1])[0]
+    torch.testing.assert_close(ggn(model, f, z, v), want)
+    _, (first, second) = jet(model, (z,), ([v, None],))
+    along = lambda t: model(z + t * v)
+    torch.testing.assert_close(first, (along(step) - along(-step)) / (2 * step), rtol=1e-6, atol=0)
+    step = 1e-4
+    want = (along(step) - 2 * along(0) + along(-step)) / step**2
+    torch.testing.assert_close(second, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_laplacian_has_fewer_ops_than_the_trace():
+    weights = [numbers(4, 4) for _ in range(3)]
+    for activation in (torch.tanh, torch.sigmoid, torch.nn.functional.softplus):
+
+        def f(x, activation=activation):
+            for w in weights:
+                x = activation(w @ x)
+            return x.sum()
+
+        by_trace = make_fx(lambda x, f=f: hessian(f)(x).trace())(numbers(4)).graph
+        assert size(make_fx(laplacian(f))(numbers(4)).graph) < size(by_trace)
 
 
 def test_laplacians_of_networks():
