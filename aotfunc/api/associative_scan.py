@@ -11,12 +11,13 @@ from torch import Tensor
 from ..capture.tree import flatten, structure, unflatten
 from ..debug import at, user_line, where_defined
 from ..errors import ArgumentError
-from ..trace.entering import entry
+from .dynamo import read_as
 from .flow_bodies import path, tensors, trip_count
+from .flow_readings import associative_scan_in_graph
 from .vmap import vmap
 
 
-@entry
+@read_as(associative_scan_in_graph)
 def associative_scan(f: Callable, xs: Any, reverse: bool = False, dim: int = 0) -> Any:
     """Return ``ys`` with ``ys[0] = xs[0]`` and ``ys[t] = f(ys[t - 1], xs[t])`` along ``dim``, for
     an associative ``f`` of two elements, in about ``2 log2(n)`` steps that each take all elements

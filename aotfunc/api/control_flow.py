@@ -26,6 +26,7 @@ from ..trace.nested import with_items
 from ..trace.traced import current, under_way
 from ..transforms.vmap import inserted
 from ..transforms.walk import filled_node
+from .dynamo import read_as
 from .flow_bodies import (
     Body,
     inside_torch_func,
@@ -39,13 +40,14 @@ from .flow_bodies import (
     tensors,
     trip_count,
 )
+from .flow_readings import map_in_graph, scan_in_graph
 from .segments import scan_in_segments
 from .vmap import debug_unwrap, vmap
 
 aten = torch.ops.aten
 
 
-@entry
+@read_as(scan_in_graph)
 def scan(
     f: Callable,
     init: Any,
@@ -147,7 +149,7 @@ def scan(
     return unflatten(outs[:count], spec), unflatten(ys, y_spec[1])
 
 
-@entry
+@read_as(map_in_graph)
 def map(f: Callable, xs: Any, batch_size: int | None = None) -> Any:
     """Return ``f`` of each row of the tensors in ``xs``, one after another: the results as stacks.
 

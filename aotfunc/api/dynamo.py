@@ -194,6 +194,8 @@ class Checked(Interpreter):
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target is operator.getitem:  # brackets around it make it an index
             x, index = args
+            if isinstance(x, Tensor):  # one of AOTAutograd's would ask the index for a number
+                x = x.view_as(x)
             return x[index]
         return super().call_function(target, args, kwargs)
 
@@ -201,7 +203,7 @@ class Checked(Interpreter):
         value, read = super().run_node(n), example_value(n)
         number = n.target == "item" and not isinstance(read, torch.SymInt)
         if number or (
-            isinstance(value, Tensor) and isinstance(read, Tensor) and value.shape != read.shape
+            isinstance(value, Tensor) and isinstance(read, Tensor) and unlike(value, read)
         ):
             raise CaptureError(
                 "vmap under torch.compile: a number is asked of a value that differs between "
@@ -209,6 +211,13 @@ class Checked(Interpreter):
                 "call vmap outside of torch.compile"
             )
         return value
+
+
+def unlike(value: Tensor, read: Tensor) -> bool:
+    """Return whether shapes differ in a dimension or a size that is a number in both."""
+    sizes = zip(value.shape, read.shape, strict=False)
+    plain = [(a, b) for a, b in sizes if isinstance(a, int) and isinstance(b, int)]
+    return value.dim() != read.dim() or any(a != b for a, b in plain)
 
 
 def example_value(n: Node) -> Any:

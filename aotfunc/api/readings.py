@@ -20,19 +20,21 @@ from ..trace.traced import current
 from .dynamo import enter, leave, node
 
 
-def paired(template: Any, tree: Any, prefix: bool = False) -> list:
+def paired(template: Any, tree: Any, prefix: bool = False, exact: bool = False) -> list:
     """Return the leaves of ``tree`` at the positions of the leaves of ``template``; with
-    ``prefix`` a leaf in place of a whole tree is repeated."""
+    ``prefix`` a leaf in place of a whole tree is repeated. Lists pair with tuples, but for
+    ``exact`` trees."""
     if prefix and (tree is None or isinstance(tree, int)):
         return [tree] * len(tree_flatten(template)[0])
     if isinstance(template, dict) and isinstance(tree, dict) and template.keys() == tree.keys():
-        return [x for k in template for x in paired(template[k], tree[k], prefix)]
+        return [x for k in template for x in paired(template[k], tree[k], prefix, exact)]
     if (
         isinstance(template, tuple | list)
-        and isinstance(tree, tuple | list)
+        and isinstance(tree, type(template) if exact else tuple | list)
         and len(template) == len(tree)
     ):
-        return [x for a, b in zip(template, tree, strict=True) for x in paired(a, b, prefix)]
+        pairs = zip(template, tree, strict=True)
+        return [x for a, b in pairs for x in paired(a, b, prefix, exact)]
     if isinstance(template, tuple | list | dict | None):
         raise ArgumentError("a tree does not have the structure of the one that it belongs to")
     return [tree]

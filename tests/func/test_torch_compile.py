@@ -400,6 +400,68 @@ def test_errors_are_ours_and_leave_nothing_behind():
     torch.testing.assert_close(jacrev(torch.sin)(x), x.cos().diag())
 
 
+def decaying(x, rows):
+    step = lambda c, r: ({"n": c["n"] + 1, "h": (W[:3, :3] @ c["h"] + r).tanh()}, c["h"] * c["n"])
+    return aotfunc.scan(step, {"h": x, "n": torch.tensor(0)}, rows, reverse=True)
+
+
+#: loops of a vector and rows
+LOOPS = {
+    "scan": decaying,
+    "length": lambda x, rows: aotfunc.scan(lambda c, _: (c * x.sin(), None), x, length=4),
+    "pairs": lambda x, rows: aotfunc.scan(
+        lambda c, r: (c + r[0] * r[1], {"a": c.sum(), "b": None}),
+        x,
+        (rows, rows.cos()),
+        checkpoint=2,
+    ),
+    "index": lambda x, rows: aotfunc.scan(lambda c, i: (c + rows[i], c.sum()), x, torch.arange(3)),
+    "map": lambda x, rows: aotfunc.map(lambda r: (r * x).softmax(0), rows),
+    "batches": lambda x, rows: aotfunc.map(lambda r: ((r * x).sum(), r), rows, batch_size=2),
+    "empty": lambda x, rows: aotfunc.map(torch.sin, rows[:0]),
+    "associative": lambda x, rows: aotfunc.associative_scan(
+        lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (rows.sigmoid(), rows * x)
+    ),
+    "along": lambda x, rows: aotfunc.associative_scan(torch.mul, rows, reverse=True, dim=-1),
+    "nested": lambda x, rows: aotfunc.scan(
+        lambda c, r: (aotfunc.map(lambda t: t * c[0], r).sin(), c), x, rows
+    ),
+    "in vmap": lambda x, rows: vmap(
+        lambda r: aotfunc.scan(lambda c, t: (c * t.sin() + t, c), r.sum(), r)
+    )(rows),
+    "in grad": lambda x, rows: grad(lambda x: decaying(x, rows)[0]["h"].sum())(x),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops(name, backend):
+    f = LOOPS[name]
+    x, rows = (torch.randn(n, dtype=torch.float64) for n in ((3,), (5, 3)))
+    compiled = torch.compile(f, backend=backend, fullgraph=True)
+    grads = []
+    for run in (compiled, f):
+        x, rows = x.detach().requires_grad_(), rows.detach().requires_grad_()
+        results = run(x, rows)
+        total = sum((t.sin().sum() for t in tensors(results) if t.requires_grad), x.sum())
+        grads.append((results, torch.autograd.grad(total, (x, rows), materialize_grads=True)))
+    torch.testing.assert_close(*grads)
+    other = torch.randn(7, 3, dtype=torch.float64)
+    torch.testing.assert_close(compiled(x, other), f(x, other))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loops_that_dynamo_cannot_read_break_the_graph(backend):
+    x, rows = torch.randn(3), torch.randn(5, 3)
+    branching = lambda c, r: (aotfunc.cond(r.sum() > 0, torch.sin, torch.cos, c), c)
+    until = lambda x: aotfunc.while_loop(lambda c: c.sum() < 9, lambda c: c + 1, x)
+    for f in (lambda x: aotfunc.scan(branching, x, rows), until):
+        torch.testing.assert_close(torch.compile(f, backend=backend)(x), f(x))
+    other_tree = lambda x: aotfunc.scan(lambda c, r: ((c[0], r), None), [x, x], rows)
+    with pytest.raises(ArgumentError, match="must return the carry with the structure"):
+        torch.compile(other_tree, backend=backend)(x)
+
+
 def test_other_ways_in_break_the_graph():
     x = torch.randn(3)
     f = torch.compile(lambda x: aotfunc.make_fx(lambda a: a.sin())(x)(x) + 1, backend="eager")
