@@ -18,6 +18,7 @@ from ..debug import where_defined
 from ..errors import ArgumentError
 from ..graph import Program
 from ..runtime.aliasing import Changes
+from ..trace.nested import with_items
 from ..trace.shapes.sig import floating
 from ..trace.tape import signature
 from ..transforms.jvp import tangent_sig

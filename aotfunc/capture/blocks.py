@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from ..backends.loops.reductions import REDUCTIONS
 from ..errors import AotfuncError
-from ..graph import Program, acts, dependents, draws, op_of, size
+from ..graph import Program, acts, dependents, draws, n_ops, op_of
 from ..partition.cost import nbytes
 from ..trace.emit import Builder, paused_gc, remap
 from ..trace.views import laid_out
@@ -205,7 +205,7 @@ def keeps_all(body: Program, n_sums: int) -> bool:
     once than all steps do."""
     made = {op_of(o) for o in body.outputs if o.op == "call_function"}
     loops = any(isinstance(o.target, Flow) for o in made)
-    return not (n_sums or loops) and size(body.graph) == len(made)
+    return not (n_sums or loops) and n_ops(body.graph) == len(made)
 
 
 def may_be_minus_zero(carry: Node) -> bool:

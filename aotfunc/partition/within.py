@@ -13,7 +13,7 @@ from ..progress import with_progress
 from .budget import Budget, Bytes, Peak, Share, Time
 from .exact import StateGraph
 from .frontier import Frontier
-from .lowered import lowered
+from .lower_peak import with_lower_peak
 from .memory import Layout
 from .order import schedule
 from .problem import Choice, Problem
@@ -83,7 +83,7 @@ class Within:
         )
         if low:
             most = ANEW * self.problem.forward_time
-            late = lowered(joint, late, saved | hosted, grads, self.problem.cost, most)
+            late = with_lower_peak(joint, late, saved | hosted, grads, self.problem.cost, most)
         self.runs[key] = RunOrder(layout, early, late, saved, (saved | results, grads))
         return self.runs[key]
 

@@ -22,7 +22,8 @@ from ..debug import at, user_line
 from ..errors import CaptureError
 from ..graph import drawing
 from .kinds import is_dtensor
-from .placing import DRAWN, OWN, drawn_in_parts, mirrored, rule_for, without_values
+from .placement_rules import DRAWN, PLACEMENT_RULES, drawn_in_parts, rule_for
+from .placing import mirrored, without_values
 from .traced import Traced, current, no_recording
 
 #: name -> the mesh made last under it: one for each arrangement of processes, however often made
@@ -112,7 +113,7 @@ def record_op(trace: Any, func: Any, args: tuple, kwargs: dict) -> Any:
     found = [x for x in leaves if is_dtensor(x)]
     if any(x._local_tensor.__class__ is Traced for x in found):
         return NotImplemented
-    if draws(func, args, kwargs):
+    if op_draws(func, args, kwargs):
         return record_draw(trace, func, *args, **kwargs)
     whole = [whole_of(trace, x) if is_dtensor(x) else x for x in leaves]
     given = {id(w): x for w, x in zip(whole, leaves, strict=True) if isinstance(w, Traced)}
@@ -148,10 +149,10 @@ def record_draw(trace: Any, op: Any, x: Any = None, *args: Any, **kwargs: Any) -
     if drawn is not op:  # it writes
         record(torch.ops.aten.copy_.default, whole, outs)
         return x
-    return tree_map(stand_in, outs, mirrored(OWN[drawn], x, *args, **kwargs))
+    return tree_map(stand_in, outs, mirrored(PLACEMENT_RULES[drawn], x, *args, **kwargs))
 
 
-def draws(op: Any, args: tuple, kwargs: dict) -> bool:
+def op_draws(op: Any, args: tuple, kwargs: dict) -> bool:
     """Return whether an op draws random numbers, for these arguments."""
     switches = drawing(op)
     given = [args[i] if i < len(args) else kwargs.get(a.name) for i, a in switches or ()]

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .kinds import is_dtensor
 from .placing import dtensor, dtensor_spec, everywhere, mirrored, replicated, resharded
+
+aten = torch.ops.aten
 
 
 def on_whole(op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -70,14 +73,52 @@ def embedding(weight: Any, indices: Any, *rest: Any) -> Any:
     return dtensor(found, dtensor_spec(mesh, at_result, shape, stride, weight.dtype))
 
 
+#: ops that draw a number for each element -> those without a write, which graphs have
+DRAWN = {
+    aten.bernoulli_.float: aten.bernoulli.p,
+    aten.exponential_.default: aten.exponential.default,
+    aten.geometric_.default: aten.geometric.default,
+    aten.log_normal_.default: aten.log_normal.default,
+    aten.normal_.default: aten.normal_functional.default,
+    aten.uniform_.default: aten.uniform.default,
+    **{
+        op: op
+        for op in (aten.bernoulli.default, aten.native_dropout.default)
+        + (aten.rand_like.default, aten.randn_like.default)
+    },
+}
+
+
+def drawn_in_parts(op: Any, x: Any) -> bool:
+    """Return whether each process draws for its part of a DTensor from its own generator: so
+    PyTorch does on devices for which it keeps no generators of all."""
+    if op not in DRAWN or not is_dtensor(x) or any(p.is_partial() for p in x._spec.placements):
+        return False
+    return not hasattr(getattr(torch, x._spec.mesh.device_type, None), "set_rng_state")
+
+
+def draw(op: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Draw for the part of this process."""
+    with _disable_current_modes():
+        like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        wholes = op(like, *args, **kwargs)
+    mesh, places = x._spec.mesh, x._spec.placements
+
+    def placed(part: Tensor, whole: Tensor) -> Any:
+        return dtensor(part, dtensor_spec(mesh, places, whole.shape, whole.stride(), whole.dtype))
+
+    return tree_map(placed, op(x._local_tensor, *args, **kwargs), wholes)
+
+
 #: losses whose rules in PyTorch take the elements of each process for all elements
 PER_ELEMENT_LOSSES = [
-    getattr(torch.ops.aten, name).default
+    getattr(aten, name).default
     for name in ("binary_cross_entropy_with_logits", "huber_loss_backward", "mse_loss_backward")
     + ("binary_cross_entropy", "binary_cross_entropy_backward", "smooth_l1_loss_backward")
 ]
 #: ops whose rules in PyTorch keep values, or are wrong
 PLACEMENT_RULES: dict[Any, Callable] = {
-    torch.ops.aten.embedding.default: embedding,
+    aten.embedding.default: embedding,
+    **{op: functools.partial(draw, op) for op in DRAWN.values()},
     **{op: functools.partial(on_whole, op) for op in PER_ELEMENT_LOSSES},
 }

@@ -19,7 +19,6 @@ from aotfunc.backends.loops.arguments import count_rows, sizes
 from aotfunc.backends.loops.blocks import sum_in_blocks
 from aotfunc.backends.loops.builder import build_kernel
 from aotfunc.backends.loops.fuse import grouped, stored
-from aotfunc.backends.loops.lower import lower
 from aotfunc.backends.loops.members import within_kernels
 from aotfunc.backends.loops.pointwise import RULES
 from aotfunc.backends.loops.schedule import schedule_kernel
@@ -309,7 +308,7 @@ def test_a_person_can_read_it(capsys, monkeypatch):
 def kernels_of(f, *args):
     gm = make_fx(f)(*args)
     in_steps(gm.graph)
-    in_blocks(gm.graph, within_kernels)
+    sum_in_blocks(gm.graph, within_kernels)
     return [
         schedule_kernel(build_kernel(u.nodes, stored(u.nodes), "k"))
         for u in grouped(gm.graph).units

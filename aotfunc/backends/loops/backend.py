@@ -112,7 +112,7 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
     old = copy_graph(gm.graph)
     without_views_of_parts(old)
     in_steps(old)
-    in_blocks(old, within_kernels)
+    sum_in_blocks(old, within_kernels)
     units = [u for u in grouped(old).units if u.nodes]
     found = calls(old, recompute(old, units), worth)
     kernels = {u: kernel_of(u) for u in found if u.kernel}
