@@ -97,7 +97,7 @@ def batch_size(arguments: Arguments, dims: Sequence[int | None]) -> int:
     return first
 
 
-class Batch(NamedTuple):
+class BatchedArguments(NamedTuple):
     """How leaves are a batch: the dimension of each leaf, the number of samples, the signatures of
     the tensors and, by leaf, of one sample, and the dimensions of the tensors."""
 
@@ -112,7 +112,7 @@ class Batch(NamedTuple):
 _batches = Cache(1 << 12)
 
 
-def batch_of(in_dims: Dims, args: tuple, arguments: Arguments) -> Batch:
+def read_batch(in_dims: Dims, args: tuple, arguments: Arguments) -> BatchedArguments:
     """Return how the arguments are a batch. Raises ArgumentError if they are none."""
     key: Any = None
     # True is equal to 1, but no dimension
@@ -133,7 +133,7 @@ def batch_of(in_dims: Dims, args: tuple, arguments: Arguments) -> Batch:
     return made
 
 
-def batched_along(arguments: Arguments, dims: Sequence[int | None], size: int) -> Batch:
+def batched_along(arguments: Arguments, dims: Sequence[int | None], size: int) -> BatchedArguments:
     """Return the leaves as a batch of so many samples along these dimensions."""
     sigs, samples, tensor_dims = [], {}, []
     for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)):
@@ -143,7 +143,7 @@ def batched_along(arguments: Arguments, dims: Sequence[int | None], size: int) -
             tensor_dims.append(d)
             if d is not None:
                 samples[k] = sample_sig(sigs[-1], d)
-    return Batch(dims, size, tuple(sigs), samples, tuple(tensor_dims))
+    return BatchedArguments(dims, size, tuple(sigs), samples, tuple(tensor_dims))
 
 
 def sample_sig(sig: Sig, dim: int) -> Sig:

@@ -203,7 +203,7 @@ class Checked(Interpreter):
         value, read = super().run_node(n), example_value(n)
         number = n.target == "item" and not isinstance(read, torch.SymInt)
         if number or (
-            isinstance(value, Tensor) and isinstance(read, Tensor) and unlike(value, read)
+            isinstance(value, Tensor) and isinstance(read, Tensor) and other_size(value, read)
         ):
             raise CaptureError(
                 "vmap under torch.compile: a number is asked of a value that differs between "
@@ -213,7 +213,7 @@ class Checked(Interpreter):
         return value
 
 
-def unlike(value: Tensor, read: Tensor) -> bool:
+def other_size(value: Tensor, read: Tensor) -> bool:
     """Return whether shapes differ in a dimension or a size that is a number in both."""
     sizes = zip(value.shape, read.shape, strict=False)
     plain = [(a, b) for a, b in sizes if isinstance(a, int) and isinstance(b, int)]

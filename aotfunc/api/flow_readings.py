@@ -35,7 +35,7 @@ def all_tensors(leaves: list) -> list:
     return leaves
 
 
-def stacked(y: Tensor, count: Any) -> Tensor:
+def example_stack(y: Tensor, count: Any) -> Tensor:
     """Return an example of the stack of ``count`` results like ``y``."""
     return y.unsqueeze(0).repeat_interleave(count, 0)
 
@@ -49,7 +49,7 @@ def read_scan(f: Callable, init: Any, xs: Any, length: int | None, options: dict
     after, y = f(tree_unflatten(before, spec), x)
     leaves, y_spec = tree_flatten(y)
     ys, k = all_tensors([y for y in leaves if y is not None]), len(carry)
-    examples = [*carry, *[stacked(y, count) for y in ys]]
+    examples = [*carry, *[example_stack(y, count) for y in ys]]
     outs = [*(paired(init, after, exact=True) if carry else []), *ys]
     how = (k, length, options)
     values = leave(examples, [*carry, *rows], [], [*before, *entered], outs, [], how)
@@ -98,7 +98,7 @@ def read_map(f: Callable, xs: Any, batch_size: int | None = None) -> Any:
     rows, entered, spec, count = rows_of(xs)
     leaves, y_spec = tree_flatten(f(tree_unflatten(entered, spec)))
     ys = all_tensors([y for y in leaves if y is not None])
-    examples = [stacked(y, count) for y in ys]
+    examples = [example_stack(y, count) for y in ys]
     values = leave(examples, rows, [], entered, ys, [], (batch_size,))
     return refilled(leaves, y_spec, values)
 

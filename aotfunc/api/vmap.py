@@ -28,7 +28,15 @@ from ..trace.traced import Traced
 from ..transforms.fresh import fresh
 from ..transforms.vmap import Axis
 from ..transforms.vmap import vmap as vmap_pass
-from .batch import Batch, Dims, batch_of, batch_size, batched_along, broadcast_prefix, input_dims
+from .batch import (
+    BatchedArguments,
+    Dims,
+    batch_size,
+    batched_along,
+    broadcast_prefix,
+    input_dims,
+    read_batch,
+)
 from .checks import Batches
 from .dynamo import read_by_dynamo
 from .readings import batched, run_batched
@@ -97,7 +105,7 @@ def vmap(
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs, func)
-        batch = batch_of(in_dims, args, arguments)
+        batch = read_batch(in_dims, args, arguments)
         axis = Axis(batch.size, randomness, strict, axis_name, cond == "map")
         if chunk_size is None or batch.size <= chunk_size:
             return _run(*_batched_program(func, arguments, batch, axis, placed))
@@ -156,7 +164,7 @@ def batched_view(rec: Captured, ref: int, x: Tensor, old: int | None, new: int |
 def _batched_program(
     func: Callable,
     arguments: Arguments,
-    batch: Batch,
+    batch: BatchedArguments,
     axis: Axis,
     out_dims: Dims,
 ) -> tuple[Changes, Program, list[Tensor], list[tuple[int | None, int | None]]]:
@@ -214,7 +222,7 @@ def _batched_program(
 def _chunked(
     func: Callable,
     arguments: Arguments,
-    batch: Batch,
+    batch: BatchedArguments,
     axis: Axis,
     out_dims: Dims,
     chunk: int,

@@ -109,7 +109,7 @@ def getitem(self: Tensor, index: Any) -> Tensor:
 
 
 def setitem(self: Tensor, index: Any, value: Any) -> None:
-    if value.__class__ is Traced and is_part(self, index, value):
+    if value.__class__ is Traced and is_last_taken(self, index, value):
         return
     if places := places_in(index):
         shown, indices = rest(self, index, places)
@@ -120,7 +120,7 @@ def setitem(self: Tensor, index: Any, value: Any) -> None:
         _setitem(self, index, value)
 
 
-def is_part(x: Tensor, index: Any, value: Traced) -> bool:
+def is_last_taken(x: Tensor, index: Any, value: Traced) -> bool:
     """Return whether ``value`` is the view ``x[index]`` that was taken last, as in ``x[i] += 1``,
     which assigns what it has written to already."""
     trace = value.tracer

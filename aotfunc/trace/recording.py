@@ -70,16 +70,16 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
             raise
         finally:
             try:
-                restore(*before)
+                end_recording(*before)
             except BaseException:  # Ctrl-C interrupted the exit
-                restore(*before)
+                end_recording(*before)
                 raise
     if trace.refused is not None:
         raise trace.refused
     return result
 
 
-def restore(
+def end_recording(
     trace: Trace,
     traces: list[Trace],
     depth: int,

@@ -73,7 +73,7 @@ class Tape:
     last_versions: Sequence[int] = ()  # of the inputs and lifted tensors, when it ended
     refused: CaptureError | None = None  # the error of a question without an answer
     place: tuple | None = None  # the index asked for its number, see special
-    taken: tuple | None = None  # the view x[index] taken last, see places.is_part
+    taken: tuple | None = None  # the view x[index] taken last, see places.is_last_taken
     in_lstsq = False
     dtensors = False  # whether it may have DTensors
     #: input or lifted tensor that gets other memory (`x.data = y`) -> its value there, the value

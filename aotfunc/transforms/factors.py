@@ -15,7 +15,7 @@ from ..trace.emit import Builder
 aten = torch.ops.aten
 
 
-def total(b: Builder, terms: Sequence[Any]) -> Any:
+def sum_of(b: Builder, terms: Sequence[Any]) -> Any:
     """Return the sum of the terms."""
     found = None
     for t in terms:
@@ -26,7 +26,7 @@ def total(b: Builder, terms: Sequence[Any]) -> Any:
         if factor == 1:
             found = b.call(aten.add.Tensor, found, t)
         else:
-            found = b.call(aten.add.Tensor, found, inner, alpha=number(factor))
+            found = b.call(aten.add.Tensor, found, inner, alpha=ratio(factor))
     return found
 
 
@@ -41,18 +41,18 @@ def multiple(b: Builder, c: Any, factor: Fraction | float) -> Any:
     if inner.target is aten.addcmul.default and mild(value := inner.kwargs.get("value", 1)):
         found, left, right = inner.args
         value = factor * Fraction(value)
-        return multiplied(b, multiple(b, found, factor), left, right, value)
+        return plus_product(b, multiple(b, found, factor), left, right, value)
     if inner.target is aten.mul.Tensor and inner.args[1].__class__ is Node:
         (left, one), (right, other) = map(factored, inner.args)
         inner, factor = b.call(aten.mul.Tensor, left, right), factor * one * other
-    return inner if factor == 1 else b.call(aten.mul.Tensor, inner, number(factor))
+    return inner if factor == 1 else b.call(aten.mul.Tensor, inner, ratio(factor))
 
 
-def multiplied(b: Builder, found: Any, left: Any, right: Any, factor: Fraction) -> Any:
+def plus_product(b: Builder, found: Any, left: Any, right: Any, factor: Fraction) -> Any:
     """Return ``found + factor left right``."""
     (left, one), (right, other) = factored(left), factored(right)
     factor *= one * other
-    value = {} if factor == 1 else {"value": number(factor)}
+    value = {} if factor == 1 else {"value": ratio(factor)}
     return b.call(aten.addcmul.default, found, left, right, **value)
 
 
@@ -81,6 +81,6 @@ def mild(y: Any) -> bool:
     return isinstance(y, int | float) and 2**-24 <= abs(y) <= 2**24
 
 
-def number(factor: Fraction) -> int | float:
+def ratio(factor: Fraction) -> int | float:
     """Return a fraction as an argument of an op."""
     return int(factor) if factor.denominator == 1 and abs(factor) < 2**53 else float(factor)

@@ -26,7 +26,7 @@ from ..errors import RuleError
 from ..graph import Program, op_of
 from ..trace.emit import paused_gc
 from .activity import has_derivative, is_nondiff, sources
-from .factors import alike, multiple, multiplied, total
+from .factors import alike, multiple, plus_product, sum_of
 from .jvp import fit_tangents, forward, push, tangent_sig
 from .lower import lowered
 from .rules.table import entry_for
@@ -173,8 +173,8 @@ class Series:
         if found is None or linear is None:
             return linear if found is None else found
         if isinstance(found, list):
-            return [total(self.b, pair) for pair in zip(linear, found, strict=True)]
-        return total(self.b, [linear, found])
+            return [sum_of(self.b, pair) for pair in zip(linear, found, strict=True)]
+        return sum_of(self.b, [linear, found])
 
     def flow(self, n: Node) -> list:
         """Return the coefficients of a loop's or a branch's results, all at once."""
@@ -218,7 +218,7 @@ class Series:
             multiple(self.b, self.times(aten.mul.Tensor, x, j, n, k - j), (p * j - k + j) / k)
             for j in range(1, k + 1)
         ]
-        found, divisor = total(self.b, terms), self.coefficient(x, 0)
+        found, divisor = sum_of(self.b, terms), self.coefficient(x, 0)
         if found is None:
             return None
         if k < p.real:
@@ -252,10 +252,10 @@ class Series:
         for j in reversed(js) if fused else js:
             left, right = self.coefficient(x, j), self.coefficient(y, k - j)
             if fused and all(map(alike, (found, found), (left, right))):
-                found = multiplied(self.b, found, left, right, Fraction(factor))
+                found = plus_product(self.b, found, left, right, Fraction(factor))
             else:
                 term = multiple(self.b, self.times(op, x, j, y, k - j, **how), factor)
-                found = total(self.b, [found, term])
+                found = sum_of(self.b, [found, term])
         return found
 
     def times(self, op: Any, x: Any, i: int, y: Any, j: int, **how: Any) -> Any:

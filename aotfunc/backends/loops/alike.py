@@ -22,7 +22,7 @@ def description(nodes: Sequence[Node], stored: Sequence[Node]) -> Hashable:
             known = n in inside or seen_through(n)
             what = (n.target, described(n.args), described(n.kwargs)) if known else None
             numbers[n] = len(found)
-            found.append((what, signature(n)))
+            found.append((what, layouts_of(n)))
         return numbers[n]
 
     def described(a: Any) -> Hashable:
@@ -39,7 +39,7 @@ def description(nodes: Sequence[Node], stored: Sequence[Node]) -> Hashable:
     return order, tuple(map(number, stored)), tuple(found)
 
 
-def signature(n: Node) -> Hashable:
+def layouts_of(n: Node) -> Hashable:
     """Return the shape, strides and dtype of a node's value, or of each of its parts."""
     if "signature" not in n.meta:
         val = n.meta.get("val")

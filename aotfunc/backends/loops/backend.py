@@ -117,7 +117,7 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
     found = calls(old, recompute(old, units), worth)
     kernels = {u: kernel_of(u) for u in found if u.kernel}
     texts, name_of, late = text(list(kernels.values()))
-    loaded = native.loaded(texts)
+    loaded = native.loaded_kernels(texts)
     tasks = {u: task(k, loaded[name_of[k.name]], late[k.name]) for u, k in kernels.items()}
     tasks |= {u: p for u in found if u not in tasks and (p := product_launch(u.nodes[0]))}
     graph = fx.Graph(gm)

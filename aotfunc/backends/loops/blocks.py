@@ -52,7 +52,7 @@ def sum_in_blocks(graph: fx.Graph, within_kernels: Callable[[fx.Node], bool]) ->
     asked = {n: reduced_dims(n) for n in graph.nodes if n.target in REDUCTIONS}
     if len(set(asked.values())) < 2:
         return
-    part = parts(graph, within_kernels)
+    part = joinable(graph, within_kernels)
     along = {(part[n], *sizes) for n, sizes in asked.items()}
     for n, (shape, dims) in asked.items():
         rest = tuple(range(len(dims), len(shape)))
@@ -69,7 +69,7 @@ def sum_in_blocks(graph: fx.Graph, within_kernels: Callable[[fx.Node], bool]) ->
             n.args = (first, [0])
 
 
-def parts(graph: fx.Graph, within_kernels: Callable[[fx.Node], bool]) -> dict[fx.Node, fx.Node]:
+def joinable(graph: fx.Graph, within_kernels: Callable[[fx.Node], bool]) -> dict[fx.Node, fx.Node]:
     """Return a node for each value, the same for those that kernels may join, as one reads the
     other or both read a third."""
     later: dict[fx.Node, fx.Node] = {}  # value -> one of its part, the last one itself

@@ -107,7 +107,7 @@ def load_kernels(source: str) -> Library:
     return library
 
 
-def loaded(texts: Mapping[str, str]) -> dict[str, LoadedKernel]:
+def loaded_kernels(texts: Mapping[str, str]) -> dict[str, LoadedKernel]:
     """Return the kernels of these texts by their names. Those that this process has not loaded
     under any name are compiled as one source. Raises CompilerError."""
     found = {}
