@@ -23,32 +23,48 @@ from torch.utils._pytree import SUPPORTED_NODES, TreeSpec, register_pytree_node,
 from ..errors import CaptureError
 from .plain_trees import flatten_plain, maker_of
 
+#: classes whose instances hold items
+CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, tuple)
+
+
+def container_of(cls: type) -> Any:
+    """Return which of these a class derives from; None for other classes."""
+    return next((c for c in CONTAINERS if issubclass(cls, c)), None)
+
 
 class Opened:
-    """The content of an instance: its attributes, then the items of a dictionary without those
-    equal to an attribute, or the items of a tuple, by number."""
+    """The content of an instance: its attributes, then its items, those of a list or tuple by
+    number, without those of a dictionary that are equal to an attribute. A dictionary may be its
+    own ``__dict__``."""
 
     def __init__(self, x: Any) -> None:
-        attributes = attributes_of(x)
-        items: dict[Any, Any] = dict(enumerate(x)) if isinstance(x, tuple) else {}
-        items.update(dict.items(x) if isinstance(x, dict) else {})
+        itself = getattr(x, "__dict__", None) is x
+        attributes, base = {} if itself else attributes_of(x), container_of(type(x))
+        items: dict[Any, Any] = {}
+        if base is not None:  # a class may have another `items` or `__iter__`
+            items = dict(base.items(x) if issubclass(base, dict) else enumerate(base.__iter__(x)))
         more = {k: v for k, v in items.items() if not (k in attributes and attributes[k] is v)}
         self.children = [*attributes.values(), *more.values()]
-        self.context = (type(x), tuple(attributes), tuple(more), tuple(items))
+        self.context = (type(x), tuple(attributes), tuple(more), tuple(items), itself)
 
 
 def rebuild(children: Any, context: Any) -> Any:
     """Return the instance with these children."""
-    cls, attributes, more, items = context
-    values = dict(zip((*attributes, *more), children, strict=True))
-    of_tuple = issubclass(cls, tuple)
-    x = tuple.__new__(cls, [values[i] for i in items]) if of_tuple else cls.__new__(cls)
+    cls, attributes, more, items, itself = context
+    values, base = dict(zip((*attributes, *more), children, strict=True)), container_of(cls)
+    if base is tuple:
+        x = tuple.__new__(cls, [values[i] for i in items])
+    else:
+        x = cls.__new__(cls)
     for name in attributes:
         object.__setattr__(x, name, values[name])
-    if items and not of_tuple:
-        put = OrderedDict.__setitem__ if isinstance(x, OrderedDict) else dict.__setitem__
+    if base is list:
+        list.extend(x, [values[i] for i in items])
+    elif base is not tuple:
         for key in items:
-            put(x, key, values[key])
+            base.__setitem__(x, key, values[key])
+    if itself:
+        x.__dict__ = x
     return x
 
 
@@ -67,7 +83,7 @@ def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
 
 def stored_names(context: Any) -> list[str]:
     """Return a name for each child."""
-    _, attributes, more, _ = context
+    _, attributes, more, *_ = context
     return list(map(str, (*attributes, *more)))
 
 

@@ -15,6 +15,8 @@ from .traced import Traced
 #: objects that nothing changes, or that are known by their name
 SHARED = (type, types.ModuleType, types.BuiltinFunctionType)
 
+_ITERATED: tuple[type[Any], ...] = (list, tuple, set, frozenset, deque)
+
 
 def holds_traced(x: Any, seen: set[int]) -> bool:
     """Return whether an object holds a traced value, beside objects that were ``seen``."""
@@ -42,10 +44,10 @@ def contents(x: Any) -> Iterator[Any]:
         yield x.__self__
     elif cls is functools._lru_cache_wrapper:
         yield from gc.get_referents(x)
-    elif issubclass(cls, list | tuple | set | frozenset | deque):
-        yield from x
     elif issubclass(cls, dict):
-        yield from dict.values(x)
+        yield from (*dict.keys(x), *dict.values(x))
+    elif base := next((b for b in _ITERATED if issubclass(cls, b)), None):
+        yield from base.__iter__(x)  # its own may leave something out
     with suppress(AttributeError):
         yield from object.__getattribute__(x, "__dict__").values()
     yield from [getattr(x, n) for n in slots_of(cls) if hasattr(x, n)]

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import ChainMap, OrderedDict, UserDict, UserList
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import register_pytree_node, tree_unflatten
+from torch.utils._pytree import register_pytree_node, tree_leaves, tree_unflatten
 
 from ...capture.captured import Captured
-from ...capture.instances import Opened, containers, one_level, remade
+from ...capture.instances import CONTAINERS, Opened, containers, one_level, remade
+from ...debug import at, user_line
 from ...errors import CaptureError
 from ...trace.holding import SHARED, holds_traced, slots_of
 from ...trace.traced import Traced, attributes, current
@@ -30,7 +32,9 @@ _COPYING = tuple(
     __getnewargs_ex__
     """.split()
 )
-_OTHERWISE = (Tensor, nn.Module, types.FunctionType, types.MethodType, list, tuple, dict, set)
+_OTHERWISE = (Tensor, nn.Module, types.FunctionType, types.MethodType)
+#: containers of the library that keep their items in attributes
+_WRAPPERS = (UserDict, UserList, ChainMap)
 
 
 class Reference:
@@ -55,6 +59,22 @@ def tagged(children: Any, names: tuple[str, ...]) -> Tensor:
 
 
 register_pytree_node(Tagged, lambda x: (x.children, x.names), tagged)
+
+
+class Keyed:
+    """A dictionary with tensors as keys, or in them: each call has its own."""
+
+    def __init__(self, x: dict) -> None:
+        self.cls, self.children = type(x), [[*x], [*x.values()]]
+
+
+register_pytree_node(
+    Keyed, lambda x: (x.children, x.cls), lambda children, cls: cls(zip(*children, strict=True))
+)
+
+
+def has_tensor_keys(x: Any) -> bool:
+    return isinstance(x, dict) and any(isinstance(k, Tensor) for k in tree_leaves([*dict.keys(x)]))
 
 
 def recorded(result: Any, places: Sequence[Place], state: State, arguments: Snapshot) -> Any:
@@ -96,13 +116,14 @@ def referred(tree: Any, known: dict[int, Any]) -> Any:
             return made[id(x)]
         children, spec = one_level(x)
         if spec.is_leaf():
-            if id(x) in around or not is_record(x) or not holds_traced(x, outside):
+            opened = isinstance(x, dict | list) or holds_traced(x, outside)
+            if not opened or id(x) in around or not is_record(x):
                 return x
             children, spec = one_level(Opened(x))
-        if spec.type is Opened:
+        if spec.type is Opened or has_tensor_keys(x):
             around.add(id(x))
-            found = Opened(x)
-            found.children = [*map(new, children)]
+            found = Opened(x) if spec.type is Opened else keyed(x)
+            found.children = [*map(new, found.children)]
             around.remove(id(x))
             made[id(x)] = found
         else:
@@ -113,6 +134,15 @@ def referred(tree: Any, known: dict[int, Any]) -> Any:
         return new(tree)
     finally:
         made.clear()  # a function that calls itself lives until the garbage collector comes
+
+
+def keyed(x: Any) -> Keyed:
+    if type(x) in (dict, OrderedDict):
+        return Keyed(x)
+    raise CaptureError(
+        f"the function returns a {type(x).__name__} with tensors as keys{at(user_line())}; return "
+        "a dict, or a list of pairs"
+    )
 
 
 def skeleton(tree: Any) -> Any:
@@ -129,7 +159,7 @@ def skeleton(tree: Any) -> Any:
             return PLACE if isinstance(x, Tensor) else x
         if id(x) not in made:
             inner = [*map(bare, children)]
-            if spec.type in (Opened, Tagged):
+            if spec.type in (Opened, Tagged, Keyed):
                 made[id(x)] = copy.copy(x)
                 made[id(x)].children = inner
             else:
@@ -143,15 +173,19 @@ PLACE = torch.empty(0)
 
 
 def is_record(x: Any) -> bool:
-    """Return whether an object is what its attributes hold, by how its class is copied."""
+    """Return whether an object is what its attributes and items hold, by how its class is
+    copied. A tuple's class makes it with its items (``__new__``)."""
     cls = type(x)
-    own = [n for n in _COPYING if getattr(cls, n, None) is not getattr(object, n, None)]
+    base = next(c for c in (*CONTAINERS, *_WRAPPERS, object) if issubclass(cls, c))
+    made = ("__new__", "__getnewargs__") if base is tuple else ()
+    own = [n for n in _COPYING if getattr(cls, n, None) is not getattr(base, n, None)]
     return (
-        not own
-        and hasattr(x, "__dict__")
+        {*made}.issuperset(own)
+        and not has_tensor_keys(x)
+        and (base in CONTAINERS or hasattr(x, "__dict__"))
         and not slots_of(cls)
         and not isinstance(x, (*SHARED, *_OTHERWISE))
-        and library_of_module(cls.__module__) not in CLOSED
+        and (cls in _WRAPPERS or library_of_module(cls.__module__) not in CLOSED)
     )
 
 
