@@ -7,6 +7,7 @@ not tell."""
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..graph import acts, draws
+from ..trace.dtensors import mesh_and_placements
 from ..trace.shapes.sig import Facts
-from ..transforms.rules.layouts import gather, scatter
+from ..transforms.rules.layouts import from_local, gather, scatter, to_local
 
 #: libraries whose functional ops compute the same from the same inputs, unless tagged as random
 TRUSTED = frozenset({"aten", "prims", "prim", "aotfunc"})
@@ -71,6 +73,33 @@ def region(n: Node) -> Any:
 def is_together(n: Node) -> bool:
     """Return whether the node is one of several that are one collective."""
     return n.target in (gather, scatter)
+
+
+def is_uneven(n: Node) -> bool:
+    """Return whether the processes hold parts of other sizes of what the node takes apart or puts
+    together."""
+    if n.target not in (to_local, from_local):
+        return False
+    x, shape, _, where, _ = n.args
+    if n.target is to_local:
+        shape = x.meta["val"].shape  # type: ignore[union-attr]
+    mesh, placements = mesh_and_placements(where)  # type: ignore[arg-type]
+    parts: dict[int, int] = {}
+    for count, p in zip(mesh.shape, placements, strict=True):
+        if hasattr(p, "dim"):
+            parts[p.dim] = parts.get(p.dim, 1) * count
+    return any([shape[d] % count for d, count in parts.items()])  # type: ignore[index, operator]
+
+
+def computed_of_parts(nodes: Sequence[Node]) -> set[Node]:
+    """Return the nodes that compute with what one process holds, by itself."""
+    found: set[Node] = set()
+    for n in nodes:
+        if n.target is to_local or (
+            n.target is not from_local and not found.isdisjoint(n.all_input_nodes)
+        ):
+            found.add(n)
+    return found
 
 
 def gathers_again(n: Node) -> bool:

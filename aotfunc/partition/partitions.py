@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from ..errors import ArgumentError
+from ..debug import at, user_line
+from ..errors import ArgumentError, PartitionError
 from ..graph import n_ops
 from ..trace.emit import paused_gc
 from .budget import Budget, as_budget
 from .cost import Cost, Flops, Roofline
+from .ops import is_uneven
 from .policies import Policy
 from .problem import Choice, Problem
 from .profile import Profiled
@@ -171,6 +173,12 @@ class Budgeted:
         num_fwd_outputs: int,
         cost: str | Cost = "fused",
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        if any(map(is_uneven, joint.graph.nodes)):
+            raise PartitionError(
+                "a memory_budget or policy would cut the program otherwise on each process, whose "
+                f"part of a DTensor (to_local, from_local) has another size{at(user_line())}: "
+                "leave it out and use checkpoint, or pad the DTensor"
+            )
         fw, bw, _ = partition(
             joint,
             memory_budget=self.memory_budget,

@@ -9,6 +9,7 @@ Some values cost nothing, or are ruled out under every policy:
 - draws, effects and unknown ops never run twice;
 - what reads parameters that were gathered runs twice where that was asked for, and never to save
   memory: the processes, whose batches may have other sizes, gather again in the same order;
+- nor do whole tensors of processes whose parts have other sizes, for ops on them may communicate;
 - the inside of a checkpointed region is not saved, except draws, what the forward reads outside,
   and what the region's policy lets be saved;
 - *free* values, which only the backward needs, run once on either side, so only what must be kept
@@ -29,10 +30,12 @@ from ..trace.records import may_save, verdict
 from .cost import Cost, nbytes
 from .ops import (
     base,
+    computed_of_parts,
     gathers_again,
     is_random,
     is_single,
     is_symbol,
+    is_uneven,
     is_view,
     once,
     reads_gathered,
@@ -66,6 +69,8 @@ class Problem:
         #: runs in the forward, whatever is saved
         self.forward = np.array([joint.forward[i] for i in relevant], dtype=bool)
         gathers = any(map(gathers_again, joint.nodes))
+        uneven = any(map(is_uneven, joint.nodes))
+        parts = computed_of_parts(joint.nodes) if uneven else ()
         time = cache(cost.time)
         verdicts = [
             self.verdict(i, n, i in inside, policy)
@@ -88,6 +93,7 @@ class Problem:
                 or n.op == "placeholder"
                 or once(n)
                 or (gathers and v != Verdict.RECOMPUTE and reads_gathered(n))
+                or (uneven and v != Verdict.RECOMPUTE and n not in parts and not is_view(n))
                 else time(n)
                 for n, v in zip(self.nodes, verdicts, strict=True)
             ],

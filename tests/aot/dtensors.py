@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import checkpoint
 
 from aotfunc import aot_module, grad, jit, make_fx, vmap
-from aotfunc.errors import CaptureError
+from aotfunc.errors import CaptureError, PartitionError
 from tests.functions import Twice
 
 ROWS, COLUMNS, ALL = Shard(0), Shard(1), Replicate()
@@ -259,6 +259,37 @@ def check_draws(mesh):
             close(found[1:], found[:1] * 2)
 
 
+def mixed(x, w):
+    """Whole tensors, and parts that are of other sizes on each process."""
+    h = ((x @ w).tanh() @ w.t()).sin()
+    part = h.redistribute(placements=[ROWS]).to_local()
+    part = (part.exp() @ torch.ones(6, 30)).tanh().sum()
+    return DTensor.from_local(part, x.device_mesh, [Partial()]) + (h * h).sum()
+
+
+def check_budgets(mesh):
+    """All processes cut a program alike: a budget is refused where their parts differ in size."""
+    draw = torch.Generator().manual_seed(5)
+    w = distribute_tensor(torch.randn(6, 8, generator=draw), mesh, [ROWS]).requires_grad_()
+    inside = lambda x, w: checkpoint(mixed, x, w, use_reentrant=False)
+    for rows in 8, 9, 1:
+        x = torch.randn(rows, 6, generator=draw)
+        x = distribute_tensor(x, mesh, [COLUMNS]).requires_grad_()
+        gradients = lambda f, x=x: [
+            *map(whole, torch.autograd.grad(whole(f(x, w)), (x, w))),
+        ]
+        wants = gradients(mixed)
+        for f in jit(mixed, "eager"), jit(inside, "eager"):
+            close(gradients(f), wants)
+        for budget in "700B", "1200B", 0.5:
+            f = jit(mixed, "eager", memory_budget=budget)
+            if rows == 8:
+                close(gradients(f), wants)
+                continue
+            with pytest.raises(PartitionError, match="otherwise on each process"):
+                gradients(f)
+
+
 def check_refused(mesh):
     x = distribute_tensor(torch.ones(4, 2), mesh, [ROWS]).requires_grad_()
     for words, call in (
@@ -323,5 +354,6 @@ def check_dtensors(count):
     mesh = init_device_mesh("cpu", (count,))
     check_functions(mesh)
     check_draws(mesh)
+    check_budgets(mesh)
     check_refused(mesh)
     check_plans(mesh)

@@ -1,6 +1,7 @@
 """Training by several processes, started by :mod:`.processes`."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -26,6 +27,31 @@ def trained(net, x, y):
     return [full(p).detach() for p in net.parameters()]
 
 
+def accumulated(net, x, y, quiet):
+    """The parameters after steps on the sum of the gradients of three parts of a batch, clipped,
+    of which the last one alone is communicated."""
+    optimizer = torch.optim.AdamW(net.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        for k in range(3):
+            with nullcontext() if k == 2 else quiet(net):
+                (net(x[k::3]) - y[k::3]).square().sum().backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        optimizer.step()
+    return [p.detach() for p in net.parameters()]
+
+
+def check_no_sync(start, x, y, mine):
+    """Each process adds up gradients that are not communicated; the sums are averaged. The plain
+    net's, on the whole batch, are as many times as large, which clipping hides."""
+    parallel = nn.parallel.DistributedDataParallel
+    quiet, plain = parallel.no_sync, copy.deepcopy(start)
+    wants = accumulated(plain, x, y, lambda net: nullcontext())
+    for backend, how in ("eager", {}), ("cpp", {"gradient_as_bucket_view": True}):
+        net = parallel(aot_module(copy.deepcopy(start), backend), **how)
+        torch.testing.assert_close(accumulated(net, x[mine], y[mine], quiet), wants)
+
+
 def check_training(rank, count):
     """Steps of a compiled module on parts of a batch are those of a plain one on all of it."""
     torch.manual_seed(0)
@@ -42,6 +68,7 @@ def check_training(rank, count):
     plain = trained(copy.deepcopy(start), x, y)
     for way in lambda m: parallel(aot_module(m)), lambda m: fully_shard(aot_module(m)), by_parts:
         torch.testing.assert_close(trained(way(copy.deepcopy(start)), x[mine], y[mine]), plain)
+    check_no_sync(start, x, y, mine)
     split = Split(copy.deepcopy(start[0]), copy.deepcopy(start[3]), count)
     whole = nn.Sequential(start[0], nn.Tanh(), start[3])
     torch.testing.assert_close(trained(split, x, y), trained(whole, x, y))
