@@ -75,6 +75,14 @@ def test_rules_of_an_op():
         check_rule(new(lambda x: x * 2), (X,))
 
 
+def test_a_rule_comes_before_a_registered_backward():
+    op = new(lambda x: x**2)
+    torch.library.register_autograd(op.default, lambda ctx, g: torch.zeros_like(g))
+    vjp_of(op)(wrong)
+    for how in (grad, jit(grad)):
+        torch.testing.assert_close(how(lambda x: op(x).sum())(X), 2 * X)
+
+
 @pytest.mark.parametrize("verb, rule", [(vjp_of, wrong), (vmap_of, lambda x: x.flip(0) ** 3)])
 def test_a_wrong_rule_is_found(verb, rule):
     cube = new(lambda x: x**3)

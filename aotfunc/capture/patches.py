@@ -25,6 +25,7 @@ from ..trace.patches import ORIGINALS, Attribute, Code, recorder
 from ..trace.traced import under_way
 from ..transforms.rules.ctc import recordable
 from ..transforms.rules.packed import padded_sequences
+from ..transforms.rules.table import entry_for
 from . import module_hooks
 from .checkpoints import checkpoint_region, recorded_apply
 from .constants import deepcopy_of_a_constant, numpy_of_a_constant, tolist_of_a_constant, unpickled
@@ -66,9 +67,12 @@ def enter_saved_tensors_hooks(self: Any) -> None:
 
 
 def any_requires_grad(*args: Any, **kwargs: Any) -> bool:
-    """Return whether a custom op should call its backward as a Function's."""
+    """Return whether a custom op should call its registered backward as an
+    ``autograd.Function``: not where the table has a rule for it."""
     if recorder() is None:
         return ORIGINALS["any_requires_grad"](*args, **kwargs)
+    if entry_for(sys._getframe(1).f_locals.get("op")).vjp:
+        return False
     return any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
 
 
