@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from aotfunc import aot_function, grad, hessian, jacrev, jit, jvp, vmap
-from aotfunc.errors import RuleError
 from tests.inputs import f64
 from tests.reference import assert_same
 
@@ -77,8 +76,7 @@ def test_batched(case):
     )
 
 
-def test_the_weights_of_classes_have_no_derivative():
+def test_the_weights_of_classes_are_constants():
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2)
     f = lambda c: F.linear_cross_entropy(f64(5, 3), f64(4, 3), T, weight=c, options=options)
-    with pytest.raises(RuleError, match="no derivative with respect to its weight"):
-        grad(f)(torch.ones(4, dtype=torch.float64))
+    assert not grad(f)(f64(4).exp()).any()

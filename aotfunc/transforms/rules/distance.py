@@ -38,7 +38,10 @@ def _(tangents: Any, out: Tensor, x: Tensor, y: Tensor, p: float) -> Tensor | No
 
 
 def cdist_backward(g: Tensor, x: Tensor, y: Tensor, p: float, out: Tensor) -> Tensor:
-    return norm_backward(g, out, row_differences(x, y), p, -1).sum(-2).sum_to_size(x.shape)
+    """Return the gradient of ``x`` before it is summed over the batch dimensions of ``y``."""
+    if not (out.numel() and x.numel()):
+        return torch.zeros_like(x)  # as the kernel
+    return norm_backward(g, out, row_differences(x, y), p, -1).sum(-2)
 
 
 decompose_as(aten._cdist_backward, cdist_backward)

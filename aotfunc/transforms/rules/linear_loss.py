@@ -2,11 +2,12 @@
 read.
 
 A row's loss is ``c (logsumexp(z) - z[target])`` with logits ``z = x w' + bias``; ``c`` is the
-weight of its target, for a mean divided by the sum of these."""
+weight of its target, for a mean divided by the sum of these. Weights are constants, as in eager
+mode."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .loss import picked_weights, unweighted
+from .loss import picked_weights
 from .table import total, vjp_of, wrong_in_autograd
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # by x, by w and by the bias
@@ -37,8 +38,14 @@ class Loss:
     """The sum of the rows' losses, each times a factor of ``scale``, in the dtype in which the op
     adds."""
 
-    def __init__(self, x, w, target, bias, weight, ignore, chunk, dtype, needs) -> None:  # type: ignore[no-untyped-def]
-        unweighted(needs[4:], "linear_cross_entropy")
+    def __init__(
+        self,
+        tensors: Sequence[Any],
+        ignore: int,
+        chunk: int,
+        dtype: torch.dtype,
+    ) -> None:
+        x, w, target, bias, weight = tensors
         self.x, self.w = x.to(dtype), w.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
         self.c = picked_weights(self.x, target, weight, ignore, False)
@@ -76,15 +83,16 @@ if find_spec("torch.nn.modules.linear_cross_entropy"):  # new in torch 2.13
     wrong_in_autograd("all", chunked, unreduced)
 
     @vjp_of(unreduced)
-    def _(g, out, x, w, target, bias, weight, ignore, chunk, policy, dtype, *, needs):
-        loss = Loss(x, w, target, bias, weight, ignore, chunk, dtype, needs)
+    def _(g, out, *args):
+        *tensors, ignore, chunk, policy, dtype = args
+        loss = Loss(tensors, ignore, chunk, dtype)
         of_x, of_w, of_bias = loss.gradients(g.to(dtype))
         return of_x, of_w, None, of_bias
 
     @vjp_of(chunked)
-    def _(g, out, x, w, target, bias, weight, reduction, ignore, *how, needs):
-        smoothing, chunk, policy, dtype, retain, *saved = how
-        loss = Loss(x, w, target, bias, weight, ignore, chunk, dtype, needs)
+    def _(g, out, *args, needs):
+        reduction, ignore, smoothing, chunk, policy, dtype, retain, *saved = args[5:]
+        loss = Loss(args[:5], ignore, chunk, dtype)
         scale = 1 / loss.c.sum() if reduction == "mean" else loss.c.new_ones(())
         wanted = needs[0], needs[1], needs[3]
         of: Any = [None] * 3
