@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .batching import expand_lead, past_batch, shifted
 from .schema import Formula, aten, call_op, overload, overloads_named
-from .table import linear, wrong_in_autograd
+from .table import jvp_of, linear, wrong_in_autograd
 
 
 def of_input(op: Any, *names: str) -> Formula:
@@ -152,56 +152,144 @@ wrong_in_autograd("complex", aten.slice_scatter, aten.select_scatter, aten.diago
 
 # ----- as_strided: reads the memory behind x, here a gather of x's elements ----------------------
 
-
-def cells(
-    x: Tensor, layout: tuple[Sequence[Any], Sequence[Any], Any], to: tuple[Any, Any, Any]
-) -> Tensor:
-    """Return, for each element of ``x.as_strided(*to)``, its number among the elements of ``x``
-    (of this shape, stride and offset)."""
-    shape, stride, start = layout
-    size, strides, offset = to
-    offset = 0 if offset is None else offset - start
-    numbers = torch.arange(prod(shape), device=x.device)
-    expected, dense = 1, True
-    for s, st in zip(reversed(shape), reversed(stride), strict=True):
-        dense, expected = dense and (s == 1 or st == expected), expected * s
-    if not dense:  # lay the numbers out in memory as x is
-        length = 1 + sum((s - 1) * st for s, st in zip(shape, stride, strict=True))
-        memory = torch.zeros(length, dtype=torch.int64, device=x.device)
-        numbers = aten.as_strided_scatter(memory, numbers.reshape(shape), shape, stride, 0)
-    return aten.as_strided(numbers, size, strides, offset)
+Layout = tuple[Sequence[Any], Sequence[Any], Any]  # shape, stride and storage offset
 
 
-def geometry(x: Tensor) -> tuple[Sequence[Any], Sequence[Any], Any]:
+def layout(x: Tensor) -> Layout:
     return x.shape, x.stride(), x.storage_offset()
 
 
+def start(of: Layout, to: Layout) -> Any:
+    """Return how far behind the first element ``as_strided(*to)`` begins."""
+    return 0 if to[2] is None else to[2] - of[2]
+
+
+def extent(shape: Sequence[Any], stride: Sequence[Any]) -> Any:
+    return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if all(shape) else 0
+
+
+def dense(of: Layout) -> bool:
+    step = 1
+    for n, s in zip(reversed(of[0]), reversed(of[1]), strict=True):
+        if n != 1 and s != step:
+            return False
+        step *= n
+    return True
+
+
+def within(of: Layout, to: Layout) -> bool:
+    """Return whether ``as_strided(*to)`` of such a tensor reads its elements alone: neither what
+    lies in memory beside them nor between them."""
+    begin = start(of, to)
+    if dense(of):
+        return begin >= 0 and begin + extent(*to[:2]) <= prod(of[0])
+    marks = bytearray(extent(*of[:2]))
+    for line in lines(*of[:2]):
+        marks[line] = b"\1" * len(marks[line])
+    last = begin + extent(*to[:2])
+    return (
+        begin >= 0 and last <= len(marks) and all(0 not in marks[k] for k in lines(*to[:2], begin))
+    )
+
+
+def lines(shape: Sequence[Any], stride: Sequence[Any], begin: int = 0) -> list[slice]:
+    """Return where in memory the elements lie, as lines along the longest dimension."""
+    dims = sorted((n, s) for n, s in zip(shape, stride, strict=True) if n != 1 and s)
+    n, s = dims.pop() if dims else (1, 1)
+    starts = [begin] if all(shape) else []
+    for m, step in dims:
+        starts = [at + i * step for at in starts for i in range(m)]
+    return [slice(at, at + (n - 1) * s + 1, s) for at in starts]
+
+
+def cells(x: Tensor, of: Layout, to: Layout) -> Tensor:
+    """Return, for each element of ``x.as_strided(*to)``, its number among the elements of ``x``
+    (of this layout), and their count where it is none of them."""
+    (shape, stride, _), (size, strides, _), begin = of, to, start(of, to)
+    numbers = torch.arange(prod(shape), device=x.device)
+    if not (dense(of) and within(of, to)):  # lay the numbers out in memory as x is
+        first = min(begin, 0)
+        length = max(extent(shape, stride), begin + extent(size, strides)) - first
+        memory = torch.full((length,), prod(shape), device=x.device)
+        numbers = aten.as_strided_scatter(memory, numbers.reshape(shape), shape, stride, -first)
+        begin -= first
+    return aten.as_strided(numbers, size, strides, begin)
+
+
+def elements(x: Tensor, of: Layout, to: Layout) -> Tensor:
+    """Return all elements of ``x``, and a zero for what is none of them if that is read."""
+    flat = x.reshape(-1)
+    return flat if within(of, to) else torch.cat([flat, flat.new_zeros(1)])
+
+
+def picked(t: Tensor, x: Tensor, to: Layout) -> Tensor:
+    """Return those elements of ``t`` that ``x.as_strided(*to)`` reads of ``x``."""
+    at = cells(x, layout(x), to)
+    return elements(t, layout(x), to).index_select(0, at.reshape(-1)).reshape(at.shape)
+
+
 def as_strided_back(g: Tensor, x: Tensor, *to: Any) -> Tensor:
-    at = cells(x, geometry(x), to).reshape(-1)
-    return g.new_zeros(x.numel()).index_add(0, at, g.reshape(-1)).reshape(x.shape)
+    at = cells(x, layout(x), to).reshape(-1)
+    every = elements(g.new_zeros(x.shape), layout(x), to)
+    return every.index_add(0, at, g.reshape(-1)).narrow(0, 0, x.numel()).reshape(x.shape)
 
 
 def batch_as_strided(x: Tensor, *to: Any, sample: Any) -> Tensor:
-    at = cells(x, (sample.shape, sample.stride, sample.offset), to)
-    return x.flatten(1).index_select(1, at.reshape(-1)).reshape(x.shape[0], *at.shape)
+    of = sample.shape, sample.stride, sample.offset
+    if within(of, to):
+        at = cells(x, of, to)
+        return x.flatten(1).index_select(1, at.reshape(-1)).reshape(x.shape[0], *at.shape)
+    size, strides, begin = *to[:2], start(of, to)
+    if x.stride()[1:] != sample.stride or not (
+        0 <= begin <= extent(*of[:2]) - extent(size, strides)
+    ):
+        raise NotImplementedError(OUTSIDE)
+    where = (x.shape[0], *size), (x.stride(0), *strides), x.storage_offset() + begin
+    return aten.as_strided(x, *where).clone()  # between the elements lie those of other samples
+
+
+OUTSIDE = "it reads memory in which no element of its sample lies; index the elements instead"
 
 
 def as_strided_scatter_back(g: Tensor, x: Tensor, src: Tensor, *to: Any) -> Tensor:
-    at = cells(x, geometry(x), to).reshape(-1)
-    return g.reshape(-1).index_fill(0, at, 0).reshape(x.shape)
+    at = cells(x, layout(x), to).reshape(-1)
+    every = elements(g, layout(x), to)
+    return every.index_fill(0, at, 0).narrow(0, 0, x.numel()).reshape(x.shape)
 
 
 def as_strided_part(g: Tensor, x: Tensor, src: Tensor, *to: Any) -> Tensor:
-    return g.reshape(-1).index_select(0, cells(x, geometry(x), to).reshape(-1)).reshape(src.shape)
+    return picked(g, x, to).reshape(src.shape)
 
 
 def batch_as_strided_scatter(x: Tensor, src: Tensor, *to: Any, sample: Any) -> Tensor:
-    at = cells(x, (sample.shape, sample.stride, sample.offset), to).reshape(-1)
+    of = sample.shape, sample.stride, sample.offset
+    if not within(of, to):
+        raise NotImplementedError(OUTSIDE)
+    at = cells(x, of, to).reshape(-1)
     return x.flatten(1).index_copy(1, at, src.reshape(src.shape[0], -1)).reshape(x.shape)
+
+
+def as_strided_tangent(tangents: Any, out: Tensor, x: Tensor, *to: Any) -> Tensor:
+    (t,), of = tangents, layout(x)
+    if t.stride() == x.stride() and within(of, to):
+        return aten.as_strided(t, *to[:2], t.storage_offset() + start(of, to))
+    return picked(t, x, to)
+
+
+def as_strided_scatter_tangent(
+    tangents: Any, out: Tensor, x: Tensor, src: Tensor, *to: Any
+) -> Tensor:
+    tx, tsrc = (
+        torch.zeros_like(p) if t is None else t for t, p in zip(tangents, (x, src), strict=True)
+    )
+    at = cells(x, layout(x), to).reshape(-1)
+    every = elements(tx, layout(x), to).index_copy(0, at, tsrc.reshape(-1))
+    return every.narrow(0, 0, x.numel()).reshape(x.shape)
 
 
 for op in overloads_named("as_strided", "as_strided_copy"):
     linear(op, as_strided_back, batch=batch_as_strided)
+    jvp_of(op)(as_strided_tangent)
 linear(
     aten.as_strided_scatter,
     as_strided_scatter_back,
@@ -209,4 +297,5 @@ linear(
     batch=batch_as_strided_scatter,
     jointly=True,
 )
+jvp_of(aten.as_strided_scatter)(as_strided_scatter_tangent)
 wrong_in_autograd("all", aten.as_strided_scatter)
