@@ -198,9 +198,11 @@ class Call:
 
     def leaves(self, tensors: Sequence[Tensor], first: int = 0) -> list:
         """Return the flat result of the function with these tensors from leaf ``first`` on."""
-        if not first and len(tensors) == len(self.rec.leaves) == len(self.rec.tensors):
-            return list(tensors)
-        return with_items(self.rec.leaves, [i for i in self.rec.tensors if i >= first], tensors)
+        leaves = list(self.rec.leaves)
+        own = self.rec.unlike_inputs(tensors, self.inputs)
+        for i, t in zip([i for i in self.rec.tensors if i >= first], own, strict=True):
+            leaves[i] = t
+        return leaves
 
 
 def primals_and_tangents(

@@ -151,7 +151,7 @@ def _run(
                 ("view", k), functools.partial(batched_view, rec, ref, x, old, new)
             )
             outs[k] = execute(view, [x])[0]
-    return rec.results(outs)
+    return rec.results(rec.unlike_inputs(outs, inputs))
 
 
 def batched_view(rec: Captured, ref: int, x: Tensor, old: int | None, new: int | None) -> Program:

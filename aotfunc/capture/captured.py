@@ -24,7 +24,7 @@ from ..trace.nested import with_items
 from ..trace.outside import check_stand_ins
 from ..trace.scalars import TENSOR, bits_of
 from ..trace.shared_parts import check_shared_parts
-from ..trace.traced import quiet
+from ..trace.traced import Traced, quiet
 from ..trace.tracer import Trace
 from ..transforms.tidy import rebuilt
 from .deferred import check_calls, check_checkpoints
@@ -252,6 +252,29 @@ class Captured:
     def shared(self) -> tuple[tuple[int, int], ...]:
         roots, count = self.roots, len(self.trace.inputs)
         return tuple((i, r) for i, r in enumerate(roots) if r < count or roots.count(r) > 1)
+
+    def whole_views(self) -> list[tuple[int, int]]:
+        """List ``(position, input)`` of the results that the program takes for an input, where the
+        function returned a view of all of it (``x[:]``)."""
+        trace, program = self.trace, self.program()
+        itself = dict(enumerate(trace.finals))
+        return [
+            (i, trace.position(root))
+            for i, root in self.shared()
+            if root < len(trace.inputs)
+            and program.outputs[i] is program.placeholders[trace.position(root)]
+            and self.refs[i] != itself.get(root, root)
+        ]
+
+    def unlike_inputs(self, tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return these results, the last ones, with another tensor on the same memory in place of
+        an input where the function returned one."""
+        found, skipped = list(tensors), len(self.refs) - len(tensors)
+        for i, at in self.program().once("whole views", self.whole_views):
+            k = i - skipped
+            if k >= 0 and (found[k] is inputs[at] or isinstance(found[k], Traced)):
+                found[k] = found[k].view_as(found[k])
+        return found
 
     def results(self, tensors: Sequence[Tensor]) -> Any:
         """Return the returned tree with these tensors."""
