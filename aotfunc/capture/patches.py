@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from inspect import getclosurevars
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ def any_requires_grad(*args: Any, **kwargs: Any) -> bool:
     ``autograd.Function``: not where the table has a rule for it."""
     if recorder() is None:
         return ORIGINALS["any_requires_grad"](*args, **kwargs)
-    if entry_for(sys._getframe(1).f_locals.get("op")).vjp:
+    run = sys._getframe(1).f_locals.get("forward_no_grad")  # of the custom op that asks
+    if run is not None and entry_for(getclosurevars(run).nonlocals.get("op")).vjp:
         return False
     return any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
 
