@@ -24,6 +24,8 @@ from .views import narrow_at
 aten = torch.ops.aten
 _getitem, _setitem = Tensor.__getitem__, Tensor.__setitem__
 _narrow, _select = Tensor.narrow, Tensor.select
+_grad_enabled = torch.is_grad_enabled
+_CONSTANTS = frozenset({int, bool, type(None), type(...)})
 
 
 def is_integer(x: Tensor) -> bool:
@@ -99,7 +101,7 @@ def getitem(self: Tensor, index: Any) -> Tensor:
     if not places:
         part = _getitem(self, index)
         if part.__class__ is Traced and part.tracer is self.tracer:
-            self.tracer.taken = (self.ref, self.sig, index, part.ref)
+            self.tracer.taken = (self.ref, self.sig, index, part.ref, part.sig, _grad_enabled())
         return part
     shown, indices = rest(self, index, places)
     for dim, i in reversed(list(enumerate(indices))):
@@ -126,9 +128,23 @@ def is_last_taken(x: Tensor, index: Any, value: Traced) -> bool:
     trace = value.tracer
     if trace.taken is None or x.__class__ is not Traced or x.tracer is not trace:
         return False
-    ref, sig, taken, part = trace.taken
-    same = index is taken and (x.ref, value.ref) == (ref, part) and x.sig is sig
-    return same and trace.root(ref) == trace.root(part)
+    ref, sig, taken, part, part_sig, grad = trace.taken
+    if index is not taken or (x.ref, value.ref) != (ref, part):
+        return False
+    if x.sig is not sig or value.sig is not part_sig or not cannot_change(index):
+        return False
+    root, on = trace.root(ref), _grad_enabled()
+    # a view taken under no_grad is a constant elsewhere, and eager refuses to write to a leaf
+    differs = on and (not grad or root in trace.autograd.protected)
+    return root == trace.root(part) and not differs
+
+
+def cannot_change(index: Any) -> bool:
+    """Return whether an index is made of numbers, not of objects that hold them, which may have
+    changed since it was used."""
+    parts = index if type(index) is tuple else (index,)
+    held = [q for p in parts for q in ((p.start, p.stop, p.step) if type(p) is slice else (p,))]
+    return _CONSTANTS.issuperset(map(type, held))
 
 
 def assigned(x: Tensor, value: Any, rank: int) -> Tensor:

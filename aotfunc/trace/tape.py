@@ -267,7 +267,7 @@ class Tape:
             self._values = None
         if self.followed is not None and self.followed.done > records:
             self.followed = None
-        self.looked_at = None
+        self.looked_at = self.taken = None
 
     def key(self) -> tuple:
         """Return a key that is equal for recordings of the same ops, signatures and wiring."""

@@ -2,6 +2,7 @@
 
 import operator
 
+import numpy as np
 import pytest
 import torch
 
@@ -199,3 +200,75 @@ def test_augmented_assignment():
     graph = make_fx(lambda x: add_to(x * 1, (..., 0), x[..., 1]))(x).graph
     scatters = [n for n in graph.nodes if n.target is torch.ops.aten.select_scatter.default]
     assert len(scatters) == 1
+
+
+class Index:
+    """A number that may change."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return self.value
+
+
+def assigned_elsewhere(index, change):
+    """Assign a view to another place than the one that it was taken from by the same index."""
+
+    def f(x):
+        y, at = x * 2, index()
+        part = y[at]
+        change(at)
+        y[at] = part
+        return y
+
+    return f
+
+
+def set_value(at, value=1):
+    at.value = value
+
+
+def of_no_grad(x):
+    """Assign a view that is a constant for autograd."""
+    y = x * 2
+    with torch.no_grad():
+        part = y[0]
+    y[0] = part
+    return y
+
+
+MOVING = {
+    "object": assigned_elsewhere(lambda: Index(0), set_value),
+    "slice": assigned_elsewhere(lambda: slice(Index(0), 1), lambda at: set_value(at.start, 0)),
+    "tuple": assigned_elsewhere(lambda: (..., Index(0)), lambda at: set_value(at[1])),
+    "array": assigned_elsewhere(lambda: np.array(0), lambda at: at.fill(1)),
+    "tensor": assigned_elsewhere(lambda: torch.tensor(0), lambda at: at.fill_(1)),
+    "no_grad": of_no_grad,
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_view_that_is_assigned_to_another_place_or_as_a_constant(name):
+    f = MOVING[name]
+    summed, x = lambda x: f(x).sin().sum(), data()
+    assert_same(vmap(f)(x), torch.stack([*map(f, x)]))
+    assert_same(grad(summed)(x), grads(summed)(x))
+    assert_same(vmap(grad(summed))(x), torch.stack([grads(summed)(row) for row in x]))
+    if name != "array":  # a number that a compiled function would freeze
+        assert_same(jit(f)(x), f(x))
+        assert_same(grads(lambda x: jit(f)(x).sin().sum())(x), grads(summed)(x))
+
+
+def test_a_view_of_a_leaf_that_is_assigned_to_it():
+    def f(x):
+        part = x[0]
+        x[0] = part
+        return x * 1
+
+    leaf = data().requires_grad_()
+    for call in (f, jit(f)):
+        with pytest.raises(RuntimeError, match="leaf"):
+            call(leaf)
+        with torch.no_grad():
+            assert_same(call(leaf), leaf.detach())
