@@ -2,12 +2,16 @@
 against. Its files and lines are short."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from aotfunc.trace import above
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "aotfunc").rglob("*.py"))
@@ -202,3 +206,10 @@ def test_a_star_brings_no_modules(package: str):
     names: dict[str, object] = {}
     exec(f"from {package} import *", names)
     assert not [k for k, v in names.items() if isinstance(v, ModuleType)]
+
+
+def test_functions_that_are_called_by_name():
+    used = {n for p in FILES for n in re.findall(r'\babove\("(\w+)"', p.read_text())}
+    assert used.issubset(above._MODULES)
+    for name, module in above._MODULES.items():
+        assert callable(getattr(import_module(f"aotfunc.{module}"), name))

@@ -9,7 +9,7 @@ from typing import Any
 _MODULES = {
     "check_grad": "trace.outside",
     "check_inputs": "capture.leaked",
-    "outside_value": "capture.leaked",
+    "leaked_value": "capture.leaked",
     "run_outside": "capture.leaked",
     "give_memory": "trace.outside",
     "register_hook": "capture.hooks",

@@ -177,7 +177,7 @@ class Tape:
             self._keep.append(t)  # no other tensor may get id(t)
             if t.__class__ is Traced and t.tracer.finished and not stands_around(t):
                 check_leak(t)
-                t = above("outside_value", t)
+                t = above("leaked_value", t)
             check_levels(t)
             ordinary = ordinary_tensor(t)
             # the next call would not find it

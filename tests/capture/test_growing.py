@@ -60,8 +60,8 @@ def test_a_loop_that_makes_leaves(monkeypatch, batched):
         calls = []
         for module, name in (
             (autograd.Reach, "step"),
-            (autograd, "results_of"),
-            (records, "results_of"),
+            (autograd, "n_new_values"),
+            (records, "n_new_values"),
         ):
             calls.append(counting(monkeypatch, module, name))
         f, x = grad(leaves(n)), torch.rand(2, generator=torch.Generator().manual_seed(0))
@@ -88,7 +88,7 @@ def reference(n):
 
 
 def test_views_and_conjugates(monkeypatch):
-    work = counting(monkeypatch, records, "results_of")
+    work = counting(monkeypatch, records, "n_new_values")
 
     def f(x):
         for _ in range(30):
