@@ -91,6 +91,8 @@ def write_results(
             and sig.__class__ is Sig
         ):
             refresh(t, sig)
+        if t.__class__ is Traced:
+            uncount(t)
         results.append(t)
     return results[0] if single and results else tuple(results) if results else None
 
@@ -159,6 +161,14 @@ def refresh(t: Traced, sig: Sig) -> None:
     with quiet():
         torch._C.TensorBase.data.__set__(t, fresh)
     t.sig = sig
+
+
+def uncount(t: Traced) -> None:
+    """Take back the count of a write, which PyTorch makes next. C++ autograd, whose record of
+    traced values is dropped, would make older views again of what ``t_()`` has reshaped."""
+    if t.tracer.keeps_intent and not t.tracer.of_a_rule:
+        count = (torch._C.TensorBase._version.__get__(t) - 1) % 2**32
+        torch._C._autograd._unsafe_set_version_counter((t,), (count,))
 
 
 def keep_hooked(trace: Trace, written: list) -> None:

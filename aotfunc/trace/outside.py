@@ -270,10 +270,12 @@ def check_rebound(trace: Trace) -> None:
     """Refuse what is done to a tensor with other memory and would be done to its stand-in alone:
     changes of its history, flags and hooks."""
     autograd, rebound = trace.autograd, trace.rebound or {}
+    active = autograd.active()
     told = {*autograd.leaves, *(t.ref for t in autograd.retained)}
     for instr, refs, grad, *_ in trace.records:
-        told.update(trace.root(refs[s]) for s in written_slots(instr) if grad)
-    told &= {*autograd.active(), *autograd.leaves}
+        if grad and not active.isdisjoint(refs):
+            told.update(trace.root(refs[s]) for s in written_slots(instr))
+    told &= {*active, *autograd.leaves}
     for old, (new, *_) in rebound.items():
         if new in told or (old >= 0 and trace.arguments[old].ref not in (old, new)):
             raise CaptureError(

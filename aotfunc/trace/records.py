@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -102,12 +103,12 @@ def n_new_values(instr: Any) -> int:
 
 
 class Roots:
-    """The root of each view, and the roots that were written, up to the recording's end."""
+    """The root of each view, and how often each root was written, up to the recording's end."""
 
     def __init__(self, count: int, conjugates: Iterable[int] = ()) -> None:
         self.done, self.number = 0, count
         self.of: dict[int, int] = {}  # view -> the value whose storage it shares
-        self.written: set[int] = set()  # roots
+        self.written: Counter[int] = Counter()  # roots
         # inputs, and views of them, with the lazy conjugate bit
         self.conjugates = set(conjugates)
 

@@ -22,7 +22,7 @@ from .autograd import needs_grad
 from .casts import record_cast
 from .caught import catches
 from .collectives import DIFFERENTIATED, within_function
-from .in_place import refresh
+from .in_place import refresh, uncount
 from .kernels import READ_AS_LAID, misread
 from .numbers import forgive
 from .outside import StandIn
@@ -314,6 +314,7 @@ def _reshape_newest(view: OpOverload, trace: Trace, x: Tensor, *args: Any) -> An
         shown = view(x, *args)
     x.ref = shown.ref
     refresh(x, shown.sig)
+    uncount(x)
     return x
 
 

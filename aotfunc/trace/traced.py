@@ -118,6 +118,16 @@ class Traced(Tensor):
     def is_inference(self) -> bool:
         return self.tracer.of_inference_mode(self.ref)
 
+    @property
+    def _version(self) -> int:  # type: ignore[override]
+        trace, ref = self.tracer, self.ref
+        found = trace.roots().written[trace.root(ref)]
+        for s in reversed(trace.stand_ins):  # `.data = ` starts with the count from before
+            if s.new == trace.root(ref) and s.old != s.new:
+                ref = s.old
+                found += trace.roots().written[trace.root(ref)]
+        return found
+
     def retain_grad(self) -> None:
         if not self.requires_grad:
             raise RuntimeError("can't retain_grad on Tensor that has requires_grad=False")

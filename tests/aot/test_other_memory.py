@@ -242,6 +242,23 @@ def swapped(wrap, a, b):
         yield a, b, a.grad, b.grad
 
 
+def written_through_data(wrap, a, b):
+    flat = torch.arange(5.0)
+    a.data = flat[:3]
+
+    def f(x):
+        a.data = a.data * 2
+        a.data.add_(1)
+        a.detach().mul_(2)
+        return a * x + flat[1:4]
+
+    compiled = wrap(f)
+    for _ in range(3):
+        y = compiled(b.detach())
+        y.sum().backward()
+        yield y, a, a.grad, flat
+
+
 def followed_numbers(wrap, a, b):
     compiled = wrap(lambda x, m: setattr(a, "data", a.data * m + x * (1 - m)) or a * b)
     for n in range(5):
@@ -285,7 +302,8 @@ def changed_outside(wrap, a, b):
 
 @every_compiler
 @pytest.mark.parametrize(
-    "program", [swapped, followed_numbers, snapshots, errors, changed_outside]
+    "program",
+    [swapped, written_through_data, followed_numbers, snapshots, errors, changed_outside],
 )
 def test_calls_one_after_the_other(program, compiler):
     found = []
