@@ -102,12 +102,13 @@ def module_of(frame: FrameType | None) -> str:
 
 
 def where_defined(f: Any) -> str:
-    """Return where a function was defined, for an error about its results."""
+    """Return where a function was defined, for an error about its results. One of ours in place of
+    a user's has that one's name."""
     code = getattr(inspect.unwrap(f) if callable(f) else f, "__code__", None)
     name = getattr(f, "__name__", type(f).__name__)
     return (
         name
-        if code is None
+        if code is None or code.co_filename.startswith(_OURS)
         else f"{name} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
     )
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
 
-from ..debug import at, user_line
+from ..debug import _OURS, at, user_line
 from ..errors import CaptureError
 from ..trace.entering import entry
 from ..trace.kinds import is_fake
@@ -138,9 +141,12 @@ def run(transform: Callable, runs: Callable, graph: Any) -> Callable:
     def call(*operands: Any) -> tuple:
         operands = tuple(map(of_one_size, operands))
         given, more = ([operands[i] for i in places] for places in (body.given, body.more))
-        results = runs(
-            transform, lambda *entered: body(*entered, *operands), given, more, *body.options
-        )
+
+        def of_entered(*entered: Any) -> tuple[tuple, tuple]:
+            return body(*entered, *operands)
+
+        of_entered.__name__ = body.name
+        results = runs(transform, of_entered, given, more, *body.options(*operands))
         return tuple([results[i] for i in body.results])
 
     return call
@@ -161,8 +167,10 @@ class SubgraphBody:
     def __init__(self, graph: GraphModule) -> None:
         nodes = list(graph.graph.nodes)
         end = next(n for n in nodes if n.target is leave)
-        examples, given, more, entered, outs, aux, self.options = end.args
+        examples, given, more, entered, outs, aux, options = end.args
         operands = [n for n in nodes if n.op == "placeholder"]
+        self.options = values_of(options, graph, operands)
+        self.name = next(filter(None, map(where_called, reversed(nodes))), "the function")
         self.given, self.more = ([operands.index(n) for n in part] for part in (given, more))
         results = nodes[-1].args[0]
         if not all(n.target is operator.getitem and n.args[0] is end for n in results):
@@ -218,6 +226,35 @@ def other_size(value: Tensor, read: Tensor) -> bool:
     sizes = zip(value.shape, read.shape, strict=False)
     plain = [(a, b) for a, b in sizes if isinstance(a, int) and isinstance(b, int)]
     return value.dim() != read.dim() or any(a != b for a, b in plain)
+
+
+def where_called(n: Node) -> str:
+    """Return the function of the user's that a reading called, and its line; "" for a reading's
+    own ops."""
+    frames = re.findall(r'File "(.+)", line (\d+), in (\S+)', n.meta.get("stack_trace") or "")
+    found = ""
+    for path, line, name in reversed(frames):
+        if path.startswith(_OURS):
+            return found
+        found = f"{name} ({os.path.basename(path)}:{line})"
+    return ""
+
+
+def values_of(options: Any, graph: GraphModule, operands: Sequence[Node]) -> Callable:
+    """Return a function of a subgraph's inputs: ``options`` with numbers for nodes, which stand
+    for sizes."""
+    asked: list[Node] = []
+    map_arg(options, asked.append)
+    if not asked:
+        return lambda *operands: options
+    ours = Graph()
+    env = {n: ours.node_copy(n) for n in operands}
+    needed = nodes_behind(asked, operands)
+    for n in graph.graph.nodes:
+        if n in needed and n not in env:
+            env[n] = ours.node_copy(n, env.__getitem__)
+    ours.output(map_arg(options, env.__getitem__))
+    return GraphModule(graph, ours)
 
 
 def example_value(n: Node) -> Any:

@@ -4,6 +4,7 @@ no values to choose by."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +21,10 @@ def rows_of(xs: Any, dim: int = 0) -> tuple[list, list, Any, Any]:
     rows."""
     leaves, spec = tree_flatten(xs)
     stacks, entered = all_tensors(leaves), []
-    if not stacks:
+    if not stacks or not all(-x.dim() <= dim < x.dim() for x in stacks):
         raise ArgumentError("there are no rows")
+    if not all(x.size(dim) == stacks[0].size(dim) for x in stacks):
+        raise ArgumentError("the numbers of rows differ")
     for x in stacks:
         without = [*x.shape[:dim], *x.shape[dim:][1:]]
         entered.append(enter(x.select(dim, 0) if x.size(dim) else x.new_zeros(without), False))
@@ -35,6 +38,14 @@ def all_tensors(leaves: list) -> list:
     return leaves
 
 
+def keep_shapes(before: list, after: list) -> bool:
+    """Return whether these are as many tensors, of the same shapes and dtypes."""
+    return all(
+        isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype
+        for x, y in zip(before, after, strict=True)
+    )
+
+
 def example_stack(y: Tensor, count: Any) -> Tensor:
     """Return an example of the stack of ``count`` results like ``y``."""
     return y.unsqueeze(0).repeat_interleave(count, 0)
@@ -46,13 +57,17 @@ def read_scan(f: Callable, init: Any, xs: Any, length: int | None, options: dict
     rows, entered, row_spec, count = ([], [], None, length) if xs is None else rows_of(xs)
     before = [enter(x, False) for x in carry]
     x = None if xs is None else tree_unflatten(entered, row_spec)
+    if length is not None and length != count:
+        raise ArgumentError("the numbers of steps differ")
     after, y = f(tree_unflatten(before, spec), x)
+    new = paired(init, after, exact=True) if carry else []
+    if not keep_shapes(carry, new):
+        raise ArgumentError("the carry changes")
     leaves, y_spec = tree_flatten(y)
     ys, k = all_tensors([y for y in leaves if y is not None]), len(carry)
     examples = [*carry, *[example_stack(y, count) for y in ys]]
-    outs = [*(paired(init, after, exact=True) if carry else []), *ys]
     how = (k, length, options)
-    values = leave(examples, [*carry, *rows], [], [*before, *entered], outs, [], how)
+    values = leave(examples, [*carry, *rows], [], [*before, *entered], [*new, *ys], [], how)
     return tree_unflatten(values[:k], spec), refilled(leaves, y_spec, values[k:])
 
 
@@ -65,6 +80,7 @@ def run_scan(
     length: int | None,
     options: dict,
 ) -> list:
+    @functools.wraps(body)
     def step(carry: tuple, row: tuple | None) -> tuple:
         outs = body(*carry, *(row or ()))[0]
         return tuple(outs[:k]), tuple(outs[k:])
@@ -106,7 +122,8 @@ def read_map(f: Callable, xs: Any, batch_size: int | None = None) -> Any:
 def run_map(
     map: Callable, body: Callable, given: list, more: list, batch_size: int | None
 ) -> Sequence[Tensor]:
-    return map(lambda rows: tuple(body(*rows)[0]), tuple(given), batch_size)
+    step = functools.wraps(body)(lambda rows: tuple(body(*rows)[0]))
+    return map(step, tuple(given), batch_size)
 
 
 def map_in_graph(map: Callable) -> Callable:
@@ -120,18 +137,18 @@ def read_associative(f: Callable, xs: Any, reverse: bool, dim: int) -> Any:
     stacks, left, spec, _ = rows_of(xs, dim)
     right = rows_of(xs, dim)[1]
     result = f(tree_unflatten(left, spec), tree_unflatten(right, spec))
-    values = leave(
-        stacks, stacks, [], [*left, *right], paired(xs, result, exact=True), [], (reverse, dim)
-    )
+    outs = paired(xs, result, exact=True)
+    if not keep_shapes(left, outs):
+        raise ArgumentError("an element changes")
+    values = leave(stacks, stacks, [], [*left, *right], outs, [], (reverse, dim))
     return tree_unflatten(values, spec)
 
 
 def run_associative(
     associative_scan: Callable, body: Callable, given: list, more: list, reverse: bool, dim: int
 ) -> Sequence[Tensor]:
-    return associative_scan(
-        lambda left, right: tuple(body(*left, *right)[0]), tuple(given), reverse, dim
-    )
+    combine = functools.wraps(body)(lambda left, right: tuple(body(*left, *right)[0]))
+    return associative_scan(combine, tuple(given), reverse, dim)
 
 
 def associative_scan_in_graph(associative_scan: Callable) -> Callable:

@@ -415,6 +415,9 @@ LOOPS = {
         (rows, rows.cos()),
         checkpoint=2,
     ),
+    "half": lambda x, rows: aotfunc.scan(lambda c, _: (c * 2, c), x, length=len(rows) // 2),
+    "all": lambda x, rows: aotfunc.scan(lambda c, r: (c * r, None), x, rows, length=len(rows)),
+    "some": lambda x, rows: aotfunc.map(torch.sin, rows, batch_size=len(rows) // 2),
     "index": lambda x, rows: aotfunc.scan(lambda c, i: (c + rows[i], c.sum()), x, torch.arange(3)),
     "map": lambda x, rows: aotfunc.map(lambda r: (r * x).softmax(0), rows),
     "batches": lambda x, rows: aotfunc.map(lambda r: ((r * x).sum(), r), rows, batch_size=2),
@@ -460,6 +463,37 @@ def test_loops_that_dynamo_cannot_read_break_the_graph(backend):
     other_tree = lambda x: aotfunc.scan(lambda c, r: ((c[0], r), None), [x, x], rows)
     with pytest.raises(ArgumentError, match="must return the carry with the structure"):
         torch.compile(other_tree, backend=backend)(x)
+
+
+COUNT = torch.zeros(())
+
+
+def written_outside(c, r):
+    COUNT.add_(1)
+    return c + r, None
+
+
+#: loops that are refused, and the words of the error
+REFUSED_LOOPS = {
+    "written_outside .test_torch_compile": lambda x, rows: aotfunc.scan(written_outside, x, rows),
+    "the numbers of steps differ": lambda x, rows: aotfunc.scan(written_outside, x, rows, 3),
+    "must keep its shape and dtype: <lambda> .test_torch_compile": lambda x, rows: aotfunc.scan(
+        lambda c, r: (c.double(), None), x, rows
+    ),
+    "xs has no dimension to go along": lambda x, rows: aotfunc.map(torch.sin, x.sum()),
+    "xs has no dimension 2": lambda x, rows: aotfunc.associative_scan(torch.add, rows, dim=2),
+    "must return what it gets": lambda x, rows: aotfunc.associative_scan(
+        lambda a, b: a.sum(), rows
+    ),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED_LOOPS)
+def test_errors_of_loops_name_the_function(words):
+    f = torch.compile(REFUSED_LOOPS[words], backend="eager")
+    with pytest.raises((ArgumentError, CaptureError), match=words):
+        f(torch.randn(3), torch.randn(5, 3))
+    assert not COUNT
 
 
 def test_other_ways_in_break_the_graph():
