@@ -16,8 +16,9 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 @pytest.fixture(scope="module")
 def kernels():
-    """The kernel is found once for all functions."""
-    assert matmul.kernel(torch.float32) and matmul.kernel(torch.float64)
+    """The kernels are found once for all functions."""
+    for dtype in matmul.DTYPES:
+        assert all([matmul.kernel(dtype, way) for way in ("rows_of", "row_of", "dots_of")])
 
 
 def floats(*shape: int, dtype=torch.float32) -> torch.Tensor:
@@ -153,5 +154,5 @@ def test_transforms():
 
 
 def test_without_a_compiler_products_are_called(monkeypatch):
-    monkeypatch.setattr(matmul, "kernel", lambda dtype: None)
+    monkeypatch.setattr(matmul, "kernel", lambda dtype, way: None)
     agree(lambda x, y: x @ y, floats(3, 4), floats(4, 5), products=0)

@@ -49,7 +49,7 @@ QUICK = frozenset(
 
 def compile_cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
     """Compile a functional aten graph for the CPU: pointwise ops and reductions become C++
-    kernels, one fixed kernel multiplies matrices, and other ops are called. Raises CompilerError
+    kernels, fixed ones multiply matrices, and other ops are called. Raises CompilerError
     if there is no C++ compiler, or it fails."""
     graph, source = with_kernels(gm)
     if source and (debug.watched is not None or debug.LEVEL >= 3):

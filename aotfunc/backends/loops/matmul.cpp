@@ -3,7 +3,7 @@
 // A tile of sums stays in registers while k runs: some rows of two vectors. The columns of a tile
 // lie in memory as vectors, or are packed so; a row of `a` is read number by number, from
 // where it is, or packed where many tiles read it. Which sums are added up in which order depends
-// on the sizes alone, not on threads.
+// on the sizes alone, not on threads. WAY is the function that computes rows.
 
 struct Matrix { int64_t start, batch, row, column; };  // where it begins, and steps
 
@@ -168,7 +168,7 @@ static void rows_of(const Sizes &s, const T *a, const T *b, T *c, int64_t first,
 
 // Computes one row of c, several vectors of its columns at a time.
 template <class V, class T>
-static void row_of(const Sizes &s, const T *a, const T *b, T *c) {
+static void row_of(const Sizes &s, const T *a, const T *b, T *c, int64_t, int64_t) {
   enum : int64_t { L = aot_lanes<V>, WIDE = 4 * L };
   for (int64_t j = 0; j < s.n; j += WIDE) {
     V sum[4] = {};
@@ -219,7 +219,7 @@ AOT V short_dots(const T *a, const T *b, int64_t column, int64_t k) {
 
 // Computes one row of c from columns of b that are contiguous, as the row of a is.
 template <class V, class T>
-static void dots_of(const Sizes &s, const T *a, const T *b, T *c) {
+static void dots_of(const Sizes &s, const T *a, const T *b, T *c, int64_t, int64_t) {
   enum : int64_t { L = aot_lanes<V> };
   int64_t j = 0;
   if (s.k < 4 * L)
@@ -251,12 +251,7 @@ AOT void product(int64_t begin, int64_t end, const int64_t *sizes, void *const *
     const int64_t last = blocks - first < end - begin ? blocks : first + end - begin;
     const T *x = a + batch * s.a.batch, *y = b + batch * s.b.batch;
     T *z = c + batch * s.c.batch;
-    if (s.m == 1 && s.b.column == 1)
-      row_of<V>(s, x, y, z);
-    else if (s.m == 1 && s.b.row == 1 && s.a.column == 1)
-      dots_of<V>(s, x, y, z);
-    else
-      rows_of<V>(s, x, y, z, first * BLOCK, last * BLOCK < s.m ? last * BLOCK : s.m);
+    WAY<V>(s, x, y, z, first * BLOCK, last * BLOCK < s.m ? last * BLOCK : s.m);
     begin += last - first;
   }
 }

@@ -1,6 +1,6 @@
-"""Launch products of matrices by one kernel, which is compiled once for all graphs.
+"""Launch products of matrices by a few kernels, each compiled once for all graphs.
 
-It reads its matrices in place, transposed or expanded, so no view of them is made. Extents and
+They read their matrices in place, transposed or expanded, so no view of them is made. Extents and
 steps are arguments.
 """
 
@@ -74,6 +74,15 @@ class MatrixProduct:
         """Return how many tasks a thread should get at least."""
         return max(1, GRAIN // (min(self.rows, BLOCK) * self.columns * self.deep))
 
+    @property
+    def way(self) -> str:
+        """Return the function of ``matmul.cpp`` that computes it: one row is quicker by itself,
+        if neighbours in memory are columns, or are added up."""
+        a, b = self.a, self.b
+        if self.rows == 1 and b.column == 1:
+            return "row_of"
+        return "dots_of" if self.rows == a.column == b.row == 1 else "rows_of"
+
     def transposed(self) -> MatrixProduct:
         """Return the same product with both matrices transposed and swapped."""
         x, y, z = self.memory
@@ -108,14 +117,13 @@ PLANES = ("ik", "kj", "ij")
 
 
 def product_launch(n: Node) -> Task | None:
-    """Return the launch for a product of matrices; None if the kernel cannot compute it."""
+    """Return the launch for a product of matrices; None if no kernel can compute it."""
     if (
         n.target not in SPELLED
         or not n.users
         or not all(map(plain_on_cpu, (n, *n.all_input_nodes)))
+        or n.meta["val"].dtype not in DTYPES
     ):
-        return None
-    if (compiled := kernel(n.meta["val"].dtype)) is None:
         return None
     extents, nodes, matrices = {"b": 1, "i": 1, "j": 1}, [], []
     tensors: Any = (*n.args, n)
@@ -131,6 +139,8 @@ def product_launch(n: Node) -> Task | None:
     if p.columns == 1:
         p = p.transposed()
     p = p.in_one()
+    if (compiled := kernel(n.meta["val"].dtype, p.way)) is None:
+        return None
     return Task(compiled, p.tasks, p.sizes, p.memory, p.memory[-1:], p.grain)
 
 
@@ -157,13 +167,12 @@ def viewed_again(n: Any, root: Node, base: Tensor) -> Any:
 
 
 @functools.cache
-def kernel(dtype: torch.dtype) -> native.LoadedKernel | None:
-    """Return the kernel for this dtype; None if there is none, or no compiler."""
-    if dtype not in DTYPES:
-        return None
+def kernel(dtype: torch.dtype, way: str) -> native.LoadedKernel | None:
+    """Return the kernel that computes rows in this way; None if there is no compiler."""
     vector, number = DTYPES[dtype]
     parts = [(native.HERE / name).read_text() for name in ("vectors.h", "lanes.h", "matmul.cpp")]
-    source = f"#define VECTOR {vector}\n#define NUMBER {number}\n" + "\n".join(parts)
+    names = {"VECTOR": vector, "NUMBER": number, "WAY": way}
+    source = "\n".join([*[f"#define {k} {v}" for k, v in names.items()], *parts])
     try:
         return native.LoadedKernel(ctypes.CDLL(str(built(source)))["aot_matmul"])
     except CompilerError:

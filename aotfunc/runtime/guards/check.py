@@ -19,7 +19,7 @@ from .keys import tensor_facts
 
 #: a check of so many lines becomes native after so many calls, which save the time of compiling; a
 #: compiler runs once on a machine
-MANY, LARGE = 300, 100
+MANY, LARGE = 100, 100
 
 _code = Cache(256)  # by source: entries of one function often have the same check
 
