@@ -45,8 +45,11 @@ template <class V, class T> AOT V aot_first(V, const T *p, int64_t n) {
 template <class V, class T> AOT void aot_put_first(T *p, V v, int64_t n) {
   aot_put_some(p, v, n, 1);
 }
+// Whether an instruction reads the first n of them, also if that is all.
+template <class V, class T> constexpr bool aot_at_once = false;
 #if AOT_BYTES == 64
 #define AOT_FIRST(vector, number, as, instruction) \
+  template <> constexpr bool aot_at_once<vector, number> = true; \
   AOT vector aot_first(vector, const number *p, int64_t n) { \
     typedef as lanes __attribute__((vector_size(64))); \
     return (vector)__builtin_ia32_load##instruction((const as *)p, lanes{}, (1u << n) - 1); \
@@ -60,6 +63,7 @@ AOT_FIRST(doubles, double, double, upd512_mask)
 AOT_FIRST(ints, int32_t, int, dqusi512_mask)
 AOT_FIRST(longs, int64_t, long long, dqudi512_mask)
 #define AOT_FIRST_HALVES(half) \
+  template <> constexpr bool aot_at_once<floats, half> = true; \
   AOT floats aot_first(floats, const half *p, int64_t n) { \
     auto x = __builtin_ia32_loaddquhi256_mask((const short *)p, shorts{}, (1u << n) - 1); \
     return aot_float((halves)x, half{}); \
@@ -75,7 +79,10 @@ template <class V, class T> AOT V aot_get(const T *p) {
   return memory::load(aot_raw<typename memory::type>(p));
 }
 template <class V, class T> AOT V aot_get(const T *p, int64_t n) {
-  return __builtin_expect(n < aot_lanes<V>, 0) ? aot_first(V{}, p, n) : aot_get<V>(p);
+  const bool some = n < aot_lanes<V>;
+  if constexpr (aot_at_once<V, T>)  // without a branch, of which the compiler would make two bodies
+    return aot_first(V{}, p, some ? n : aot_lanes<V>);
+  return __builtin_expect(some, 0) ? aot_first(V{}, p, n) : aot_get<V>(p);
 }
 template <class V, class T> AOT void aot_put(T *p, V v) {
   aot_raw(p, aot_memory<V, T>::store(v));
