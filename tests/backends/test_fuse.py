@@ -86,3 +86,7 @@ def test_layers_are_tried_once(monkeypatch):
     mul = torch.ops.aten.mul.Tensor
     assert found(mul, x, y) == found(mul, y, x) != found(mul, x, x)
     assert len({found(mul, x, a) for a in (1, 1.0, True, 0.0, -0.0)}) == 5
+    n = graph.find_nodes(op="call_function", target=mul)[0]
+    before = description([n], [n])
+    n.meta = {**n.meta, "val": torch.ones(3, dtype=torch.float64)}
+    assert description([n], [n]) != before

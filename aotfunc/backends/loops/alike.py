@@ -41,10 +41,12 @@ def description(nodes: Sequence[Node], stored: Sequence[Node]) -> Hashable:
 
 def layouts_of(n: Node) -> Hashable:
     """Return the shape, strides and dtype of a node's value, or of each of its parts."""
-    if "signature" not in n.meta:
-        val = n.meta.get("val")
+    val = n.meta.get("val")
+    known, found = n.meta.get("signature", (None, None))
+    if found is None or known is not val:  # passes copy what is said of a node, with another value
         parts = val if isinstance(val, list | tuple) else [val]
-        n.meta["signature"] = tuple(
+        found = tuple(
             [(t.shape, t.stride(), t.dtype) if isinstance(t, Tensor) else t for t in parts]
         )
-    return n.meta["signature"]
+        n.meta["signature"] = val, found
+    return found
