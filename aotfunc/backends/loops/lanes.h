@@ -80,7 +80,7 @@ template <class V, class T> AOT V aot_get(const T *p) {
 }
 template <class V, class T> AOT V aot_get(const T *p, int64_t n) {
   const bool some = n < aot_lanes<V>;
-  if constexpr (aot_at_once<V, T>)  // without a branch, of which the compiler would make two bodies
+  if constexpr (aot_at_once<V, T>)  // no branch: compilers are sooner done
     return aot_first(V{}, p, some ? n : aot_lanes<V>);
   return __builtin_expect(some, 0) ? aot_first(V{}, p, n) : aot_get<V>(p);
 }
