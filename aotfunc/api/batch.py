@@ -147,7 +147,7 @@ def batched_along(arguments: Arguments, dims: Sequence[int | None], size: int) -
 
 
 def sample_sig(sig: Sig, dim: int) -> Sig:
-    """Return the signature of one sample of a batch."""
+    """Return the signature of one sample of a batch: the first one, if it counts in memory."""
     shape, stride = list(sig.shape), list(sig.stride)
     del shape[dim], stride[dim]
-    return make_sig(tuple(shape), tuple(stride), sig.dtype, sig.device)
+    return make_sig(tuple(shape), tuple(stride), sig.dtype, sig.device, sig.offset)

@@ -198,11 +198,10 @@ class Call:
 
     def leaves(self, tensors: Sequence[Tensor], first: int = 0) -> list:
         """Return the flat result of the function with these tensors from leaf ``first`` on."""
-        leaves = list(self.rec.leaves)
         own = self.rec.unlike_inputs(tensors, self.inputs)
-        for i, t in zip([i for i in self.rec.tensors if i >= first], own, strict=True):
-            leaves[i] = t
-        return leaves
+        if not first and len(own) == len(self.rec.leaves) == len(self.rec.tensors):
+            return list(own)
+        return with_items(self.rec.leaves, [i for i in self.rec.tensors if i >= first], own)
 
 
 def primals_and_tangents(
@@ -259,87 +258,3 @@ def like_tangent(t: Tensor, p: Tensor) -> Tensor:
             want.shape, want.stride, dtype=want.dtype, device=want.device
         ).copy_(t)
     return t
-
-
-def input_dims(in_dims: Dims, args: tuple, arguments: Arguments) -> list[int | None]:
-    """Return one non-negative dim per leaf."""
-    if not isinstance(in_dims, (int, tuple)) or isinstance(in_dims, bool):
-        if in_dims is None:
-            raise ArgumentError("vmap: in_dims is None: no argument is batched")
-        raise ArgumentError(
-            f"vmap: in_dims must be an int or a tuple of dims, not {type(in_dims).__name__}"
-        )
-    if not args:
-        raise ArgumentError(
-            "vmap: the function was called without positional arguments: there is nothing to batch"
-        )
-    if isinstance(in_dims, int):
-        flat = [in_dims] * arguments.spans[-1].stop
-    elif len(in_dims) == len(args) and all(d is None or isinstance(d, int) for d in in_dims):
-        flat = [d for d, span in zip(in_dims, arguments.spans, strict=True) for _ in span]
-    else:
-        flat = broadcast_prefix(in_dims, tuple(args), "in_dims")
-    dims: list[int | None] = []
-    for k, (dim, x) in enumerate(zip(flat, arguments.leaves, strict=False)):
-        if dim is None or (type(dim) is int and isinstance(x, Tensor) and 0 <= dim < x.dim()):
-            dims.append(dim)
-            continue
-        if not isinstance(dim, int) or isinstance(dim, bool):
-            raise ArgumentError(
-                f"vmap: in_dims has {dim!r} for {arguments.said(k)}; it must be an int or None"
-            )
-        if not isinstance(x, Tensor):
-            raise ArgumentError(
-                f"vmap: in_dims has {dim} for {arguments.said(k)}, which is of type "
-                f"{type(x).__name__}, not a tensor; use None there"
-            )
-        rank = x.dim()
-        if not -rank <= dim < rank:
-            has = f"which has {rank} dimension{'s' * (rank != 1)}"
-            raise ArgumentError(f"vmap: in_dims has {dim} for {arguments.said(k)}, {has}")
-        dims.append(dim % rank)
-    dims += [None] * (len(arguments.leaves) - len(dims))
-    return dims
-
-
-def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list:
-    """Return the leaves of ``prefix``, each repeated for all leaves of ``tree`` below it."""
-    flat: list = []
-    prefix = in_order_of(tree, prefix)
-    try:
-        tree_map_(
-            lambda x, below: flat.extend([x] * len(tree_leaves(below))),
-            opened_in(prefix, always=True),
-            opened_in(tree),
-        )
-    except ValueError:
-        raise ArgumentError(
-            f"vmap: {what}={prefix!r} does not have the structure of the "
-            f"{'arguments' if what == 'in_dims' else 'results'}, {structure(tree)}"
-        ) from None
-    return flat
-
-
-def batch_size(arguments: Arguments, dims: Sequence[int | None]) -> int:
-    """Return the number of samples. Raises ArgumentError if there is no batch, or sizes differ."""
-    sizes = {}
-    for k, (x, d) in enumerate(zip(arguments.leaves, dims, strict=True)):
-        if d is not None:
-            check_kind(x)
-            sizes[k] = x.shape[d]
-    if not sizes:
-        raise ArgumentError("vmap: no argument is batched: in_dims is None for all of them")
-    first, *others = set(sizes.values())
-    if others:
-        said = "; ".join(
-            f"{arguments.said(k)} has {size} at dimension {dims[k]}" for k, size in sizes.items()
-        )
-        raise ArgumentError(f"vmap: the batched arguments have different sizes: {said}")
-    return first
-
-
-def sample_sig(x: Tensor, dim: int) -> Sig:
-    """Return the signature of one sample of a batch: the first one, if it counts in memory."""
-    shape, stride = list(x.shape), list(x.stride())
-    del shape[dim], stride[dim]
-    return make_sig(tuple(shape), tuple(stride), x.dtype, x.device, signature(x).offset)

@@ -155,7 +155,7 @@ wrong_in_autograd("complex", aten.slice_scatter, aten.select_scatter, aten.diago
 Layout = tuple[Sequence[Any], Sequence[Any], Any]  # shape, stride and storage offset
 
 
-def layout(x: Tensor) -> Layout:
+def geometry(x: Tensor) -> Layout:
     return x.shape, x.stride(), x.storage_offset()
 
 
@@ -164,11 +164,11 @@ def start(of: Layout, to: Layout) -> Any:
     return 0 if to[2] is None else to[2] - of[2]
 
 
-def extent(shape: Sequence[Any], stride: Sequence[Any]) -> Any:
+def memory_length(shape: Sequence[Any], stride: Sequence[Any]) -> Any:
     return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if all(shape) else 0
 
 
-def dense(of: Layout) -> bool:
+def in_order(of: Layout) -> bool:
     step = 1
     for n, s in zip(reversed(of[0]), reversed(of[1]), strict=True):
         if n != 1 and s != step:
@@ -181,12 +181,12 @@ def within(of: Layout, to: Layout) -> bool:
     """Return whether ``as_strided(*to)`` of such a tensor reads its elements alone: neither what
     lies in memory beside them nor between them."""
     begin = start(of, to)
-    if dense(of):
-        return begin >= 0 and begin + extent(*to[:2]) <= prod(of[0])
-    marks = bytearray(extent(*of[:2]))
+    if in_order(of):
+        return begin >= 0 and begin + memory_length(*to[:2]) <= prod(of[0])
+    marks = bytearray(memory_length(*of[:2]))
     for line in lines(*of[:2]):
         marks[line] = b"\1" * len(marks[line])
-    last = begin + extent(*to[:2])
+    last = begin + memory_length(*to[:2])
     return (
         begin >= 0 and last <= len(marks) and all(0 not in marks[k] for k in lines(*to[:2], begin))
     )
@@ -207,9 +207,9 @@ def cells(x: Tensor, of: Layout, to: Layout) -> Tensor:
     (of this layout), and their count where it is none of them."""
     (shape, stride, _), (size, strides, _), begin = of, to, start(of, to)
     numbers = torch.arange(prod(shape), device=x.device)
-    if not (dense(of) and within(of, to)):  # lay the numbers out in memory as x is
+    if not (in_order(of) and within(of, to)):  # lay the numbers out in memory as x is
         first = min(begin, 0)
-        length = max(extent(shape, stride), begin + extent(size, strides)) - first
+        length = max(memory_length(shape, stride), begin + memory_length(size, strides)) - first
         memory = torch.full((length,), prod(shape), device=x.device)
         numbers = aten.as_strided_scatter(memory, numbers.reshape(shape), shape, stride, -first)
         begin -= first
@@ -222,15 +222,15 @@ def elements(x: Tensor, of: Layout, to: Layout) -> Tensor:
     return flat if within(of, to) else torch.cat([flat, flat.new_zeros(1)])
 
 
-def picked(t: Tensor, x: Tensor, to: Layout) -> Tensor:
+def shown_elements(t: Tensor, x: Tensor, to: Layout) -> Tensor:
     """Return those elements of ``t`` that ``x.as_strided(*to)`` reads of ``x``."""
-    at = cells(x, layout(x), to)
-    return elements(t, layout(x), to).index_select(0, at.reshape(-1)).reshape(at.shape)
+    at = cells(x, geometry(x), to)
+    return elements(t, geometry(x), to).index_select(0, at.reshape(-1)).reshape(at.shape)
 
 
 def as_strided_back(g: Tensor, x: Tensor, *to: Any) -> Tensor:
-    at = cells(x, layout(x), to).reshape(-1)
-    every = elements(g.new_zeros(x.shape), layout(x), to)
+    at = cells(x, geometry(x), to).reshape(-1)
+    every = elements(g.new_zeros(x.shape), geometry(x), to)
     return every.index_add(0, at, g.reshape(-1)).narrow(0, 0, x.numel()).reshape(x.shape)
 
 
@@ -241,7 +241,7 @@ def batch_as_strided(x: Tensor, *to: Any, sample: Any) -> Tensor:
         return x.flatten(1).index_select(1, at.reshape(-1)).reshape(x.shape[0], *at.shape)
     size, strides, begin = *to[:2], start(of, to)
     if x.stride()[1:] != sample.stride or not (
-        0 <= begin <= extent(*of[:2]) - extent(size, strides)
+        0 <= begin <= memory_length(*of[:2]) - memory_length(size, strides)
     ):
         raise NotImplementedError(OUTSIDE)
     where = (x.shape[0], *size), (x.stride(0), *strides), x.storage_offset() + begin
@@ -252,13 +252,13 @@ OUTSIDE = "it reads memory in which no element of its sample lies; index the ele
 
 
 def as_strided_scatter_back(g: Tensor, x: Tensor, src: Tensor, *to: Any) -> Tensor:
-    at = cells(x, layout(x), to).reshape(-1)
-    every = elements(g, layout(x), to)
+    at = cells(x, geometry(x), to).reshape(-1)
+    every = elements(g, geometry(x), to)
     return every.index_fill(0, at, 0).narrow(0, 0, x.numel()).reshape(x.shape)
 
 
 def as_strided_part(g: Tensor, x: Tensor, src: Tensor, *to: Any) -> Tensor:
-    return picked(g, x, to).reshape(src.shape)
+    return shown_elements(g, x, to).reshape(src.shape)
 
 
 def batch_as_strided_scatter(x: Tensor, src: Tensor, *to: Any, sample: Any) -> Tensor:
@@ -270,10 +270,10 @@ def batch_as_strided_scatter(x: Tensor, src: Tensor, *to: Any, sample: Any) -> T
 
 
 def as_strided_tangent(tangents: Any, out: Tensor, x: Tensor, *to: Any) -> Tensor:
-    (t,), of = tangents, layout(x)
+    (t,), of = tangents, geometry(x)
     if t.stride() == x.stride() and within(of, to):
         return aten.as_strided(t, *to[:2], t.storage_offset() + start(of, to))
-    return picked(t, x, to)
+    return shown_elements(t, x, to)
 
 
 def as_strided_scatter_tangent(
@@ -282,8 +282,8 @@ def as_strided_scatter_tangent(
     tx, tsrc = (
         torch.zeros_like(p) if t is None else t for t, p in zip(tangents, (x, src), strict=True)
     )
-    at = cells(x, layout(x), to).reshape(-1)
-    every = elements(tx, layout(x), to).index_copy(0, at, tsrc.reshape(-1))
+    at = cells(x, geometry(x), to).reshape(-1)
+    every = elements(tx, geometry(x), to).index_copy(0, at, tsrc.reshape(-1))
     return every.narrow(0, 0, x.numel()).reshape(x.shape)
 
 
