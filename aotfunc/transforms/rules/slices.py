@@ -168,7 +168,7 @@ def memory_length(shape: Sequence[Any], stride: Sequence[Any]) -> Any:
     return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if all(shape) else 0
 
 
-def in_order(of: Layout) -> bool:
+def in_row_order(of: Layout) -> bool:
     step = 1
     for n, s in zip(reversed(of[0]), reversed(of[1]), strict=True):
         if n != 1 and s != step:
@@ -181,7 +181,7 @@ def within(of: Layout, to: Layout) -> bool:
     """Return whether ``as_strided(*to)`` of such a tensor reads its elements alone: neither what
     lies in memory beside them nor between them."""
     begin = start(of, to)
-    if in_order(of):
+    if in_row_order(of):
         return begin >= 0 and begin + memory_length(*to[:2]) <= prod(of[0])
     marks = bytearray(memory_length(*of[:2]))
     for line in lines(*of[:2]):
@@ -207,7 +207,7 @@ def cells(x: Tensor, of: Layout, to: Layout) -> Tensor:
     (of this layout), and their count where it is none of them."""
     (shape, stride, _), (size, strides, _), begin = of, to, start(of, to)
     numbers = torch.arange(prod(shape), device=x.device)
-    if not (in_order(of) and within(of, to)):  # lay the numbers out in memory as x is
+    if not (in_row_order(of) and within(of, to)):  # lay the numbers out in memory as x is
         first = min(begin, 0)
         length = max(memory_length(shape, stride), begin + memory_length(size, strides)) - first
         memory = torch.full((length,), prod(shape), device=x.device)
