@@ -15,7 +15,7 @@ from aotfunc.backends.loops import native
 from aotfunc.debug import stages
 from aotfunc.errors import RuleError
 from tests.inputs import f64
-from tests.reference import assert_same
+from tests.reference import BITS, assert_same
 
 
 def compiled(module):
@@ -354,7 +354,8 @@ def test_autocast_and_a_scaler():
             scaler.update()
             losses.append(loss.detach())
         results.append((losses, scaler.get_scale()))
-    assert_same(results[1], results[0])
+    # kernels in C++ round to bfloat16 less often
+    assert_same(results[1], results[0], rtol=0 if BITS else 2**-8, atol=0)
 
 
 def test_complex_parameters():
