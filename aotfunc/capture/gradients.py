@@ -72,6 +72,11 @@ def autograd_grad(
         trace, refs, ins, gs, inside, retain_graph, create_graph, is_grads_batched
     )
     if any(g is None for g in grads) and not (allow_unused or materialize_grads):
+        if any(o.__class__ is Traced and o.tracer is not trace for o in outs):
+            raise CaptureError(
+                "a hook, backward or transform asks for the gradient of what was computed outside "
+                f"of it{at(debug.user_line())}; compute that inside, under torch.enable_grad()"
+            )
         raise CaptureError(
             "one of the differentiated tensors was not used to compute the "
             f"outputs{at(debug.user_line())}; allow_unused=True returns None for it"

@@ -9,6 +9,7 @@ from torch import nn
 import aotfunc
 from aotfunc import aot_function, aot_module, grad, grad_and_value, jit, vjp, vmap
 from aotfunc.errors import CaptureError
+from tests.inputs import f64
 from tests.reference import assert_same
 
 
@@ -280,6 +281,43 @@ REFUSED = {
         "cannot be removed",
     ),
 }
+
+
+def fixed_point_outside(f, z):
+    """As :func:`fixed_point_inside`; the step is computed before there is a gradient."""
+    start = z.detach().requires_grad_()
+    step = f(start)
+    z.register_hook(lambda g: g + torch.autograd.grad(step, start, g, retain_graph=True)[0])
+    return z
+
+
+def fixed_point_inside(f, z):
+    """The derivative of a fixed point: its cotangent passes through the step again."""
+
+    def hook(g):
+        with torch.enable_grad():
+            start = z.detach().requires_grad_()
+            step = f(start)
+        for _ in range(20):
+            g = g + torch.autograd.grad(step, start, g / 2, retain_graph=True)[0]
+        return g
+
+    z.register_hook(hook)
+    return z
+
+
+def test_a_hook_that_takes_a_gradient():
+    m, x = nn.Linear(4, 4), f64(3, 4)
+    m = m.double()
+    step = lambda z: torch.tanh(m(z) + x)
+    solution, results = lambda x: fixed_point_inside(step, step(x)), []
+    for f in (solution, jit(solution), aot_function(solution, "eager")):
+        m.zero_grad()
+        f(x).square().sum().backward()
+        results.append([p.grad.clone() for p in m.parameters()])
+    assert_same(results[1:], [results[0]] * 2)
+    with pytest.raises(CaptureError, match="compute that inside"):
+        jit(lambda x: fixed_point_outside(step, step(x)))(x)
 
 
 @pytest.mark.parametrize("name", REFUSED)
