@@ -185,7 +185,7 @@ def test_a_temporary_directory_instead(cache, tmp_path, monkeypatch, kind):
 
 def test_what_a_full_directory_holds_is_used(cache, compiled, tmp_path, monkeypatch):
     assert right()
-    monkeypatch.setattr(store, "add", lambda *args: pytest.fail("written to"))
+    monkeypatch.setattr(store, "compile_and_keep", lambda *args: pytest.fail("written to"))
     assert right()
 
 
