@@ -77,7 +77,7 @@ def joinable(graph: fx.Graph, within_kernels: Callable[[fx.Node], bool]) -> dict
         later[n] = n
         for m in n.all_input_nodes if within_kernels(n) else ():
             while later[m] is not m:
-                m = later[m]
+                later[m] = m = later[later[m]]
             later[m] = n
     part: dict[fx.Node, fx.Node] = {}
     for n in reversed(graph.nodes):
