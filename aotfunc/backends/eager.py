@@ -120,12 +120,12 @@ def compile_graph(graph: fx.Graph, sized: Mapping[Node, tuple] | None = None) ->
     def run(*values: Any) -> tuple:
         return boxed([*values])
 
-    boxed.own, boxed.unchecked, boxed.alone = own(output_node(graph).args[0]), run, None
+    boxed.own, boxed.unchecked, boxed.alone = n_own_results(output_node(graph).args[0]), run, None
     run.boxed, run.source = boxed, source  # type: ignore[attr-defined]
     return cast(Generated, run)
 
 
-def own(results: Sequence[Any]) -> int:
+def n_own_results(results: Sequence[Any]) -> int:
     """Return how many of the first results have memory that no other value shares."""
     for count, n in enumerate(results):
         if not isinstance(n, Node) or not makes_memory(n) or n in results[:count]:

@@ -12,7 +12,7 @@ from .members import seen_through
 
 
 def description(nodes: Sequence[Node], stored: Sequence[Node]) -> Hashable:
-    """Return all that :func:`lower` reads of these nodes, but for their names."""
+    """Return all that :func:`~.builder.build_kernel` reads of these nodes, but for their names."""
     numbers: dict[Node, int] = {}
     found: list[Any] = []
 
