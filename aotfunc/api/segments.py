@@ -22,8 +22,8 @@ def scan_in_segments(
     unroll: int,
     every: int,
 ) -> tuple[Any, Any]:
-    """Run ``scan`` on segments of ``every`` steps, of which reverse mode keeps the first carry
-    only, and on the remaining steps, of which it keeps each carry."""
+    """Run ``scan`` on segments of ``every`` steps, then on the remaining steps. Reverse mode keeps
+    the first carry of each segment, and each carry of the remaining steps."""
     if every == 1:
         return scan(checkpoint(f), init, xs, length, reverse, unroll)
     count, rest = divmod(length, every)

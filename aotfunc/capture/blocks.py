@@ -178,7 +178,7 @@ def without_sums(body: Program, n_consts: int, n_carry: int) -> Program | None:
 
 
 def separate(body: Program) -> bool:
-    """Return whether nobody can tell that steps run at once: the body draws nothing, has no
+    """Return whether steps may run at once: the body draws nothing, has no
     effects and no branches, and errors do not depend on values."""
     return all(n.op != "call_function" or separate_node(n) for n in body.graph.nodes)
 

@@ -61,7 +61,7 @@ def prepare_group(m: nn.Module, label: str) -> None:
         return
     with no_recording(), _disable_current_modes():
         for g in groups:
-            g.wait_for_unshard()  # if somebody has begun one
+            g.wait_for_unshard()  # if one has begun
             g.reshard()
 
 
@@ -75,7 +75,7 @@ _settings = attrgetter(
 
 def settings(m: nn.Module) -> list:
     """Return what decides how the groups of a module of FSDP2 are gathered. The outermost one
-    keeps what it gathered, if nobody said else."""
+    keeps what it gathered, by default."""
     state = fsdp_state(m)
     outermost = state not in _inside if state._is_root is None else state._is_root
     keeps = outermost and state._auto_reshard_after_forward

@@ -75,7 +75,7 @@ def right_before(joint: Joint, before: list[int], run: list[bool], size: list[in
     order: list[int] = []
     seen = [False] * count
     ends = [i for i in range(count) if run[i] and before[i] in (i, count)]
-    for end in sorted(ends, key=lambda i: (before[i], i)):  # what nobody reads is only returned
+    for end in sorted(ends, key=lambda i: (before[i], i)):  # what no node reads is only returned
         todo = [end]
         while todo:
             i = todo[-1]

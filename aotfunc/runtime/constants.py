@@ -119,7 +119,7 @@ class Constant(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:  # type: ignore[override]
         ctx.zeros = [(o.shape, {"dtype": o.dtype, "device": o.device}) for o in others]
-        return value.detach()  # no view of an input, which autograd lets nobody write to
+        return value.detach()  # autograd refuses writes to views of inputs
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]

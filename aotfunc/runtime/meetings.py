@@ -182,7 +182,7 @@ def kept_results(
 
 
 def unhooked_value(n: Node) -> Node:
-    """Return the value of which the recorded hooks make this one."""
+    """Return the value that the recorded hooks change into this one."""
     op: Any = op_of(n)
     if not getattr(op.target, "hooked", False):
         return n

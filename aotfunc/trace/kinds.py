@@ -15,7 +15,7 @@ from .traced import Traced, as_if_outside, quiet
 
 
 def dtensor_class() -> Any:
-    """Return the class of DTensors; an empty tuple while nobody has imported it."""
+    """Return the class of DTensors; an empty tuple if it is not imported."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
 
 

@@ -157,7 +157,7 @@ class Table:
         self.update(self.ours)
 
     def put_back(self) -> None:
-        """Put back those that nobody else has exchanged since."""
+        """Put back those that no other library has exchanged since."""
         ours, theirs = self.values
         now = [*map(self.get, self.ours)]
         if now == ours and None not in theirs:

@@ -134,7 +134,7 @@ class KernelBuilder(Axes):
         target = where(self, place)
         shift = self.shift(n, target)
         if shift is None:
-            raise Unfit("indices of which there is one")
+            raise Unfit("one index for all points")
         size = n.meta["val"].numel()
         return Store(self.access(n, target), found, shift=shift, size=size)
 
