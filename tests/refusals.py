@@ -208,9 +208,16 @@ def both_modes(x):
 
 def optimizer_inside(compiler):
     net = nn.Linear(3, 1)
-    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    optimizer = torch.optim.RAdam(net.parameters(), 0.1)
     net(torch.ones(3)).sum().backward()
+    optimizer.step()
     compiler(lambda x: (optimizer.step(), x)[1])(torch.ones(3))
+
+
+def hooked_parameter():
+    w = parameter()
+    w.register_post_accumulate_grad_hook(print)
+    return w
 
 
 PROGRAMS: dict[str, Callable] = {
@@ -225,14 +232,19 @@ PROGRAMS: dict[str, Callable] = {
     '`f"{c}"`': closed_over(lambda: torch.tensor(2), lambda c, x: (f"{c}", x)[1]),
     "`x[w > 0]`": closed_over(ones(), lambda w, x: x[w > 0]),
     "`torch.rand(2).sum().item()`": on(ones())(lambda x: x * torch.rand(2).sum().item()),
-    "`w.grad`": closed_over(parameter, lambda w, x: x if w.grad is None else x + w.grad),
+    "`x.grad` of an argument": on(leaf)(lambda x: x if x.grad is None else x + x.grad),
+    "`y.grad` of a `y` computed outside": closed_over(
+        lambda: parameter() * 2, lambda y, x: x if y.grad is None else x + y.grad
+    ),
     "`w.data = w.data.double()`": closed_over(
         parameter, lambda w, x: (setattr(w, "data", w.data.double()), x)[1]
     ),
     "`w.data = …` in a transform": closed_over(
         parameter, lambda w, x: vmap(lambda x: (setattr(w, "data", w.data * 2), x)[1])(x)
     ),
-    "`w.grad = …`": closed_over(parameter, assigned("grad")),
+    "`w.grad = …` in a transform": closed_over(
+        parameter, lambda w, x: vmap(lambda x: (setattr(w, "grad", w * x), x)[1])(x)
+    ),
     "`w.requires_grad_(False)`": closed_over(parameter, lambda w, x: w.requires_grad_(False) * x),
     "`w.register_hook(…)`": closed_over(
         parameter, lambda w, x: (w.register_hook(print), w * x)[1]
@@ -265,8 +277,9 @@ PROGRAMS: dict[str, Callable] = {
     "`xs.append(x)` of an argument": lambda compiler: compiler(
         lambda xs: (xs.append(xs[0]), xs[0] * 2)[1]
     )([torch.ones(3)]),
-    "`y.backward()` onto `w` from outside": closed_over(
-        parameter, lambda w, x: ((w * x).sum().backward(), x)[1]
+    "`y.backward()` onto an argument": on(leaf)(lambda x: ((x * x).sum().backward(), x)[1]),
+    "`y.backward()` onto a parameter with a post-accumulate hook": closed_over(
+        hooked_parameter, lambda w, x: ((w * x).sum().backward(), x)[1]
     ),
     "a backward that writes to what it saved": lambda compiler: (
         compiler(WritesWhatItSaved.apply)(leaf()).sum().backward()
@@ -318,7 +331,7 @@ PROGRAMS: dict[str, Callable] = {
     "`c.kept = Box(x * 2)`": closed_over(Box, lambda c, x: (setattr(c, "kept", Box(x * 2)), x)[1]),
     "`x.tag = y` of an argument": on(ones())(assigned_to_argument),
     "an object without `__class__`": closed_over(Classless, lambda c, x: x * c.scale),
-    "`optimizer.step()` inside": optimizer_inside,
+    "`optimizer.step()` of `RAdam`, which decides by a counter": optimizer_inside,
     "a parameter made inside, and what depends on it": on(ones())(
         lambda x: (lambda p: (p, p * x))(nn.Parameter(torch.ones(3)))
     ),

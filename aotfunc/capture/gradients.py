@@ -16,7 +16,7 @@ from ..trace import outside
 from ..trace.dtensors import unsupported
 from ..trace.kinds import is_dtensor
 from ..trace.shapes.sig import contiguous_stride, make_sig
-from ..trace.traced import Traced, current
+from ..trace.traced import Traced, current, shows_gradient
 from ..trace.tracer import Trace
 from . import outside_graphs
 from .calls import interned
@@ -154,12 +154,23 @@ def autograd_backward(
     else:
         leaves = as_list(inputs)
         found = [ref for ref, _ in map(trace.ref_of, leaves) if ref < len(trace.inputs)]
-    if found:
+    given = [trace.lifted[-1 - ref] for ref in found if ref < 0]
+    shown = trace.graded is not None and len(given) == len(found)
+    if found and not (shown and all(map(shows_gradient, given))):
         raise CaptureError(
             "`.backward()` inside a captured function would write the .grad of a tensor from "
             f"outside{at(debug.user_line())}; return the gradient instead, by "
             "torch.autograd.grad(...) or grad(f), or call .backward() on the result"
         )
+    for t in given:
+        if t._post_accumulate_grad_hooks:
+            raise CaptureError(
+                f"a tensor from outside, of shape {list(t.shape)}, has post-accumulate hooks, and "
+                f"gets a .grad inside a captured function{at(debug.user_line())}: do there what "
+                "they do"
+            )
+    if inputs is None:
+        leaves = [*given, *leaves]
     if not leaves:
         raise RuntimeError(
             "element 0 of tensors does not require grad and does not have a grad_fn"

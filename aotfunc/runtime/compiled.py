@@ -29,14 +29,14 @@ from ..trace.entering import entry, modes_are_on, without_function_modes
 from ..trace.kinds import check_kind
 from ..trace.memory import whereabouts
 from ..trace.modes import OTHERS, function_modes_key
-from ..trace.seeds import of_python
+from ..trace.seeds import of_python, rewinder
 from ..trace.traced import current
 from .changing import Family, with_any_numbers
 from .entry import Entry, captured_entry
 from .guards.explain import Explanation, Facts, History, explained
 from .guards.keys import describe_argument, environment_key, first_alike, reached_tensors
 from .guards.reads import Names
-from .guards.state import State, look
+from .guards.state import MoreState, State, look
 from .guards.stores import undo_changes, undo_stores
 from .lowering import Lowered
 from .pipeline import Pipeline, title
@@ -185,7 +185,7 @@ class Compiled:
             return entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         for t in tensors:
             check_kind(t, dtensors=current() is None)
-        before, learnt = of_python(), self._names.learnt
+        before, learnt, rewind = of_python(), self._names.learnt, rewinder()
         try:
             self.captures += 1
             entry, new = captured_entry(
@@ -198,6 +198,11 @@ class Compiled:
                 result = entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
             if entry.gradients is not None:
                 torch._C._set_grad_enabled(entry.gradients)
+        except MoreState:
+            self.captures -= 1
+            undo_changes(state)
+            rewind()
+            return self.looked_up(key, tensors, objects, given)
         except BaseException as e:
             # an error of the function's own leaves what it did to numbers and texts, as in eager
             (undo_changes if refused(e) else undo_stores)(state)
@@ -266,6 +271,10 @@ class Compiled:
                 found, _ = captured_entry(
                     self, arguments, tensors, given, state, key, [], None, may_fail=False
                 )
+            except MoreState:
+                self.captures -= 1
+                undo_changes(state)
+                return self.lower(*args, **kwargs)
             finally:
                 undo_changes(state)
             self.store(full, found, state)

@@ -41,7 +41,7 @@ from .guards.hooked import Held, give_to_autograd, held_by
 from .guards.keys import AnyNumber, Shared, environment_key, first_alike, noted
 from .guards.reads import Names
 from .guards.returned import Finish, recorded, skeleton
-from .guards.state import State
+from .guards.state import MoreState, State
 from .guards.stores import Place, empty_caches, left_behind, undo_changes
 from .late_state import Read, late_reader, read_late
 from .leaves import Leaves, made_in_inference_mode
@@ -256,6 +256,7 @@ def captured_entry(
     gradients: list[bool] = []
     errors: list[Exception] = []
     checks: list[Callable[[], None]] = []
+    traces: list[Any] = []
 
     def observed(*args: Any, **kwargs: Any) -> Any:
         before = environment_key()
@@ -268,7 +269,8 @@ def captured_entry(
     def f(*args: Any, **kwargs: Any) -> Any:
         mine = Snapshot(args, kwargs)
         trace: Any = current()
-        trace.live_hooks, trace.rebound = [], {}
+        trace.live_hooks, trace.rebound, trace.graded = [], {}, state.graded
+        traces[:] = [trace]
         # axes outside are not in the key
         with compiled._names.watching(), axes({}), gathering():
             try:
@@ -314,6 +316,9 @@ def captured_entry(
             return rec
         except BaseException:
             errors.clear()  # an error holds the frames that hold it
+            if traces and traces[0].misses_gradients and not compiled._names.gradients:
+                compiled._names.gradients = True
+                raise MoreState from None
             raise
         finally:
             empty_caches(state)

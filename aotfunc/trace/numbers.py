@@ -20,9 +20,10 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from .averages import averaging
+from .optimizers import optimizer_steps
 from .patches import Exchange
 from .places import METHODS
-from .traced import Traced, current, under_way
+from .traced import Traced, current, shows_gradient, under_way
 
 #: methods that read values, and the words for what they read
 READERS = {
@@ -82,8 +83,9 @@ def frozen(t: Tensor) -> bool:
 
 
 def read_grad(self: Tensor) -> Tensor | None:
-    """Refuse ``.grad``, which is another tensor after each backward pass."""
-    if frozen(self):
+    """Refuse ``.grad``, which is another tensor after each backward pass, unless each call looks
+    at it."""
+    if frozen(self) and not shows_gradient(self):
         raise refusal("the .grad", "Pass gradients as arguments.")
     return _grad.__get__(self)
 
@@ -129,6 +131,7 @@ def delete_grad(t: Tensor) -> None:
 watch = Exchange(
     {(Tensor, name): method for name, method in METHODS.items()}
     | {(Tensor, name): refusing(getattr(Tensor, name), what) for name, what in READERS.items()}
+    | optimizer_steps()
     | {(x, "tensor_split"): splitting(x.tensor_split) for x in (Tensor, torch)}
     | {
         (Tensor, "grad"): property(read_grad, set_grad, delete_grad),

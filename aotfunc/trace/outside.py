@@ -20,7 +20,7 @@ from .marks import hidden_write
 from .patches import ORIGINALS, Attribute, Code
 from .records import written_slots
 from .shapes.sig import Sig
-from .traced import Traced, around, current, quiet
+from .traced import Traced, around, current, quiet, shows_gradient
 
 if TYPE_CHECKING:
     from .tracer import Trace
@@ -43,14 +43,16 @@ def set_data(self: Tensor, value: Any) -> None:
 
 def refuse_grad(self: Tensor, value: Any) -> None:
     trace = current()
-    if trace is not None and (
+    if trace is None:
+        value = with_data(value)
+    elif (
         value.__class__ is Traced or not (trace.may_ask_constants or value is _grad.__get__(self))
-    ):
+    ) and (trace.graded is None or not shows_gradient(self)):
         raise CaptureError(
             f"`.grad = ` of a tensor from outside, of shape {list(self.shape)}, is not "
             f"captured{at(user_line())}; return the gradient and assign it outside"
         )
-    _grad.__set__(self, with_data(value))
+    _grad.__set__(self, value)
 
 
 def with_data(value: Any) -> Any:

@@ -4,7 +4,7 @@ its values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,6 +79,9 @@ class Tape:
     #: input or lifted tensor that gets other memory (`x.data = y`) -> its value there, the value
     #: that was made with that memory, and the place in it; None: refused
     rebound: dict[int, tuple[int, int, Sig]] | None = None
+    #: of a compiled function: ids of the tensors from outside whose ``.grad`` each call looks at
+    graded: Collection[int] | None = None
+    misses_gradients = False  # the function has asked for another one's
     gathering: Any = None  # what FSDP2's modules have gathered, see capture.gathering
 
     def __init__(

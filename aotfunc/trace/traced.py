@@ -47,6 +47,16 @@ def around(trace: Trace) -> list[Trace]:
     return traces[: traces.index(trace)] if trace in traces else list(traces)
 
 
+def shows_gradient(t: Tensor) -> bool:
+    """Return whether each call of the compiled functions being recorded looks at the ``.grad`` of
+    an outside tensor, which may then be read, and bound."""
+    compiled = [trace for trace in under_way.traces if trace.graded is not None]
+    for trace in compiled:
+        if id(t) not in trace.graded:
+            trace.misses_gradients = True
+    return bool(compiled) and all(id(t) in trace.graded for trace in compiled)
+
+
 @contextmanager
 def no_recording() -> Iterator[None]:
     """Hide the recordings under way in this thread inside the block."""

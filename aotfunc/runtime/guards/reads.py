@@ -238,6 +238,8 @@ class Names:
         #: libraries whose objects the function uses: their code is the user's
         self.opened: set[str] = set()
         self.any = False
+        #: whether the functions read or bind the ``.grad`` of tensors from outside
+        self.gradients = False
         #: whether the functions could tell a number from its stand-in: they look at types, or go
         #: on after errors
         self.tells_apart = False
@@ -246,7 +248,7 @@ class Names:
 
     def __len__(self) -> int:
         sets = (self.attributes, self.written, self.of_torch, self.opened)
-        return sum(map(len, sets)) + self.any
+        return sum(map(len, sets)) + self.any + self.gradients
 
     def open(self, library: str | None) -> None:
         if library is not None and library not in CLOSED:

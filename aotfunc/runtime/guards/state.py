@@ -28,8 +28,9 @@ from torch.library import CustomOpDef
 from torch.nn.utils import parametrize
 
 from ...capture.custom_function import CustomRules
+from ...trace.traced import Traced
 from .containers import BYTES
-from .description import NOTHING
+from .description import NOTHING, may_have_gradient
 from .functions import ROOT, Functions
 from .reads import CLOSED, LargeLibrary, Names, library_of, library_of_module
 from .telling import tells
@@ -54,6 +55,10 @@ PARTS: dict[type, tuple[str, ...]] = {
     CustomOpDef: ("_backward_fn", "_setup_context_fn"),
     CustomRules: CustomRules.PARTS,
 }
+
+
+class MoreState(Exception):
+    """Raised where a function asks for state that was not described."""
 
 
 class State(Functions):
@@ -109,7 +114,10 @@ class State(Functions):
             self.same(x, v, label)
             self.meet(x(), f"{v}()", f"{label}()")
         elif isinstance(x, Tensor):
-            self.attributes(x, self.bind(f"{v}.__dict__"), label, self.wants)
+            if x.__class__ is not Traced and x.__dict__:
+                self.attributes(x, self.bind(f"{v}.__dict__"), label, self.wants)
+            if self.names.gradients and may_have_gradient(x) and id(x) not in self._gradients:
+                self.gradient(x, v, label)
         elif isinstance(x, types.FunctionType):
             self.function(x, v, label)
         elif isinstance(x, types.ModuleType):

@@ -20,7 +20,7 @@ from ...capture.instances import flatten_tree
 from ...errors import CaptureError
 from ...trace.holding import holds_traced
 from ...trace.traced import Traced
-from .objects import Slots
+from .objects import Gradient, Slots
 from .state import State
 
 _NOTHING = object()
@@ -145,7 +145,7 @@ def restore(owner: Any, before: dict, keys: Sequence[Any]) -> None:
 def finder(state: State, names: Sequence[str]) -> Callable[[Callable, Sequence[Any]], list]:
     """Return a function of ``f`` and argument objects to what these state variables hold."""
     body = "".join(f"    {line}\n" for line in lines_needed(state.lines, names))
-    space = {"Slots": Slots, **state.constants}
+    space = {"Slots": Slots, "Gradient": Gradient, **state.constants}
     exec(f"def found(f, objects):\n{body}    return [{', '.join(names)}]\n", space)
     return space.pop("found")  # no cycle: what the constants are lives no longer than the function
 

@@ -1,0 +1,82 @@
+"""Record steps of ``torch.optim``: one parameter after the other, with counters and learning rates
+as tensors.
+
+An optimizer asks for the number in a counter, and scales by it: a program would freeze both. The
+functions and methods that it does so with are exchanged while a number would be frozen."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .traced import current
+
+#: methods with a factor -> its name, and a form with a tensor as factor, which rounds alike
+SCALED: dict[str, tuple[str, Callable]] = {
+    "add": ("alpha", lambda x, y, a: x.addcmul(y, a)),
+    "add_": ("alpha", lambda x, y, a: x.addcmul_(y, a)),
+    "addcmul": ("value", lambda x, y, z, a: x.addcmul(y * a, z)),
+    "addcmul_": ("value", lambda x, y, z, a: x.addcmul_(y * a, z)),
+    "addcdiv": ("value", lambda x, y, z, a: x.addcdiv(y * a, z)),
+    "addcdiv_": ("value", lambda x, y, z, a: x.addcdiv_(y * a, z)),
+}
+
+
+def is_frozen() -> bool:
+    """Return whether a program under way would keep the number in a tensor."""
+    trace = current()
+    return trace is not None and not trace.may_ask_constants
+
+
+def scaling(method: Callable, name: str, form: Callable) -> Callable:
+    """Return ``method`` with a tensor's number, its argument ``name``, by reference."""
+
+    @functools.wraps(method)
+    def scaled(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(kwargs.get(name), Tensor) and is_frozen():
+            return form(x, *args, kwargs[name])
+        return method(x, *args, **kwargs)
+
+    return scaled
+
+
+def counter_value(get_value: Callable) -> Callable:
+    """Return ``_get_value`` with tensors as doubles, in which Python computes."""
+
+    @functools.wraps(get_value)
+    def value(x: Any) -> Any:
+        return x.double() if isinstance(x, Tensor) and is_frozen() else get_value(x)
+
+    return value
+
+
+def one_after_another(several: Callable, single: Callable) -> Callable:
+    """Return an optimizer's function for ``several`` tensors at once with the one for ``single``
+    tensors in its place: a backend fuses what is recorded."""
+
+    @functools.wraps(several)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return (single if is_frozen() else several)(*args, **kwargs)
+
+    return step
+
+
+def optimizer_steps() -> dict[tuple[Any, str], Callable]:
+    """Return what is exchanged in the modules of ``torch.optim``, and methods of tensors."""
+    found: dict[tuple[Any, str], Callable] = {
+        (Tensor, name): scaling(getattr(Tensor, name), *how) for name, how in SCALED.items()
+    }
+    for module in [m for n, m in sys.modules.items() if n.startswith("torch.optim.")]:
+        table = vars(module)
+        if "_get_value" in table:
+            found[module, "_get_value"] = counter_value(table["_get_value"])
+        for name, f in table.items():
+            for prefix in ("_multi_tensor_", "_fused_"):
+                single = table.get(name.replace(prefix, "_single_tensor_"))
+                if name.startswith(prefix) and single is not None:
+                    found[module, name] = one_after_another(f, single)
+    return found

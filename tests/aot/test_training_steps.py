@@ -1,0 +1,387 @@
+"""Whole training steps inside of compiled functions: the ``.grad`` of parameters from outside is
+read, bound and added to, and optimizers step, as in eager mode."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn, optim
+from torch.utils._pytree import tree_leaves
+
+from aotfunc import aot_function, grad, jit
+from aotfunc.errors import CaptureError
+from tests.reference import assert_same
+
+D = torch.float64
+WAYS = {
+    "jit": jit,
+    "aot_function": lambda f: aot_function(f, "eager"),
+    "jit in jit": lambda f: (lambda j: jit(lambda *args: j(*args)))(jit(f)),
+}
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+def layer():
+    torch.manual_seed(0)
+    return nn.Linear(3, 2, dtype=D)
+
+
+def batches(count=4):
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 3, dtype=D, generator=g) for _ in range(count)]
+
+
+def stepping(net, optimizer, to_none=True):
+    def step(x):
+        optimizer.zero_grad(set_to_none=to_none)
+        loss = net(x).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def trained(net, optimizer):
+    """Return all that training changes."""
+    kept = [x for x in tree_leaves(optimizer.state_dict()) if isinstance(x, torch.Tensor)]
+    return [*net.state_dict().values(), *[p.grad for p in net.parameters()], *kept]
+
+
+OPTIMIZERS = {
+    "SGD": lambda ps: optim.SGD(ps, 0.1),
+    "SGD, Nesterov": lambda ps: optim.SGD(ps, 0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "SGD, fused": lambda ps: optim.SGD(ps, 0.1, momentum=0.9, fused=True),
+    "Adam": lambda ps: optim.Adam(ps, 0.1),
+    "Adam, AMSGrad": lambda ps: optim.Adam(ps, 0.1, amsgrad=True, maximize=True, weight_decay=0.1),
+    "Adam, foreach": lambda ps: optim.Adam(ps, 0.1, foreach=True),
+    "Adam, fused": lambda ps: optim.Adam(ps, 0.1, fused=True),
+    "Adam, the rate a tensor": lambda ps: optim.Adam(ps, torch.tensor(0.1)),
+    "AdamW": lambda ps: optim.AdamW(ps, 0.1),
+    "Adagrad": lambda ps: optim.Adagrad(ps, 0.1, lr_decay=0.1),
+    "Adamax": lambda ps: optim.Adamax(ps, 0.1),
+    "Adadelta": lambda ps: optim.Adadelta(ps),
+    "NAdam": lambda ps: optim.NAdam(ps, 0.1),
+    "RMSprop": lambda ps: optim.RMSprop(ps, 0.1, momentum=0.9, centered=True),
+    "Rprop": lambda ps: optim.Rprop(ps, 0.1),
+    "groups": lambda ps: optim.SGD(
+        [{"params": [p], "lr": 0.1 / n} for n, p in enumerate(ps, 1)], momentum=0.9
+    ),
+}
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_of_optimizers(name, to_none):
+    """The first call makes an optimizer's state, so the second is captured anew."""
+    nets = layer(), layer()
+    optimizers = [OPTIMIZERS[name](net.parameters()) for net in nets]
+    eager, compiled = (stepping(n, o, to_none) for n, o in zip(nets, optimizers, strict=True))
+    compiled = jit(compiled)
+    for x in batches(5):
+        assert_same(compiled(x), eager(x))
+        assert_same(*map(trained, nets, optimizers))
+    assert len(compiled.entries) == 1
+
+
+def run_of(program, around=lambda f: f):
+    """Return what a program's steps return, and what they leave in its modules."""
+    step, nets = program(around)
+    found = [step(x) for x in batches()]
+    left = [(p.grad, p.requires_grad) for net in nets for p in net.parameters()]
+    return found, [net.state_dict() for net in nets], left
+
+
+def accumulating(around):
+    """Gradients are added in the memory of the first."""
+    net = layer()
+
+    def step(x):
+        net(x).square().sum().backward()
+        return net.weight.grad
+
+    compiled, seen = around(step), []
+
+    def call(x):
+        g = compiled(x)
+        seen.append(g)
+        return g.clone(), g is net.weight.grad, g is seen[0]
+
+    return call, [net]
+
+
+def by_hand(around):
+    net = layer()
+
+    def step(x):
+        for p in net.parameters():
+            p.grad = None
+        net(x).square().sum().backward()
+        with torch.no_grad():
+            for p in net.parameters():
+                p -= 0.1 * p.grad
+
+    return around(step), [net]
+
+
+def two_networks(around):
+    torch.manual_seed(0)
+    maker, judge = nn.Linear(3, 3, dtype=D), nn.Linear(3, 1, dtype=D)
+    makes, judges = (optim.Adam(m.parameters(), 0.1) for m in (maker, judge))
+
+    def step(x):
+        judges.zero_grad()
+        loss = F.softplus(-judge(x)).mean() + F.softplus(judge(maker(x).detach())).mean()
+        loss.backward()
+        judges.step()
+        makes.zero_grad()
+        other = F.softplus(-judge(maker(x))).mean()
+        other.backward()
+        makes.step()
+        return loss.detach(), other.detach()
+
+    return around(step), [maker, judge]
+
+
+def up_and_down(around):
+    """Sharpness-aware minimization: the gradient at a place near by."""
+    net = layer()
+    optimizer = optim.SGD(net.parameters(), 0.1)
+
+    def step(x):
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        before = [p.detach().clone() for p in net.parameters()]
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(p.grad / p.grad.norm(), alpha=0.05)
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        with torch.no_grad():
+            for p, old in zip(net.parameters(), before, strict=True):
+                p.copy_(old)
+        optimizer.step()
+
+    return around(step), [net]
+
+
+def of_a_gradient(around):
+    net = layer()
+
+    def step(x):
+        net.zero_grad()
+        net(x).pow(3).sum().backward(create_graph=True)
+        net.weight.grad.square().sum().backward()
+        return net.weight.grad.detach()
+
+    return around(step), [net]
+
+
+def with_a_closure(around):
+    net = layer()
+    optimizer = optim.SGD(net.parameters(), 0.1)
+
+    def step(x):
+        def loss():
+            optimizer.zero_grad()
+            value = net(x).square().sum()
+            value.backward()
+            return value
+
+        return optimizer.step(loss)
+
+    return around(step), [net]
+
+
+def some_unused(around):
+    net, other = layer(), layer()
+    other.weight = net.weight
+    optimizer = optim.AdamW([*net.parameters(), other.bias], 0.1)
+
+    def step(x):
+        optimizer.zero_grad()
+        loss = (net(x) * F.linear(x, other.weight)).sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return around(step), [net, other]
+
+
+def step_alone(around):
+    """The gradients are made outside, and other tensors at each call."""
+    net = layer()
+    optimizer = optim.Adam(net.parameters(), 0.1)
+    compiled = around(optimizer.step)
+
+    def step(x):
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        compiled()
+
+    return step, [net]
+
+
+def with_a_schedule(around):
+    net = layer()
+    optimizer = optim.SGD(net.parameters(), 0.1)
+    schedule = optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    compiled = around(stepping(net, optimizer))
+
+    def step(x):
+        loss = compiled(x)
+        schedule.step()
+        return loss
+
+    return step, [net]
+
+
+def with_statistics(around):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1)).to(D)
+    return around(stepping(net, optim.AdamW(net.parameters(), 0.1))), [net]
+
+
+def loading_a_state(around):
+    net = layer()
+    optimizer = optim.Adam(net.parameters(), 0.1)
+    compiled = around(stepping(net, optimizer))
+
+    def step(x):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return compiled(x)
+
+    return step, [net]
+
+
+PROGRAMS = [
+    *(accumulating, by_hand, two_networks, up_and_down, of_a_gradient, with_a_closure),
+    *(some_unused, step_alone, with_a_schedule, with_statistics, loading_a_state),
+]
+
+
+@ways
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs(program, way):
+    torch.manual_seed(2)
+    want = run_of(program)
+    torch.manual_seed(2)
+    assert_same(run_of(program, WAYS[way]), want)
+
+
+# ----- a gradient as a tensor --------------------------------------------------------------------
+
+
+@ways
+def test_gradients_are_read_at_each_call(way):
+    net = layer()
+    f = WAYS[way](lambda: [None if p.grad is None else p.grad.norm() for p in net.parameters()])
+    assert f() == [None, None]
+    net(batches()[0]).sum().backward()
+    for change in (
+        lambda: None,
+        lambda: net.bias.grad.fill_(7.0),
+        lambda: setattr(net.bias, "grad", torch.ones(2, dtype=D)),
+        lambda: setattr(net.weight, "grad", None),
+    ):
+        change()
+        assert_same(f(), [None if p.grad is None else p.grad.norm() for p in net.parameters()])
+
+
+@ways
+def test_a_gradient_is_the_argument_or_its_view(way):
+    net = layer()
+
+    def bind(x):
+        net.weight.grad = x
+        net.bias.grad = net.weight.grad[:, 0]
+
+    f = WAYS[way](bind)
+    for k in range(3):
+        x = torch.full((2, 3), float(k), dtype=D)
+        f(x)
+        assert net.weight.grad is x
+        assert_same(net.bias.grad, x[:, 0])
+        assert net.bias.grad.data_ptr() == x.data_ptr()
+
+
+@ways
+def test_views_of_gradients_share_their_memory(way):
+    net = layer()
+    f = WAYS[way](lambda: net.weight.grad.t())
+    for x in batches(3):
+        net.zero_grad()
+        net(x).square().sum().backward()
+        found = f()
+        assert_same(found, net.weight.grad.t())
+        assert found.data_ptr() == net.weight.grad.data_ptr()
+
+
+@ways
+def test_an_error_after_the_backward(way):
+    """It leaves what eager leaves."""
+    net = layer()
+
+    def raising(x):
+        net(x).square().sum().backward()
+        raise ValueError("after the backward")
+
+    def left(f):
+        net.zero_grad()
+        for x in batches(2):
+            with pytest.raises(ValueError, match="after the backward"):
+                f(x)
+        return [p.grad for p in net.parameters()]
+
+    assert_same(left(WAYS[way](raising)), left(raising))
+
+
+@ways
+def test_a_refusal_after_the_backward(way):
+    net = layer()
+
+    def asking(x):
+        net(x).square().sum().backward()
+        return x if x.sum() > 0 else -x
+
+    with pytest.raises(CaptureError):
+        WAYS[way](asking)(batches()[0])
+    assert net.weight.grad is None
+
+
+def test_lowered_steps_change_nothing():
+    net = layer()
+    f = jit(stepping(net, optim.Adam(net.parameters(), 0.1)))
+    before = copy.deepcopy(net.state_dict())
+    low = f.lower(batches()[0])
+    assert "addmm" in low.code
+    assert_same(net.state_dict(), before)
+    assert net.weight.grad is None
+
+
+def test_hooks_after_accumulation_are_refused():
+    """Whenever they were registered."""
+    net = layer()
+    f = jit(lambda x: net(x).square().sum().backward())
+    f(batches()[0])
+    handle = net.weight.register_post_accumulate_grad_hook(lambda p: None)
+    before = net.weight.grad.clone()
+    with pytest.raises(CaptureError, match="post-accumulate hooks"):
+        f(batches()[0])
+    assert_same(net.weight.grad, before)
+    handle.remove()
+    f(batches()[0])
+    assert_same(net.weight.grad, before * 2)
+
+
+def test_a_backward_under_a_transform_is_refused():
+    net = layer()
+    f = jit(lambda x: (net(x).square().sum().backward(), x.sum())[1])
+    with pytest.raises(CaptureError, match=r"\.grad"):
+        grad(f)(batches()[0])
+    assert net.weight.grad is None
+    f(batches()[0])
+    assert net.weight.grad is not None
