@@ -32,6 +32,9 @@ from .meetings import reaches_bent
 from .redraw import generator_states, redrawn
 from .refused import check_kin, related, relation
 
+#: classes of tensors that several of are written to at once
+PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def run_eager(program: Program) -> Callable[..., tuple]:
     """Return the program as a function of real tensors; mutated inputs are written back."""
@@ -58,14 +61,14 @@ def write_back(
         ]
         news = [new if yes else new.detach() for new, yes in zip(news, flags, strict=True)]
     inside = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack()
-    statistics, their_news = [], []  # a network has a hundred, which one call copies
+    unseen, their_news = [], []  # a network's statistics, or parameters, which one call copies
     for index, new, quiet in zip(program.mutated, news, hidden, strict=True):
         if index in done:
             continue
         t = tensors[index]
-        if quiet and not inside and t.__class__ is Tensor is new.__class__:
-            if not (t.requires_grad or new.requires_grad or t.is_inference()):
-                statistics.append(t)
+        if quiet and not inside and t.__class__ in PLAIN and new.__class__ is Tensor:
+            if not t.is_inference():
+                unseen.append(t)
                 their_news.append(new)
                 continue
         if quiet and t.is_inference():
@@ -75,8 +78,9 @@ def write_back(
                 t.copy_(new)
         else:
             t.copy_(new)
-    if statistics:
-        torch._foreach_copy_(statistics, their_news)
+    if unseen:
+        with torch.no_grad():
+            torch._foreach_copy_(unseen, their_news)
 
 
 def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..capture.calls import CompiledCall
+from ..capture.calls import CompiledCall, hidden_writes
 from ..capture.custom_derivative import CustomDerivative
 from ..capture.makers import FUNCTION
 from ..graph import Program, needed_for
@@ -44,8 +44,11 @@ class Halves:
         program = call.program
         self.program = without_meetings(program.flat())
         self.count = self.program.n_outputs
-        #: whether each result has a derivative: the others do not require grad, as in eager
-        self.live = live(self.program, wrt)
+        #: whether each result has a derivative: the others do not require grad, as in eager; nor
+        #: does what writes hidden from autograd leave
+        quiet = [*[False] * program.n_outputs, *hidden_writes(program)]
+        found = live(self.program, wrt)
+        self.live = [yes and not no for yes, no in zip(found, quiet, strict=True)]
         self.any_live = any(self.live)
         #: further results, at which cotangents of second derivatives meet
         self.met = meetings(self.program, wrt, self.live)
