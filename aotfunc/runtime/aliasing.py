@@ -252,6 +252,12 @@ def is_in_place(step: Shown) -> tuple:
     return op, args[1:], kwargs, step.cut
 
 
+def alone_in_memory(rec: Captured) -> frozenset[int]:
+    """Return the inputs and closed-over tensors that share memory with no other one."""
+    groups = [place.group for place in rec.trace.layout()] if rec.trace.mutates else []
+    return frozenset([i for i, g in enumerate(groups) if groups.count(g) == 1])
+
+
 def with_own_memory(
     program: Program, tensors: Sequence[Any], outs: Sequence[Any]
 ) -> Sequence[Any]:

@@ -186,6 +186,7 @@ class Compiled:
         for t in tensors:
             check_kind(t, dtensors=current() is None)
         before, learnt, rewind = of_python(), self._names.learnt, rewinder()
+        more = False
         try:
             self.captures += 1
             entry, new = captured_entry(
@@ -202,11 +203,13 @@ class Compiled:
             self.captures -= 1
             undo_changes(state)
             rewind()
-            return self.looked_up(key, tensors, objects, given)
+            more = True
         except BaseException as e:
             # an error of the function's own leaves what it did to numbers and texts, as in eager
             (undo_changes if refused(e) else undo_stores)(state)
             raise
+        if more:  # is known to be asked for now
+            return self.looked_up(key, tensors, objects, given)
         if entry.error is not None:
             fail(entry, result)
         after = look(self.f, objects, labels, self._names)
@@ -273,10 +276,10 @@ class Compiled:
                 )
             except MoreState:
                 self.captures -= 1
-                undo_changes(state)
-                return self.lower(*args, **kwargs)
             finally:
                 undo_changes(state)
+            if found is None:
+                return self.lower(*args, **kwargs)
             self.store(full, found, state)
         return Lowered(self, found, [*tensors, *found.closed(state.tensors)])
 

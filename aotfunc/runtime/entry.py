@@ -28,7 +28,7 @@ from ..trace.modes import any_modes, without_modes
 from ..trace.outside import check_outside_hooks
 from ..trace.seeds import rewinder, states
 from ..trace.traced import Traced, current
-from .aliasing import Changes, without_views
+from .aliasing import Changes, alone_in_memory, without_views
 from .autograd import call_compiled, differentiated, halves_of, op_by_op, same_node
 from .casts import casts_of, record_sharing
 from .chains import chained, made_by, program_to_cut
@@ -46,7 +46,7 @@ from .guards.stores import Place, empty_caches, left_behind, undo_changes
 from .late_state import Read, late_reader, read_late
 from .leaves import Leaves, made_in_inference_mode
 from .parts import laid_as_inputs, on_parts
-from .pipeline import Pipeline
+from .pipeline import ALONE, Pipeline
 from .raised import error_tensors, refused
 
 if TYPE_CHECKING:
@@ -347,6 +347,7 @@ def captured_entry(
         whole = Program(
             program.graph, len(program.placeholders), program.n_outputs, program.mutated, name
         )
+        whole.cache[ALONE] = alone_in_memory(rec)
         # what ends in an error runs once
         pipeline = Pipeline(name, "eager") if errors else compiled.pipeline
         call = CompiledCall(whole, pipeline.whole, pipeline.split, name)

@@ -67,6 +67,10 @@ def write_back(
             continue
         t = tensors[index]
         if quiet and not inside and t.__class__ in PLAIN and new.__class__ is Tensor:
+            if shows_memory(new, t):  # a backend has written to it
+                if not t.is_inference():
+                    torch.autograd.graph.increment_version(t)
+                continue
             if not t.is_inference():
                 unseen.append(t)
                 their_news.append(new)
@@ -81,6 +85,17 @@ def write_back(
     if unseen:
         with torch.no_grad():
             torch._foreach_copy_(unseen, their_news)
+
+
+def shows_memory(new: Tensor, t: Tensor) -> bool:
+    """Return whether ``new`` is another tensor for all of the memory of ``t``."""
+    return (
+        new is not t
+        and new.data_ptr() == t.data_ptr() != 0
+        and new.shape == t.shape
+        and new.stride() == t.stride()
+        and new.dtype is t.dtype
+    )
 
 
 def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:

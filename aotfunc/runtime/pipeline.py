@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..backends.eager import compile_graph
 from ..backends.results import is_lazy
 from ..capture.blocks import in_blocks
 from ..capture.bodies import dense, results_as
-from ..capture.calls import CompiledCall
+from ..capture.calls import CompiledCall, hidden_writes
 from ..capture.captured import Captured
 from ..errors import AotfuncError, BackendError
 from ..graph import Program, n_ops, output_node
@@ -42,6 +42,9 @@ from .redraw import generator_states, redrawn
 
 Compiler = Callable[[fx.GraphModule, list[Tensor]], Callable]
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
+NONE: Mapping[int, int] = {}
+#: the key in a program's cache for the inputs that share no memory with another, in all its calls
+ALONE = "alone"
 
 
 class Pipeline:
@@ -88,7 +91,7 @@ class Pipeline:
         return f"compiled by {' and '.join(names)}"
 
     def whole(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
-        return self.compiled(self.backends[2], program, tensors, "forward")
+        return self.compiled(self.backends[2], program, tensors, "forward", donated(program))
 
     def forward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
         return self.compiled(self.backends[0], program, tensors, "forward")
@@ -97,14 +100,19 @@ class Pipeline:
         return self.compiled(self.backends[1], program, tensors, "backward")
 
     def compiled(
-        self, backend: Backend, program: Program, tensors: Sequence[Tensor], half: str
+        self,
+        backend: Backend,
+        program: Program,
+        tensors: Sequence[Tensor],
+        half: str,
+        donated: Mapping[int, int] = NONE,
     ) -> Callable:
         program = self.opened(program)
         if self.reassociates(program, backend):
             program = reassociated(in_blocks(lowered(program, EVERYTHING)))
         step = lambda: f"{self.name}, {half} of {n_ops(program.graph):,} ops"
         with naming(f"{self.name}_{half}"), doing(step):
-            fn = compiled_by(backend, program, tensors, f"{self.name}: {half}")
+            fn = compiled_by(backend, program, tensors, f"{self.name}: {half}", donated)
         if (eagerly := getattr(fn, "eagerly", None)) is not None:
             self.eagerly.append((half, eagerly))
         return fn
@@ -231,20 +239,34 @@ def loaded(
     return Pipeline(name, forward, backward, partition, ops, exact, whole)
 
 
+def donated(program: Program) -> dict[int, int]:
+    """Return the inputs whose memory a backend may give their new values, each with the place of
+    that among the results: those written hidden from autograd, ``ALONE`` in memory."""
+    alone = program.cache.get(ALONE, ())
+    each = zip(program.mutated, hidden_writes(program), strict=True)
+    return {i: k for k, (i, quiet) in enumerate(each, program.n_outputs) if quiet and i in alone}
+
+
 def compiled_by(
-    backend: Backend, program: Program, tensors: Sequence[Tensor], what: str
+    backend: Backend,
+    program: Program,
+    tensors: Sequence[Tensor],
+    what: str,
+    donated: Mapping[int, int] = NONE,
 ) -> Callable:
     """Return a function of a list of inputs, which it may empty: the program handed to a backend
-    as a GraphModule with example inputs. Raises BackendError, which keeps the graph, where the
-    compiler raises an error that is not ours."""
+    as a GraphModule with example inputs; its ``meta["donated"]`` says which of these it may write
+    results into, input -> result. Raises BackendError, which keeps the graph, where the compiler
+    raises an error that is not ours."""
     if backend == backends.EAGER:
         return compile_graph(lowered(program, EVERYTHING).graph).boxed
     if backend == backends.AUTO:
-        return automatic(program.graph, lambda b: compiled_by(b, program, tensors, what))
+        return automatic(program.graph, lambda b: compiled_by(b, program, tensors, what, donated))
     table, compiler = backend.table, backend.compile
     if table is not None:
         program = decomposed(lowered(program, EVERYTHING), Declining(table))
     gm = graph_module(program, program.name.replace(" ", "_") or "Graph")
+    gm.meta["donated"] = donated
     flow = compile_bodies(gm.graph, backend, what)
     if debug.watched is not None or debug.LEVEL >= 3:
         debug.note(

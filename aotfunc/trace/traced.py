@@ -50,11 +50,11 @@ def around(trace: Trace) -> list[Trace]:
 def shows_gradient(t: Tensor) -> bool:
     """Return whether each call of the compiled functions being recorded looks at the ``.grad`` of
     an outside tensor, which may then be read, and bound."""
-    compiled = [trace for trace in under_way.traces if trace.graded is not None]
-    for trace in compiled:
-        if id(t) not in trace.graded:
-            trace.misses_gradients = True
-    return bool(compiled) and all(id(t) in trace.graded for trace in compiled)
+    compiled = [(trace, trace.graded) for trace in under_way.traces if trace.graded is not None]
+    missing = [trace for trace, graded in compiled if id(t) not in graded]
+    for trace in missing:
+        trace.misses_gradients = True
+    return bool(compiled) and not missing
 
 
 @contextmanager

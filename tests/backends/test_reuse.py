@@ -19,7 +19,7 @@ def taken(f, *args: Tensor) -> int:
     """Return how many results take a value's memory; they are what they are without, bit by
     bit, with the same strides and as much memory."""
     first, found = len(every_kernel.made), []
-    for reuse in (backend.reuse, lambda graph: None):
+    for reuse in (backend.reuse, lambda *_: None):
         with pytest.MonkeyPatch.context() as m:
             m.setattr(backend, "reuse", reuse)
             compiled = jit(f, backend=every_kernel)

@@ -132,7 +132,7 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
             new[u.nodes[0]] = graph.node_copy(u.nodes[0], new.__getitem__)
     graph.node_copy(output_node(old), new.__getitem__)
     fold(graph, (LaidOut, InRange))
-    reuse(graph)
+    reuse(graph, gm.meta.get("donated", {}))
     return graph, "\n\n".join(texts.values())
 
 

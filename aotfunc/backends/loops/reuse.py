@@ -7,13 +7,15 @@ later node reads that value's memory (:func:`reuse`).
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import fx
 from torch.fx import Node
 
+from ...graph import output_node
 from .ir import Kernel, Load, walk
-from .launch import Launch
+from .launch import EMPTY, Launch
 from .memory import OWN_MEMORY
 from .recompute import numel
 from .tasks import InRange, LaidOut
@@ -42,10 +44,12 @@ def fitting(kernel: Kernel, late: set[tuple[int, int]]) -> dict[Node, list[Node]
     return found
 
 
-def reuse(graph: fx.Graph) -> None:
-    """Let launches write into the memory of their inputs where they may. Changes the graph."""
+def reuse(graph: fx.Graph, donated: Mapping[int, int] = EMPTY) -> None:
+    """Let launches write into the memory of their inputs where they may: that of the ``donated``
+    inputs of the graph is for one result each, input -> result. Changes the graph."""
     place = {n: i for i, n in enumerate(graph.nodes)}
-    owner = owners(graph)
+    given = given_memory(graph, donated)
+    owner = owners(graph, given)
     end: dict[Node, int] = {}  # owner -> the last reader of its memory
     for n, mine in owner.items():
         end[mine] = max([end.get(mine, 0), *[place[u] for u in n.users]])
@@ -54,10 +58,12 @@ def reuse(graph: fx.Graph) -> None:
             continue
         taken: dict[int, int] = {}
         for out, inputs in n.meta.get("fitting", {}).items():
-            for i in inputs:
+            for i in sorted(inputs, key=lambda i: n.args[i] not in given):
                 mine = owner.get(n.args[i])
                 alone = [owner.get(a) for a in n.args].count(mine) == 1
                 if mine and alone and end[mine] == place[n] and i not in taken.values():
+                    if mine in given and given[mine] is not result(n, out):
+                        continue
                     if numel(n.args[i]) == numel(mine):
                         taken[out] = i
                         break
@@ -65,9 +71,43 @@ def reuse(graph: fx.Graph) -> None:
             n.target = n.target.taking(taken)
 
 
-def owners(graph: fx.Graph) -> dict[Node, Node]:
-    """Return, for nodes that alone show the memory of one value of the graph, that value."""
-    found: dict[Any, Node] = {}
+def given_memory(graph: fx.Graph, donated: Mapping[int, int]) -> dict[Node, Node]:
+    """Return the donated inputs, each with the result that may take its memory: that is returned
+    once, no other result shows it, and what runs after it raises no error, as a call that fails
+    leaves its inputs as they were."""
+    if not donated:
+        return {}
+    nodes, outs = [*graph.nodes], output_node(graph).args[0]
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    last = max([i for i, n in enumerate(nodes) if not is_safe(n)], default=-1)
+    after = {*nodes[last + 1 :]}
+    found = {inputs[i]: outs[k] for i, k in donated.items()}
+    return {
+        p: o
+        for p, o in found.items()
+        if isinstance(o, Node)
+        and o in after
+        and outs.count(o) == 1
+        and all(u.op == "output" or has_own_memory(u) for u in o.users)
+    }
+
+
+def is_safe(n: Node) -> bool:
+    """Return whether a node raises no error for values."""
+    kernels = has_own_memory(n) or n.target in VIEWS or n.target is operator.getitem
+    return n.op in ("placeholder", "get_attr", "output") or kernels
+
+
+def result(launch: Node, k: int) -> Node | None:
+    """Return the node of a launch's result ``k``."""
+    parts = [u for u in launch.users if u.target is operator.getitem]
+    return next((u for u in parts if u.args[1] == k), None) if parts else launch
+
+
+def owners(graph: fx.Graph, given: Collection[Node] = ()) -> dict[Node, Node]:
+    """Return, for nodes that alone show the memory of one value of the graph, or of one of the
+    ``given`` inputs, that value."""
+    found: dict[Any, Node] = {n: n for n in given}
     known: set[Node | None] = set()
     for n in graph.nodes:
         first = n.args[0] if n.args else None
