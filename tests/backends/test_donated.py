@@ -172,6 +172,7 @@ def test_a_backward_from_before_sees_the_write():
         y.backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_no_copy_is_made():
     """The kernel takes the parameter's memory."""
     p = parameter()
