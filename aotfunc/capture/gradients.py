@@ -171,6 +171,8 @@ def autograd_backward(
             )
     if inputs is None:
         leaves = [*given, *leaves]
+    if not (retain_graph or create_graph):
+        trace.spent += tuple(refs)
     if not leaves:
         raise RuntimeError(
             "element 0 of tensors does not require grad and does not have a grad_fn"

@@ -44,7 +44,7 @@ from .guards.returned import Finish, recorded, skeleton
 from .guards.state import MoreState, State
 from .guards.stores import Place, empty_caches, left_behind, undo_changes
 from .late_state import Read, late_reader, read_late
-from .leaves import Leaves, made_in_inference_mode
+from .leaves import Leaves, detached_results, made_in_inference_mode
 from .parts import laid_as_inputs, on_parts
 from .pipeline import ALONE, Pipeline
 from .raised import error_tensors, refused
@@ -274,7 +274,7 @@ def captured_entry(
         # axes outside are not in the key
         with compiled._names.watching(), axes({}), gathering():
             try:
-                result = called(*args, **kwargs)
+                result = detached_results(trace, called(*args, **kwargs))
             except Exception as e:
                 if trace.following is not None or not may_fail or refused(e):
                     raise

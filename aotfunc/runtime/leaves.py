@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.captured import Captured
-from ..errors import CaptureError
+from ..errors import AotfuncError, CaptureError
 from ..trace.autograd import Reach
 from ..trace.traced import Traced
+from ..trace.tracer import Trace
 from .aliasing import memory_program
 
 
@@ -46,6 +47,8 @@ class Leaves:
             raise CaptureError(
                 "a tensor made inside is returned, and has a .grad; return x.detach(), and x.grad"
             )
+        #: results whose graph is freed
+        self.spent = [k for k, ref in enumerate(rec.refs) if ref in trace.detached]
         #: the positions of results of the program, and of written inputs, that were computed from
         #: a leaf
         self.results: list[int] = []
@@ -77,7 +80,8 @@ class Leaves:
 
     def __bool__(self) -> bool:
         return bool(
-            self.parameters or self.returned or self.retained or self.results or self.written
+            (self.parameters or self.returned or self.retained or self.results or self.written)
+            or self.spent
         )
 
     def attach(self, outs: Sequence[Any], tensors: Sequence[Tensor]) -> None:
@@ -97,6 +101,12 @@ class Leaves:
             outs[k] = outs[k].requires_grad_()
         for k in self.parameters:
             outs[k] = nn.Parameter(outs[k], k in self.returned)
+        for k in self.spent if torch.is_grad_enabled() else ():
+            if outs[k].__class__ is Traced:
+                outs[k].tracer.autograd.mark_computed(outs[k])
+                outs[k].tracer.spent += (outs[k].ref,)
+            else:
+                outs[k] = Spent.apply(torch.zeros((), requires_grad=True), outs[k])
         for k in self.retained:
             if outs[k].requires_grad:
                 outs[k].retain_grad()
@@ -145,3 +155,34 @@ class Attached(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         return None, None
+
+
+class Spent(torch.autograd.Function):
+    """Let a value require grad whose graph a backward inside of the function has freed."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        raise AotfuncError(
+            "a compiled function returns a value of which it has called .backward(), which frees "
+            "its graph: call .backward(retain_graph=True) inside of it, or return the value "
+            "detached"
+        )
+
+
+def detached_results(trace: Trace, result: Any) -> Any:
+    """Return the result, itself or a tuple, with values detached that a ``.backward()`` was called
+    of: a graph of theirs would hold what the backward reads."""
+    if result.__class__ is tuple:
+        return tuple([detached_results(trace, x) for x in result])
+    if not trace.spent or result.__class__ is not Traced or result.tracer is not trace:
+        return result
+    if not (result.requires_grad and result.ref in trace.spent):
+        return result
+    with torch.no_grad():
+        twin = result.clone()
+    trace.detached += (twin.ref,)
+    return twin

@@ -82,6 +82,9 @@ class Tape:
     #: of a compiled function: ids of the tensors from outside whose ``.grad`` each call looks at
     graded: Collection[int] | None = None
     misses_gradients = False  # the function has asked for another one's
+    #: values whose graph a ``.backward()`` has freed, and results that are these, detached
+    spent: tuple[int, ...] = ()
+    detached: tuple[int, ...] = ()
     gathering: Any = None  # what FSDP2's modules have gathered, see capture.gathering
 
     def __init__(

@@ -385,3 +385,64 @@ def test_a_backward_under_a_transform_is_refused():
     assert net.weight.grad is None
     f(batches()[0])
     assert net.weight.grad is not None
+
+
+# ----- the loss as a result ----------------------------------------------------------------------
+
+
+def returning(retain, shape=lambda loss: loss):
+    def make(around):
+        net = layer()
+
+        def step(x):
+            net.zero_grad()
+            loss = net(x).square().sum()
+            loss.backward(retain_graph=retain)
+            return shape(loss)
+
+        return net, around(step)
+
+    return make
+
+
+SHAPES = {
+    "itself": lambda loss: loss,
+    "a tuple": lambda loss: (loss, loss.detach(), loss),
+    "a dict": lambda loss: {"loss": loss},
+    "computed from it": lambda loss: loss * 2,
+}
+
+
+@ways
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_loss_after_its_backward(way, shape, retain):
+    """Its graph is freed, unless it is retained: another backward is an error, as in eager mode,
+    or adds the same gradient again."""
+    found = []
+    for around in (lambda f: f, WAYS[way]):
+        net, step = returning(retain, SHAPES[shape])(around)
+        for x in batches(3):
+            y = step(x)
+        first = next(iter(tree_leaves(y)))
+        try:
+            first.backward()
+            seen = net.weight.grad
+        except RuntimeError:
+            seen = None
+        found.append((y, [t.requires_grad for t in tree_leaves(y)], seen))
+    (want, flags, seen), (got, found_flags, ours) = found
+    assert_same([t.detach() for t in tree_leaves(got)], [t.detach() for t in tree_leaves(want)])
+    assert found_flags == flags
+    assert shape in ("a dict", "computed from it") or (ours is None) == (seen is None)
+    if seen is not None:
+        assert_same(ours, seen)
+
+
+def test_a_freed_graph_holds_nothing():
+    """Results of a step have no residuals."""
+    net, step = returning(False)(lambda f: jit(f, backend="eager"))
+    loss = step(batches()[0])
+    assert loss.requires_grad and loss.grad_fn.next_functions[0][0].variable.numel() == 1
+    with pytest.raises(RuntimeError, match="frees its graph"):
+        loss.backward()
