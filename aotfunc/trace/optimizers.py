@@ -13,16 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
+from .following import LOW
 from .traced import current
 
 #: methods with a factor -> its name, and a form with a tensor as factor, which rounds alike
 SCALED: dict[str, tuple[str, Callable]] = {
     "add": ("alpha", lambda x, y, a: x.addcmul(y, a)),
-    "add_": ("alpha", lambda x, y, a: x.addcmul_(y, a)),
     "addcmul": ("value", lambda x, y, z, a: x.addcmul(y * a, z)),
-    "addcmul_": ("value", lambda x, y, z, a: x.addcmul_(y * a, z)),
     "addcdiv": ("value", lambda x, y, z, a: x.addcdiv(y * a, z)),
-    "addcdiv_": ("value", lambda x, y, z, a: x.addcdiv_(y * a, z)),
 }
 
 
@@ -37,9 +35,12 @@ def scaling(method: Callable, name: str, form: Callable) -> Callable:
 
     @functools.wraps(method)
     def scaled(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if isinstance(kwargs.get(name), Tensor) and is_frozen():
-            return form(x, *args, kwargs[name])
-        return method(x, *args, **kwargs)
+        if not isinstance(kwargs.get(name), Tensor) or not is_frozen():
+            return method(x, *args, **kwargs)
+        low = x.dtype in LOW  # kernels compute in float32, to which a factor is not rounded
+        given = [t.float() if low and isinstance(t, Tensor) else t for t in (x, *args)]
+        new = form(*given, kwargs[name]).to(x.dtype)
+        return x.copy_(new) if method.__name__.endswith("_") else new
 
     return scaled
 
@@ -68,7 +69,9 @@ def one_after_another(several: Callable, single: Callable) -> Callable:
 def optimizer_steps() -> dict[tuple[Any, str], Callable]:
     """Return what is exchanged in the modules of ``torch.optim``, and methods of tensors."""
     found: dict[tuple[Any, str], Callable] = {
-        (Tensor, name): scaling(getattr(Tensor, name), *how) for name, how in SCALED.items()
+        (Tensor, name + end): scaling(getattr(Tensor, name + end), *how)
+        for name, how in SCALED.items()
+        for end in ("", "_")
     }
     for module in [m for n, m in sys.modules.items() if n.startswith("torch.optim.")]:
         table = vars(module)

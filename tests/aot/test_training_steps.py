@@ -272,6 +272,23 @@ def test_programs(program, way):
     assert_same(run_of(program, WAYS[way]), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["SGD, Nesterov", "Adam", "AdamW", "Adagrad"])
+def test_rates_are_not_rounded(name, dtype):
+    """Kernels for low precision compute in float32: bits are eager's."""
+    nets = layer().to(dtype), layer().to(dtype)
+    for net in nets:
+        for p in net.parameters():
+            p.grad = torch.linspace(-1, 1, p.numel(), dtype=dtype).view_as(p)
+    optimizers = [OPTIMIZERS[name](net.parameters()) for net in nets]
+    step = jit(optimizers[1].step, backend="eager")
+    for _ in range(4):
+        optimizers[0].step()
+        step()
+        for a, b in zip(*map(trained, nets, optimizers), strict=True):
+            assert torch.equal(a, b)
+
+
 # ----- a gradient as a tensor --------------------------------------------------------------------
 
 
