@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..backends.eager import compile_graph
+from ..capture.calls import hidden_writes
 from ..capture.captured import Captured
 from ..debug import at
 from ..errors import CaptureError
@@ -30,6 +31,8 @@ from ..trace.writes import functional_twin
 from ..transforms.fresh import fresh
 
 aten = torch.ops.aten
+#: the key in a program's cache for the inputs that share no memory with another, in all its calls
+ALONE = "alone"
 
 
 def without_views(
@@ -256,6 +259,14 @@ def alone_in_memory(rec: Captured) -> frozenset[int]:
     """Return the inputs and closed-over tensors that share memory with no other one."""
     groups = [place.group for place in rec.trace.layout()] if rec.trace.mutates else []
     return frozenset([i for i, g in enumerate(groups) if groups.count(g) == 1])
+
+
+def donated(program: Program) -> dict[int, int]:
+    """Return the inputs whose memory a backend may give their new values, each with the place of
+    that among the results: those written hidden from autograd, ``ALONE`` in memory."""
+    alone = program.cache.get(ALONE, ())
+    each = zip(program.mutated, hidden_writes(program), strict=True)
+    return {i: k for k, (i, quiet) in enumerate(each, program.n_outputs) if quiet and i in alone}
 
 
 def with_own_memory(

@@ -8,13 +8,17 @@ of it: the inputs of its program are computed anew from the numbers of the call.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..capture.captured import Captured
 from ..trace.following import KINDS, Following, Recipe
+from ..trace.seeds import rewinder
 from .guards.keys import bits
+from .guards.state import State
+from .guards.stores import undo_changes
 
 if TYPE_CHECKING:
     from .entry import Entry
@@ -81,3 +85,20 @@ class Served:
         if any(bits(values[i]) != x for i, x in self.fixed):
             return None
         return self.recipe.inputs_for(values)
+
+
+def followed(
+    captured: Callable[[Following | None], Captured], following: Following, state: State
+) -> Captured:
+    """Return a capture that follows numbers, unless something takes numbers alone."""
+    rewind = rewinder()
+    try:
+        rec = captured(following)
+        if not following.escaped():
+            return rec
+    except Exception:  # the function's own comes again
+        pass
+    following.ask()
+    undo_changes(state)
+    rewind()
+    return captured(None)

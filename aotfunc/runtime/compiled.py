@@ -35,8 +35,8 @@ from .changing import Family, with_any_numbers
 from .entry import Entry, captured_entry
 from .guards.explain import Explanation, Facts, History, explained
 from .guards.keys import describe_argument, environment_key, first_alike, reached_tensors
-from .guards.reads import Names
-from .guards.state import MoreState, State, look
+from .guards.reads import MoreState, Names
+from .guards.state import State, look
 from .guards.stores import undo_changes, undo_stores
 from .lowering import Lowered
 from .pipeline import Pipeline, title

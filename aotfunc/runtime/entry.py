@@ -26,27 +26,28 @@ from ..trace.following import Following
 from ..trace.memory import whereabouts
 from ..trace.modes import any_modes, without_modes
 from ..trace.outside import check_outside_hooks
-from ..trace.seeds import rewinder, states
+from ..trace.seeds import states
 from ..trace.traced import Traced, current
-from .aliasing import Changes, alone_in_memory, without_views
+from .aliasing import ALONE, Changes, alone_in_memory, without_views
 from .autograd import call_compiled, differentiated, halves_of, op_by_op, same_node
 from .casts import casts_of, record_sharing
 from .chains import chained, made_by, program_to_cut
-from .changing import Family, Served
+from .changing import Family, Served, followed
 from .execute import run_eager
 from .guards.check import Check
 from .guards.explain import Facts, facts_of
 from .guards.given import Snapshot
 from .guards.hooked import Held, give_to_autograd, held_by
 from .guards.keys import AnyNumber, Shared, environment_key, first_alike, noted
-from .guards.reads import Names
+from .guards.rates import as_tensors, check_rates
+from .guards.reads import MoreState, Names
 from .guards.returned import Finish, recorded, skeleton
-from .guards.state import MoreState, State
-from .guards.stores import Place, empty_caches, left_behind, undo_changes
+from .guards.state import State
+from .guards.stores import Place, empty_caches, left_behind
 from .late_state import Read, late_reader, read_late
 from .leaves import Leaves, detached_results, made_in_inference_mode
 from .parts import laid_as_inputs, on_parts
-from .pipeline import ALONE, Pipeline
+from .pipeline import Pipeline
 from .raised import error_tensors, refused
 
 if TYPE_CHECKING:
@@ -274,9 +275,10 @@ def captured_entry(
         # axes outside are not in the key
         with compiled._names.watching(), axes({}), gathering():
             try:
-                result = detached_results(trace, called(*args, **kwargs))
+                with as_tensors(state.rates):
+                    result = detached_results(trace, called(*args, **kwargs))
             except Exception as e:
-                if trace.following is not None or not may_fail or refused(e):
+                if trace.following is not None or state.rates or not may_fail or refused(e):
                     raise
                 errors.append(e)
                 result = error_tensors(e)
@@ -312,12 +314,13 @@ def captured_entry(
                 name_of=parameter_names(function, arguments),
                 dtensors=True,
             )
+            check_rates(state.rates, rec)
             checks.pop()()  # recorded hooks have run; what holds the arguments goes
             return rec
-        except BaseException:
+        except BaseException as e:
             errors.clear()  # an error holds the frames that hold it
-            if traces and traces[0].misses_gradients and not compiled._names.gradients:
-                compiled._names.gradients = True
+            misses = bool(traces) and traces[0].misses_gradients
+            if isinstance(e, Exception) and compiled._names.learn(bool(state.rates), misses):
                 raise MoreState from None
             raise
         finally:
@@ -379,20 +382,3 @@ def captured_entry(
                 found = AnyNumber(type(values[i]).__name__)
                 entry.facts = {**entry.facts, f"argument {labels[following.places[i]]}": found}
     return entry, new
-
-
-def followed(
-    captured: Callable[[Following | None], Captured], following: Following, state: State
-) -> Captured:
-    """Return a capture that follows numbers, unless something takes numbers alone."""
-    rewind = rewinder()
-    try:
-        rec = captured(following)
-        if not following.escaped():
-            return rec
-    except Exception:  # the function's own comes again
-        pass
-    following.ask()
-    undo_changes(state)
-    rewind()
-    return captured(None)

@@ -20,7 +20,7 @@ from ..backends.eager import compile_graph
 from ..backends.results import is_lazy
 from ..capture.blocks import in_blocks
 from ..capture.bodies import dense, results_as
-from ..capture.calls import CompiledCall, hidden_writes
+from ..capture.calls import CompiledCall
 from ..capture.captured import Captured
 from ..errors import AotfuncError, BackendError
 from ..graph import Program, n_ops, output_node
@@ -36,6 +36,7 @@ from ..transforms.contractions import reassociated
 from ..transforms.decompose import decomposed
 from ..transforms.lower import CALLS, EVERYTHING, lowered
 from ..transforms.walk import builder
+from .aliasing import donated
 from .failed import kept_as_script
 from .graph_module import graph_module
 from .redraw import generator_states, redrawn
@@ -43,8 +44,6 @@ from .redraw import generator_states, redrawn
 Compiler = Callable[[fx.GraphModule, list[Tensor]], Callable]
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 NONE: Mapping[int, int] = {}
-#: the key in a program's cache for the inputs that share no memory with another, in all its calls
-ALONE = "alone"
 
 
 class Pipeline:
@@ -237,14 +236,6 @@ def loaded(
         functools.reduce(getattr, op.split("."), torch.ops): body for op, body in table.items()
     }
     return Pipeline(name, forward, backward, partition, ops, exact, whole)
-
-
-def donated(program: Program) -> dict[int, int]:
-    """Return the inputs whose memory a backend may give their new values, each with the place of
-    that among the results: those written hidden from autograd, ``ALONE`` in memory."""
-    alone = program.cache.get(ALONE, ())
-    each = zip(program.mutated, hidden_writes(program), strict=True)
-    return {i: k for k, (i, quiet) in enumerate(each, program.n_outputs) if quiet and i in alone}
 
 
 def compiled_by(

@@ -272,6 +272,70 @@ def test_programs(program, way):
     assert_same(run_of(program, WAYS[way]), want)
 
 
+def scheduled(change, result=lambda loss, group: loss):
+    """A step of an optimizer whose rate is changed after each."""
+
+    def make(around):
+        net = layer()
+        groups = [{"params": [p], "lr": 0.1} for p in net.parameters()]
+        optimizer = optim.SGD(groups, momentum=0.9)
+        group = optimizer.param_groups[0]
+
+        def step(x):
+            optimizer.zero_grad()
+            loss = net(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            return result(loss, group)
+
+        compiled = around(step)
+
+        def call(x):
+            found = compiled(x)
+            change(group)
+            return found, [g["lr"] for g in optimizer.param_groups], compiled
+
+        return call, net
+
+    return make
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+@pytest.mark.parametrize(
+    "change", [lambda g: g.update(lr=g["lr"] * 0.5), lambda g: g.update(lr=1), lambda g: None]
+)
+def test_a_rate_that_changes_is_no_other_program(change, backend):
+    found = []
+    for around in (lambda f: f, lambda f: jit(f, backend=backend)):
+        call, net = scheduled(change)(around)
+        results = [call(x) for x in batches(6)]
+        found.append(([(loss.detach(), rates) for loss, rates, _ in results], [*net.parameters()]))
+    assert_same(found[1], found[0])
+    assert results[-1][2].captures <= 3
+
+
+READS = {
+    "a text": lambda loss, group: (loss, f"{group['lr']:.3f}"),
+    "a number": lambda loss, group: (loss, group["lr"]),
+    "a factor": lambda loss, group: loss * group["lr"],
+    "a branch": lambda loss, group: loss if group["lr"] > 0.03 else -loss,
+    "bound": lambda loss, group: (loss, group.update(lr=group["lr"] / 2)),
+}
+
+
+@ways
+@pytest.mark.parametrize("name", READS)
+def test_a_rate_that_is_read(name, way):
+    """It is a number for the function, and stays one."""
+    found = []
+    for around in (lambda f: f, WAYS[way]):
+        call, net = scheduled(lambda g: g.update(lr=g["lr"] * 0.7), READS[name])(around)
+        results = [call(x)[:2] for x in batches(4)]
+        assert all(type(rate) is float for _, rates in results for rate in rates)
+        found.append((results, [*net.parameters()]))
+    assert_same(*[torch.utils._pytree.tree_map_only(torch.Tensor, torch.detach, f) for f in found])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["SGD, Nesterov", "Adam", "AdamW", "Adagrad"])
 def test_rates_are_not_rounded(name, dtype):

@@ -62,7 +62,7 @@ def reuse(graph: fx.Graph, donated: Mapping[int, int] = EMPTY) -> None:
                 mine = owner.get(n.args[i])
                 alone = [owner.get(a) for a in n.args].count(mine) == 1
                 if mine and alone and end[mine] == place[n] and i not in taken.values():
-                    if mine in given and given[mine] is not result(n, out):
+                    if mine in given and given[mine] is not launch_result(n, out):
                         continue
                     if numel(n.args[i]) == numel(mine):
                         taken[out] = i
@@ -98,7 +98,7 @@ def is_safe(n: Node) -> bool:
     return n.op in ("placeholder", "get_attr", "output") or kernels
 
 
-def result(launch: Node, k: int) -> Node | None:
+def launch_result(launch: Node, k: int) -> Node | None:
     """Return the node of a launch's result ``k``."""
     parts = [u for u in launch.users if u.target is operator.getitem]
     return next((u for u in parts if u.args[1] == k), None) if parts else launch

@@ -65,7 +65,10 @@ class Containers(Objects):
             if len(x) > 1:
                 self.lines.append(f"if [*{v}] != {self.constant([*x])}: return")
             for k, e in x.items():
-                self.meet(e, f"{v}[{k!r}]", f"{label}[{k!r}]")
+                if k == "lr" and id(x) in self._groups:
+                    self.rate(x, v, f"{label}['lr']")
+                else:
+                    self.meet(e, f"{v}[{k!r}]", f"{label}[{k!r}]")
         else:
             self.elements([*x], self.bind(f"[*{v}]"), f"{label}.keys()")
             self.elements([*x.values()], self.bind(f"[*{v}.values()]"), f"{label}.values()")

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...trace.kinds import is_dtensor
 from ...trace.traced import Traced
 from .keys import bits, is_value, tensor_facts
+from .rates import Rate
 from .reads import CLOSED, Names, library_of_module
 
 NOTHING = object()
@@ -50,6 +51,8 @@ class Description(CheckLines):
         self.owners: list[tuple[Any, str, dict]] = []
         self.names = names
         self.seen: dict[int, str] = {}
+        self.rates: list[Rate] = []
+        self._groups: set[int] = set()  # ids of the optimizers' groups
         self.graded: set[int] = set()  # ids of the tensors whose gradients are described
         self._gradients: set[int] = set()  # ids of these, which have none themselves
         self.distinct: list[str] = []
@@ -96,6 +99,16 @@ class Description(CheckLines):
         else:
             self.key.append(v)
             self._todo.append((x, v, label))
+
+    def rate(self, group: dict[str, Any], v: str, label: str) -> None:
+        """Describe the learning rate of an optimizer's group as a tensor."""
+        rate = Rate(group)
+        self.rates.append(rate)
+        facts = tensor_facts(rate.tensor)
+        self.key.append(facts)
+        self.facts.append((label, facts))
+        self.tensors.append(rate.tensor)
+        self.paths.append(self.bind(f"{self.constant(rate.now)}({v}['lr'])"))
 
     def may_grow(self, x: Any, expr: str) -> None:
         """Let a container that the code only adds to get tensors; it is not described."""

@@ -17,10 +17,11 @@ from torch.nn.utils import parametrize
 from ...cache import remembered
 from ...capture.gathering import fsdp_state, prepare_group, settings
 from ...trace.holding import slots_of
-from ...trace.traced import Traced
+from ...trace.traced import Traced, current
 from .description import NOTHING, Description, passing
 from .keys import Named, noted
 from .parallel import check_parallel
+from .rates import has_rate
 from .reads import CLOSED, library_of_module, reads_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -108,6 +109,8 @@ class Objects(Description):
         self.key.append(id(cls))
         self.opaque.append(cls)
         self.class_of(cls)
+        if isinstance(x, torch.optim.Optimizer) and self.names.rates and current() is None:
+            self._groups |= {id(group) for group in x.param_groups if has_rate(group)}
         if every:
             self.owners.append((Slots(x), f"Slots({v})", dict(Slots(x).items())))
         for name in slots:

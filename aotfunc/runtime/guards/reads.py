@@ -218,6 +218,10 @@ class LargeLibrary(Exception):
     """Raised where the functions name too many functions of a library, one another."""
 
 
+class MoreState(Exception):
+    """Raised where a function needs its state described otherwise."""
+
+
 class Names:
     """The names by which the functions met so far read their state; they only become more.
 
@@ -240,6 +244,8 @@ class Names:
         self.any = False
         #: whether the functions read or bind the ``.grad`` of tensors from outside
         self.gradients = False
+        #: whether the learning rates of optimizers may be tensors
+        self.rates = True
         #: whether the functions could tell a number from its stand-in: they look at types, or go
         #: on after errors
         self.tells_apart = False
@@ -249,6 +255,17 @@ class Names:
     def __len__(self) -> int:
         sets = (self.attributes, self.written, self.of_torch, self.opened)
         return sum(map(len, sets)) + self.any + self.gradients
+
+    def learn(self, rates: bool, misses_gradients: bool) -> bool:
+        """Return whether a capture that failed is to be tried again, with another description: of
+        gradients that it ``misses``, or without ``rates`` that are tensors."""
+        if misses_gradients and not self.gradients:
+            self.gradients = True
+        elif rates:
+            self.rates = False
+        else:
+            return False
+        return True
 
     def open(self, library: str | None) -> None:
         if library is not None and library not in CLOSED:

@@ -57,10 +57,6 @@ PARTS: dict[type, tuple[str, ...]] = {
 }
 
 
-class MoreState(Exception):
-    """Raised where a function asks for state that was not described."""
-
-
 class State(Functions):
     """The state that ``f`` and ``objects``, called ``labels``, reach now by these ``names``."""
 

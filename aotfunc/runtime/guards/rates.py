@@ -1,0 +1,67 @@
+"""Learning rates as inputs: a schedule that gives an optimizer another number makes no other
+program. A capture finds a tensor in the number's place, which each call makes of its number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...capture.captured import Captured
+from ...trace.following import LOW
+from .reads import MoreState
+
+
+class Rate:
+    """The tensor that stands for the learning rate in an optimizer's ``group``."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self.group, self.number = group, group["lr"]
+        self.tensor = torch.tensor(self.number, dtype=torch.float64)
+
+    def now(self, number: Any) -> Tensor:
+        """Return the tensor of a call, the same one for the same number. Raises TypeError where
+        the rate is no number any more."""
+        if type(number) is not float:
+            raise TypeError
+        if number != self.number:
+            self.number, self.tensor = number, torch.tensor(number, dtype=torch.float64)
+        return self.tensor
+
+
+def has_rate(group: dict[str, Any]) -> bool:
+    """Return whether a group's rate may be a tensor: a low precision would round it."""
+    known = type(group.get("lr")) is float and type(group.get("params")) is list
+    return known and not any(p.dtype in LOW for p in group["params"])
+
+
+@contextmanager
+def as_tensors(rates: Sequence[Rate]) -> Iterator[None]:
+    """Put the tensors in their places inside the block. Raises MoreState where a rate is bound
+    anew."""
+    for rate in rates:
+        rate.group["lr"] = rate.tensor
+    bound = False
+    try:
+        yield
+    finally:
+        for rate in rates:
+            if rate.group.get("lr") is rate.tensor:
+                rate.group["lr"] = rate.number
+            else:
+                bound = True
+    if bound:
+        raise MoreState
+
+
+def check_rates(rates: Sequence[Rate], rec: Captured) -> None:
+    """Raise MoreState where a rate is written to, as a schedule does, or is a result."""
+    trace = rec.trace
+    roots = {trace.root(ref) for r in rates if (ref := trace.seen_as(r.tensor)) is not None}
+    if any(trace.root(ref) in roots for ref in rec.refs) or any(
+        trace.roots().written[root] for root in roots
+    ):
+        raise MoreState
