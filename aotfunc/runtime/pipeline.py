@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,7 +43,6 @@ from .redraw import generator_states, redrawn
 
 Compiler = Callable[[fx.GraphModule, list[Tensor]], Callable]
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
-NONE: Mapping[int, int] = {}
 
 
 class Pipeline:
@@ -90,7 +89,7 @@ class Pipeline:
         return f"compiled by {' and '.join(names)}"
 
     def whole(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
-        return self.compiled(self.backends[2], program, tensors, "forward", donated(program))
+        return self.compiled(self.backends[2], program, tensors, "forward")
 
     def forward(self, program: Program, tensors: Sequence[Tensor]) -> Callable:
         return self.compiled(self.backends[0], program, tensors, "forward")
@@ -99,19 +98,14 @@ class Pipeline:
         return self.compiled(self.backends[1], program, tensors, "backward")
 
     def compiled(
-        self,
-        backend: Backend,
-        program: Program,
-        tensors: Sequence[Tensor],
-        half: str,
-        donated: Mapping[int, int] = NONE,
+        self, backend: Backend, program: Program, tensors: Sequence[Tensor], half: str
     ) -> Callable:
-        program = self.opened(program)
+        given, program = donated(program), self.opened(program)
         if self.reassociates(program, backend):
             program = reassociated(in_blocks(lowered(program, EVERYTHING)))
         step = lambda: f"{self.name}, {half} of {n_ops(program.graph):,} ops"
         with naming(f"{self.name}_{half}"), doing(step):
-            fn = compiled_by(backend, program, tensors, f"{self.name}: {half}", donated)
+            fn = compiled_by(backend, program, tensors, f"{self.name}: {half}", given)
         if (eagerly := getattr(fn, "eagerly", None)) is not None:
             self.eagerly.append((half, eagerly))
         return fn
@@ -243,12 +237,11 @@ def compiled_by(
     program: Program,
     tensors: Sequence[Tensor],
     what: str,
-    donated: Mapping[int, int] = NONE,
+    donated: dict[int, int] | None = None,
 ) -> Callable:
     """Return a function of a list of inputs, which it may empty: the program handed to a backend
-    as a GraphModule with example inputs; its ``meta["donated"]`` says which of these it may write
-    results into, input -> result. Raises BackendError, which keeps the graph, where the compiler
-    raises an error that is not ours."""
+    as a GraphModule with example inputs, of which the ``donated`` ones may be written to. Raises
+    BackendError, which keeps the graph, where the compiler raises an error that is not ours."""
     if backend == backends.EAGER:
         return compile_graph(lowered(program, EVERYTHING).graph).boxed
     if backend == backends.AUTO:
@@ -257,7 +250,7 @@ def compiled_by(
     if table is not None:
         program = decomposed(lowered(program, EVERYTHING), Declining(table))
     gm = graph_module(program, program.name.replace(" ", "_") or "Graph")
-    gm.meta["donated"] = donated
+    gm.meta["donated"] = donated or {}
     flow = compile_bodies(gm.graph, backend, what)
     if debug.watched is not None or debug.LEVEL >= 3:
         debug.note(
