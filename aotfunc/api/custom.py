@@ -89,13 +89,21 @@ class CustomFunction(CustomRules):
     def __init__(self, f: Callable, places: tuple[int, ...]) -> None:
         functools.update_wrapper(self, f)
         super().__init__(f, places)
+        self.prepare_call()
 
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.prepare_call()
+
+    def prepare_call(self) -> None:
+        """Make the function that Dynamo's graph calls. It does not keep this one alive."""
         last = threading.local()  # another thread may run a call while Dynamo looks at this one
+        mine = weakref.ref(self)
 
         def call(*args: Any, **kwargs: Any) -> tuple:
             leaves: list = []
             args, kwargs = tree_map_only((Tensor, *_SYMBOLS), fixed, (args, kwargs))
-            last.form = leaf_numbers(self._recorded(*args, **kwargs), leaves)
+            last.form = leaf_numbers(mine()._recorded(*args, **kwargs), leaves)  # type: ignore
             return tuple(leaves)
 
         def at(path: tuple[int, ...], asked: str, i: int = 0) -> Any:

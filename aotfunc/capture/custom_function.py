@@ -5,6 +5,7 @@ batching, of the rules.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,16 +125,17 @@ class CustomRules:
 
 class Batched:
     """The user's batching rule in the form of an ``autograd.Function``'s, checked against
-    ``sample``, the output of one call, if that is known."""
+    ``sample``, the output of one call, if that is known. Caches, which hold it, do not keep the
+    rule alive."""
 
     generate_vmap_rule = False
 
     def __init__(self, rules: CustomRules, sample: Any = NotImplemented) -> None:
-        self.rules, self.__name__ = rules, rules.__name__
+        self.rules, self.__name__ = weakref.ref(rules), rules.__name__
         leaves, self.spec = flatten_tree(sample)
         self.like = tuple([(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in leaves])
         self.checks = sample is not NotImplemented
-        self.key = (rules, self.spec, self.like, self.checks)
+        self.key = (self.rules, self.spec, self.like, self.checks)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Batched) and self.key == other.key
@@ -143,7 +145,11 @@ class Batched:
 
     def vmap(self, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
         """Call the rule with the batch of each argument in front, whatever its ``in_dims``."""
-        rules = self.rules
+        if (rules := self.rules()) is None:
+            raise CaptureError(
+                f"{self.__name__} is asked for its batching rule, and is no longer there: keep a "
+                "reference to it while what it has computed is batched"
+            )
         dims, spec = flatten_tree(in_dims)
         front = [
             x.movedim(d, 0) if d is not None else x
@@ -166,7 +172,7 @@ class Batched:
 
     def check(self, size: int, output: Any, leaves: list, spec: Any, flags: list[bool]) -> None:
         """Refuse an output of another structure, other shapes or dtypes than one call's."""
-        name = f"{self.rules.__name__}: the batching rule's output"
+        name = f"{self.__name__}: the batching rule's output"
         if spec != self.spec:
             raise ArgumentError(f"{name} is {structure(output)}, of another structure than f's")
         for x, want, yes in zip(leaves, self.like, flags, strict=True):

@@ -5,7 +5,7 @@ applied, and found again if it records the same.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,7 +113,9 @@ class OwnRule:
                 results = record_into(trace, lambda: self.body(info, flags, values))
             except Exception as error:  # raised if this call is made
                 return Recorded(None, error=error)
-            return Recorded(as_recorded(trace, results), trace, results)
+            owners, trace.owners = trace.owners, ()
+        keep(owners)
+        return Recorded(as_recorded(trace, results), trace, results)
 
     def body(self, info: Info, flags: tuple, tensors: Sequence[Tensor]) -> list:
         """Return the batched results, with the batch in front."""
@@ -166,6 +168,12 @@ class OwnRule:
                 if before.key is not None and rule_ops(self.record(*other)) != rule_ops(before):
                     raise CaptureError("what it reads has changed since it was applied")
         return self.does(call)
+
+
+def keep(owners: Iterable[Any]) -> None:
+    """Keep functions alive with the recordings under way, which ask for their rules."""
+    for trace in under_way.traces:
+        trace.owners += tuple(owners)
 
 
 def rule_ops(did: Recorded) -> tuple | None:

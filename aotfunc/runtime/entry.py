@@ -127,7 +127,7 @@ class Entry:
         self.gradients: bool | None = None
         #: the error that the function has raised
         self.error: Exception | None = None
-        self.kept: list[Any] = []
+        self.kept: list[Any] = [*rec.trace.owners]
         #: the fast path for a call like the last one
         self.repeated: Callable[[tuple, dict], Any] | None = None
         #: the calls that it serves among those that differ in Python numbers alone
