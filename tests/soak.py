@@ -210,6 +210,15 @@ def leaked(i: int, watch: Watch) -> None:
     check(kept[0] + 0, x * 2)
 
 
+def own_rules(i: int, watch: Watch) -> None:
+    x, w = watch(torch.randn(4), torch.randn(4))
+    f = A.custom_vmap(lambda x: layer(x, w, 0.5))
+    f.defvjp(lambda x: (layer(x, w, 0.5), x), lambda x, g: (g * slope(x, w, 0.5),))
+    f.def_vmap(lambda size, in_batched, x: (torch.stack([layer(v, w, 0.5) for v in x]), True))
+    check(A.vmap(f)(x[None])[0], layer(x, w, 0.5))
+    check(A.jit(A.grad(f))(x), slope(x, w, 0.5))
+
+
 KINDS: list[Callable[[int, Watch], None]] = [
     *(
         fresh_closure,
@@ -220,7 +229,7 @@ KINDS: list[Callable[[int, Watch], None]] = [
         fresh_module,
         copied,
     ),
-    *(transforms, second_order, threads, error_inside, leaked),
+    *(transforms, second_order, threads, error_inside, leaked, own_rules),
 ]
 
 

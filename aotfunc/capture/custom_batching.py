@@ -21,7 +21,7 @@ from ..trace.functionalize import Functionalizer
 from ..trace.traced import current
 from .autograd_function import BEGIN
 from .calls import Step, interned
-from .own_rule import OwnRule, keep
+from .own_rule import OwnRule
 from .tree import Operands
 
 
@@ -89,7 +89,6 @@ def with_batching(args: tuple, rule: Callable, call: Callable[[], tuple[Any, lis
     operands = [*Operands(args).tensors, *closed]
     trace.record(BEGIN, operands)
     owner, leaves = call()
-    keep([owner.rules()])
     places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
     vals = tuple(trace.ref_of(leaves[i])[1] for i in places)
     own = OwnRule.of(owner, args, closed)

@@ -23,6 +23,7 @@ from .deferred import calls_late
 from .function_rules import Context
 from .function_vmap import on_real_batch
 from .instances import flatten_tree, unflatten_tree
+from .own_rule import keep
 from .tree import Operands, in_order_of, parameter, structure
 
 
@@ -49,6 +50,7 @@ class CustomRules:
 
     def record(self, *args: Any) -> Any:
         """Return ``f(*args)``, recorded with the rules."""
+        keep([self])
         if self.backward is None and self.tangents_of is None:
             leaves, spec = self.body(args)
             return unflatten_tree(leaves, spec)
@@ -60,8 +62,8 @@ class CustomRules:
             flatten_tree(args)[0],
             lambda context: self.run(context, args),
             context,
-            None if self.backward is None else Pullback(self),
-            None if self.tangents_of is None else Pushforward(self),
+            None if self.backward is None else Pullback(weakref.ref(self)),
+            None if self.tangents_of is None else Pushforward(weakref.ref(self)),
         )
         return unflatten_tree(list(leaves), context.spec)
 
@@ -123,19 +125,35 @@ class CustomRules:
         return with_batching(args, self.batched, call), spec
 
 
-class Batched:
+@dataclass(unsafe_hash=True)
+class OneRule:
+    """One of a function's rules. Caches, which hold it, do not keep the function alive."""
+
+    of: weakref.ref[CustomRules]
+
+    @property
+    def rules(self) -> CustomRules:
+        if (rules := self.of()) is None:
+            raise CaptureError(
+                "a function with rules is no longer there, and is asked for one: keep a reference "
+                "to it while what it has computed is differentiated or batched"
+            )
+        return rules
+
+
+class Batched(OneRule):
     """The user's batching rule in the form of an ``autograd.Function``'s, checked against
-    ``sample``, the output of one call, if that is known. Caches, which hold it, do not keep the
-    rule alive."""
+    ``sample``, the output of one call, if that is known."""
 
     generate_vmap_rule = False
 
     def __init__(self, rules: CustomRules, sample: Any = NotImplemented) -> None:
-        self.rules, self.__name__ = weakref.ref(rules), rules.__name__
+        super().__init__(weakref.ref(rules))
+        self.__name__ = rules.__name__
         leaves, self.spec = flatten_tree(sample)
         self.like = tuple([(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in leaves])
         self.checks = sample is not NotImplemented
-        self.key = (self.rules, self.spec, self.like, self.checks)
+        self.key = (self.of, self.spec, self.like, self.checks)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Batched) and self.key == other.key
@@ -145,11 +163,7 @@ class Batched:
 
     def vmap(self, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
         """Call the rule with the batch of each argument in front, whatever its ``in_dims``."""
-        if (rules := self.rules()) is None:
-            raise CaptureError(
-                f"{self.__name__} is asked for its batching rule, and is no longer there: keep a "
-                "reference to it while what it has computed is batched"
-            )
+        rules = self.rules
         dims, spec = flatten_tree(in_dims)
         front = [
             x.movedim(d, 0) if d is not None else x
@@ -189,11 +203,8 @@ class Batched:
                     )
 
 
-@dataclass(frozen=True)
-class Pullback:
+class Pullback(OneRule):
     """The user's backward in the form of an ``autograd.Function``'s: a gradient for each leaf."""
-
-    rules: CustomRules
 
     def __call__(self, context: Any, *cotangents: Any) -> list:
         rules, spec = self.rules, context.primals.spec
@@ -246,11 +257,8 @@ def argument_gradients(
     return leaves
 
 
-@dataclass(frozen=True)
-class Pushforward:
+class Pushforward(OneRule):
     """The user's jvp in the form of a Function's: a tangent for each output tensor."""
-
-    rules: CustomRules
 
     def __call__(self, context: Any, *tangents: Any) -> list:
         rules, spec = self.rules, context.primals.spec

@@ -2,6 +2,7 @@
 now."""
 
 import gc
+import math
 import weakref
 from types import SimpleNamespace
 
@@ -9,7 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from aotfunc import aot_function, aot_module, jit
+from aotfunc import (
+    aot_function,
+    aot_module,
+    cond,
+    grad,
+    hessian,
+    jit,
+    linearize,
+    scan,
+    vjp,
+    vmap,
+)
+from aotfunc.api.custom import CustomFunction
 
 COMPILERS = {"jit": jit, "aot_function": lambda f: aot_function(f, "eager")}
 X = torch.ones(2, 3)
@@ -194,3 +207,53 @@ def test_each_part_of_a_call_keeps_what_its_gradients_read():
     a, b = f(w, v)
     expected = torch.autograd.grad((2 * a).sum() + (3 * b).sum(), (w, v))
     torch.testing.assert_close((w.grad, v.grad), expected)
+
+
+def of_rules(rules, w):
+    """A function with these rules, each of which closes over ``w``."""
+    f = CustomFunction(lambda x: x.sin() * w, ())
+    again = weakref.proxy(f)
+    if "vjp" in rules:
+        f.defvjp(lambda x: (x.sin() * w, x.cos()), lambda cos, g: (g * cos * w,))
+    if "jvp" in rules:
+        f.defjvp(lambda p, t: (p[0].sin() * w, t[0] * again(p[0] + math.pi / 2)))
+    if "vmap" in rules:
+        f.def_vmap(lambda size, in_batched, x: (x.sin() * w, True))
+    return f
+
+
+CALLS = {
+    "call": lambda f: f,
+    "vmap": vmap,
+    "grad": lambda f: grad(lambda x: f(x).sum()),
+    "vmap of grad": lambda f: vmap(grad(lambda x: f(x).sum())),
+    "grad of vmap": lambda f: grad(lambda x: vmap(f)(x).sum()),
+    "vmap of hessian": lambda f: vmap(hessian(lambda x: f(x).sum())),
+    "grad of scan": lambda f: grad(
+        lambda x: scan(lambda c, _: (f(c), None), x, None, length=3)[0].sum()
+    ),
+    "cond": lambda f: lambda x: cond(x.sum() > 0, f, torch.cos, x),
+    "linearize": lambda f: lambda x: vmap(linearize(f, x)[1])(x.expand(2, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("compiled", [jit, lambda f: f], ids=["jit", "not compiled"])
+@pytest.mark.parametrize("transform", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("rules", ["vjp", "jvp", "vmap", "vjp jvp vmap"])
+def test_what_rules_close_over(rules, transform, compiled):
+    w = torch.ones(3)
+    f = of_rules(rules, w)
+    torch.testing.assert_close(compiled(transform(f))(X), transform(lambda x: x.sin() * w)(X))
+    gone, w = weakref.ref(w), None
+    assert gone() is not None
+    del f
+    assert gone() is None
+
+
+def test_rules_of_a_function_made_inside_are_there_for_later_batches():
+    w = torch.full((3,), 2.0)
+    f = jit(lambda x: of_rules("vmap", w)(x))
+    _, pulled = vjp(of_rules("jvp vmap", w), X)
+    f(X)
+    torch.testing.assert_close(vmap(f)(X), X.sin() * w)
+    torch.testing.assert_close(vmap(pulled)(X.expand(4, 2, 3))[0][0], X.cos() * w)
