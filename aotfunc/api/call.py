@@ -94,8 +94,8 @@ def tensors_of(args: Arguments) -> list[Tensor]:
 class Call:
     """One call of ``f`` by a transform: the arguments, the recording, and the results in trees.
 
-    With ``has_aux`` the function returns ``(output, aux)``; the leaves of the output come
-    first."""
+    With ``has_aux`` the function returns ``(output, aux)``; the leaves of the output come first.
+    ``apart``: what it closes over is no argument, even where it is the same tensor."""
 
     def __init__(
         self,
@@ -104,6 +104,7 @@ class Call:
         arguments: Arguments,
         differentiated: Sequence[int],
         has_aux: bool,
+        apart: bool = False,
     ) -> None:
         self.name, self.f, self.arguments, self.has_aux = name, f, arguments, has_aux
         self.n_out, self.spec, self.aux_spec = 0, None, None
@@ -129,6 +130,7 @@ class Call:
             differentiated=differentiated,
             numbers=True,
             name_of=names,
+            apart=apart,
         )
         self.program, self.aliases = self.rec.program(), self.rec.aliases
         self.inputs = [*self.rec.trace.origins, *self.rec.closed_over]

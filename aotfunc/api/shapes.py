@@ -48,7 +48,7 @@ def closure_convert(f: Callable, *args: Any) -> tuple[Callable, list[Tensor]]:
     ([tensor(3.)], tensor(10.))
     """
     arguments = Arguments(args, {}, f)
-    call = Call("closure_convert", f, arguments, (), False)
+    call = Call("closure_convert", f, arguments, (), False, apart=True)
     if call.program.mutated:
         raise CaptureError(
             "closure_convert: the function writes to an argument or to a tensor from outside"

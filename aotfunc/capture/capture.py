@@ -50,6 +50,7 @@ def capture(
     rolls: bool | None = None,
     name_of: Callable[[], Sequence[str]] | None = None,
     dtensors: bool = False,
+    apart: bool = False,
 ) -> Captured:
     """Run ``f`` once on traced values that stand for the tensors among ``leaves``.
 
@@ -61,9 +62,10 @@ def capture(
     layers are loops; None: as in the recording around.
 
     What has no batch dimension, where others have, is passed as it is, as in torch.func. A tensor
-    that is passed twice is one traced value; as in torch.func, not where some are differentiated,
-    nor if it is batched. Those whose ``id`` is among ``outside``, which ``f`` also closes over,
-    are passed as they are. ``dtensors`` may be among the tensors."""
+    that is passed twice, or that ``f`` also closes over, is one traced value; as in torch.func,
+    not where some are differentiated, nor if it is batched, nor ``apart``. Those whose ``id`` is
+    among ``outside``, which ``f`` also closes over, are passed as they are. ``dtensors`` may be
+    among the tensors."""
     patches.install()
     trace, outer = Trace(why_not, constants, ask=agreed), current()
     if rolls or (rolls is None and outer is not None and outer.rolls):
@@ -90,7 +92,7 @@ def capture(
                     autograd.computed.add(t.ref)
                 elif x.__class__ is not Traced:
                     autograd.protected.add(t.ref)
-            if not (sampled or differentiated):
+            if not (sampled or differentiated or apart):
                 t = first.setdefault(id(x), t)
                 trace.stand_for(t, x)
             if given := attributes(x):

@@ -7,7 +7,19 @@ import pytest
 import torch
 
 import aotfunc
-from aotfunc import custom_linear_solve, custom_root, grad, hessian, jacfwd, jacrev, jit, jvp, vmap
+from aotfunc import (
+    closure_convert,
+    custom_linear_solve,
+    custom_root,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jit,
+    jvp,
+    scan,
+    vmap,
+)
 from aotfunc.errors import ArgumentError, CaptureError
 
 D = torch.float64
@@ -204,3 +216,40 @@ def test_eval_shape():
     assert out["y"].shape == (2, 4) and out["y"].is_meta and out["n"] == 5
     big = torch.empty(1 << 20, 1 << 20, device="meta", dtype=torch.bfloat16)
     assert aotfunc.eval_shape(torch.mm, big, big).dtype is torch.bfloat16
+
+
+def invert(g, y):
+    return y / g(torch.ones_like(y))
+
+
+#: the guess is in the equation, the matrix closes over the right hand side
+OVERLAPPING = {
+    "root": (
+        lambda b, x: custom_root(
+            lambda y: y * (1 + x * x) - b, b, lambda g, _: b / (1 + x * x), invert
+        ),
+        lambda b, x: b / (1 + x * x),
+    ),
+    "solve": (
+        lambda b, x: custom_linear_solve(lambda y: y * (b + x), b, invert, symmetric=True),
+        lambda b, x: b / (b + x),
+    ),
+}
+
+
+@pytest.mark.parametrize("f, same", OVERLAPPING.values(), ids=OVERLAPPING)
+def test_what_a_function_closes_over_is_no_argument(f, same):
+    b, x = torch.tensor([3.0, 5.0]), torch.tensor([0.5, 2.0])
+    close = torch.testing.assert_close
+    for through in (f, lambda b, x: jit(f)(b, x), lambda b, x: vmap(f)(b[:, None], x)[:, 0]):
+        for whole in (jacrev, jacfwd, hessian):
+            close(whole(through, (0, 1))(b, x), whole(same, (0, 1))(b, x))
+    looped = lambda x: scan(lambda c, _: (f(c, x), None), x, None, length=2)[0]
+    close(hessian(looped)(x), hessian(lambda x: same(same(x, x), x))(x))
+
+
+def test_a_tensor_that_is_closed_over_and_passed_is_two_values():
+    w = torch.tensor([3.0, 5.0])
+    pure, tensors = closure_convert(lambda y: y * w, w)
+    assert tensors[0] is w
+    torch.testing.assert_close(pure(w - 1, w + 1), (w - 1) * (w + 1))
