@@ -1,5 +1,6 @@
 """Derivatives of order k along a line by Taylor mode, beside towers of first derivatives and
-``jax.experimental.jet``; Laplacians beside traces of Hessians; sparse Hessians beside dense ones.
+``jax.experimental.jet``; Laplacians, diagonals, products with Hessians and Gauss-Newton matrices
+beside the nested transforms that make whole matrices; sparse Hessians beside dense ones.
 
 ``python -m benchmarks.higher_order [--write]``; JAX needs the bench extra. Both packages compute
 the same values in float64, checked against each other. A graph's size is its number of ops (for
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -103,6 +105,43 @@ def laplacian_row(n: int) -> list[str]:
     return [str(n), *nodes, *map(ms, times.values())]
 
 
+def products(lib: Any, f: Callable, g: Callable, loss: Callable) -> dict[str, Callable]:
+    """Functions of a point and a direction, by whole matrices of ``lib``'s transforms."""
+
+    def gauss_newton(x: Tensor, v: Tensor) -> Tensor:
+        jacobian = lib.jacrev(g)(x)
+        return jacobian.mT @ (lib.hessian(loss)(g(x)) @ (jacobian @ v))
+
+    return {
+        "hvp": lambda x, v: lib.hessian(f)(x) @ v,
+        "ggn": gauss_newton,
+        "diag_hessian": lambda x, v: lib.hessian(f)(x).diagonal(),
+    }
+
+
+def product_rows(n: int) -> list[list[str]]:
+    weights, x = sample(n)
+    f, v = network(weights, torch.tanh), x.cos()
+    hidden = lambda x: (weights[1] @ (weights[0] @ x).tanh()).tanh()
+    loss = lambda y: (y**4).sum()
+    ours: dict[str, Callable] = {
+        "hvp": lambda x, v: aotfunc.hvp(f, (x,), (v,))[1],
+        "ggn": lambda x, v: aotfunc.ggn(hidden, loss, x, v),
+        "diag_hessian": lambda x, v: aotfunc.diag_hessian(f)(x),
+    }
+    nested, plain = (products(lib, f, hidden, loss) for lib in (aotfunc, torch.func))
+    rows = []
+    for name, run in ours.items():
+        three = {"ours": run, "nested": nested[name], "torch": plain[name]}
+        nodes = [str(n_ops(aotfunc.make_fx(g)(x, v).graph)) for g in three.values()]
+        compiled = {k: g if k == "torch" else aotfunc.jit(g) for k, g in three.items()}
+        for g in compiled.values():
+            torch.testing.assert_close(g(x, v), plain[name](x, v), rtol=1e-6, atol=1e-9)
+        times = interleaved({k: partial(g, x, v) for k, g in compiled.items()})
+        rows.append([name, str(n), *nodes, *map(ms, times.values())])
+    return rows
+
+
 def sparse_row(n: int) -> list[str]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, dtype=D, generator=generator)
@@ -149,6 +188,16 @@ def main() -> None:
         ["n", "laplacian: ops", "trace of the Hessian: ops", "laplacian", "trace of the Hessian"]
         + ["torch.func's trace", "JAX's trace"],
         [laplacian_row(n) for n in ([8] if args.quick else [16, 64, 256])],
+    )
+    report.table(
+        "Products with second derivatives, and their diagonal, beside those of whole matrices",
+        ["", "n", "ops", "nested: ops", "torch.func's: ops", "call", "nested", "torch.func's"],
+        [row for n in ([8] if args.quick else [16, 64, 256]) for row in product_rows(n)],
+    )
+    report.note(
+        "A product with a matrix has as many ops as each of its n columns. A diagonal by Taylor "
+        "mode costs two products of matrices for each layer but the first, four here, and the "
+        "Hessian five."
     )
     report.table(
         "Hessian of Rosenbrock's function of n numbers",
