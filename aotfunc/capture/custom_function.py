@@ -23,7 +23,7 @@ from .deferred import calls_late
 from .function_rules import Context
 from .function_vmap import on_real_batch
 from .instances import flatten_tree, unflatten_tree
-from .own_rule import keep
+from .own_rule import keep_owners
 from .tree import Operands, in_order_of, parameter, structure
 
 
@@ -50,7 +50,7 @@ class CustomRules:
 
     def record(self, *args: Any) -> Any:
         """Return ``f(*args)``, recorded with the rules."""
-        keep([self])
+        keep_owners([self])
         if self.backward is None and self.tangents_of is None:
             leaves, spec = self.body(args)
             return unflatten_tree(leaves, spec)

@@ -113,8 +113,8 @@ class OwnRule:
                 results = record_into(trace, lambda: self.body(info, flags, values))
             except Exception as error:  # raised if this call is made
                 return Recorded(None, error=error)
-            owners, trace.owners = trace.owners, ()
-        keep(owners)
+            owners, trace.owners = trace.owners, frozenset()
+        keep_owners(owners)
         return Recorded(as_recorded(trace, results), trace, results)
 
     def body(self, info: Info, flags: tuple, tensors: Sequence[Tensor]) -> list:
@@ -170,10 +170,10 @@ class OwnRule:
         return self.does(call)
 
 
-def keep(owners: Iterable[Any]) -> None:
+def keep_owners(owners: Iterable[Any]) -> None:
     """Keep functions alive with the recordings under way, which ask for their rules."""
     for trace in under_way.traces:
-        trace.owners += tuple(owners)
+        trace.owners = trace.owners.union(owners)
 
 
 def rule_ops(did: Recorded) -> tuple | None:

@@ -65,7 +65,7 @@ class Tape:
     concrete_inputs: list[Tensor | None] | None = None
     samples: Any = None
     #: functions whose batching rules its program asks for: no cache keeps them
-    owners: tuple = ()
+    owners: frozenset = frozenset()
     _values: Replay | None = None
     followed: Any = None  # see capture/followed.py
     looked_at: Any = None  # see capture/function_vmap.py
