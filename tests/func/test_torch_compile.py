@@ -500,3 +500,12 @@ def test_other_ways_in_break_the_graph():
     x = torch.randn(3)
     f = torch.compile(lambda x: aotfunc.make_fx(lambda a: a.sin())(x)(x) + 1, backend="eager")
     torch.testing.assert_close(f(x), x.sin() + 1)
+
+
+def test_a_copy_of_a_function_with_rules_outlives_it():
+    f = aotfunc.custom_vjp(torch.sin)
+    f.defvjp(lambda x: (x.sin(), x), lambda x, g: (g * x.cos() * 2,))
+    f = copy.deepcopy(f)
+    x = torch.ones(3, requires_grad=True)
+    torch.compile(lambda x: f(x) * 3, backend="eager", fullgraph=True)(x).sum().backward()
+    torch.testing.assert_close(x.grad, 6 * torch.ones(3).cos())
