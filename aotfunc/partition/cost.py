@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -62,6 +63,14 @@ def nbytes(val: Any) -> int:
     return (math.prod(shape) if strides is None else reach(shape, strides)) * dtype.itemsize
 
 
+class Sizes(dict[Node, int]):
+    """The bytes that the values of nodes keep alive, each counted once, when it is asked for."""
+
+    def __missing__(self, n: Node) -> int:
+        self[n] = size = nbytes(n.meta.get("val"))
+        return size
+
+
 # ----- how long ----------------------------------------------------------------------------------
 
 #: memory movers that a fusing backend folds into their readers, though they are not tagged as
@@ -83,7 +92,7 @@ def flops(n: Node) -> float:
     convolutions, attention; 0 for all others."""
     if n.target.__class__ is not OpOverload:
         return 0.0
-    name = n.target._schema.name.split("::")[1]
+    name = n.target._opname
 
     def shape(i: int) -> Sequence[int]:
         return shape_of(n.args[i].meta["val"])  # type: ignore[union-attr]
@@ -126,23 +135,25 @@ class Roofline:
     intensity: float = 64.0
     fused: float = 0.1
 
-    def time(self, n: Node) -> float:
+    def time(self, n: Node, sizes: Mapping[Node, int] | None = None) -> float:
         if not moves(n):
             return 0.0
         if bodies := getattr(n.target, "bodies", ()):  # control flow
             ops = [m for body in bodies for m in body.graph.nodes]
             steps = getattr(n.target, "length", 1)  # None for a loop without a bound
             return (1 if steps is None else steps) * sum(map(self.time, ops))
-        written = nbytes(n.meta.get("val"))
+        sizes = Sizes() if sizes is None else sizes
         if self.fused < 1 and n.target.__class__ is OpOverload:
-            folds = (
-                torch.Tag.pointwise in n.target.tags
-                or n.target._schema.name.split("::")[1] in _FOLDS
-            )
-            if folds or not n.all_input_nodes:
-                return self.fused * written
-        read = sum([nbytes(i.meta.get("val")) for i in n.all_input_nodes])
-        return max(flops(n) / self.intensity, written + read)
+            if folds(n.target) or not n._input_nodes:
+                return self.fused * sizes[n]
+        read = sum([sizes[i] for i in n._input_nodes])
+        return max(flops(n) / self.intensity, sizes[n] + read)
+
+
+@cache
+def folds(op: OpOverload) -> bool:
+    """Return whether a fusing backend computes the op together with its readers."""
+    return torch.Tag.pointwise in op.tags or op._opname in _FOLDS
 
 
 @dataclass(frozen=True)

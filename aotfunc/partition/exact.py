@@ -82,16 +82,12 @@ class StateGraph:
     def walk(self) -> list[Transitions] | None:
         problem = self.problem
         inputs, needed = without_given(problem, self.given)
-        values = np.flatnonzero(ancestors(inputs, needed)).tolist()
-        unread = [0] * len(inputs)
-        for v in values:
-            for u in inputs[v]:
-                unread[u] += 1
+        values, inputs, unread, times = merged(problem, inputs, needed)
         place: dict[int, int] = {}  # of a value that waits, among the bits of a state
         room = list(range(3 * (_ROOM - 1), -1, -3))
         states, steps, wanted = np.zeros(1, dtype=np.int64), [], set(needed)
         for v in narrow_order(values, inputs, problem.forward):
-            fates = fates_of(problem, v, v in wanted)
+            fates = fates_of(problem, v, v in wanted, times[v] < INF)
             early, at_hand = np.ones((2, len(states)), dtype=bool)
             for u in inputs[v]:
                 early &= states >> place[u] & EARLY > 0
@@ -120,7 +116,7 @@ class StateGraph:
             if len(states) > STATES:
                 return None
             size = np.where(became & SAVED, problem.bytes[v], 0).astype(np.int64)
-            time = np.where(became & TWICE == TWICE, problem.time[v], 0.0)
+            time = np.where(became & TWICE == TWICE, times[v], 0.0)
             steps.append(Transitions(v, first, end, became, size, time))
         return steps
 
@@ -228,10 +224,10 @@ def undominated_by_state(found: Partial) -> Partial:
     return found.at(np.append(0, 1 + np.flatnonzero(size[1:] < least[:-1])))
 
 
-def fates_of(problem: Problem, v: int, wanted: bool) -> list[int]:
-    """Return what may become of a value that the backward reads, or another."""
-    able, again = problem.save[v] < INF, problem.time[v] < INF
-    forward = bool(problem.forward[v])
+def fates_of(problem: Problem, v: int, wanted: bool, again: bool) -> list[int]:
+    """Return what may become of a value that the backward reads, or another; ``again`` if it may
+    run twice."""
+    able, forward = problem.save[v] < INF, problem.forward[v]
     fates = [EARLY, EARLY | SAVED, TWICE] if forward else [0, EARLY, EARLY | SAVED, LATE, TWICE]
     if not able:
         fates = [f for f in fates if not f & SAVED]
@@ -271,3 +267,35 @@ def without_given(problem: Problem, given: np.ndarray) -> tuple[list[list[int]],
         once = problem.forward[v] and problem.time[v] == INF  # its inputs do not matter
         inputs.append([] if once else stand_in(read))
     return inputs, stand_in(problem.needed)
+
+
+def merged(
+    problem: Problem, inputs: list[list[int]], needed: list[int]
+) -> tuple[list[int], list[list[int]], list[int], list[float]]:
+    """Return the values on which a choice depends, the inputs, number of readers and time of each.
+
+    A value with one reader that takes no more bytes need not be saved: its reader is better. It
+    runs where its reader does, so both are one value of the time of both."""
+    forward, bytes_, times = (a.tolist() for a in (problem.forward, problem.bytes, problem.time))
+    able, inputs = (problem.save < INF).tolist(), list(inputs)
+    values = [v for v, yes in enumerate(ancestors(inputs, needed)) if yes]
+    readers = [0] * len(inputs)
+    for u in (*needed, *needed, *(u for v in values for u in inputs[v])):  # the backward is more
+        readers[u] += 1
+    gone: set[int] = set()
+
+    def joins(u: int, v: int) -> bool:
+        if readers[u] > 1 or forward[u] is not forward[v]:
+            return False
+        # the forward can compute the reader wherever it computes the value
+        alone = forward[v] or all([w == u or forward[w] for w in inputs[v]])
+        return not able[u] or (able[v] and bytes_[v] <= bytes_[u] and alone)
+
+    for v in values:
+        while (u := next((u for u in inputs[v] if joins(u, v)), None)) is not None:
+            for p in set(inputs[u]).intersection(inputs[v]):
+                readers[p] -= 1
+            inputs[v] = sorted({*inputs[u], *inputs[v]} - {u})
+            times[v] += times[u]
+            gone.add(u)
+    return [v for v in values if v not in gone], inputs, readers, times

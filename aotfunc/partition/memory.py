@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import fx
 from torch.fx import Node
 
 from ..graph import output_node
-from .cost import nbytes
+from .cost import Sizes, nbytes
 from .ops import base, is_single, is_symbol, is_view
 
 
-def makes(n: Node) -> int:
-    """Return the bytes of a value's new memory, if it is no view; a tuple's parts have theirs."""
-    new = n.op == "call_function" and is_single(n) and not is_symbol(n)
-    return nbytes(n.meta["val"]) if new else 0
+def is_new(n: Node) -> bool:
+    """Return whether a value that is no view has new memory; a tuple's parts have theirs."""
+    return n.op == "call_function" and is_single(n) and not is_symbol(n)
 
 
 class Layout:
     """Which of some nodes, by number, owns the memory of each, and how many bytes it makes."""
 
-    def __init__(self, nodes: Sequence[Node], inputs: list[list[int]] | None = None) -> None:
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        inputs: list[list[int]] | None = None,
+        sizes: Mapping[Node, int] | None = None,
+    ) -> None:
         index = {n: i for i, n in enumerate(nodes)}
         self.inputs = inputs or [[index[p] for p in n.all_input_nodes] for n in nodes]
+        sizes = Sizes() if sizes is None else sizes
         self.owner: list[int] = []
         self.size: list[int] = []
         for i, n in enumerate(nodes):
             view = is_view(n)
             self.owner.append(self.owner[self.inputs[i][0]] if view else i)
-            self.size.append(0 if view else makes(n))
+            self.size.append(sizes[n] if not view and is_new(n) else 0)
 
     def live(self, order: Sequence[int], given: set[int], kept: set[int]) -> Iterator[int]:
         """Yield the bytes that live while each of these nodes runs: the values ``given``, and what

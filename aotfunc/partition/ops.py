@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from ..graph import acts, draws
+from ..graph import acting, acts, drawing, draws
 from ..trace.dtensors import mesh_and_placements
 from ..trace.shapes.sig import Facts
 from ..transforms.rules.layouts import from_local, gather, scatter, to_local
@@ -24,15 +25,24 @@ TRUSTED = frozenset({"aten", "prims", "prim", "aotfunc"})
 #: ops that return a view without saying so in the schema
 SILENT_VIEWS = (torch.ops.aten._unsafe_view.default, torch.ops.aten.lift_fresh.default)
 
+#: metadata that says of one node what the schema does not
+MARKS = frozenset(("random", "effect"))
+
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float)
 
 
 def is_view(n: Node) -> bool:
     """Return whether the value shares an input's storage, as views and their parts do."""
-    if n.target is operator.getitem:
-        return n.args[0].__class__ is Node and is_view(n.args[0])  # type: ignore[arg-type]
     op = n.target
-    return isinstance(op, OpOverload) and (Facts(op).view_of is not None or op in SILENT_VIEWS)
+    if isinstance(op, OpOverload):
+        return views(op)
+    return op is operator.getitem and n.args[0].__class__ is Node and is_view(n.args[0])
+
+
+@cache
+def views(op: OpOverload) -> bool:
+    """Return whether the op makes views."""
+    return Facts(op).view_of is not None or op in SILENT_VIEWS
 
 
 def base(n: Node) -> Node:
@@ -62,7 +72,22 @@ def writes(n: Node) -> bool:
 
 def is_pinned(n: Node) -> bool:
     """Return whether the node must run in order, even unread: it draws or has an effect."""
+    if isinstance(n.target, OpOverload) and silent(n.target) and MARKS.isdisjoint(n.meta):
+        return False
     return n.op not in ("placeholder", "get_attr", "output") and (is_random(n) or has_effect(n))
+
+
+@cache
+def silent(op: OpOverload) -> bool:
+    """Return whether no call of the op draws or has an effect, unless it or its node is marked."""
+    marked = any([getattr(op, mark, False) for mark in MARKS])
+    return drawing(op) is None and not acting(op) and not marked
+
+
+@cache
+def vouched(op: OpOverload) -> bool:
+    """Return whether the op is known to compute the same from the same inputs, unless it draws."""
+    return op.namespace in TRUSTED or torch.Tag.pointwise in op.tags
 
 
 def region(n: Node) -> Any:
@@ -116,12 +141,7 @@ def once(n: Node) -> bool:
     """Return whether the node may run only once, because a second run could give another value or
     be seen."""
     op = n.target
-    known = (
-        not isinstance(op, OpOverload)
-        or op.namespace in TRUSTED
-        or torch.Tag.pointwise in op.tags
-        or region(n) is not None
-    )
+    known = not isinstance(op, OpOverload) or vouched(op) or region(n) is not None
     return not known or (is_pinned(n) and not gathers_again(n))
 
 

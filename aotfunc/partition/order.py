@@ -6,7 +6,6 @@ reader, and so does what takes more memory than it frees."""
 
 from __future__ import annotations
 
-from .ops import is_together, is_uneven
 from .roles import Joint, ancestors
 
 
@@ -28,9 +27,7 @@ def schedule(joint: Joint, held: set[int], hosted: set[int]) -> tuple[list[int],
     run = [live or want for live, want in zip(joint.live, wanted, strict=True)]
     for i in hosted:
         run[i] = True
-    # the processes, whose batches or parts may have other sizes, run collectives in one order
-    shared = any([is_together(n) or is_uneven(n) for n in nodes])
-    size = [0] * len(nodes) if shared else joint.layout.size
+    size = [0] * len(nodes) if joint.shared else joint.layout.size
     return early, right_before(joint, places_before(joint, run, size), run, size)
 
 

@@ -17,7 +17,8 @@ Some values cost nothing, or are ruled out under every policy:
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch.fx import Node
 from ..errors import PartitionError
 from ..graph import op_of
 from ..trace.records import may_save, verdict
-from .cost import Cost, nbytes
+from .cost import Cost, Roofline, Sizes
 from .ops import (
     base,
     computed_of_parts,
@@ -35,7 +36,6 @@ from .ops import (
     is_random,
     is_single,
     is_symbol,
-    is_uneven,
     is_view,
     once,
     reads_gathered,
@@ -68,12 +68,13 @@ class Problem:
         self.needed = [local[i] for i in joint.needed]
         #: runs in the forward, whatever is saved
         self.forward = np.array([joint.forward[i] for i in relevant], dtype=bool)
-        gathers = any(map(gathers_again, joint.nodes))
-        uneven = any(map(is_uneven, joint.nodes))
+        gathers, uneven = joint.gathers, joint.uneven
         parts = computed_of_parts(joint.nodes) if uneven else ()
-        time = cache(cost.time)
+        sized = isinstance(cost, Roofline)
+        time = cache(partial(cost.time, sizes=joint.sizes) if sized else cost.time)
+        told = policy is not None or inside
         verdicts = [
-            self.verdict(i, n, i in inside, policy)
+            self.verdict(i, n, i in inside, policy) if told else Verdict.FREE
             for i, n in zip(relevant, self.nodes, strict=True)
         ]
         #: that it is computed again was asked for
@@ -82,7 +83,11 @@ class Problem:
         self.hosted = np.array([v == Verdict.OFFLOAD for v in verdicts], dtype=bool)
         #: bytes to save it; infinite where that is ruled out
         self.save = np.array(
-            [saving_cost(n, a) for n, a in zip(self.nodes, self.asked, strict=True)], dtype=float
+            [
+                saving_cost(n, a, joint.sizes)
+                for n, a in zip(self.nodes, self.asked.tolist(), strict=True)
+            ],
+            dtype=float,
         )
         self.save[self.hosted] = 1.0
         #: time to compute it once more; infinite where that is ruled out
@@ -91,11 +96,11 @@ class Problem:
                 INF
                 if v >= Verdict.OFFLOAD
                 or n.op == "placeholder"
-                or once(n)
+                or joint.once[i]
                 or (gathers and v != Verdict.RECOMPUTE and reads_gathered(n))
                 or (uneven and v != Verdict.RECOMPUTE and n not in parts and not is_view(n))
                 else time(n)
-                for n, v in zip(self.nodes, verdicts, strict=True)
+                for i, n, v in zip(relevant, self.nodes, verdicts, strict=True)
             ],
             dtype=float,
         )
@@ -198,16 +203,17 @@ def counts(n: Node) -> bool:
     return not is_symbol(n) and (n.op != "placeholder" or bool(n.meta.get("mutated")))
 
 
-def saving_cost(n: Node, inside: bool) -> float:
+def saving_cost(n: Node, inside: bool, sizes: Mapping[Node, int] | None = None) -> float:
     """Return what it costs to save the value of ``n``: bytes; next to nothing for sizes and
     inputs; infinity where it is ruled out."""
+    sizes = Sizes() if sizes is None else sizes
     if is_symbol(n):
         return 1.0
     if n.op == "placeholder":  # free, but not worth holding for its sizes alone
-        return float(nbytes(n.meta.get("val"))) if n.meta.get("mutated") else 8.0
+        return float(sizes[n]) if n.meta.get("mutated") else 8.0
     if n.op == "get_attr" or is_view(n) or not is_single(n) or (inside and not once(op_of(n))):
         return INF
-    return float(nbytes(n.meta["val"]))
+    return float(sizes[n])
 
 
 def reason(n: Node, border: bool, never: bool, must: bool) -> str:

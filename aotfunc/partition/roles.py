@@ -8,7 +8,7 @@ computed on either side)."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from operator import getitem
 from typing import Any
@@ -17,8 +17,18 @@ from torch import fx
 from torch.fx import Node
 
 from ..errors import PartitionError
+from .cost import Sizes
 from .memory import Layout
-from .ops import gathers_again, is_pinned, is_single, made_at, once, writes
+from .ops import (
+    gathers_again,
+    is_pinned,
+    is_single,
+    is_together,
+    is_uneven,
+    made_at,
+    once,
+    writes,
+)
 
 
 def describe(n: Node) -> str:
@@ -52,18 +62,42 @@ class Joint:
     live: list[bool]
     #: early values that the late part reads or returns, in order
     needed: list[int]
+    sizes: Sizes = field(default_factory=Sizes)
 
     @cached_property
     def layout(self) -> Layout:
         """Return whose memory the values lie in, and how much that is."""
-        return Layout(self.nodes, self.inputs)
+        return Layout(self.nodes, self.inputs, self.sizes)
+
+    @cached_property
+    def gathers(self) -> bool:
+        """Return whether there are parts that the backward is to gather again."""
+        return any(map(gathers_again, self.nodes))
+
+    @cached_property
+    def uneven(self) -> bool:
+        """Return whether the processes hold parts of other sizes somewhere."""
+        return any(map(is_uneven, self.nodes))
+
+    @cached_property
+    def shared(self) -> bool:
+        """Return whether processes, whose batches or parts may have other sizes, must run
+        collectives in one order."""
+        return self.uneven or any(map(is_together, self.nodes))
+
+    @cached_property
+    def once(self) -> list[bool]:
+        """Return which nodes may run only once."""
+        return list(map(once, self.nodes))
 
     @cached_property
     def may_run_later(self) -> list[bool]:
         """Return which nodes of the backward may run later: those whose value is one tensor or
         number that they alone make, and that nothing tells when."""
-        fixed = lambda n: n.target is getitem or once(n) or gathers_again(n)
-        return [is_single(n) and not fixed(n) for n in self.nodes]
+        return [
+            not (one or n.target is getitem or gathers_again(n)) and is_single(n)
+            for n, one in zip(self.nodes, self.once, strict=True)
+        ]
 
     @cached_property
     def parts(self) -> list[list[int]]:
@@ -86,7 +120,7 @@ def read_joint(graph: fx.Graph, num_early: int) -> Joint:
     outputs = output.args[0]
     outputs = list(outputs) if isinstance(outputs, Sequence) else [outputs]
     index = {n: i for i, n in enumerate(nodes)}
-    inputs = [[index[p] for p in n.all_input_nodes] for n in nodes]
+    inputs = [[index[p] for p in n._input_nodes] for n in nodes]
     placeholders = [n for n in nodes if n.op == "placeholder"]
     chosen = {n for n in placeholders if is_tangent(n)}
 
@@ -96,10 +130,10 @@ def read_joint(graph: fx.Graph, num_early: int) -> Joint:
                 f"{describe(n)} writes one of its arguments: a joint graph must be functional"
             )
 
-    late = [False] * len(nodes)
-    for i, n in enumerate(nodes):
-        late[i] = (
-            n in chosen or n.meta.get("phase") == "backward" or any([late[p] for p in inputs[i]])
+    late: list[bool] = []
+    for n, read in zip(nodes, inputs, strict=True):
+        late.append(
+            any([late[p] for p in read]) or n in chosen or n.meta.get("phase") == "backward"
         )
     pinned = [is_pinned(n) for n in nodes]
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..errors import PartitionError
-from ..trace.emit import paused_gc
+from ..trace.emit import append_copy, paused_gc
 from .order import schedule
 from .roles import Joint
 
@@ -103,14 +103,7 @@ class Copy:
     def node(self, n: Node) -> Node:
         """Add a node; what reads ``n`` from then on reads this one."""
         name = self.fresh(n.name, "_again") if n in self.env else n.name
-        # arguments come afterwards: create_node searches those it is given for SymInts, half of
-        # its time
-        new = self.graph.create_node(n.op, n.target, name=name, type_expr=n.type)
-        if n.args:
-            new.args = self.map(n.args)
-        if n.kwargs:
-            new.kwargs = self.map(n.kwargs)
-        new.meta.update(n.meta)  # not assigned: fx makes that slow
+        new = append_copy(self.graph, n, self.map(n.args), self.map(n.kwargs), name)
         if name != n.name:
             new.meta.update(original=n.name, again=name)
         self.env[n] = new
@@ -173,4 +166,4 @@ class Copy:
         self.graph.output(self.map(tuple(values)))
 
     def map(self, a: Any) -> Any:
-        return map_arg(a, self.env.__getitem__)
+        return map_arg(a, self.env.__getitem__) if a else a

@@ -15,6 +15,7 @@ from .roles import Joint, describe, read_joint
 
 aten = torch.ops.aten
 Names = Mapping[Node, str]
+LISTS = (tuple, list)
 
 
 def verify(
@@ -96,8 +97,10 @@ def check_copy(n: Node, original: Node, first: Names) -> None:
     """Refuse ``n`` unless it is the same call on the same arguments."""
     if n.op != original.op or (n.target is not original.target and n.target != original.target):
         raise PartitionError(f"{n.name} was {original.target} and became {n.target}")
-    same = equal_by_name(n.args, original.args, first)
-    if not same or not equal_by_name(n.kwargs, original.kwargs, first):
+    if not (
+        equal_by_name(n.args, original.args, first)
+        and equal_by_name(n.kwargs, original.kwargs, first)
+    ):
         raise PartitionError(f"the arguments of {describe(original)} became {n.args}, {n.kwargs}")
 
 
@@ -105,16 +108,17 @@ def equal_by_name(a: Any, b: Any, first: Names) -> bool:
     """Return whether arguments of two graphs' nodes are equal, with nodes by their names."""
     if a is b:
         return True
-    if a.__class__ is not b.__class__ and not (
-        isinstance(a, tuple | list) and isinstance(b, tuple | list)
-    ):
-        return False
     if a.__class__ is Node:
-        return first[a] == b.name
-    if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(
-            [equal_by_name(x, y, first) for x, y in zip(a, b, strict=True)]
-        )
+        return b.__class__ is Node and first[a] == b.name
+    if isinstance(a, LISTS) and isinstance(b, LISTS):
+        if len(a) != len(b):
+            return False
+        for x, y in zip(a, b, strict=True):  # literals are shared
+            if x is not y and not equal_by_name(x, y, first):
+                return False
+        return True
+    if a.__class__ is not b.__class__:
+        return False
     if isinstance(a, Mapping):
         return a.keys() == b.keys() and all([equal_by_name(a[k], b[k], first) for k in a])
     if isinstance(a, slice):
@@ -131,7 +135,9 @@ def first_names(nodes: Iterable[Node], named: Collection[str]) -> dict[Node, str
 def is_moved(n: Node, first: Names) -> bool:
     """Return whether the node is the value of another one that is handed over: a clone of an
     input, a copy on the host, or that copy, an input there, brought back."""
-    source = n.args[0] if n.target in (aten.clone.default, aten._to_copy.default) else None
+    if n.target is not aten.clone.default and n.target is not aten._to_copy.default:
+        return False
+    source = n.args[0]
     return isinstance(source, Node) and n.name != source.name and first[n] == first[source]
 
 

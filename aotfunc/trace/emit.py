@@ -245,6 +245,19 @@ class Builder:
         return self.graph
 
 
+def append_copy(graph: fx.Graph, n: Node, args: tuple, kwargs: dict, name: str) -> Node:
+    """Append a node like ``n``, with its metadata, under a name that no other node has."""
+    node = Node(graph, name, n.op, n.target, args, kwargs, n.type)
+    space = graph._graph_namespace
+    space._used_names.add(name)
+    space._obj_to_name[node] = name
+    graph._insert(node)
+    graph._find_nodes_lookup_table.insert(node)
+    graph._len += 1
+    node.meta.update(n.meta)
+    return node
+
+
 def displaced(planned: Any, x: Any) -> bool:
     """Return whether the value ``x`` has another offset or other strides than ``planned``."""
     sig = x.meta["val"] if x.__class__ is Node else None

@@ -27,12 +27,12 @@ def in_order_of_the_joint(
     return sorted(early), sorted(late)
 
 
-def free_to_save(n: Any, inside: bool) -> float:
-    return 0.0 if n.op == "placeholder" else SAVING_COST(n, inside)
+def free_to_save(n: Any, *given: Any) -> float:
+    return 0.0 if n.op == "placeholder" else SAVING_COST(n, *given)
 
 
-def views_as_others(n: Any, inside: bool) -> float:
-    return 1.0 if ops.is_view(n) else SAVING_COST(n, inside)
+def views_as_others(n: Any, *given: Any) -> float:
+    return 1.0 if ops.is_view(n) else SAVING_COST(n, *given)
 
 
 def rule(name: str, broken: Broken, test: Callable, *args: Any) -> Any:
@@ -43,12 +43,12 @@ cheapest, never = hazards.cheapest, lambda n: False
 RULES = [
     rule(
         "a draw runs once; the verifier sees it",
-        [(problem, "once", never)],
+        [(roles, "once", never)],
         *(hazards.test_draws_run_once, "rand_like", cheapest),
     ),
     rule(
         "a draw runs once; the numbers show it",
-        [(problem, "once", never), *NO_VERIFIER],
+        [(roles, "once", never), *NO_VERIFIER],
         *(hazards.test_draws_run_once, "rand_like", cheapest),
     ),
     rule(
@@ -83,7 +83,7 @@ RULES = [
     ),
     rule(
         "an op that is not known runs once",
-        [(ops, "TRUSTED", ops.TRUSTED | {"partition_test"})],
+        [(ops, "vouched", lambda op: True)],
         hazards.test_unknown_ops_run_once,
     ),
     rule(
