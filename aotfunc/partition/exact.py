@@ -279,13 +279,13 @@ def merged(
     forward, bytes_, times = (a.tolist() for a in (problem.forward, problem.bytes, problem.time))
     able, inputs = (problem.save < INF).tolist(), list(inputs)
     values = [v for v, yes in enumerate(ancestors(inputs, needed)) if yes]
-    readers = [0] * len(inputs)
-    for u in (*needed, *needed, *(u for v in values for u in inputs[v])):  # the backward is more
-        readers[u] += 1
-    gone: set[int] = set()
+    readers, wanted, gone = [0] * len(inputs), set(needed), set()
+    for v in values:
+        for u in inputs[v]:
+            readers[u] += 1
 
     def joins(u: int, v: int) -> bool:
-        if readers[u] > 1 or forward[u] is not forward[v]:
+        if readers[u] > 1 or u in wanted or forward[u] is not forward[v]:
             return False
         # the forward can compute the reader wherever it computes the value
         alone = forward[v] or all([w == u or forward[w] for w in inputs[v]])
