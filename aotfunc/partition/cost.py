@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
@@ -54,13 +55,20 @@ def strides_of(val: Any) -> list[int] | None:
 def nbytes(val: Any) -> int:
     """Return the bytes that a value keeps alive: tensors (or signatures with ``shape``, ``stride``
     and ``dtype``), numbers, tuples. Expanded dimensions count once."""
-    if isinstance(val, tuple | list):
+    if isinstance(val, (tuple, list)):
         return sum([nbytes(v) for v in val])
+    if isinstance(val, Tensor) and not val._has_symbolic_sizes_strides and is_dense(val):
+        return val.nbytes
     dtype = getattr(val, "dtype", None)
     if dtype is None:
         return 0 if val is None else 8
     shape, strides = shape_of(val), strides_of(val)
     return (math.prod(shape) if strides is None else reach(shape, strides)) * dtype.itemsize
+
+
+def is_dense(x: Tensor) -> bool:
+    """Return whether a tensor takes the memory of its elements, one after another."""
+    return x.layout is torch.strided and x.is_contiguous()
 
 
 class Sizes(dict[Node, int]):

@@ -19,7 +19,8 @@ walks follow until nothing was. Work is counted in partial choices: the result d
 the machine.
 
 What can be saved at no cost is at hand, and what can be redone at no cost but not saved, as views,
-is at hand with its inputs: neither has a place in states.
+is at hand with its inputs: neither has a place in states. Nor has a value with one reader that
+takes no more bytes: it is never saved, and runs where its reader does.
 """
 
 from __future__ import annotations
@@ -82,17 +83,18 @@ class StateGraph:
     def walk(self) -> list[Transitions] | None:
         problem = self.problem
         inputs, needed = without_given(problem, self.given)
-        values, inputs, unread, times = merged(problem, inputs, needed)
+        values, inputs, unread, times = in_series(problem, inputs, needed)
         place: dict[int, int] = {}  # of a value that waits, among the bits of a state
         room = list(range(3 * (_ROOM - 1), -1, -3))
         states, steps, wanted = np.zeros(1, dtype=np.int64), [], set(needed)
         for v in narrow_order(values, inputs, problem.forward):
-            fates = fates_of(problem, v, v in wanted, times[v] < INF)
+            fates = np.array(fates_of(problem, v, v in wanted, times[v] < INF))
             early, at_hand = np.ones((2, len(states)), dtype=bool)
             for u in inputs[v]:
-                early &= states >> place[u] & EARLY > 0
-                at_hand &= states >> place[u] & (SAVED | LATE) > 0
-            reached = states.copy()
+                fate = states >> place[u]
+                early &= fate & EARLY > 0
+                at_hand &= fate & (SAVED | LATE) > 0
+            reached = states
             waits = unread[v] > 0
             if waits:
                 if not room:
@@ -101,18 +103,15 @@ class StateGraph:
             for u in inputs[v]:
                 unread[u] -= 1
                 if not unread[u]:
-                    reached &= ~(7 << place[u])
+                    reached = reached & ~(7 << place[u])
                     room.append(place.pop(u))
-            ends, starts = [], []
-            for fate in fates:
-                able = (early | (not fate & EARLY)) & (at_hand | (not fate & LATE))
-                starts.append(np.flatnonzero(able))
-                ends.append(reached[starts[-1]] | (fate << place[v] if waits else 0))
-            start = np.concatenate(starts)
-            order = np.argsort(start, kind="stable")
-            became = np.repeat(fates, [len(s) for s in starts])[order]
-            first = np.searchsorted(start[order], np.arange(len(states) + 1))
-            states, end = np.unique(np.concatenate(ends)[order], return_inverse=True)
+            able = early[:, None] | (fates & EARLY == 0)
+            able &= at_hand[:, None] | (fates & LATE == 0)
+            start, which = np.nonzero(able)
+            became = fates[which]
+            first = np.append(0, np.cumsum(able.sum(1)))
+            end = reached[start] | (became << place[v] if waits else 0)
+            states, end = np.unique(end, return_inverse=True)
             if len(states) > STATES:
                 return None
             size = np.where(became & SAVED, problem.bytes[v], 0).astype(np.int64)
@@ -269,13 +268,13 @@ def without_given(problem: Problem, given: np.ndarray) -> tuple[list[list[int]],
     return inputs, stand_in(problem.needed)
 
 
-def merged(
+def in_series(
     problem: Problem, inputs: list[list[int]], needed: list[int]
 ) -> tuple[list[int], list[list[int]], list[int], list[float]]:
     """Return the values on which a choice depends, the inputs, number of readers and time of each.
 
-    A value with one reader that takes no more bytes need not be saved: its reader is better. It
-    runs where its reader does, so both are one value of the time of both."""
+    A value whose one reader takes no more bytes, or that cannot be saved, is one with that reader,
+    of the time of both: instead of the value its reader is saved."""
     forward, bytes_, times = (a.tolist() for a in (problem.forward, problem.bytes, problem.time))
     able, inputs = (problem.save < INF).tolist(), list(inputs)
     values = [v for v, yes in enumerate(ancestors(inputs, needed)) if yes]
@@ -292,7 +291,8 @@ def merged(
         return not able[u] or (able[v] and bytes_[v] <= bytes_[u] and alone)
 
     for v in values:
-        while (u := next((u for u in inputs[v] if joins(u, v)), None)) is not None:
+        while found := [u for u in inputs[v] if joins(u, v)]:
+            u = found[0]
             for p in set(inputs[u]).intersection(inputs[v]):
                 readers[p] -= 1
             inputs[v] = sorted({*inputs[u], *inputs[v]} - {u})

@@ -17,7 +17,7 @@ Some values cost nothing, or are ruled out under every policy:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -70,22 +70,23 @@ class Problem:
         self.forward = np.array([joint.forward[i] for i in relevant], dtype=bool)
         gathers, uneven = joint.gathers, joint.uneven
         parts = computed_of_parts(joint.nodes) if uneven else ()
-        sized = isinstance(cost, Roofline)
-        time = cache(partial(cost.time, sizes=joint.sizes) if sized else cost.time)
-        told = policy is not None or inside
-        verdicts = [
-            self.verdict(i, n, i in inside, policy) if told else Verdict.FREE
-            for i, n in zip(relevant, self.nodes, strict=True)
-        ]
+        time: Callable[[Node], float] = cost.time
+        if type(cost) is Roofline:
+            time = partial(cost.time, sizes=joint.sizes)
+        time = cache(time)
+        verdicts = np.full(len(relevant), Verdict.FREE)
+        if policy is not None or inside:
+            told = [self.verdict(i, joint.nodes[i], i in inside, policy) for i in relevant]
+            verdicts = np.array(told, dtype=int)
         #: that it is computed again was asked for
-        self.asked = np.array([v == Verdict.RECOMPUTE for v in verdicts], dtype=bool)
+        self.asked = verdicts == Verdict.RECOMPUTE
         #: it is saved in the memory of the host
-        self.hosted = np.array([v == Verdict.OFFLOAD for v in verdicts], dtype=bool)
+        self.hosted = verdicts == Verdict.OFFLOAD
         #: bytes to save it; infinite where that is ruled out
         self.save = np.array(
             [
-                saving_cost(n, a, joint.sizes)
-                for n, a in zip(self.nodes, self.asked.tolist(), strict=True)
+                saving_cost(n, asked, joint.sizes)
+                for n, asked in zip(self.nodes, self.asked.tolist(), strict=True)
             ],
             dtype=float,
         )
@@ -94,13 +95,19 @@ class Problem:
         self.time = np.array(
             [
                 INF
-                if v >= Verdict.OFFLOAD
-                or n.op == "placeholder"
+                if fixed
                 or joint.once[i]
-                or (gathers and v != Verdict.RECOMPUTE and reads_gathered(n))
-                or (uneven and v != Verdict.RECOMPUTE and n not in parts and not is_view(n))
+                or n.op == "placeholder"
+                or (gathers and not asked and reads_gathered(n))
+                or (uneven and not asked and n not in parts and not is_view(n))
                 else time(n)
-                for i, n, v in zip(relevant, self.nodes, verdicts, strict=True)
+                for i, n, asked, fixed in zip(
+                    relevant,
+                    self.nodes,
+                    self.asked.tolist(),
+                    (verdicts >= Verdict.OFFLOAD).tolist(),
+                    strict=True,
+                )
             ],
             dtype=float,
         )

@@ -97,10 +97,9 @@ def check_copy(n: Node, original: Node, first: Names) -> None:
     """Refuse ``n`` unless it is the same call on the same arguments."""
     if n.op != original.op or (n.target is not original.target and n.target != original.target):
         raise PartitionError(f"{n.name} was {original.target} and became {n.target}")
-    if not (
-        equal_by_name(n.args, original.args, first)
-        and equal_by_name(n.kwargs, original.kwargs, first)
-    ):
+    same = equal_by_name(n.args, original.args, first)
+    named = n.kwargs or original.kwargs
+    if not same or (named and not equal_by_name(n.kwargs, original.kwargs, first)):
         raise PartitionError(f"the arguments of {describe(original)} became {n.args}, {n.kwargs}")
 
 

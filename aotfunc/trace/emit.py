@@ -2,7 +2,7 @@
 
 ``fx.Graph.create_node`` walks its arguments as a tree and names through regular expressions, 15 to
 30 µs a node. The builder does the same bookkeeping directly; it knows private fields of
-``fx.Graph`` and is the only file that does.
+``fx.Graph``, as ``partition/split.py`` alone does too.
 """
 
 from __future__ import annotations
@@ -243,19 +243,6 @@ class Builder:
         del out.meta["val"]
         drop_dead(self.graph, out)
         return self.graph
-
-
-def append_copy(graph: fx.Graph, n: Node, args: tuple, kwargs: dict, name: str) -> Node:
-    """Append a node like ``n``, with its metadata, under a name that no other node has."""
-    node = Node(graph, name, n.op, n.target, args, kwargs, n.type)
-    space = graph._graph_namespace
-    space._used_names.add(name)
-    space._obj_to_name[node] = name
-    graph._insert(node)
-    graph._find_nodes_lookup_table.insert(node)
-    graph._len += 1
-    node.meta.update(n.meta)
-    return node
 
 
 def displaced(planned: Any, x: Any) -> bool:

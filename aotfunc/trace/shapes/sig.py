@@ -25,7 +25,12 @@ def reach(shape: Sequence[int], stride: Sequence[int]) -> int:
     >>> reach((2, 3), (10, 2)), reach((2, 0), (10, 2))
     (15, 0)
     """
-    return 1 + sum([(n - 1) * s for n, s in zip(shape, stride, strict=True)]) if all(shape) else 0
+    last = 0
+    for n, s in zip(shape, stride, strict=True):
+        if not n:
+            return 0
+        last += (n - 1) * s
+    return last + 1
 
 
 class Sig:
