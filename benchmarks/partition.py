@@ -1,14 +1,15 @@
 """Partitions of forward and backward beside PyTorch's: memory, recomputation, and the time that
 partitioning takes.
 
-python -m benchmarks.partition [--layers 12] [--large 225] [--run]. The same joint graphs (traced
-by PyTorch, with Inductor's decompositions, equal nodes merged) go through PyTorch's partitions and
-ours. "Saved" counts distinct storages that the forward makes and hands over, inputs and parameters
-excepted. "Again" is the time of the nodes that run in both graphs, as a share of the forward's,
-under aotfunc's cost for backends that fuse; "peak" is simulated. "Bytes" is what ours saves at
-PyTorch's recomputation over what PyTorch's saves, "time" what ours computes again at PyTorch's
-saved bytes over what PyTorch's does. ``--large`` measures graphs of many layers instead, ``--run``
-real peaks and backward times. Models of transformers need `pip install aotfunc[models]`."""
+python -m benchmarks.partition [--layers 12] [--only NAME] [--large 225] [--run]. The same joint
+graphs (traced by PyTorch, with Inductor's decompositions, equal nodes merged) go through
+PyTorch's partitions and ours. "Saved" counts distinct storages that the forward makes and hands
+over, inputs and parameters excepted. "Again" is the time of the nodes that run in both graphs,
+as a share of the forward's, under aotfunc's cost for backends that fuse; "peak" is simulated.
+"Bytes" is what ours saves at PyTorch's recomputation over what PyTorch's saves, "time" what
+ours computes again at PyTorch's saved bytes over what PyTorch's does. ``--large`` measures
+graphs of many layers instead, ``--run`` real peaks and backward times. Models of transformers
+need `pip install aotfunc[models]`."""
 
 from __future__ import annotations
 
@@ -115,13 +116,15 @@ def floor(joint: Joint) -> int:
 MODES = {"default": None, "min-cut": 1.0, "budget 0.5": 0.5, "budget 0.1": 0.1}
 
 
-def compare(layers: int) -> None:
+def compare(layers: int, only: str) -> None:
     print(
         "| model (nodes) | PyTorch's | saved MB | again | peak MB | ms | ours: bytes | time | ms "
         "|\n| --- | --- " + "| ---: " * 7 + "|"
     )
     bytes_, times, zero, speed, gaps, exacts, peaks, floors, lows = [[] for _ in range(9)]
     for name, make in zoo(layers).items():
+        if only not in name:
+            continue
         joint = make()
         free = ours(joint, 0.0).report
         lowest = min(peak for _, _, peak in free.frontier)
@@ -311,6 +314,7 @@ def run(layers: int, repeat: int = 25) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=12, help="of the transformers")
+    parser.add_argument("--only", default="", help="the models whose names hold this")
     parser.add_argument("--large", type=int, help="measure a transformer of so many layers")
     parser.add_argument("--run", action="store_true", help="run the partitions")
     options = parser.parse_args()
@@ -322,7 +326,7 @@ def main() -> None:
     elif options.run:
         run(options.layers)
     else:
-        compare(options.layers)
+        compare(options.layers, options.only)
 
 
 if __name__ == "__main__":

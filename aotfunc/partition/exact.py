@@ -214,13 +214,13 @@ def criteria(axis: str, size: np.ndarray, time: np.ndarray) -> tuple[np.ndarray,
 
 def undominated_by_state(found: Partial) -> Partial:
     """Return the partial choices that no other one of their state beats in bytes or time."""
-    found = found.at(np.lexsort((found.bytes, found.time, found.state)))
     if not len(found.state):
         return found
+    order = np.lexsort((found.bytes, found.time, found.state))
     # states descend, so that the least bytes so far are those of the same state
-    size = found.bytes - found.state * (found.bytes.max() + 1)
+    size = (found.bytes - found.state * (found.bytes.max() + 1))[order]
     least = np.minimum.accumulate(size)
-    return found.at(np.append(0, 1 + np.flatnonzero(size[1:] < least[:-1])))
+    return found.at(order[np.append(0, 1 + np.flatnonzero(size[1:] < least[:-1]))])
 
 
 def fates_of(problem: Problem, v: int, wanted: bool, again: bool) -> list[int]:
