@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .loss import picked_weights
-from .table import total, vjp_of, wrong_in_autograd
+from .table import rules_of, total, vjp_of, wrong_in_autograd
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # by x, by w and by the bias
 
@@ -75,9 +74,9 @@ class Loss:
         return by_chunks(part, self.chunk, self.x, self.target, self.c * scale, dx)
 
 
-if find_spec("torch.nn.modules.linear_cross_entropy"):  # new in torch 2.13
-    import torch.nn.modules.linear_cross_entropy
-
+@rules_of("torch_nn")
+def state_rules() -> None:
+    """State the rules, when the module of torch that defines the ops is imported."""
     chunked = torch.ops.torch_nn._linear_cross_entropy_batch_chunked.default
     unreduced = torch.ops.torch_nn._linear_cross_entropy_batch_chunked_no_reduction.default
     wrong_in_autograd("all", chunked, unreduced)

@@ -91,8 +91,22 @@ DECOMPOSITIONS: dict[OpOverload, Formula] = {}
 _EMPTY = OpRules()
 
 
+#: the namespace of ops that a module of torch's defines, which may not be imported yet -> what
+#: states their rules
+_LATE: dict[str, Callable[[], None]] = {}
+
+
+def rules_of(namespace: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Make a decorator: the function states the rules of the ops of ``namespace``, when the table
+    is asked for one of them."""
+    return lambda state: _LATE.setdefault(namespace, state)
+
+
 def entry_for(op: Any) -> OpRules:
     """Return the table's entry for ``op``, to be read; an empty one if there is none."""
+    if op.__class__ is OpOverload and (state := _LATE.get(op.namespace)) is not None:
+        state()
+        _LATE.pop(op.namespace, None)
     return RULES.get(op, _EMPTY)
 
 
