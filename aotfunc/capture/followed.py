@@ -72,7 +72,7 @@ class Followed:
 
     def catch_up(self, trace: Trace) -> None:
         """Run the steps recorded since the last call."""
-        new = trace.records[self.done :]
+        new = trace.runnable(self.done)
         going_on = trace in under_way.traces and trace.concrete_inputs is not None
         # step outwards, to the values that this recording closes over
         written = any(t.mutates for t in under_way.traces if t is not trace)

@@ -8,18 +8,24 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..cache import Cache
 from ..debug import Line
 from ..graph import Program, cut
-from ..trace.emit import Builder, remap
-from ..trace.functionalize import Functionalizer
-from ..trace.records import instr_op
+from ..trace.emit import Builder, paused_gc, remap
+from ..trace.functionalize import Functionalizer, input_nodes
+from ..trace.modes import without_modes
+from ..trace.records import Record, instr_op
+from ..trace.scalars import bits_of
+from ..trace.shapes.instr import Instr
 from ..trace.shapes.sig import Sig
+from ..trace.traced import as_if_outside
 from ..trace.tracer import Trace
-from ..transforms.tidy import REWRITES
+from ..transforms.tidy import REWRITES, rebuilt
 from ..transforms.vjp import reverse
 from ..transforms.vmap import Axis, vmap
 from ..transforms.walk import builder, filled_node, unknown
-from .calls import Step
+from .calls import CallStep, Step, on_eager
+from .gradient_paths import path_from
 
 aten = torch.ops.aten
 
@@ -41,6 +47,35 @@ class GradStep(Step):
         super().__init__(outs)
         self.n_outputs, self.given = n_outputs, given
         self.create_graph, self.size = create_graph, size
+
+    def replayed(self, trace: Trace, k: int) -> Record | None:
+        """Return record ``k``, this step, as a call of a program of values before it; None if that
+        would have to write, to draw, or to look into a Function."""
+        _, refs, *rest = trace.records[k]
+        if trace.mutates or trace.stand_ins:
+            return None
+        part, given, reads = path_from(trace, trace.records[:k], refs, len(self.outs))
+        steps = [r[0] for r in part.records]
+        if any(not isinstance(i, Instr | CallStep) or i.facts.random for i in steps):
+            return None
+
+        def make() -> CallStep:
+            b = Builder(None, merge=False)
+            f = Functionalizer(part, b, input_nodes(part, b))
+            f.run()
+            outs = self.nodes(f, given)
+            program = Program(b.finish(outs), len(part.inputs), len(outs), (), "gradient")
+            return CallStep(rebuilt(program, "gradient"), on_eager)
+
+        with as_if_outside(), paused_gc(), without_modes(trace.dtype):
+            call = _calls.once((part.key(), bits_of(part.numbers), self, given), make)
+        return call, tuple(reads), *rest
+
+    def nodes(self, f: Functionalizer, refs: Sequence[int]) -> list[Node]:
+        """Return the nodes of the results."""
+        first = f.number
+        self.emit(f, refs, True, None)
+        return [f.read(r) for r in range(first, f.number)]
 
     def live(self, given: Sequence[bool]) -> tuple[list[bool], list[bool]]:
         return [self.create_graph] * len(self.outs), []
@@ -81,6 +116,9 @@ class GradStep(Step):
                 for ref, (g, sig) in enumerate(zip(grads, self.outs, strict=True), f.number)
             ]
         self.bind(f, grads, grad and self.create_graph)
+
+
+_calls = Cache(256)
 
 
 def builder_for(trace: Trace) -> tuple[Builder, bool]:

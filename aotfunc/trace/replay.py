@@ -76,7 +76,7 @@ class Replay:
 
     def value(self, trace: Answering, ref: int) -> Tensor | None:
         """Return the value of a result; None if it depends on inputs without values."""
-        new = trace.records[self.done :]
+        new = trace.runnable(self.done)
         with quiet(), without_modes(trace.dtype), torch.no_grad(), self.drawing(new):
             for i in range(self.lifted, len(trace.lifted)):
                 t = trace.lifted[i]
@@ -185,6 +185,12 @@ class Answering(Tape):
             return inner.ask(inner, question, tensors, what)
         with quiet(), torch.no_grad():
             return question(*values)
+
+    def runnable(self, start: int) -> list[Record]:
+        """Return the records from ``start`` on, with calls in place of steps that look back, where
+        these can be replaced."""
+        found = enumerate(self.records[start:], start)
+        return [r if r[0].runs else r[0].replayed(self, k) or r for k, r in found]
 
     def unanswered(self, what: str) -> CaptureError:
         reason = self.why_not or "this value belongs to a capture that is over"

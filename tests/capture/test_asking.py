@@ -512,7 +512,20 @@ def inner_gradients(n, asks=True):
     return f
 
 
-@pytest.mark.parametrize("f", [rounds, inner_gradients])
+def adapted(n, asks=True):
+    def f(x):
+        y = x
+        for k in range(n):
+            (g,) = torch.autograd.grad((y.sin() * y * (k + 2)).sum(), y, create_graph=True)
+            y = y - 0.01 * g
+            if asks and g.detach().norm() > 1e9:
+                break
+        return y.sum()
+
+    return f
+
+
+@pytest.mark.parametrize("f", [rounds, inner_gradients, adapted])
 @pytest.mark.parametrize(
     "how",
     [
