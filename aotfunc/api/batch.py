@@ -99,11 +99,13 @@ def batch_size(arguments: Arguments, dims: Sequence[int | None]) -> int:
 
 class BatchedArguments(NamedTuple):
     """How leaves are a batch: the dimension of each leaf, the number of samples, the signatures of
-    the tensors and, by leaf, of one sample, and the dimensions of the tensors."""
+    the tensors, as they are and at the beginning of their storages, and, by leaf, of one sample,
+    and the dimensions of the tensors."""
 
     dims: Sequence[int | None]
     size: int
     sigs: tuple[Sig, ...]
+    starts: tuple[Sig, ...]
     samples: dict[int, Sig]
     tensor_dims: tuple[int | None, ...]
 
@@ -143,7 +145,8 @@ def batched_along(arguments: Arguments, dims: Sequence[int | None], size: int) -
             tensor_dims.append(d)
             if d is not None:
                 samples[k] = sample_sig(sigs[-1], d)
-    return BatchedArguments(dims, size, tuple(sigs), samples, tuple(tensor_dims))
+    starts = tuple([s.start for s in sigs])
+    return BatchedArguments(dims, size, tuple(sigs), starts, samples, tuple(tensor_dims))
 
 
 def sample_sig(sig: Sig, dim: int) -> Sig:

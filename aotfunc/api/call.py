@@ -17,7 +17,7 @@ from ..capture.tree import Arguments, flatten, in_order_of, leaf_paths, structur
 from ..debug import where_defined
 from ..errors import ArgumentError
 from ..graph import Program
-from ..runtime.aliasing import Changes
+from ..runtime.aliasing import change_in_place, ops_in_place
 from ..trace.nested import with_items
 from ..trace.shapes.sig import floating
 from ..trace.tape import signature
@@ -185,7 +185,8 @@ class Call:
 
     def results(self, tensors: Sequence[Tensor], first: int = 0) -> tuple[Any, ...]:
         """Return ``(output, aux)`` of these tensors from the leaf ``first`` on, or no aux."""
-        Changes(self.rec).after(self.inputs, self.wrt)
+        if ops := ops_in_place(self.rec):
+            change_in_place(ops, self.inputs, self.wrt)
         leaves = self.leaves(tensors, first)
         output = unflatten(leaves[: self.n_out], self.spec)
         return (

@@ -18,7 +18,7 @@ from ..capture.capture import as_called, capture, parameter_names
 from ..capture.tree import Arguments, flatten, in_order_of, unflatten
 from ..errors import ArgumentError
 from ..graph import Program
-from ..runtime.aliasing import Changes, without_views
+from ..runtime.aliasing import Changes, change_in_place, without_views
 from ..runtime.anomaly import without_nan
 from ..runtime.constants import attached
 from ..runtime.execute import execute, new_layout
@@ -315,7 +315,7 @@ def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
         with rec.gradients():
             outs = execute(program, changes.before(inputs) if changes else inputs)
             outs = outs if views is None else views(*inputs, *outs)
-        changes.after(inputs)
+        change_in_place(changes.ops, inputs)
         return rec.results(outs)
 
     return func if is_dynamo_compiling() else entry(wrapper, func)

@@ -19,7 +19,7 @@ from ..capture.tree import Arguments
 from ..debug import outside_dynamo
 from ..errors import ArgumentError
 from ..graph import output_node
-from ..runtime.aliasing import Changes
+from ..runtime.aliasing import ops_in_place
 from ..runtime.graph_module import graph_module
 from ..trace.emit import Builder
 from ..trace.entering import entry
@@ -107,7 +107,7 @@ def make_fx(
                     x = b.make("call_function", aten.detach.default, (x,), {}, val)
                 node = b.make("call_function", aten.copy_.default, (x, new), {}, val)
                 written[results[program.n_outputs + len(written)]] = node
-            for index, ops in Changes(rec).ops:
+            for index, ops in ops_in_place(rec):
                 for op, args, kw, _ in ops:
                     b.make(
                         "call_function",

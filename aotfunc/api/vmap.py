@@ -19,7 +19,7 @@ from ..capture.tree import Arguments, flatten, leaf_paths, unflatten
 from ..debug import where_defined
 from ..errors import ArgumentError, CaptureError
 from ..graph import Program, draws
-from ..runtime.aliasing import Changes, view_program
+from ..runtime.aliasing import Reshapes, change_in_place, ops_in_place, view_program
 from ..runtime.called import called
 from ..runtime.execute import execute
 from ..runtime.resized import resized_program
@@ -106,13 +106,17 @@ def vmap(
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs, func)
         batch = read_batch(in_dims, args, arguments)
-        axis = Axis(batch.size, randomness, strict, axis_name, cond == "map")
+        axis = _axis(Axis, (batch.size, *how))
         if chunk_size is None or batch.size <= chunk_size:
             return _run(*_batched_program(func, arguments, batch, axis, placed))
         return _chunked(func, arguments, batch, axis, placed, chunk_size)
 
     placed = tuple(out_dims) if isinstance(out_dims, list) else out_dims
+    how = randomness, strict, axis_name, cond == "map"
     return wrapper
+
+
+_axis = tuple.__new__  # Axis(...) adds a Python frame
 
 
 def dims_of_results(out_dims: Dims, leaves: list, spec: Any) -> list[int | None]:
@@ -126,17 +130,18 @@ def dims_of_results(out_dims: Dims, leaves: list, spec: Any) -> list[int | None]
 
 
 def _run(
-    changes: Changes,
+    rec: Captured,
+    changes: Reshapes,
     program: Program,
     inputs: list[Tensor],
     dims: Sequence[tuple[int | None, int | None]],
 ) -> Any:
     """Run a batched program. Returned written inputs and their views stay such. ``dims``: each
     result's batch dimension in the input that it shows, and in itself."""
-    rec = changes.rec
     with rec.gradients():
         outs = list(called(program, inputs))
-    changes.after(inputs)
+    if changes:
+        change_in_place(changes, inputs)
     for k, (ref, root, (old, new)) in (
         enumerate(zip(rec.refs, rec.roots, dims, strict=True)) if program.mutated else ()
     ):
@@ -167,8 +172,8 @@ def _batched_program(
     batch: BatchedArguments,
     axis: Axis,
     out_dims: Dims,
-) -> tuple[Changes, Program, list[Tensor], list[tuple[int | None, int | None]]]:
-    """Return the changes that one sample's recording makes to its inputs, the batched program, its
+) -> tuple[Captured, Reshapes, Program, list[Tensor], list[tuple[int | None, int | None]]]:
+    """Return one sample's recording, the ops that reshape its inputs, the batched program, its
     inputs, and the dimensions as _run takes them."""
     tensor_dims = batch.tensor_dims
     named = axis.name is not None
@@ -182,8 +187,8 @@ def _batched_program(
             numbers=True,
             name_of=parameter_names(func, arguments),
         )
-    changes = Changes(rec)
-    for i, _ in changes.ops:
+    changes = ops_in_place(rec)
+    for i, _ in changes:
         if tensor_dims[i] is not None:
             name = rec.names()[i]
             raise CaptureError(
@@ -205,7 +210,7 @@ def _batched_program(
             )
     results_dims = tuple([flat[k] for k in rec.tensors])
     base = rec.program()
-    how = (tensor_dims, tuple(rec.trace.as_placed(batch.sigs)), axis, results_dims)
+    how = (tensor_dims, batch.sigs if rec.trace.placed else batch.starts, axis, results_dims)
 
     def make() -> Program:
         own = rec.aliases
@@ -216,7 +221,7 @@ def _batched_program(
     if program.mutated:  # without writes no result is an input
         sources = (tensor_dims[r] if 0 <= r < len(tensor_dims) else None for r in rec.roots)
         places += zip(sources, results_dims, strict=True)
-    return changes, program, [*rec.trace.origins, *rec.closed_over], places
+    return rec, changes, program, [*rec.trace.origins, *rec.closed_over], places
 
 
 def _chunked(
@@ -236,7 +241,7 @@ def _chunked(
         )
         some = axis._replace(size=count)
         part = batched_along(piece, batch.dims, count)
-        changes, program, inputs, places = _batched_program(func, piece, part, some, out_dims)
+        rec, changes, program, inputs, places = _batched_program(func, piece, part, some, out_dims)
         # several chunks would draw the same numbers
         if axis.randomness == "same" and any(map(draws, program.graph.nodes)):
             if parts:
@@ -245,7 +250,7 @@ def _chunked(
                     "chunk_size"
                 )
             return _run(*_batched_program(func, arguments, batch, axis, out_dims))
-        parts.append(_run(changes, program, inputs, places))
+        parts.append(_run(rec, changes, program, inputs, places))
     flat = [flatten(p) for p in parts]
     leaves, spec = flat[0]
     where = dims_of_results(out_dims, leaves, spec)

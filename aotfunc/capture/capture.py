@@ -20,7 +20,6 @@ from ..trace.dtensors import is_dtensor, stand_in
 from ..trace.entering import as_outside
 from ..trace.following import Following
 from ..trace.kinds import KINDS
-from ..trace.modes import outside_inference_mode
 from ..trace.recording import record_into
 from ..trace.traced import Traced, attributes, current, quiet
 from ..trace.tracer import Trace, on_functions
@@ -33,11 +32,10 @@ from .plain_trees import flatten_plain
 from .tree import Arguments, leaf_labels
 
 
-@outside_inference_mode
 def capture(
     f: Callable,
     leaves: Sequence[Any],
-    rebuild: Callable[[Sequence[Any]], tuple[list, dict]],
+    rebuild: Callable[[list], tuple[list, dict]],
     *,
     samples: dict[int, Any] | None = None,
     differentiated: Sequence[int] = (),
@@ -66,6 +64,10 @@ def capture(
     not where some are differentiated, nor if it is batched, nor ``apart``. Those whose ``id`` is
     among ``outside``, which ``f`` also closes over, are passed as they are. ``dtensors`` may be
     among the tensors."""
+    # see outside_inference_mode, which takes longer for so many arguments
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return capture(**locals())
     patches.install()
     trace, outer = Trace(why_not, constants, ask=agreed), current()
     if rolls or (rolls is None and outer is not None and outer.rolls):

@@ -269,8 +269,9 @@ class Captured:
     def unlike_inputs(self, tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return these results, the last ones, with another tensor on the same memory in place of
         an input where the function returned one."""
-        found, skipped = list(tensors), len(self.refs) - len(tensors)
-        for i, at in self.program().once("whole views", self.whole_views):
+        views = self.program().once("whole views", self.whole_views)
+        found, skipped = list(tensors), len(self.refs) - len(tensors) if views else 0
+        for i, at in views:
             k = i - skipped
             if k >= 0 and (found[k] is inputs[at] or isinstance(found[k], Traced)):
                 found[k] = found[k].view_as(found[k])
@@ -278,4 +279,6 @@ class Captured:
 
     def results(self, tensors: Sequence[Tensor]) -> Any:
         """Return the returned tree with these tensors."""
-        return unflatten(with_items(self.leaves, self.tensors, tensors), self.spec)
+        if len(self.tensors) < len(self.leaves):
+            tensors = with_items(self.leaves, self.tensors, tensors)
+        return unflatten(tensors, self.spec)

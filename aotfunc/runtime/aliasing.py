@@ -181,28 +181,7 @@ class Changes:
         self.rebound = [*new.values()]
         returned = rec.refs[: len(rec.tensors)]
         self.itself = {k: new[ref] for k, ref in enumerate(returned) if ref in new}
-        #: (position, [(op, other arguments, keywords, under no_grad)])
-        self.ops: list[tuple[int, list[tuple]]] = []
-        if not trace.reshapes and trace.finals == [*range(len(trace.finals))]:
-            return
-        for i, ref in enumerate(trace.finals):
-            last = rec.seen.get(ref)
-            if last is not None and last.of is not None and last.root == i:
-                if any(step.apart for step in last.path):
-                    raise CaptureError(
-                        f"{rec.names()[i]} is detached in place and then written with what "
-                        "requires grad; detach() it, and return it"
-                    )
-                self.ops.append((i, [is_in_place(step) for step in last.path[1:]]))
-                if trace.autograd.leaves.get(i) and torch.is_grad_enabled():
-                    for op in [
-                        op
-                        for op, *_, unseen in self.ops[-1][1]
-                        if unseen and op is not aten.detach_.default
-                    ]:
-                        raise CaptureError(
-                            f"{rec.names()[i]}: {op} under no_grad{SHAPE_OF_GRADIENT}"
-                        )
+        self.ops = ops_in_place(rec)
 
     def __bool__(self) -> bool:
         return bool(self.flags or self.retained or self.hooks or self.ops or self.rebound)
@@ -232,20 +211,49 @@ class Changes:
             tensors[i].data = new
         return [tensors[self.itself[k]] if k in self.itself else outs[k] for k in range(count)]
 
-    def after(self, tensors: Sequence[Tensor], but: Sequence[int] = ()) -> None:
-        """Apply the changes to the tensors themselves, but for those at the positions ``but``."""
-        for i, ops in self.ops:
-            t = tensors[i]
-            if i in but:
-                continue
-            # no value changes: the values kept by the backward are still good
-            kept = current() is None and not t.is_inference()
-            with torch.autograd._unsafe_preserve_version_counter(t) if kept else nullcontext():
-                for op, args, kwargs, unseen in ops:
-                    # a view's flag is that of its base by now, and autograd does not look there
-                    t.grad_fn  # noqa: B018
-                    with torch.no_grad() if unseen else nullcontext():
-                        t.detach_() if op is aten.detach_.default else op(t, *args, **kwargs)
+
+Reshapes = list[tuple[int, list[tuple]]]
+
+
+def ops_in_place(rec: Captured) -> Reshapes:
+    """List what changes the shape and history of arguments: ``(position, [(op, other arguments,
+    keywords, under no_grad)])``."""
+    trace, found = rec.trace, Reshapes()
+    if not trace.reshapes and trace.finals == [*range(len(trace.finals))]:
+        return found
+    for i, ref in enumerate(trace.finals):
+        last = rec.seen.get(ref)
+        if last is not None and last.of is not None and last.root == i:
+            if any(step.apart for step in last.path):
+                raise CaptureError(
+                    f"{rec.names()[i]} is detached in place and then written with what "
+                    "requires grad; detach() it, and return it"
+                )
+            ops = [is_in_place(step) for step in last.path[1:]]
+            found.append((i, ops))
+            if trace.autograd.leaves.get(i) and torch.is_grad_enabled():
+                for op in [op for op, *_, unseen in ops if unseen]:
+                    if op is not aten.detach_.default:
+                        raise CaptureError(
+                            f"{rec.names()[i]}: {op} under no_grad{SHAPE_OF_GRADIENT}"
+                        )
+    return found
+
+
+def change_in_place(changes: Reshapes, tensors: Sequence[Tensor], but: Sequence[int] = ()) -> None:
+    """Apply these ops to the tensors themselves, but for those at the positions ``but``."""
+    for i, ops in changes:
+        t = tensors[i]
+        if i in but:
+            continue
+        # no value changes: the values kept by the backward are still good
+        kept = current() is None and not t.is_inference()
+        with torch.autograd._unsafe_preserve_version_counter(t) if kept else nullcontext():
+            for op, args, kwargs, unseen in ops:
+                # a view's flag is that of its base by now, and autograd does not look there
+                t.grad_fn  # noqa: B018
+                with torch.no_grad() if unseen else nullcontext():
+                    t.detach_() if op is aten.detach_.default else op(t, *args, **kwargs)
 
 
 def is_in_place(step: Shown) -> tuple:

@@ -28,7 +28,7 @@ from ..trace.modes import any_modes, without_modes
 from ..trace.outside import check_outside_hooks
 from ..trace.seeds import states
 from ..trace.traced import Traced, current
-from .aliasing import ALONE, Changes, alone_in_memory, without_views
+from .aliasing import ALONE, Changes, alone_in_memory, change_in_place, without_views
 from .autograd import call_compiled, differentiated, halves_of, op_by_op, same_node
 from .casts import casts_of, record_sharing
 from .chains import chained, made_by, program_to_cut
@@ -224,7 +224,7 @@ class Entry:
                 outs = self.inside.returns(outs)
             if self.changes is not None:
                 outs = self.changes.rebind(tensors, outs)
-                self.changes.after(tensors)
+                change_in_place(self.changes.ops, tensors)
         return self.tree(outs, where)
 
     def tree(self, outs: Sequence[Any], where: tuple) -> Any:

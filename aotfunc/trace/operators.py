@@ -51,7 +51,8 @@ def direct(
     trace: Trace,
     key: tuple,
     refs: tuple[int, ...],
-    tensors: tuple[Traced, ...],
+    x: Traced,
+    y: Traced | None = None,
     number: float | None = None,
 ) -> Tensor | None:
     """Record an op that makes one new tensor and is known by its key (without the global
@@ -69,7 +70,8 @@ def direct(
         or _level_of_functorch() is not None
         or under_way.quiet
         or trace.following is not None
-        or any(map(_recorded_by_autograd, tensors))  # (would ask a function mode)
+        or _recorded_by_autograd(x)  # (would ask a function mode)
+        or (y is not None and _recorded_by_autograd(y))
     ):
         return None
     env = _default_dtype(), _deterministic()
@@ -93,7 +95,7 @@ def unary(name: str, op: OpOverload) -> Callable:
     def method(self: Traced) -> Any:
         trace, ask = self.tracer, getattr(Tensor, name)  # the user may have exchanged it
         if ask is of_torch:
-            found = direct(trace, (call, self.sig), (self.ref,), (self,))
+            found = direct(trace, (call, self.sig), (self.ref,), self)
             if found is not None:
                 return found
         return ask(self)
@@ -123,16 +125,16 @@ def binary(name: str, op: OpOverload) -> Callable:
         if kind is Traced:
             if other.tracer is trace:
                 key: tuple = (call, self.sig, other.sig)
-                found = direct(trace, key, (self.ref, other.ref), (self, other))
+                found = direct(trace, key, (self.ref, other.ref), self, other)
         elif kind is float or kind is int:
             if trace.lifts_numbers and takes_number and generic(other):
                 key = (call, self.sig, kind, NUMBER)
                 refs = self.ref, FIRST - len(trace.numbers)
-                found = direct(trace, key, refs, (self,), other)
+                found = direct(trace, key, refs, self, None, other)
             elif kind is float:
-                found = direct(trace, (call, self.sig, other.hex()), (self.ref,), (self,))
+                found = direct(trace, (call, self.sig, other.hex()), (self.ref,), self)
             else:
-                found = direct(trace, (call, self.sig, kind, other), (self.ref,), (self,))
+                found = direct(trace, (call, self.sig, kind, other), (self.ref,), self)
         return ask(self, other) if found is None else found
 
     return method

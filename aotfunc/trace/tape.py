@@ -152,9 +152,7 @@ class Tape:
             with torch.inference_mode(False):
                 return self.new(sig)
         t = _wrapper(Traced, *sig.form)
-        t.tracer = self
-        t.ref = self.count
-        t.sig = sig
+        t.tracer, t.sig, t.ref = self, sig, self.count
         self.count += 1
         return t
 
