@@ -75,6 +75,11 @@ MOVING = {
     "Random": (lambda: random.Random(0), lambda r: r.random()),
     "numpy Generator": (lambda: np.random.default_rng(0), lambda r: r.random()),
     "numpy RandomState": (lambda: np.random.RandomState(0), lambda r: r.rand()),
+    "numpy PCG64": (lambda: np.random.PCG64(0), lambda r: float(r.random_raw() % 1000)),
+    "numpy SeedSequence": (
+        lambda: np.random.SeedSequence(0),
+        lambda s: s.spawn(1)[0].spawn_key[0],
+    ),
 }
 for name, (new, use) in MOVING.items():
     CASES[name] = lambda new=new, use=use: drawing(new)(use)
