@@ -144,9 +144,10 @@ class Autograd:
             for t in (*self.leaf_tensors, *self.retained)
             if t.ref not in outside and self.requires_grad(t)
         ]
-        return [r for r in outside if self.reaches(r, outs)], [
-            t for t in inside if self.reaches(t.ref, outs)
-        ]
+        reach = self.reach()
+        near = reach.leading_to(outs, self.records)
+        reaches = lambda ref: reach.bases.get(ref, ref) in near and self.reaches(ref, outs)
+        return [r for r in outside if reaches(r)], [t for t in inside if reaches(t.ref)]
 
     def overwrite(self, refs: Sequence[int], kin: set[int]) -> None:
         """Note that the last record replaced the value ``refs[0]`` by the others. If it, or one of
@@ -220,6 +221,24 @@ class Reach:
         for k in range(start, len(records)):
             self.step(active, records[k], k, leaves, unseen_views=False)
         return active
+
+    def leading_to(self, outs: Sequence[int], records: list[Record]) -> set[int]:
+        """Return the values, of views what they show, that ``outs`` may depend on differentiably,
+        and perhaps more: one walk finds them."""
+        bases = self.bases
+        found = {bases.get(r, r) for r in outs}
+        for k in range(len(records) - 1, -1, -1):
+            instr, refs, grad, *_ = records[k]
+            if instr.facts.untracked or not (grad or instr.facts.view_of is not None):
+                continue
+            if hasattr(instr, "live") and not any(map(any, instr.live([True] * len(refs)))):
+                continue
+            made = range(self.ends[k - 1] if k else self.count, self.ends[k])
+            simple = instr.__class__ is Instr and instr.simple
+            changed = made if simple else [*made, *(refs[s] for s in written_slots(instr))]
+            if not found.isdisjoint([bases.get(r, r) for r in changed]):
+                found.update([bases.get(r, r) for r in refs])
+        return found
 
     def extend(self, records: list[Record], leaves: dict[int, bool]) -> None:
         """Extend the reach to the recording's end; ``leaves`` may stop requiring grad."""
