@@ -9,21 +9,19 @@ compiled call like any other; random numbers that it draws again are those of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import itemgetter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..capture.calls import CompiledCall
 from ..debug import outside_dynamo
 from ..trace.emit import remap
-from ..trace.modes import any_modes, without_modes
+from ..trace.modes import without_modes
 from ..transforms.lower import CALLS, lowered
 from .aliasing import with_own_memory
-from .batched import call_batched, older_levels
+from .batched import call_batched
 from .execute import before_writes, execute, lay_cotangents, strided_copy, write_back
 from .halves import Halves
 from .late_reads import Versions, check_memory, check_unwritten, storages, versions
@@ -33,9 +31,9 @@ from .parts import OnParts, check_whole
 from .redraw import generator_states, redrawn
 from .refused import check_reached, related, relation, unchanged
 from .unseen import watched
+from .usual import op_by_op, unaffected
 
 aten = torch.ops.aten
-_inside_functorch = torch._C._functorch.peek_interpreter_stack
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -71,12 +69,6 @@ def halves_of(call: CompiledCall, wrt: Sequence[int]) -> Halves:
     """Return the halves of a call for the gradients of these inputs."""
     wrt = (*wrt,)
     return call.program.once(("halves", wrt), lambda: Halves(call, wrt))
-
-
-def op_by_op() -> bool:
-    """Return whether PyTorch's own transforms are at work (torch.func's, forward AD): values are
-    then batched or dual, and compiled code sees none of that."""
-    return _inside_functorch() is not None or forward_ad._current_level >= 0
 
 
 def run_half(call: CompiledCall, tensors: list[Tensor]) -> Sequence:
@@ -170,13 +162,15 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
         kept = every if len(nodes) == 1 else {i: every[i] for i in halves.residuals_of(mine)}
         new = apply(
             facts(halves, part, kept, before, read_late, met, tasks),
-            [*[results[i] for i in mine], *shown],
-            [
-                *[r for r in kept.values() if isinstance(r, Tensor)],
-                *[results[i] for i in mine if i in halves.keeping],
-                *shown,
-            ],
-            needed,
+            (
+                [*[results[i] for i in mine], *shown],
+                [
+                    *[r for r in kept.values() if isinstance(r, Tensor)],
+                    *[results[i] for i in mine if i in halves.keeping],
+                    *shown,
+                ],
+                needed,
+            ),
             *halves.reached(given, inputs),
         )
         results.update(zip(mine, new, strict=False))
@@ -231,51 +225,8 @@ def facts(
         "read_late": read_late,
         "moment": moment() if halves.reads_state else None,
         "dtype": torch.get_default_dtype(),
-        "layouts": halves.layouts if part == halves.whole else None,
+        "usual": halves.usual if part == halves.whole else None,
     }
-
-
-def same_node(
-    halves: Halves, tensors: Sequence[Tensor], tree: Callable[[Sequence], Any]
-) -> Callable | None:
-    """Return ``(*tensors) -> tree(results)``, which does what :func:`differentiated` does for
-    inputs like these; None where nodes differ from call to call."""
-    program, count = halves.call.program, halves.count
-    run: Any = halves.forward.compiled(tensors)
-    outs, inputs = halves.whole
-    varies = halves.differing or halves.unreached or halves.reads_state or program.mutated
-    apart = halves.met or halves.unseen or halves.bent
-    if varies or apart or halves.layouts is None or len(outs) != count:
-        return None
-    if generator_states(program) or halves.parts(tensors) != [halves.whole]:
-        return None
-    if getattr(run, "own", -1) < count or any(t.is_neg() or t.is_conj() for t in tensors):
-        return None
-    known = facts(halves, halves.whole, dict.fromkeys(halves.saved, tensors[0]), [], None)
-    compute, needed, differentiable = run.unchecked, picked(halves.needed), picked(inputs)
-    keeping, kept, lifts = halves.keeping, picked(known["keeping"]), halves.lifts(outs)
-
-    def call(*tensors: Tensor) -> Any:
-        torch._C._set_grad_enabled(False)
-        try:
-            found = compute(*tensors)
-        finally:
-            torch._C._set_grad_enabled(True)
-        residuals = [*found[count:], *kept(found)] if keeping else found[count:]
-        new = apply(known, found[:count], residuals, needed(tensors), *differentiable(tensors))
-        if count > 1:
-            node = new[0].grad_fn
-            new, node.lifts = lifted(new, lifts)
-        return tree(new)
-
-    return call
-
-
-def picked(places: Sequence[int]) -> Callable[[Sequence], Sequence]:
-    """Return a function that takes the elements at these places."""
-    if len(places) > 1:
-        return itemgetter(*places)
-    return lambda given: [given[i] for i in places]
 
 
 class CompiledFunction(torch.autograd.Function):
@@ -283,37 +234,31 @@ class CompiledFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        known: dict[str, Any],
-        results: Sequence[Tensor],
-        kept: Sequence[Tensor],
-        needed: list[Tensor],
-        *inputs: Tensor,
+        ctx: Any, known: dict[str, Any], values: tuple, *inputs: Tensor
     ) -> tuple:
-        ctx.set_materialize_grads(False)
-        ctx.__dict__.update(known)
-        ctx.save_for_backward(*kept)
-        # not saved tensors: a plain backward must not mind if one that it does not read has
-        # changed
-        ctx.inputs = needed  # their gradients may depend on it, though the results do not
-        ctx.versions = [0 if t.is_inference() else t._version for t in needed]
-        ctx.memory = storages(needed)
-        ctx.keeps = bool(needed or kept)
-        #: the results whose gradients were taken; what was saved for these is gone
-        ctx.done = frozenset()
-        return tuple(results)
+        results, kept, needed = values
+        versions = [0 if t.is_inference() else t._version for t in needed]
+        keep(ctx, known, kept, needed, versions, storages(needed))
+        return (*results,)
 
     @staticmethod
     @outside_dynamo
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
+        known, saved = ctx.known, None
+        usual = known["usual"]
+        if usual is not None and not ctx.done and unaffected(known["dtype"]):
+            saved = ctx.saved_tensors
+            values = [*saved[: usual.count], *cts]
+            if (run := usual.run(values)) is not None:
+                check_memory(ctx.inputs, ctx.memory, usual.name)
+                if not keeps_graph():
+                    ctx.maybe_clear_saved_tensors()
+                    ctx.done, ctx.inputs, ctx.memory = usual.done, None, None
+                    saved = cts = ()
+                return None, None, *run(values)
+            del values
+        vars(ctx).update({**known, **vars(ctx)})
         halves, inputs = ctx.halves, ctx.inputs
-        if ctx.layouts is not None and not ctx.done and as_laid_out(cts, ctx.layouts, ctx.dtype):
-            check_memory(inputs, ctx.memory, halves.call.__name__)
-            values = [*ctx.saved_tensors[: len(halves.saved)], *cts]
-            if not keeps_graph():
-                ctx.maybe_clear_saved_tensors()
-                ctx.done, ctx.inputs, ctx.memory = frozenset(ctx.part[0]), None, None
-            return None, None, None, None, *halves.backward.compiled(values)(values)
         if ctx.read_late is not None:
             check_unwritten(ctx.read_late, halves.call.__name__)
         if ctx.moment is not None:
@@ -335,7 +280,8 @@ class CompiledFunction(torch.autograd.Function):
         there = frozenset([i for i, c in zip(outs, cts, strict=True) if c is not None])
         # of another result, which had nothing in common with those: computed again
         again = bool(ctx.done and ctx.inputs is not None and halves.apart(ctx.done, there))
-        saved = ctx.saved_tensors if ctx.keeps and not again else ()
+        if saved is None:
+            saved = ctx.saved_tensors if ctx.keeps and not again else ()
         have = tuple([i in there for i, yes in enumerate(halves.live) if yes])
         with without_modes(ctx.dtype):
             vals = [halves.vals[i] for i in outs]
@@ -360,22 +306,32 @@ class CompiledFunction(torch.autograd.Function):
                 grads = call_batched(run_half, half, values)
         found = dict(zip(halves.wrt, grads, strict=True))
         grads = [halves.zero(i, there) if found[i] is None else found[i] for i in inputs]
-        return None, None, None, None, *grads
+        return None, None, *grads
 
 
-def as_laid_out(
-    cts: Sequence[Tensor | None], layouts: Sequence[tuple] | None, dtype: torch.dtype
-) -> bool:
-    """Return whether these cotangents go to the backward half as they are: all arrive, laid out
-    so, outside of any mode and transform, and no second derivative is asked for."""
-    if layouts is None or torch.is_grad_enabled() or torch.get_default_dtype() is not dtype:
-        return False
-    if op_by_op() or any_modes() or older_levels():
-        return False
-    for c, strides in zip(cts, layouts, strict=True):
-        if c is None or c.stride() != strides:
-            return False
-    return True
+def keep(
+    ctx: Any,
+    known: dict[str, Any],
+    kept: Sequence[Tensor],
+    needed: Sequence[Tensor],
+    versions: list[int],
+    memory: list[torch.UntypedStorage],
+) -> None:
+    """Give a node what its backward needs."""
+    ctx.known = known
+    # what `save_for_backward` and `set_materialize_grads` do
+    ctx.to_save, ctx.materialize_grads = (*kept,), False
+    # not saved tensors: a plain backward must not mind if one that it does not read has
+    # changed
+    ctx.inputs = needed  # their gradients may depend on it, though the results do not
+    ctx.versions, ctx.memory = versions, memory
+    ctx.keeps = bool(needed or kept)
+    #: the results whose gradients were taken; what was saved for these is gone
+    ctx.done = NONE
+
+
+#: no results
+NONE: frozenset[int] = frozenset()
 
 
 def let_go(ctx: Any, outs: frozenset[int]) -> None:
@@ -392,3 +348,6 @@ def let_go(ctx: Any, outs: frozenset[int]) -> None:
 
 #: ``CompiledFunction.apply`` without the look for torch.func's wrappers: there are none here
 apply = super(torch.autograd.Function, CompiledFunction).apply
+
+#: PyTorch's own looks for a vjp and for boxed gradients at every call
+CompiledFunction._backward_cls.apply = CompiledFunction.backward  # type: ignore[attr-defined]

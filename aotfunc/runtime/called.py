@@ -16,11 +16,12 @@ from ..capture.makers import maker
 from ..graph import Program
 from ..trace.traced import current
 from ..transforms.activity import live
-from .autograd import call_compiled, op_by_op
+from .autograd import call_compiled
 from .chains import chained
 from .execute import execute, ours
 from .meetings import kept_results, meetings, without_meetings
 from .pipeline import Pipeline
+from .usual import op_by_op
 
 
 def called(program: Program, tensors: Sequence[Tensor]) -> Sequence:

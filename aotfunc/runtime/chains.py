@@ -32,11 +32,12 @@ from ..trace.tracer import Trace
 from ..transforms.activity import active_nodes, sources
 from ..transforms.tidy import rebuilt
 from .aliasing import memory_program
-from .autograd import call_compiled, op_by_op
+from .autograd import call_compiled
 from .chain_steps import by_autograd, saves_a_result, stage_numbers, stage_of, write
 from .execute import before_writes, write_back
 from .late_reads import late_reads, versions
 from .recorded_hooks import RecordedHooks, recorded_hooks
+from .usual import op_by_op
 
 
 def program_to_cut(rec: Captured, mutated: Sequence[int]) -> Program | None:

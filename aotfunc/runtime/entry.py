@@ -29,7 +29,7 @@ from ..trace.outside import check_outside_hooks
 from ..trace.seeds import states
 from ..trace.traced import Traced, current
 from .aliasing import ALONE, Changes, alone_in_memory, change_in_place, without_views
-from .autograd import call_compiled, differentiated, halves_of, op_by_op, same_node
+from .autograd import call_compiled, differentiated, halves_of
 from .casts import casts_of, record_sharing
 from .chains import chained, made_by, program_to_cut
 from .changing import Family, Served, followed
@@ -49,6 +49,8 @@ from .leaves import Leaves, detached_results, made_in_inference_mode
 from .parts import laid_as_inputs, on_parts
 from .pipeline import Pipeline
 from .raised import error_tensors, refused
+from .repeated_node import same_node
+from .usual import op_by_op
 
 if TYPE_CHECKING:
     from .compiled import Compiled

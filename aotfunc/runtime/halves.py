@@ -30,6 +30,7 @@ from .lifted import ResultGroups, result_groups
 from .meetings import as_known, bent_nodes, kept_results, meetings, parted, without_meetings
 from .unsaved import apart_from_results
 from .unseen import unseen_results
+from .usual import usual_backward
 
 aten = torch.ops.aten
 #: nodes of autograd for one call, each with a backward graph of its own
@@ -90,20 +91,7 @@ class Halves:
         )
         #: the results and inputs of the only node, where there is one and it reaches all inputs
         self.whole = [i for i, yes in enumerate(self.live) if yes], [*wrt]
-        self.layouts = self.cotangents_taken()
-
-    def cotangents_taken(self) -> list[tuple[int, ...]] | None:
-        """Return the strides of cotangents of the only node that are, after the residuals, the
-        arguments of the backward half as they are; None if its results are not the gradients, or
-        there is more to do than to run it."""
-        if self.met or self.unseen or self.bent or self.late_reads or self.reads_state:
-            return None
-        vals = [self.vals[i] for i in self.whole[0]]
-        grads = self.backward.program.outputs
-        residuals = self.forward.program.outputs[self.early :]
-        if not all([isinstance(x, Node) for x in (*residuals, *grads)]):
-            return None
-        return [v.stride for v in vals] if all([v.plain for v in vals]) else None
+        self.usual = usual_backward(self)
 
     def joint(self) -> Program:
         """Return the program of the results and the gradients, before it is cut."""

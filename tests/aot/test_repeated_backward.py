@@ -8,7 +8,7 @@ from torch import nn
 
 from aotfunc import jit
 from aotfunc.errors import AotfuncError
-from aotfunc.runtime import autograd
+from aotfunc.runtime import repeated_node
 
 
 def f(x, w):
@@ -28,7 +28,7 @@ def inputs():
 @pytest.fixture(autouse=True)
 def made_directly(monkeypatch):
     """Every call of these tests is one that is made again."""
-    made, same_node = [], autograd.same_node
+    made, same_node = [], repeated_node.same_node
 
     def noted(*args):
         made.append(same_node(*args) is not None)

@@ -1,0 +1,74 @@
+"""The node of autograd of a call like the last one, made without Python's detours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autograd import CompiledFunction, facts, keep
+from .halves import Halves
+from .late_reads import storages
+from .lifted import lifted
+from .redraw import generator_states
+
+
+def same_node(
+    halves: Halves, tensors: Sequence[Tensor], tree: Callable[[Sequence], Any]
+) -> Callable | None:
+    """Return ``(*tensors) -> tree(results)``, which does what :func:`.autograd.differentiated`
+    does for inputs like these; None where nodes differ from call to call."""
+    program, count = halves.call.program, halves.count
+    run: Any = halves.forward.compiled(tensors)
+    outs, inputs = halves.whole
+    varies = halves.differing or halves.unreached or program.mutated
+    if varies or halves.usual is None or len(outs) != count:
+        return None
+    if generator_states(program) or halves.parts(tensors) != [halves.whole]:
+        return None
+    if getattr(run, "own", -1) < count or any(t.is_neg() or t.is_conj() for t in tensors):
+        return None
+    known = facts(halves, halves.whole, dict.fromkeys(halves.saved, tensors[0]), [], None)
+    compute, reads, differentiable = run.unchecked.boxed, picked(halves.needed), picked(inputs)
+    keeping, lifts = known["keeping"], halves.lifts(outs)
+
+    def results(ctx: Any, tensors: tuple[Tensor, ...]) -> tuple:
+        found, needed = compute([*tensors]), reads(tensors)
+        kept = found[count:] if not keeping else (*found[count:], *[found[i] for i in keeping])
+        keep(ctx, known, kept, needed, [t._version for t in needed], storages(needed))
+        return found[:count]
+
+    def call(*tensors: Tensor) -> Any:
+        new = apply(results, tensors, *differentiable(tensors))
+        if count > 1:
+            node = new[0].grad_fn
+            new, node.lifts = lifted(new, lifts)
+        return tree(new)
+
+    return call
+
+
+def picked(places: Sequence[int]) -> Callable[[Sequence], Sequence]:
+    """Return a function that takes the elements at these places."""
+    if len(places) == 1:
+        [only] = places
+        return lambda given: (given[only],)
+    return itemgetter(*places) if places else lambda given: ()
+
+
+class RepeatedFunction(CompiledFunction):
+    """Results of a call like the last one, computed where PyTorch has turned gradients off."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, results: Callable[[Any, tuple], tuple], tensors: tuple, *inputs: Tensor
+    ) -> tuple:
+        return results(ctx, tensors)
+
+
+#: as in :mod:`.autograd`
+apply = super(torch.autograd.Function, RepeatedFunction).apply
+RepeatedFunction._backward_cls.apply = CompiledFunction.backward  # type: ignore[attr-defined]

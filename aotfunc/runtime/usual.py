@@ -1,0 +1,89 @@
+"""The usual backward of a call with one node of autograd: all cotangents arrive, laid out as the
+graph says, and go to the compiled backward half as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx import Node
+
+from ..backends.results import is_lazy
+from .batched import older_levels
+from .guards.check import metadata_check
+from .guards.keys import TENSORS
+
+if TYPE_CHECKING:
+    from .halves import Halves
+
+
+_gradients, _default_dtype = torch.is_grad_enabled, torch.get_default_dtype
+_autocast, _function_mode = (
+    torch._C._is_any_autocast_enabled,
+    torch._C._is_torch_function_mode_enabled,
+)
+_inside_functorch = torch._C._functorch.peek_interpreter_stack
+
+
+def op_by_op() -> bool:
+    """Return whether PyTorch's own transforms are at work (torch.func's, forward AD): values are
+    then batched or dual, and compiled code sees none of that."""
+    return _inside_functorch() is not None or forward_ad._current_level >= 0
+
+
+def unaffected(dtype: torch.dtype) -> bool:
+    """Return whether a backward runs outside of any mode and transform, with this default dtype,
+    and no second derivative is asked for."""
+    return not (
+        _gradients()
+        or _inside_functorch() is not None
+        or forward_ad._current_level >= 0
+        or _autocast()
+        or _function_mode()
+        or _default_dtype() is not dtype
+    )
+
+
+class UsualBackward:
+    """The backward half of the only node of a call, as it is."""
+
+    def __init__(self, halves: Halves) -> None:
+        self.half, self.count = halves.backward, len(halves.saved)
+        self.name, self.done = halves.call.__name__, frozenset(halves.whole[0])
+        self.strides = [halves.vals[i].stride for i in halves.whole[0]]
+        #: whether values are such that compiled code need not look at them again
+        self.alike: Callable[..., bool] = lambda *values: False
+        self.unchecked: Callable[[list], Sequence] | None = None
+
+    def run(self, values: Sequence[Tensor | None]) -> Callable[[list], Sequence] | None:
+        """Return the compiled half for residuals and cotangents like these; None if some of these
+        do not arrive, or lie in another way."""
+        if self.alike(*values):
+            return self.unchecked
+        for c, strides in zip(values[self.count :], self.strides, strict=True):
+            if c is None or c.stride() != strides:
+                return None
+        if older_levels():
+            return None
+        run = self.half.compiled(values)  # type: ignore[arg-type]
+        if all([t.__class__ in TENSORS and not is_lazy(t) for t in values]):
+            plain = getattr(run, "unchecked", None)
+            self.unchecked = run if plain is None else plain.boxed
+            self.alike = metadata_check(values)
+        return run
+
+
+def usual_backward(halves: Halves) -> UsualBackward | None:
+    """Return the usual backward of a call; None if the results of its backward half are not the
+    gradients, or there is more to do than to run it."""
+    if halves.met or halves.unseen or halves.bent or halves.late_reads or halves.reads_state:
+        return None
+    residuals = halves.forward.program.outputs[halves.early :]
+    if not all([isinstance(x, Node) for x in (*residuals, *halves.backward.program.outputs)]):
+        return None
+    if not all([halves.vals[i].plain for i in halves.whole[0]]):
+        return None
+    return UsualBackward(halves)
