@@ -168,11 +168,19 @@ BINDINGS: dict[Any, Callable] = {
     **{
         getattr(aten, name).default: getattr(functions, name)
         for name in """
-        sin cos tanh exp log sqrt rsqrt neg abs sigmoid relu reciprocal
+        sin cos tanh exp log sqrt rsqrt neg abs sigmoid relu reciprocal erf expm1 log1p sign
         mm bmm mv dot addmm baddbmm t unsqueeze permute
+        sum mean amax amin maximum minimum clone cat native_layer_norm
+        _softmax _log_softmax _softmax_backward_data _log_softmax_backward_data
         """.split()
     },
+    aten.sum.dim_IntList: functions.sum,
+    aten.mean.dim: functions.mean,
+    aten.select.int: functions.select,
+    aten.squeeze.dim: functions.squeeze,
     aten.transpose.int: functions.transpose,
+    aten.where.self: functions.where,
+    aten.detach.default: methods.detach,
     aten.view.default: methods.view,
     aten.expand.default: methods.expand,
 }
@@ -182,7 +190,7 @@ def binds_one_overload(n: Node) -> bool:
     """Return whether a call of the op's binding can only mean this overload."""
     return (
         not n.kwargs
-        and n.args[0].__class__ is Node
+        and (n.args[0].__class__ is Node or n.target is aten.cat.default)
         and not any(a.__class__ is complex for a in n.args)
     )
 

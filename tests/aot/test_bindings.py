@@ -4,6 +4,7 @@ do."""
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aotfunc import jit
 from aotfunc.backends.eager import BINDINGS
@@ -30,6 +31,21 @@ OTHERS = {
     aten.dot.default: (X[0], Y[0]),
     aten.addmm.default: (X[:, :3], X, Y.t()),
     aten.baddbmm.default: (X[0, :2], X.view(3, 2, 2), Y.view(3, 2, 2)),
+    aten.cat.default: ([X, Y], -1),
+    aten.maximum.default: (X, Y.double()),
+    aten.minimum.default: (X, Y.t().contiguous().t()),
+    aten.sum.dim_IntList: (X, [0, -1], True),
+    aten.mean.dim: (X, [1]),
+    aten.amax.default: (X, [0], True),
+    aten.amin.default: (X, []),
+    aten.native_layer_norm.default: (X, [4], Y[0], None, 1e-5),
+    aten._softmax.default: (X, -1, False),
+    aten._log_softmax.default: (X, 0, False),
+    aten._softmax_backward_data.default: (X, Y, 1, torch.float32),
+    aten._log_softmax_backward_data.default: (X, Y, 1, torch.float32),
+    aten.where.self: (X > 0, X, torch.tensor(2.5, dtype=torch.float64)),
+    aten.select.int: (X, 1, -1),
+    aten.squeeze.dim: (X[:1], 0),
     aten.t.default: (X,),
     aten.unsqueeze.default: (X, -1),
     aten.permute.default: (X.view(3, 2, 2), [2, 0, 1]),
@@ -46,6 +62,20 @@ def result(f, args):
         return type(e)
 
 
+def dispatched(f, args):
+    """The ops that a call runs, with how many arguments."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append((func, len(args), kwargs))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        result(f, args)
+    return seen
+
+
 @pytest.mark.parametrize("op", BINDINGS, ids=str)
 def test_a_binding_is_the_overload(op):
     binary = len([a for a in op._schema.arguments if str(a.type) == "Tensor"]) == 2
@@ -56,6 +86,7 @@ def test_a_binding_is_the_overload(op):
     )
     for args in cases:
         assert_same(result(BINDINGS[op], args), result(op, args), strides=True, rtol=0, atol=0)
+        assert dispatched(BINDINGS[op], args) == dispatched(op, args)
 
 
 def test_modes_do_not_see_the_bindings():
