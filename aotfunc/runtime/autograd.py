@@ -349,5 +349,5 @@ def let_go(ctx: Any, outs: frozenset[int]) -> None:
 #: ``CompiledFunction.apply`` without the look for torch.func's wrappers: there are none here
 apply = super(torch.autograd.Function, CompiledFunction).apply
 
-#: PyTorch's own looks for a vjp and for boxed gradients at every call
+#: without PyTorch's own looks for a vjp and for boxed gradients
 CompiledFunction._backward_cls.apply = CompiledFunction.backward  # type: ignore[attr-defined]

@@ -49,7 +49,7 @@ def lifted(new: Sequence[Tensor], groups: ResultGroups) -> tuple[list[Tensor], L
 
 
 #: PyTorch's op, which has no derivative of complex numbers
-lift = torch.ops.aten.lift.default
+lift = torch.ops.aten.lift.default._op
 
 
 class Lift(torch.autograd.Function):
@@ -57,9 +57,9 @@ class Lift(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *outs: Tensor) -> tuple:  # type: ignore[override]
-        ctx.set_materialize_grads(False)
         new = tuple([o.detach() for o in outs])
-        ctx.save_for_backward(*new)
+        # what `save_for_backward` and `set_materialize_grads` do
+        ctx.to_save, ctx.materialize_grads = new, False
         return new
 
     @staticmethod
@@ -69,6 +69,8 @@ class Lift(torch.autograd.Function):
 
 #: ``Lift.apply`` without the look for torch.func's wrappers: there are none here
 kept = super(torch.autograd.Function, Lift).apply
+#: without PyTorch's own looks for a vjp and for boxed gradients
+Lift._backward_cls.apply = Lift.backward  # type: ignore[attr-defined]
 
 
 def as_kept(lifts: Lifts, k: int) -> Tensor | None:

@@ -1,18 +1,18 @@
-"""The usual backward of a call with one node of autograd: all cotangents arrive, laid out as the
-graph says, and go to the compiled backward half as they are."""
+"""The usual backward of a call with one node of autograd: all cotangents arrive, and go to the
+compiled backward half."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import Node
 
 from ..backends.results import is_lazy
 from .batched import older_levels
+from .execute import new_layout
 from .guards.check import metadata_check
 from .guards.keys import TENSORS
 
@@ -58,17 +58,19 @@ class UsualBackward:
         self.alike: Callable[..., bool] = lambda *values: False
         self.unchecked: Callable[[list], Sequence] | None = None
 
-    def run(self, values: Sequence[Tensor | None]) -> Callable[[list], Sequence] | None:
-        """Return the compiled half for residuals and cotangents like these; None if some of these
-        do not arrive, or lie in another way."""
+    def run(self, values: list[Any]) -> Callable[[list], Sequence] | None:
+        """Return the compiled half for residuals and cotangents like these, which are laid out as
+        it takes them; None if some do not arrive, or are batches."""
         if self.alike(*values):
             return self.unchecked
-        for c, strides in zip(values[self.count :], self.strides, strict=True):
-            if c is None or c.stride() != strides:
-                return None
-        if older_levels():
+        if older_levels() or any([c is None for c in values[self.count :]]):
             return None
-        run = self.half.compiled(values)  # type: ignore[arg-type]
+        for k, strides in enumerate(self.strides, self.count):
+            if (c := values[k]).stride() != strides:
+                values[k] = new_layout(c)
+        if self.alike(*values):
+            return self.unchecked
+        run = self.half.compiled(values)
         if all([t.__class__ in TENSORS and not is_lazy(t) for t in values]):
             plain = getattr(run, "unchecked", None)
             self.unchecked = run if plain is None else plain.boxed
