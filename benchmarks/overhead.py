@@ -2,18 +2,21 @@
 Python is everything.
 
 python -m benchmarks.overhead [--quick] [--write]. Each row times one call of the plain function,
-of its torch.func or torch.autograd counterpart where there is one, and of the jitted function. The
-second table times the part of it that looks whether the Python state is as it was, and fetches the
-tensors: for networks the larger part. Where there is a C++ compiler they become native code after
-many calls."""
+of its torch.func counterpart where there is one, and of the jitted function. The second table
+times calls with their backward, beside torch.compile and AOTAutograd. The third times the part of
+a call that looks whether the Python state is as it was, and fetches the tensors: for networks the
+larger part. Where there is a C++ compiler they become native code after many calls."""
 
 from __future__ import annotations
 
+import math
 import timeit
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._functorch import aot_autograd
+from torch._functorch.compilers import nop
 
 import aotfunc
 from aotfunc.runtime.guards.check import Check
@@ -60,10 +63,6 @@ def case_module() -> tuple[Callable, Callable | None, tuple]:
     return net, None, (torch.randn(2, 8),)
 
 
-def case_backward() -> tuple[Callable, Callable | None, tuple]:
-    return (lambda x: (torch.sin(x) * x).sum()), None, (torch.randn(4, requires_grad=True),)
-
-
 CASES: dict[str, Callable[[], tuple[Callable, Callable | None, tuple]]] = {
     "sin(x) * 2": case_pointwise,
     "with a closure and a global": case_closure,
@@ -71,30 +70,43 @@ CASES: dict[str, Callable[[], tuple[Callable, Callable | None, tuple]]] = {
     "dictionary of 8 in, of 2 out": case_tree,
     "gradient, jit(grad(f))": case_gradient,
     "module of 4 Linear and Tanh": case_module,
-    "forward and backward": case_backward,
 }
 
 
-def best(run: Callable[[], object], quick: bool) -> float:
-    """Seconds of the quickest of many calls: what others do on the machine meanwhile costs no call
-    less."""
-    return min(timeit.repeat(run, number=10, repeat=50 if quick else 1000)) / 10
+def small(x: Tensor, w: Tensor) -> Tensor:
+    return (torch.sin(x) * w).sum()
+
+
+def several(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.tanh(x * w), (x * w.exp()).sum()
+
+
+#: functions with the tensors that they are differentiated by
+BACKWARDS: dict[str, Callable[[], tuple[Callable, tuple]]] = {
+    "three ops": lambda: (small, (torch.randn(4), torch.randn(4))),
+    "two results": lambda: (several, (torch.randn(4), torch.randn(4))),
+    "module of 4 Linear and Tanh": lambda: (case_module()[0], (torch.randn(2, 8),)),
+}
+
+
+def best(runs: dict[str, Callable[[], object]], quick: bool) -> dict[str, float]:
+    """Return the seconds of the quickest of many calls, which take turns: what others do on the
+    machine meanwhile costs no call less."""
+    found = dict.fromkeys(runs, math.inf)
+    for _ in range(50 if quick else 1000):
+        for name, run in runs.items():
+            found[name] = min(found[name], timeit.timeit(run, number=10) / 10)
+    return found
 
 
 def measure(name: str, quick: bool) -> list[str]:
     f, theirs, args = CASES[name]()
     jitted = aotfunc.jit(f, backend="eager")
     torch.testing.assert_close(jitted(*args), f(*args))
-
-    def called(g: Callable) -> Callable:
-        if name != "forward and backward":
-            return lambda: g(*args)
-        return lambda: torch.autograd.grad(g(*args), args)
-
-    runs = {"plain": called(f), "jit": called(jitted)}
+    runs = {"plain": lambda: f(*args), "jit": lambda: jitted(*args)}
     if theirs is not None:
-        runs["torch"] = called(theirs)
-    t = {kind: best(run, quick) for kind, run in runs.items()}
+        runs["torch"] = lambda: theirs(*args)
+    t = best(runs, quick)
     return [
         name,
         ms(t["plain"]),
@@ -102,6 +114,41 @@ def measure(name: str, quick: bool) -> list[str]:
         ms(t["jit"]),
         f"{(t['jit'] - t['plain']) * 1e6:+.1f} µs",
     ]
+
+
+def measure_backward(name: str, quick: bool) -> list[str]:
+    """Time a call and the gradients of the sum of its results."""
+    f, args = BACKWARDS[name]()
+    wrt = [x.requires_grad_() for x in args]
+    if isinstance(f, nn.Module):
+        wrt += f.requires_grad_().parameters()
+    ways = {
+        "plain": f,
+        "eager": aotfunc.jit(f, backend="eager"),
+        "cpp": aotfunc.jit(f, backend="cpp"),
+        "torch.compile": torch.compile(f),
+        "AOTAutograd": aot_autograd.aot_module(f, nop)
+        if isinstance(f, nn.Module)
+        else aot_autograd.aot_function(f, nop),
+    }
+
+    def called(f: Callable) -> Callable:
+        def run() -> tuple:
+            outs = f(*args)
+            outs = (outs,) if isinstance(outs, Tensor) else outs
+            return torch.autograd.grad([o.sum() for o in outs], wrt)
+
+        return run
+
+    runs = {way: called(g) for way, g in ways.items()}
+    for run in runs.values():
+        torch.testing.assert_close(run(), runs["plain"]())
+    t = best(runs, quick)
+    return [name, *[ms(x) for x in t.values()], *[f"{t[x] / t['plain']:.2f}" for x in OURS]]
+
+
+#: our backends
+OURS = ("eager", "cpp")
 
 
 def transformer() -> nn.Module:
@@ -125,8 +172,10 @@ def guards(name: str, quick: bool) -> list[str]:
     check = Check(state)
     check.quicken(state.lines, state.paths)
     assert check.tensors(net, ()) is not None
-    seconds = best(lambda: check.python(net, ()), quick)
-    native = best(lambda: check.tensors(net, ()), quick) if check.native else None
+    runs = {"python": lambda: check.python(net, ())}
+    if check.native:
+        runs["native"] = lambda: check.tensors(net, ())
+    seconds, native = (best(runs, quick).get(way) for way in ("python", "native"))
     counts = [len(list(x())) for x in (net.modules, net.parameters, net.buffers)]
     each = f"{(native or seconds) / counts[0] * 1e6:.2f} µs"
     return [name, *map(str, counts), ms(seconds), ms(native), each]
@@ -139,6 +188,12 @@ def main() -> None:
     head = ["case", "plain", "torch.func", "jit", "jit - plain"]
     report.table(
         "Time per call, best of 1000", head, [measure(name, options.quick) for name in CASES]
+    )
+    head = ["case", "plain", "jit, eager", "jit, cpp", "torch.compile", "AOTAutograd"]
+    report.table(
+        "Forward and backward, best of 1000",
+        [*head, "eager : plain", "cpp : plain"],
+        [measure_backward(name, options.quick) for name in BACKWARDS],
     )
     head = ["network", "modules", "parameters", "buffers", "guards", "native", "per module"]
     report.table(

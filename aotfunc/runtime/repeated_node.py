@@ -69,6 +69,7 @@ class RepeatedFunction(CompiledFunction):
         return results(ctx, tensors)
 
 
+#: nodes of one kind, whichever call made them
+RepeatedFunction._backward_cls = CompiledFunction._backward_cls  # type: ignore[attr-defined]
 #: as in :mod:`.autograd`
 apply = super(torch.autograd.Function, RepeatedFunction).apply
-RepeatedFunction._backward_cls.apply = CompiledFunction.backward  # type: ignore[attr-defined]
