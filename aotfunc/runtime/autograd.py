@@ -238,7 +238,7 @@ class CompiledFunction(torch.autograd.Function):
     ) -> tuple:
         results, kept, needed = values
         versions = [0 if t.is_inference() else t._version for t in needed]
-        keep(ctx, known, kept, needed, versions, storages(needed))
+        give_to_node(ctx, known, kept, needed, versions, storages(needed))
         return (*results,)
 
     @staticmethod
@@ -309,7 +309,7 @@ class CompiledFunction(torch.autograd.Function):
         return None, None, *grads
 
 
-def keep(
+def give_to_node(
     ctx: Any,
     known: dict[str, Any],
     kept: Sequence[Tensor],

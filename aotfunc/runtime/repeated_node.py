@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import CompiledFunction, facts, keep
+from .autograd import CompiledFunction, facts, give_to_node
 from .halves import Halves
 from .late_reads import storages
 from .lifted import lifted
@@ -38,7 +38,7 @@ def same_node(
     def results(ctx: Any, tensors: tuple[Tensor, ...]) -> tuple:
         found, needed = compute([*tensors]), reads(tensors)
         kept = found[count:] if not keeping else (*found[count:], *[found[i] for i in keeping])
-        keep(ctx, known, kept, needed, [t._version for t in needed], storages(needed))
+        give_to_node(ctx, known, kept, needed, [t._version for t in needed], storages(needed))
         return found[:count]
 
     def call(*tensors: Tensor) -> Any:
