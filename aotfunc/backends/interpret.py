@@ -13,6 +13,7 @@ from torch import fx
 from torch.fx import Node
 
 from .. import debug
+from ..trace.marks import IDENTITIES, hidden_write
 from .eager import as_said, compare, compile_graph, entry_of, last_uses, unsure
 
 #: generated code saves half a microsecond a node and run, and costs 30 to make
@@ -20,19 +21,21 @@ OFTEN = 50
 
 
 class Interpreted:
-    """A function of the graph's placeholders that returns its flat outputs as a tuple."""
+    """A function of the graph's placeholders that returns its flat outputs as a tuple. Code is
+    made of ``tidied()``, the same graph without marks of intent; these are calls that return an
+    argument."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph, self.runs = graph, 0
+    def __init__(self, graph: fx.Graph, tidied: Callable[[], fx.Graph] | None = None) -> None:
+        self.graph, self.tidied, self.runs = graph, tidied or (lambda: graph), 0
         self.run: Callable[..., tuple] | None = None
 
     def __call__(self, *inputs: Any) -> tuple:
         self.runs += 1
         if self.run is None:
             shown = debug.LEVEL >= 4  # the code
-            self.run = compile_graph(self.graph) if shown else Calls(self.graph)
+            self.run = compile_graph(self.tidied()) if shown else Calls(self.graph)
         elif self.runs >= OFTEN and self.run.__class__ is Calls:
-            self.run = compile_graph(self.graph)
+            self.run = compile_graph(self.tidied())
         return self.run(*inputs)
 
 
@@ -98,8 +101,15 @@ def build_list(*parts: Any) -> list:
     return list(parts)
 
 
+#: mark of intent -> its value
+MARKS: dict[Any, Callable] = {
+    **dict.fromkeys(IDENTITIES, lambda x: x),
+    hidden_write: lambda old, new: new,
+}
+
+
 def call_of(n: Node) -> Callable:
-    call = entry_of(n)
+    call = MARKS.get(n.target) or entry_of(n)
     if n.target is operator.getitem or not (unsure(n) or debug.LEVEL >= 2):
         return call
 

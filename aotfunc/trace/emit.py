@@ -34,17 +34,22 @@ _EMPTY = immutable_dict()
 _aten = torch.ops.aten
 
 
+def hashed(target: Any) -> Any:
+    """Return what stands for a target in tables: for an op its C entry, which hashes in C."""
+    return target._op if target.__class__ is OpOverload else target
+
+
 def base_name(target: Any) -> str:
     """Return the name of a node of this target, before numbering."""
     if target.__class__ is not OpOverload:
         return getattr(target, "__name__", type(target).__name__).lower()
-    name = _names.get(target)
+    name = _names.get(target._op)
     if name is None:
-        name = _names[target] = target._schema.name.split("::")[-1].lstrip("_") or "op"
+        name = _names[target._op] = target._schema.name.split("::")[-1].lstrip("_") or "op"
     return name
 
 
-_names: dict[OpOverload, str] = {}  # for ops only, which never go
+_names: dict[Any, str] = {}  # for ops only, which never go
 #: names that have a meaning in the code of an fx.GraphModule
 _BUILTIN = frozenset(
     (*dir(builtins), "self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree")
@@ -54,11 +59,11 @@ _BUILTIN = frozenset(
 class Builder:
     """A graph under construction.
 
-    ``rewrites`` maps a target to local rewriting rules. With ``merge`` (the default) equal pure
-    nodes are made once. Unless the graph is ``final`` (it is not going to be differentiated),
-    nodes stay apart where merging would change how gradients are added: casts, whose gradients are
-    added in the dtype that they cast from, and values of few digits, whose copies and products
-    with one stay, too."""
+    ``rewrites`` maps a target, :func:`hashed`, to local rewriting rules. With ``merge`` (the
+    default) equal pure nodes are made once. Unless the graph is ``final`` (it is not going to be
+    differentiated), nodes stay apart where merging would change how gradients are added: casts,
+    whose gradients are added in the dtype that they cast from, and values of few digits, whose
+    copies and products with one stay, too."""
 
     def __init__(
         self,
@@ -92,18 +97,14 @@ class Builder:
         self, op: str, target: Any, args: tuple, kwargs: dict, val: Any, name: str | None = None
     ) -> Node:
         """Append a node, neither rewritten nor merged."""
-        if name is None:
-            name = base_name(target)
-        name = self.name(name)
+        name = self.name(base_name(target) if name is None else name)
         node = Node(self.graph, name, op, target, args, kwargs or _EMPTY, None)
         self._insert(node)
-        self._table[(op, target if op == "call_function" else None)][node] = None
+        self._table[op, target if op == "call_function" else None][node] = None
         self.graph._len += 1
         # assigning it would take the node out of the graph's lookup table and put it back
-        meta = node.meta
-        meta["val"] = val
-        if self.meta:
-            meta.update(self.meta)
+        node.meta["val"] = val
+        node.meta.update(self.meta)
         return node
 
     def placeholder(self, name: str, val: Any, **meta: Any) -> Node:
@@ -124,7 +125,8 @@ class Builder:
         """Return the value of ``target(*args, **kwargs)``: rewritten, or an equal earlier node, or
         a new one. An op whose result is ``hooked`` stays apart: it saves that behind the hooks."""
         apart = hooked or not (self.merge and (self.final or not adds_apart(target, args, val)))
-        for rewrite in self.rewrites.get(target, ()):
+        call = hashed(target)
+        for rewrite in self.rewrites.get(call, ()):
             better = rewrite(self, val, *args, **kwargs)
             if better is not None and not (apart and any(better is a for a in args)):
                 return better
@@ -135,8 +137,8 @@ class Builder:
             return self.seen[drawn]
         if apart or not mergeable(target):
             return self.make("call_function", target, args, kwargs, val)
-        key = node_key(target, args, kwargs, self.meta.get("again", self.meta.get("region")))
-        if target in COMMUTATIVE and len(args) == 2 and not kwargs:
+        key = node_key(call, args, kwargs, self.meta.get("again", self.meta.get("region")))
+        if call in COMMUTATIVE and len(args) == 2 and not kwargs:
             x, y = args
             if (
                 x.__class__ is Node
@@ -211,14 +213,14 @@ class Builder:
                 env[n] = self.call_like(n, env) if new is NotImplemented else new
         self.meta = {}
 
-    def splice(self, graph: fx.Graph | Sequence[Node], inputs: Sequence[Any], outputs: Any) -> Any:
+    def splice(self, graph: fx.Graph, inputs: Sequence[Any], outputs: Any) -> Any:
         """Copy the nodes of ``graph``, its placeholders bound to ``inputs``; return ``outputs``
         mapped. Some inputs may have other strides or offsets than their placeholders."""
         env: dict[Node, Any] = {}
         moved = False
         feed = iter(inputs)
         kept = self.meta
-        for n in graph.nodes if isinstance(graph, fx.Graph) else graph:
+        for n in graph.nodes:
             if n.op == "placeholder":
                 env[n] = next(feed)
                 moved = moved or displaced(n.meta["val"], env[n])
@@ -260,6 +262,8 @@ def carried(n: Node) -> dict[str, Any]:
     """Return the metadata that a copy of a node keeps: the user's line, its checkpointed region,
     that it runs once more on purpose, the number of its draw."""
     meta = n.meta
+    if len(meta) == 2 and "line" in meta:  # as most have
+        return {"line": meta["line"]}
     return {k: meta[k] for k in _CARRIED if k in meta}
 
 
@@ -286,13 +290,13 @@ def draw_op(target: Any) -> bool:
 def mergeable(target: Any) -> bool:
     """Return whether two equal calls may be one: not draws, effects, nor uninitialised memory."""
     if target.__class__ is OpOverload:
-        mine = _mergeable.get(target)
+        mine = _mergeable.get(target._op)
         if mine is None:
             facts = Facts(target)
             mine = not (
                 facts.random or facts.effect or facts.writes or "empty" in target._schema.name
             )
-            _mergeable[target] = mine
+            _mergeable[target._op] = mine
         return mine
     return target is operator.getitem
 
@@ -322,11 +326,11 @@ def adds_apart(target: Any, args: Sequence[Any], val: Any) -> bool:
 
 #: views that not every layout allows
 VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten._reshape_alias.default)
-COMMUTATIVE = frozenset((_aten.add.Tensor, _aten.mul.Tensor))
+COMMUTATIVE = frozenset((_aten.add.Tensor._op, _aten.mul.Tensor._op))
 
 
-def node_key(target: Any, args: tuple, kwargs: dict, region: Any) -> tuple:
-    key: list = [target, region]
+def node_key(call: Any, args: tuple, kwargs: dict, region: Any) -> tuple:
+    key: list = [call, region]
     for a in args:
         _key_part(a, key)
     for k, v in kwargs.items():

@@ -35,19 +35,19 @@ def batched_op(walk: Batch, n: Node, randomness: str) -> tuple[Any, list[OpOverl
     op: Any = n.target
     args = full_args(op, n.args, n.kwargs)
     where = tensor_args(op)
-    flags = tuple(walk.has(args[i]) for i in where)
-    by_value = n.meta["val"] if torch.Tag.dynamic_output_shape in op.tags else None
-    tag = ("vmap", op, randomness, tuple(sample_sigs(args[i]) for i in where), by_value)
+    flags = tuple([walk.has(args[i]) for i in where])
+    by_value = n.meta["val"] if Facts(op).dynamic else None
+    tag = ("vmap", op._op, randomness, tuple([sample_sigs(args[i]) for i in where]), by_value)
     return apply(walk.b, tag, fragment(walk, n), flags, walk.size, *remap(tuple(args), walk.env))
 
 
 def fragment(walk: Batch, n: Node) -> Make:
     """Return ``make(builder, flags, size, *args) -> (result, looped ops)`` of an op."""
     op: Any = n.target
-    rule: Any = entry_for(op).vmap
     want = n.meta["val"]
 
     def make(b: Builder, flags: tuple, size: int, *args: Any) -> Any:
+        rule: Any = entry_for(op).vmap
         if not size:  # for every op
             return traced(lambda *_: loops.no_samples(want))(b, *args), []
         if rule is not None:
@@ -118,8 +118,8 @@ def by_parts(
 def sample_sigs(a: Any) -> Any:
     """Return the unbatched signatures, as a fragment depends on them (ranks, dtype promotion)."""
     if isinstance(a, list | tuple):
-        return tuple(sample_sigs(x) for x in a)
-    return a.meta["val"] if isinstance(a, Node) else None
+        return tuple([sample_sigs(x) for x in a])
+    return a.meta["val"] if a.__class__ is Node else None
 
 
 def all_with_batch(b: Builder, a: Any, yes: Any, size: int) -> Any:

@@ -76,7 +76,7 @@ def push(b: Builder, n: Node, new: Any, env: dict, tangents: dict) -> Any:
     out = node_outputs(b, new) if isinstance(new, Node) else new
     if isinstance(n.meta["val"], tuple) and not isinstance(out, list):
         out = [out]
-    return apply(b, ("jvp", op), jvp_make(n), ts, out, *new_args)
+    return apply(b, ("jvp", op._op), jvp_make(n), ts, out, *new_args)
 
 
 def jvp_make(n: Node) -> Any:

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from ..graph import Program
 from ..trace.emit import Builder, adds_apart, remap
-from ..trace.marks import check_gradient, dead_end, hidden_write, no_tangent, once
+from ..trace.marks import IDENTITIES, check_gradient, hidden_write
 from .rules.recurrent import WORKSPACE, layer, layer_with_workspace
 from .tidy import FINAL, rebuilt
-
-aten = torch.ops.aten
-
-
-IDENTITIES = (aten.detach.default, dead_end, no_tangent, once)
 
 
 def marked(program: Program) -> bool:
@@ -25,6 +19,13 @@ def marked(program: Program) -> bool:
         n.target in (*IDENTITIES, hidden_write, check_gradient)
         or getattr(n.target, "dissolved_with", "")
         for n in program.graph.nodes
+    )
+
+
+def nothing_but_marks(program: Program) -> bool:
+    """Return whether :func:`lowered` does no more than to replace marks by their arguments."""
+    return not any(
+        hasattr(n.target, "dissolved_with") or n.target is layer for n in program.graph.nodes
     )
 
 

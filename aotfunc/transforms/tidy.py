@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 #: rewritings for the last passes, after results got copies
 FINAL: dict[Any, list] = {
-    target: rules for target, rules in REWRITES.items() if target is not aten.clone.default
+    call: rules for call, rules in REWRITES.items() if call is not aten.clone.default._op
 }
 
 

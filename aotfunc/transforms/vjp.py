@@ -157,13 +157,13 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
         return op.pull(b, n, g, active, again)
     args = full_args(op, n.args, n.kwargs)
     where = tensor_args(op)
-    needs = tuple(any(isinstance(x, Node) and x in active for x in leaves(args[i])) for i in where)
+    needs = tuple([is_active(args[i], active) for i in where])
     g = by_output(g, n.meta["val"])
     values = args if again is n else full_args(op, again.args, again.kwargs)
     made = node_outputs(b, again)
     out = mapped(partial(behind_hooks, b), node_outputs(b, n), made)
     hooked = leaves(out) != leaves(made)
-    grads = apply(b, ("vjp", op, hooked), vjp_make(n, hooked), needs, g, out, *values)
+    grads = apply(b, ("vjp", op._op, hooked), vjp_make(n, hooked), needs, g, out, *values)
     flat_args: list = []
     flat_grads: list = []
     for i, ga in zip(where, grads, strict=False):
@@ -175,6 +175,13 @@ def pull(b: Builder, n: Node, g: Any, active: Any, again: Any) -> tuple[list, li
             flat_args.append(a)
             flat_grads.append(ga)
     return flat_args, flat_grads
+
+
+def is_active(a: Any, active: Any) -> bool:
+    """Return whether an argument, or one of a list, is active."""
+    if isinstance(a, list | tuple):
+        return any([is_active(x, active) for x in a])
+    return a.__class__ is Node and a in active
 
 
 def by_output(g: Any, val: Any) -> Any:

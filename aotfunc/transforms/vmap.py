@@ -20,8 +20,7 @@ from ..graph import Program, draws
 from ..progress import with_progress
 from ..trace.emit import Builder, paused_gc, remap, remap_dict
 from ..trace.marks import check_gradient, dead_end, fail, hidden_write, no_tangent, once
-from ..trace.nested import mapped
-from ..trace.shapes.sig import Sig, contiguous_stride, make_sig
+from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import loops
 from .batched_op import batched_op
 from .rules import axes
@@ -68,17 +67,19 @@ class Batch:
         self.loops: list[tuple[OpOverload, Any]] = []
 
     def has(self, a: Any) -> Any:
-        return mapped(lambda x: isinstance(x, Node) and bool(self.batched.get(x)), a)
+        if isinstance(a, list | tuple):
+            return [self.has(x) for x in a]
+        return a.__class__ is Node and bool(self.batched.get(a))
 
     def walk(self, nodes: Any) -> None:
         def visit(b: Builder, n: Node, env: dict[Node, Any]) -> Any:
-            met = any(self.batched.get(i) for i in n._input_nodes) or self.names(n)
+            met = any([self.batched.get(i) for i in n._input_nodes]) or self.names(n)
             if not (met or (draws(n) and self.once_each(n))):
                 return NotImplemented
             new, self.batched[n] = self.batch(n)
-            same = any(new is env.get(i) for i in n._input_nodes)
-            if same and self.apart and n.target not in TRANSPARENT:  # y.clone(), y * 1
-                return b.call(aten.clone.default, new)
+            if self.apart and n.target not in TRANSPARENT:  # y.clone(), y * 1
+                if any(new is env.get(i) for i in n._input_nodes):
+                    return b.call(aten.clone.default, new)
             return new
 
         self.b.copy(nodes, self.env, visit)
@@ -132,7 +133,7 @@ class Batch:
         if not isinstance(op, OpOverload):
             return op.batch(self, n)
         # a check of values, such as _linalg_check_errors, takes a batch of them
-        if not op._schema.returns:
+        if Facts(op).silent:
             args = remap(n.args, self.env)
             if op._schema.name == "aten::_assert_async":
                 args = (self.b.call(aten.all.default, args[0]), *args[1:])
@@ -140,9 +141,10 @@ class Batch:
                 n = self.b.node(op, args, {"is_matrix": False}, None)
                 return n, False
             return self.b.node(op, args, remap_dict(n.kwargs, self.env), None), False
-        if draws(n) and self.randomness == "error":
+        random = draws(n)
+        if random and self.randomness == "error":
             self.once_each(n)
-        out, looped = batched_op(self, n, self.randomness if draws(n) else "")
+        out, looped = batched_op(self, n, self.randomness if random else "")
         self.loops += [(loop, n.meta.get("line")) for loop in looped]
         return out, True
 

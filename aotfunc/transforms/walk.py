@@ -20,7 +20,7 @@ from torch.fx import Node
 from ..cache import Cache
 from ..debug import Line, at, line_in_a_rule
 from ..errors import RuleError
-from ..trace.emit import Builder
+from ..trace.emit import Builder, remap, remap_dict
 from ..trace.functionalize import Functionalizer
 from ..trace.modes import off, outside_inference_mode
 from ..trace.nested import leaves, map_nested, mapped
@@ -38,18 +38,20 @@ Make = Callable[..., Any]
 
 
 class Fragment:
-    """A rule's graph for one signature."""
+    """A rule's graph for one signature: its inputs, its calls with all that they are made of, and
+    its results."""
 
-    __slots__ = ("inputs", "nodes", "outputs")
+    __slots__ = ("calls", "inputs", "outputs")
 
-    def __init__(self, graph: fx.Graph, outputs: Any) -> None:
-        self.nodes = [n for n in graph.nodes if n.op != "output"]
-        for n in self.nodes:
-            n.meta = {"val": n.meta["val"]}  # splice adds the line of the op that the rule is for
-        self.outputs = outputs
+    def __init__(self, inputs: list[Node], graph: fx.Graph, outputs: Any) -> None:
+        self.inputs, self.outputs = inputs, outputs
+        calls = [n for n in graph.nodes if n.op == "call_function"]
+        self.calls = [(n, n.target, n.args, n.kwargs, n.meta["val"]) for n in calls]
+        for n in graph.nodes:
+            n.meta.clear()  # copies get the line of the op that the rule is for
 
 
-_fragments = Cache(1 << 15, lambda fragment: 1 + len(fragment.nodes))
+_fragments = Cache(1 << 15, lambda fragment: 1 + len(fragment.calls))
 
 
 def builder() -> Builder:
@@ -75,11 +77,13 @@ def apply(b: Builder, tag: tuple, make: Make, *args: Any) -> Any:
         fb = builder()
         inputs = [fb.placeholder("x", n.meta["val"]) for n in nodes]
         outputs = make(fb, *fill(template, inputs))
-        fragment = Fragment(
-            fb.finish([o for o in leaves(outputs) if isinstance(o, Node)]), outputs
-        )
+        graph = fb.finish([o for o in leaves(outputs) if isinstance(o, Node)])
+        fragment = Fragment(inputs, graph, outputs)
         _fragments.put(frozen, fragment)
-    return b.splice(fragment.nodes, nodes, fragment.outputs)
+    env: dict[Node, Any] = dict(zip(fragment.inputs, nodes, strict=True))
+    for n, target, given, kwargs, val in fragment.calls:
+        env[n] = b.node(target, remap(given, env), remap_dict(kwargs, env), val)
+    return remap(fragment.outputs, env)
 
 
 def traced(fn: Callable, intent: bool = True, opened: dict | None = None) -> Make:

@@ -207,6 +207,8 @@ class Facts:
         #: autograd lets no floating result of it require grad
         self.untracked = schema.name in UNTRACKED
         self.returns_tensors = all("Tensor" in str(r.type) for r in returns)
+        #: returns nothing
+        self.silent = not returns
         self.effect = (not returns and not written) or op.namespace == "aotfunc_effect"
 
 

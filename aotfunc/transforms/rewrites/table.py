@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ...trace.emit import Builder, infer_val
+from ...trace.emit import Builder, hashed, infer_val
 from ...trace.shapes.sig import Sig
 from ..activity import has_derivative
 
 aten = torch.ops.aten
 
-REWRITES: dict[Any, list] = defaultdict(list)
+REWRITES: dict[Any, list] = defaultdict(list)  # see Builder
 
 #: dtypes to which kernels convert a Python number before they compute
 EXACT = frozenset((torch.float32, torch.float64))
@@ -32,7 +32,7 @@ def rewrite(*targets: Any) -> Any:
 
     def register(rule: Any) -> Any:
         for target in targets:
-            REWRITES[target].append(rule)
+            REWRITES[hashed(target)].append(rule)
         return rule
 
     return register

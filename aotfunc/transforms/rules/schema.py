@@ -30,11 +30,14 @@ def tensor_args(op: OpOverload) -> tuple[int, ...]:
 
 def full_args(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
     """Return all arguments of the schema in order, keyword-only ones too, defaults filled in."""
-    schema = op._schema.arguments
-    full = list(args)
-    for a in schema[len(args) :]:
-        full.append(kwargs.get(a.name, a.default_value))
-    return full
+    rest = defaults(op)[len(args) :]
+    return [*args, *[kwargs.get(name, default) for name, default in rest]]
+
+
+@cache
+def defaults(op: OpOverload) -> list[tuple[str, Any]]:
+    """Return the names and defaults of the schema's arguments in order."""
+    return [(a.name, a.default_value) for a in op._schema.arguments]
 
 
 def call_op(op: OpOverload, args: Sequence[Any]) -> Any:
