@@ -207,7 +207,12 @@ def entry_of(n: Node) -> Callable:
 
 def unsure(n: Node) -> bool:
     """Return whether the result's layout may differ from the graph's."""
-    return isinstance(n.target, OpOverload) and n.target.namespace not in OURS
+    return n.target.__class__ is OpOverload and not lays_as_said(n.target)
+
+
+@functools.cache
+def lays_as_said(op: OpOverload) -> bool:
+    return op.namespace in OURS
 
 
 def as_said(n: Node, value: Any) -> Any:

@@ -21,22 +21,24 @@ OFTEN = 50
 
 
 class Interpreted:
-    """A function of the graph's placeholders that returns its flat outputs as a tuple. Code is
-    made of ``tidied()``, the same graph without marks of intent; these are calls that return an
-    argument."""
+    """A function of the graph's placeholders that returns its flat outputs as a tuple. From the
+    second run on it runs ``dissolved()``, the same graph without marks of intent."""
 
-    def __init__(self, graph: fx.Graph, tidied: Callable[[], fx.Graph] | None = None) -> None:
-        self.graph, self.tidied, self.runs = graph, tidied or (lambda: graph), 0
+    def __init__(self, graph: fx.Graph, dissolved: Callable[[], fx.Graph] | None = None) -> None:
+        self.graph, self.dissolved, self.runs = graph, dissolved, 0
         self.run: Callable[..., tuple] | None = None
 
     def __call__(self, *inputs: Any) -> tuple:
         self.runs += 1
-        if self.run is None:
-            shown = debug.LEVEL >= 4  # the code
-            self.run = compile_graph(self.tidied()) if shown else Calls(self.graph)
-        elif self.runs >= OFTEN and self.run.__class__ is Calls:
-            self.run = compile_graph(self.tidied())
-        return self.run(*inputs)
+        run, dissolved = self.run, self.dissolved  # another thread may run it, too
+        shown = debug.LEVEL >= 4  # the code
+        if dissolved is not None and (shown or self.runs > 1):
+            self.graph, self.dissolved, run = dissolved(), None, None
+        if run is None:
+            run = self.run = compile_graph(self.graph) if shown else Calls(self.graph)
+        elif self.runs >= OFTEN and run.__class__ is Calls:
+            run = self.run = compile_graph(self.graph)
+        return run(*inputs)
 
 
 class Calls:

@@ -29,7 +29,7 @@ from ..trace.shapes.sig import Facts, Sig
 from ..trace.views import Link, laid_out, linked
 from ..transforms.activity import flat_arguments, live
 from ..transforms.jvp import jvp, tangent_sig
-from ..transforms.lower import lowered, nothing_but_marks
+from ..transforms.lower import lowered, marked, nothing_but_marks
 from ..transforms.vjp import cotangent_sig, vjp
 from ..transforms.vmap import vmap
 from .makers import maker
@@ -185,7 +185,7 @@ def on_eager(program: Program) -> Callable[..., tuple]:
     """Return the program on eager, with new values of written inputs among its results."""
 
     def make() -> Interpreted:
-        if nothing_but_marks(program):
+        if marked(program) and nothing_but_marks(program):
             return Interpreted(program.graph, lambda: lowered(program).graph)
         return Interpreted(lowered(program).graph)
 

@@ -25,7 +25,7 @@ from ..trace.functionalize import Functionalizer
 from ..trace.modes import off, outside_inference_mode
 from ..trace.nested import leaves, map_nested, mapped
 from ..trace.recording import record_into
-from ..trace.shapes.instr import encode, env_key
+from ..trace.shapes.instr import SIMPLE, encode, env_key
 from ..trace.shapes.sig import Sig, Slot, fill
 from ..trace.traced import Traced, quiet
 from ..trace.tracer import Trace
@@ -69,12 +69,20 @@ def apply(b: Builder, tag: tuple, make: Make, *args: Any) -> Any:
         nodes.append(n)
         return Slot(len(nodes) - 1), n.meta["val"]
 
-    template = [encode(a, key, sink) for a in args]
+    for a in args:
+        if a.__class__ is Node:
+            nodes.append(a)
+            key.append(a.meta["val"])
+        elif a.__class__ in SIMPLE:
+            key += (a.__class__, a)
+        else:
+            encode(a, key, sink)
     key.append(env_key())
     frozen = tuple(key)
     fragment = _fragments.get(frozen)
     if fragment is None:
-        fb = builder()
+        fb, nodes = builder(), []
+        template = [encode(a, [], sink) for a in args]
         inputs = [fb.placeholder("x", n.meta["val"]) for n in nodes]
         outputs = make(fb, *fill(template, inputs))
         graph = fb.finish([o for o in leaves(outputs) if isinstance(o, Node)])

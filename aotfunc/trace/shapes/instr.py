@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.fx import Node
 
 from ...cache import Cache
 from ...errors import CaptureError
@@ -90,7 +91,7 @@ def encode(a: Any, key: list, sink: Any) -> Any:
     if cls is complex:
         key += (cls, a.real.hex(), a.imag.hex())
         return a
-    if isinstance(a, Tensor) or cls.__name__ == "Node":
+    if cls is Node or isinstance(a, Tensor):
         slot, sig = sink(a)
         key.append(sig)
         return slot
