@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from ..trace.emit import Builder
+from ..trace.emit import Builder, hashed
 from ..trace.shapes.sig import Facts
 from .rules.schema import call_op, full_args
 from .walk import output
@@ -36,13 +36,13 @@ def has_formula(op: OpOverload) -> bool:
 @contextmanager
 def answered(b: Builder, op: OpOverload, args: Sequence[Any], out: Any) -> Iterator[None]:
     """Take ``out`` for what the first call of ``op`` returns, if it has these arguments."""
-    kept, given = b.rewrites, list(args)
+    kept, given, call = b.rewrites, list(args), hashed(op)
 
     def answer(b: Builder, val: Any, *args: Any, **kwargs: Any) -> Any:
         b.rewrites = kept
         return out if full_args(op, args, kwargs) == given else None
 
-    b.rewrites = {**kept, op: (answer, *kept.get(op, ()))}
+    b.rewrites = {**kept, call: (answer, *kept.get(call, ()))}
     try:
         yield
     finally:
