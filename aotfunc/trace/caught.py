@@ -3,30 +3,172 @@ runs once it has to be raised where the op is called."""
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import sys
-from functools import cache
-from types import CodeType, FrameType
+from collections.abc import Callable, Sequence
+from types import CodeType, FrameType, ModuleType
+from typing import Any
 
-from ..debug import _NOT_THE_USERS, _OURS
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..cache import Cache
+from ..debug import _NOT_THE_USERS
+from .tape import Tape
+from .traced import current
+
+aten = torch.ops.aten
+
+#: ops that raise errors for values, by name
+RAISING = (
+    *("index", "index_put", "index_select", "index_add", "index_copy", "index_fill", "gather"),
+    *("scatter", "scatter_add", "scatter_reduce", "take", "put", "masked_scatter", "embedding"),
+    *("embedding_renorm_", "_embedding_bag", "_embedding_bag_forward_only", "nll_loss_forward"),
+    *("nll_loss2d_forward", "multi_margin_loss", "multilabel_margin_loss_forward", "bincount"),
+    *("repeat_interleave", "binary_cross_entropy", "_ctc_loss", "max_unpool2d", "max_unpool3d"),
+    *(
+        "div",
+        "floor_divide",
+        "remainder",
+        "fmod",
+        "multinomial",
+        "_assert_async",
+        "_linalg_eigh",
+        "linalg_eig",
+    ),
+    *("_linalg_svd", "linalg_lstsq"),
+)
+RAISING_OPS = [
+    op
+    for name in RAISING
+    for packet in (getattr(aten, name), getattr(aten, f"{name}_", None))
+    for op in ([getattr(packet, o) for o in packet.overloads()] if packet else ())
+    if not any(a.is_out for a in op._schema.arguments)
+    if op.__name__ not in ("div.Tensor", "div.Scalar", "div_.Tensor", "div_.Scalar")  # to floats
+]
+#: those that do so for integers only
+DIVISIONS = ("div", "floor_divide", "remainder", "fmod")
 
 
-@cache
-def guarded(code: CodeType) -> list[tuple[int, int]]:
-    """Return the parts of a function that have an exception handler; ``with`` blocks have none."""
-    entries = dis._parse_exception_table(code)  # type: ignore[attr-defined]
-    return [(e.start, e.end) for e in entries if not e.lasti]
+def raising_first(
+    op: OpOverload, then: Callable | None, trace: Tape, *args: Any, **kwargs: Any
+) -> Any:
+    """Raise the error of an op for its values here, where the function would catch it and runs
+    once; any other comes from the program. Go on with ``then``."""
+    if trace.may_ask_constants and may_raise(op, args) and catches():
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+
+        def attempt(*values: Tensor) -> None:
+            given = dict(zip(places, values, strict=True))
+            # an op in place writes to a copy
+            each = [given[i].clone() if i in given else x for i, x in enumerate(leaves)]
+            again, named = tree_unflatten(each, spec)
+            with torch.random.fork_rng(devices=[]):
+                op(*again, **named)
+
+        raise_now(trace, attempt, [leaves[i] for i in places])
+    return NotImplemented if then is None else then(trace, *args, **kwargs)
+
+
+def raise_if_caught(attempt: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
+    """Raise the error of ``attempt(*values)`` if the function, which runs once, would catch it."""
+    trace = current()
+    if trace is not None and trace.may_ask_constants and catches():
+        raise_now(trace, attempt, tensors)
+
+
+def raise_now(trace: Any, attempt: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
+    """Raise the error of ``attempt(*values)`` for the values of these tensors."""
+
+    def passes(*values: Tensor) -> bool:
+        attempt(*values)
+        return True
+
+    trace.answer(passes, tensors, "whether an op fails")
+
+
+def may_raise(op: OpOverload, args: Sequence[Any]) -> bool:
+    """Return whether the values may be an error: those of a division if it is of integers."""
+    if not op.__name__.startswith(DIVISIONS):
+        return True
+    return not any(isinstance(a, Tensor) and a.dtype.is_floating_point for a in args)
+
+
+#: by file, whether it is the user's; by identity, functions (whose hash takes long), their parts
+_users: dict[str, bool] = {}
+_known = Cache(1 << 12)
+
+
+def guarded(code: CodeType) -> Sequence[tuple[int, int, Sequence[str] | None]]:
+    """Return the parts of a function that have an exception handler, or a ``with`` block: with the
+    names that say what its context manager is."""
+    return _known.once(id(code), lambda: (guarded_parts(code), code))[0]
+
+
+def guarded_parts(code: CodeType) -> Sequence[tuple[int, int, Sequence[str] | None]]:
+    calls = list(dis.get_instructions(code))
+    found: list[tuple[int, int, Sequence[str] | None]] = []
+    for e in dis._parse_exception_table(code):  # type: ignore[attr-defined]
+        handler = [i.opname for i in calls if i.offset >= e.target][:2]
+        if not e.lasti:
+            found.append((e.start, e.end, None))
+        elif "WITH_EXCEPT_START" in handler:
+            found.append((e.start, e.end, manager_names(calls, e.start)))
+    return found
+
+
+def manager_names(calls: Sequence[dis.Instruction], start: int) -> Sequence[str]:
+    """Return the names by which the context manager of a ``with`` block was found (``torch``,
+    ``no_grad``), none if that is hard to say."""
+    enters = [i for i in calls if i.opname == "BEFORE_WITH" and i.offset < start]
+    if not enters or (where := enters[-1].positions) is None:
+        return ()
+    begin = where.lineno, where.col_offset
+    names: list[str] = []
+    for i in calls:
+        at = i.positions
+        if at is None or (at.lineno, at.col_offset) != begin or i.offset >= enters[-1].offset:
+            continue
+        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_FAST"):
+            names = [i.argval]
+        elif i.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            names.append(i.argval)
+    return names
+
+
+def swallows(frame: FrameType, names: Sequence[str]) -> bool:
+    """Return whether the context manager of these names may swallow errors: none of PyTorch's."""
+    if not names:
+        return True
+    first, *rest = names
+    spaces = (frame.f_locals, frame.f_globals, frame.f_builtins)
+    manager = next((space[first] for space in spaces if first in space), None)
+    for name in rest:
+        manager = getattr(manager, name, None)
+    if manager in (contextlib.suppress, contextlib.ExitStack):
+        return True
+    module = manager.__name__ if isinstance(manager, ModuleType) else manager.__module__
+    return str(module).split(".")[0] not in ("torch", "aotfunc", "contextlib")
 
 
 def catches() -> bool:
     """Return whether an exception handler of the function that is being recorded is active."""
     frame: FrameType | None = sys._getframe(1)
-    active = inside = False
+    active = False
     while frame is not None:
-        code, at = frame.f_code, frame.f_lasti
-        if code.co_filename.startswith(_OURS):
-            inside = inside or (active and code.co_name == "record_into")
-        elif not code.co_filename.startswith(_NOT_THE_USERS):
-            active = active or any(start <= at < stop for start, stop in guarded(code))
+        code = frame.f_code
+        users = _users.get(code.co_filename)
+        if users is None:
+            users = not code.co_filename.startswith(_NOT_THE_USERS)
+            _users[code.co_filename] = users
+        if active and code.co_name == "record_into" and not users:
+            return True
+        for start, stop, names in guarded(code) if users and not active else ():
+            if start <= frame.f_lasti < stop and (names is None or swallows(frame, names)):
+                active = True
         frame = frame.f_back
-    return inside
+    return False

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .caught import raise_if_caught
 from .shapes.infer import TOLD, infer
 from .shapes.instr import env_key, intern, interned
 from .shapes.sig import Sig, Slot, make_sig
@@ -54,6 +55,13 @@ def places_in(index: Any) -> list[int]:
     found = [i for i in tensors if is_place(parts[i])]
     others = [p for i, p in enumerate(parts) if i not in found]
     return found if all(p is None or p is ... or type(p) in (int, slice) for p in others) else []
+
+
+def select_traced(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Return the view ``x.select(dim, index)``."""
+    whole = torch.empty(()).expand(x.shape)
+    raise_if_caught(lambda i: whole.select(dim, int(i)), [index])
+    return narrow_traced(x, dim, index, 1).squeeze(dim)
 
 
 def narrow_traced(x: Tensor, dim: int, start: Tensor, length: int) -> Tensor:
@@ -106,7 +114,7 @@ def getitem(self: Tensor, index: Any) -> Tensor:
     shown, indices = rest(self, index, places)
     for dim, i in reversed(list(enumerate(indices))):
         if i is not None:
-            shown = narrow_traced(shown, dim, i, 1).squeeze(dim)
+            shown = select_traced(shown, dim, i)
     return shown
 
 
@@ -158,13 +166,15 @@ def assigned(x: Tensor, value: Any, rank: int) -> Tensor:
 
 def narrow(self: Tensor, dim: Any, start: Any, length: Any) -> Tensor:
     if isinstance(start, Tensor) and is_place(start):
+        whole = torch.empty(()).expand(self.shape)
+        raise_if_caught(lambda i: whole.narrow(dim, int(i), length), [start])
         return narrow_traced(self, range(self.dim())[dim], start, length)
     return _narrow(self, dim, start, length)
 
 
 def select(self: Tensor, dim: Any, index: Any) -> Tensor:
     if isinstance(index, Tensor) and is_place(index):
-        return narrow_traced(self, range(self.dim())[dim], index, 1).squeeze(dim)
+        return select_traced(self, range(self.dim())[dim], index)
     return _select(self, dim, index)
 
 

@@ -20,14 +20,14 @@ from ..debug import _OURS, at, user_line
 from ..errors import CaptureError
 from .autograd import needs_grad
 from .casts import record_cast
-from .caught import catches
+from .caught import RAISING_OPS, catches, raising_first
 from .collectives import DIFFERENTIATED, within_function
 from .in_place import refresh, uncount
 from .kernels import READ_AS_LAID, misread
 from .numbers import forgive
 from .outside import StandIn
 from .overlaps import crossing_writes
-from .places import is_integer, narrow_traced, subscript
+from .places import is_integer, select_traced, subscript
 from .records import flat_tensors
 from .shapes.infer import TOLD, infer
 from .shapes.instr import env_key, intern, interned
@@ -126,7 +126,7 @@ def _select(trace: Trace, x: Tensor, dim: int, index: int) -> Any:
         raise error
     forgive(error)
     with trace:
-        return narrow_traced(x, dim, place, 1).squeeze(dim)
+        return select_traced(x, dim, place)
 
 
 def _slice(trace: Trace, *_: Any, **__: Any) -> Any:
@@ -349,6 +349,7 @@ _ANSWERS: dict[OpOverload, Callable] = {
     aten.linalg_lstsq.default: _with_trace(_lstsq),
     aten._pack_padded_sequence.default: _pack_padded,
 }
+_ANSWERS |= {op: partial(raising_first, op, _ANSWERS.get(op)) for op in RAISING_OPS}
 #: keyed by the functions behind the overloads, which hash in C
 SPECIAL: dict[Any, Callable] = {op._op: answer for op, answer in _ANSWERS.items()}
 #: the answers while an index has been asked for its number

@@ -1,10 +1,13 @@
 """Errors that ops raise for values, and that the function catches: in a transform that runs once
 they are raised where the op is called."""
 
+import contextlib
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from aotfunc import grad, hessian, jit, vjp, vmap
+from aotfunc import checkpoint, grad, hessian, jit, jvp, vjp, vmap
 from tests.reference import assert_same
 
 
@@ -78,3 +81,92 @@ def test_a_compiled_function_raises_the_error():
         assert_same(compiled(torch.eye(2)), f(torch.eye(2)).sum())
         with pytest.raises(torch.linalg.LinAlgError):
             compiled(-torch.eye(2))
+
+
+ROW = torch.tensor([1.0, -2.0, 3.0, 0.5])
+BAD = torch.tensor([0, 4])
+
+
+def written(x):
+    y = x.clone()
+    y[BAD] = 9.0
+    return y
+
+
+#: ops that raise an error for these values
+RAISING = {
+    "x[i]": lambda x: x[BAD],
+    "x[i] of one": lambda x: x[BAD[1]],
+    "x[computed]": lambda x: x[BAD + 1],
+    "x[i] = y": written,
+    "narrow": lambda x: x.narrow(0, BAD[1], 1),
+    "gather": lambda x: x.gather(0, BAD),
+    "take": lambda x: x.take(BAD),
+    "index_add_": lambda x: (x * 1).index_add_(0, BAD, x[:2]),
+    "scatter": lambda x: x.scatter(0, BAD, x[:2]),
+    "embedding": lambda x: F.embedding(BAD, x[:, None]),
+    "embedding_bag": lambda x: F.embedding_bag(BAD, x[:, None], torch.tensor([0])),
+    "cross_entropy": lambda x: F.cross_entropy(x[None], torch.tensor([7])),
+    "binary_cross_entropy": lambda x: F.binary_cross_entropy(x, x.detach().sigmoid()),
+    "division": lambda x: x * (torch.tensor([1, 2, 3, 4]) // torch.tensor(0)),
+    "one_hot": lambda x: x * F.one_hot(torch.tensor(5), 4),
+    "eigh of NaN": lambda x: torch.linalg.eigh(x[:, None] * x * float("nan"))[0],
+    "multinomial": lambda x: x[torch.multinomial(torch.tensor([-1.0, 2.0]), 1)],
+    "repeat_interleave": lambda x: x.repeat_interleave(torch.tensor([1, -1, 1, 1])),
+    "a shape": lambda x: x @ torch.ones(3),
+}
+
+
+class Swallowing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return True
+
+
+def by_try(op, x):
+    with torch.enable_grad():
+        try:
+            return op(x).sum()
+        except (IndexError, RuntimeError):
+            return (x * x).sum()
+
+
+def by_suppress(op, x):
+    with contextlib.suppress(IndexError, RuntimeError), torch.enable_grad():
+        return op(x).sum()
+    return (x * x).sum()
+
+
+def by_a_manager(op, x):
+    out = (x * x).sum()
+    with Swallowing():
+        out = op(x).sum()
+    return out
+
+
+@pytest.mark.parametrize("catch", [by_try, by_suppress, by_a_manager])
+@pytest.mark.parametrize("name", RAISING)
+def test_errors_for_values(name, catch):
+    f = lambda x: catch(RAISING[name], x)
+    x = ROW.clone().requires_grad_()
+    (want,) = torch.autograd.grad(f(x), x)
+    before = torch.get_rng_state()
+    assert_same(grad(f)(ROW), want)
+    assert_same(grad(checkpoint(f))(ROW), want)
+    assert_same(jvp(f, (ROW,), (torch.ones(4),))[1], want.sum())
+    if name != "multinomial":
+        assert_same(vmap(grad(f))(torch.stack([ROW, ROW])), torch.stack([want, want]))
+    assert_same(torch.get_rng_state(), before)
+
+
+def test_an_error_that_is_not_caught_comes_from_the_program():
+    for f in (lambda x: x[BAD].sum(), lambda x: by_no_grad(x)):
+        with pytest.raises(IndexError):
+            grad(f)(ROW)
+
+
+def by_no_grad(x):
+    with torch.enable_grad():
+        return x.gather(0, BAD.clamp(max=3)).sum() + x[BAD].sum()
