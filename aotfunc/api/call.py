@@ -16,7 +16,6 @@ from ..capture.instances import flatten_tree
 from ..capture.tree import Arguments, flatten, in_order_of, leaf_paths, structure, unflatten
 from ..debug import where_defined
 from ..errors import ArgumentError
-from ..graph import Program
 from ..runtime.aliasing import change_in_place, ops_in_place
 from ..trace.nested import with_items
 from ..trace.shapes.sig import floating
@@ -180,7 +179,7 @@ class Call:
                 f"{out.dtype}; use vjp or jacrev"
             )
 
-    def derived(self, key: tuple, make: Callable[[], Program]) -> Program:
+    def derived(self, key: tuple, make: Callable[[], Any]) -> Any:
         return self.program.derived((self.name, self.wrt, *key), make)
 
     def results(self, tensors: Sequence[Tensor], first: int = 0) -> tuple[Any, ...]:

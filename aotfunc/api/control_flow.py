@@ -251,7 +251,9 @@ def choice(name: str, index: Tensor, branches: Sequence[Callable], operands: tup
     target = Switch(bodies)
     if current() is None and not inside_torch_func():  # as eager: what is not taken is not there
         taken = target.bodies[int(index)]
-        outs = run_flow(taken, (name,), lambda b, args: b.inlined(taken, args), [*consts, *given])
+        program = steps[int(index)].rec.program()
+        build = lambda b, args: b.inlined(taken, args)
+        outs = run_flow(taken, (name, program), build, [*consts, *given], program)
     else:
         build = lambda b, args: emit_flow(b, target, args)
         outs = run_flow(bodies[0], (name, *bodies), build, [index, *consts, *given])

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..capture.bodies import dense, row_sig, with_constants
 from ..capture.capture import as_called, capture
 from ..capture.captured import Captured
+from ..capture.makers import as_makers
 from ..capture.tree import flatten, leaf_paths, structure
 from ..debug import at, user_line, where_defined
 from ..errors import ArgumentError, CaptureError
@@ -174,7 +175,8 @@ def consts_first(program: Program) -> Program:
         new = b.inputs([*old[n:], *old[:n]])
         consts = len(old) - n
         outs = b.inlined(program, [*new[consts:], *new[:consts]])
-        return Program(b.finish(outs), len(old), program.n_outputs, (), program.name)
+        new_one = Program(b.finish(outs), len(old), program.n_outputs, (), program.name)
+        return as_makers(program, new_one)
 
 
 def sharing_constants(steps: Sequence[Body]) -> tuple[list[Tensor], list[Program]]:
@@ -193,10 +195,15 @@ def sharing_constants(steps: Sequence[Body]) -> tuple[list[Tensor], list[Program
 
 
 def run_flow(
-    body: Program, key: tuple, build: Callable[[Builder, list], list], inputs: Sequence[Tensor]
+    body: Program,
+    key: tuple,
+    build: Callable[[Builder, list], list],
+    inputs: Sequence[Tensor],
+    like: Program | None = None,
 ) -> tuple:
     """Build a program from ``body`` by ``build(builder, nodes)`` and return its results for these
-    inputs; ``key`` has all else that the program depends on."""
+    inputs; ``key`` has all else that the program depends on. They are those of a program ``like``
+    it."""
     sigs = tuple([signature(x) for x in inputs])
 
     def program() -> Program:
@@ -204,6 +211,7 @@ def run_flow(
             b = builder()
             args = [b.placeholder("x", sig) for sig in sigs]
             outs = build(b, args)
-            return fresh(Program(b.finish(outs), len(args), len(outs), (), str(key[0])), ())
+            new = fresh(Program(b.finish(outs), len(args), len(outs), (), str(key[0])), ())
+            return new if like is None else as_makers(like, new)
 
     return tuple(called(body.derived((*key, sigs), program), inputs))

@@ -15,14 +15,25 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from ..capture.capture import as_called, capture, parameter_names
+from ..capture.makers import (
+    UNREAD,
+    made_in,
+    maker,
+    of_derivatives,
+    still_made,
+    twins_in,
+    with_makers,
+)
 from ..capture.tree import Arguments, flatten, in_order_of, unflatten
 from ..errors import ArgumentError
 from ..graph import Program
 from ..runtime.aliasing import Changes, change_in_place, without_views
 from ..runtime.anomaly import without_nan
+from ..runtime.called import called
 from ..runtime.constants import attached
 from ..runtime.execute import execute, new_layout
 from ..runtime.late_reads import check_memory, storages
+from ..runtime.unseen import guard, unseen_in_transform
 from ..trace.entering import entered, entry
 from ..trace.kinds import ordinary_tensor
 from ..trace.memory import version
@@ -112,12 +123,19 @@ def _gradient(
         joint = vjp_pass(
             base, call.wrt, have, ones=True, fill=True, keep=range(first, base.n_outputs)
         )
-        return fresh(unhooked(joint), [(i - first, r) for i, r in call.aliases if i >= first])
+        shared = [(i - first, r) for i, r in call.aliases if i >= first]
+        made = [*made_in(base)[first : base.n_outputs], *[UNREAD] * len(call.wrt)]
+        return with_makers(
+            fresh(unhooked(joint), shared), made, [k - first for k in twins_in(base)]
+        )
 
     program = call.derived((value, call.aliases), make)
     outs = execute(program, call.inputs)
     kept = len(outs) - len(call.wrt)
     grads = without_nan(program, call.inputs, outs[kept:])
+    if value and outs[0].__class__ is Tensor and outs[0].requires_grad:
+        if program.once("saved", lambda: is_only_saved(program)):
+            guard(outs[:1], grads, name)
     _, *aux = call.results(outs[:kept], first)
     return (
         chosen_tree(arguments, argnums, grads),
@@ -126,15 +144,45 @@ def _gradient(
     )
 
 
-def _halves(joint: Program, call: Call, n_late: int) -> tuple[Program, Program, list[int]]:
-    """Cut a joint program by its late inputs; the early results have memory of their own."""
+def _halves(
+    joint: Program, call: Call, n_late: int, base: Program | None = None
+) -> tuple[Program, Program, list[int]]:
+    """Cut a joint program by its late inputs; the early results have memory of their own. They are
+    those of ``base``, or nothing is computed from them."""
 
     def make() -> Any:
         early, late, direct = halve(joint, call.program.n_outputs, n_late)
         residuals = ((i, ANYTHING) for i in range(call.program.n_outputs, early.n_outputs))
-        return fresh(early, [*call.aliases, *residuals]), late, direct
+        early = fresh(early, [*call.aliases, *residuals])
+        if base is None:
+            early = with_makers(early, [UNREAD] * call.program.n_outputs)
+        else:
+            names = still_made(base, early, made_in(base))
+            early = with_makers(early, names, twins_in(base))
+        return early, of_derivatives(late), direct
 
     return joint.derived(("halves",), make)
+
+
+def residual_places(forward: Program, count: int) -> list[int]:
+    """Return the place of each residual, which follow the ``count`` results: that of the result if
+    it is one, as its op makes it in eager mode."""
+    outs, made = forward.outputs, made_in(forward)
+    first = {outs[k]: k for k in range(count) if maker(outs[k]) == made[k]}
+    return [first.get(outs[k], k) for k in range(count, forward.n_outputs)]
+
+
+def is_only_saved(program: Program) -> bool:
+    """Return whether eager saves the first result, a value, and no gradient reads it here."""
+    unseen = unseen_in_transform(program).get(0)
+    return unseen is not None and unseen.saved and len(program.outputs[0].users) == 1
+
+
+def saved_elsewhere(forward: Program, count: int) -> list[int]:
+    """Return which of the ``count`` results eager saves, and no residual is."""
+    residuals = residual_places(forward, count)
+    unseen = unseen_in_transform(forward).items()
+    return [k for k, u in unseen if u.saved and k < count and k not in residuals]
 
 
 @validated(Maps)
@@ -163,9 +211,13 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
         lambda: tuple([i < n_out and has_derivative(v) for i, v in enumerate(vals)]),
     )
     joint = call.derived((have,), lambda: unhooked(vjp_pass(base, call.wrt, have, fill=True)))
-    forward, backward, direct = _halves(joint, call, sum(have))
-    outs = execute(forward, call.inputs)
-    residuals = [*outs[base.n_outputs :], *[call.inputs[i] for i in direct]]
+    forward, backward, direct = _halves(joint, call, sum(have), base)
+    outs = called(forward, call.inputs)
+    # a residual that is a result is that tensor: its hooks act on what is computed from it
+    residuals = [
+        outs[i] for i in forward.once("residuals", lambda: residual_places(forward, len(vals)))
+    ]
+    residuals += [call.inputs[i] for i in direct]
     versions, memory = list(map(version, residuals)), storages(residuals)
     dtype = torch.get_default_dtype()
     output, *aux = call.results(outs[: base.n_outputs])
@@ -207,6 +259,9 @@ def vjp(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
                 )
         with without_modes(dtype):
             grads = execute(backward, inputs := [*residuals, *given])
+            if any(g.__class__ is Tensor and g.requires_grad for g in grads):
+                hidden = forward.once("saved", lambda: saved_elsewhere(forward, len(vals)))
+                guard([outs[k] for k in hidden], grads, "vjp")
             return chosen_tree(arguments, everything, without_nan(backward, inputs, grads))
 
     return output, vjp_fn, *aux
@@ -239,7 +294,8 @@ def jvp(
         if any(t is None for t in bare.outputs[base.n_outputs : base.n_outputs + n_out]):
             raise ArgumentError("jvp(strict=True): an output does not depend on the primals")
     program = call.derived(
-        (n_out, call.aliases), lambda: fresh(linear_program(base, wrt, n_out), call.aliases)
+        (n_out, call.aliases),
+        lambda: of_derivatives(fresh(linear_program(base, wrt, n_out), call.aliases)),
     )
     inputs = [*tensors_of(arguments), *flat_tangents, *call.rec.closed_over]
     outs = execute(program, inputs)

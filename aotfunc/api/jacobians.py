@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..capture.makers import of_derivatives
 from ..capture.tree import Arguments, unflatten
 from ..errors import ArgumentError
 from ..runtime.anomaly import without_nan
@@ -197,7 +198,7 @@ def _jacobian(how: Options, func: Callable, args: tuple, kwargs: dict) -> Any:
     if not n_out:
         raise ArgumentError(f"{name}: the function returned no tensors")
     sizes = (n_out, chunk_size, how.randomness)
-    program = call.derived(sizes, lambda: assemble(base, wrt, *sizes))
+    program = call.derived(sizes, lambda: of_derivatives(assemble(base, wrt, *sizes)))
     outs = execute(program, call.inputs)
     if assemble is jacobian_rows:
         count = n_out * len(wrt)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..capture.makers import of_derivatives
 from ..capture.tree import Arguments, flatten, in_order_of, structure, unflatten
 from ..debug import at, user_line
 from ..errors import ArgumentError, CaptureError
@@ -58,7 +59,9 @@ def jet(
     call.check_tensors()
     given = tuple(tuple(t is not None for t in row) for row in rows)
     base, wrt, n_out = call.program, call.wrt, call.n_out
-    program = call.derived((given, order, n_out), lambda: taylor(base, wrt, given, order, n_out))
+    program = call.derived(
+        (given, order, n_out), lambda: of_derivatives(taylor(base, wrt, given, order, n_out))
+    )
     tangents = [
         like_tangent(t if factorial_scaled else t * math.factorial(k), arguments.leaves[i])
         for i, row in zip(chosen, rows, strict=True)

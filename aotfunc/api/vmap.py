@@ -15,6 +15,7 @@ from ..capture.capture import as_called, capture, parameter_names
 from ..capture.captured import Captured
 from ..capture.concretize import batches
 from ..capture.followed import Samples
+from ..capture.makers import as_makers
 from ..capture.tree import Arguments, flatten, leaf_paths, unflatten
 from ..debug import where_defined
 from ..errors import ArgumentError, CaptureError
@@ -213,8 +214,10 @@ def _batched_program(
     how = (tensor_dims, batch.sigs if rec.trace.placed else batch.starts, axis, results_dims)
 
     def make() -> Program:
-        own = rec.aliases
-        return resized_program(base, *how, own, lambda: fresh(vmap_pass(base, *how), own))
+        return resized_program(base, *how, rec.aliases, of_this_size)
+
+    def of_this_size() -> Program:
+        return as_makers(base, fresh(vmap_pass(base, *how), rec.aliases))
 
     program = base.derived(("vmap", *how), make)
     places: list[tuple[int | None, int | None]] = []

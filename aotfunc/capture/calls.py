@@ -32,7 +32,7 @@ from ..transforms.jvp import jvp, tangent_sig
 from ..transforms.lower import lowered, marked, nothing_but_marks
 from ..transforms.vjp import cotangent_sig, vjp
 from ..transforms.vmap import vmap
-from .makers import maker
+from .makers import maker, still_made
 
 aten = torch.ops.aten
 
@@ -116,18 +116,20 @@ class Row(Step):
 
 
 class CallStep(Step):
-    """A program called inside a recording and dissolved into it."""
+    """A program called inside a recording and dissolved into it; ``apart(program)`` where autograd
+    is to know its results."""
 
-    def __init__(self, program: Program, runner: Callable[..., Any]) -> None:
+    def __init__(self, program: Program, runner: Callable, apart: Callable = lambda p: p) -> None:
         super().__init__(program.vals, program.mutated)
-        self.program, self.runner = program, runner
+        self.program, self.runner, self.apart = program, runner, apart
         self.facts.random = any(map(draws, program.graph.nodes))
         self.strided = any(map(counts_from_storage, program.graph.nodes))
 
     def emit(self, f: Functionalizer, refs: Sequence[int], grad: bool, line: Line | None) -> None:
         planned = [p.meta["val"] for p in self.program.placeholders]
         nodes = [laid_out(f.b, f.read(r, grad), val) for r, val in zip(refs, planned, strict=True)]
-        self.finish(f, refs, f.b.inlined(self.program, nodes), grad, line)
+        program = self.program if f.direct else self.apart(self.program)
+        self.finish(f, refs, f.b.inlined(program, nodes), grad, line)
 
     def views(self) -> Sequence[Any]:
         results = range(self.program.n_outputs)
@@ -262,11 +264,17 @@ def emit_call(b: Builder, call: CompiledCall, nodes: Sequence[Node]) -> list:
     return [b.item(node, i) if v.__class__ is Sig else v for i, v in enumerate(vals)]
 
 
-def becomes(b: Builder, n: Node, half: CompiledCall, count: int) -> list[Node]:
+def becomes(
+    b: Builder, n: Node, half: CompiledCall, count: int, made: Sequence[str] = ()
+) -> list[Node]:
     """Make a call node call a half that returns residuals after the ``count`` results; return the
-    residuals. (A second node would draw random numbers again.)"""
-    n.target, n.meta["val"] = half, all_vals(half.program)
-    return [b.item(n, i) for i, v in enumerate(n.meta["val"]) if i >= count and v.__class__ is Sig]
+    residuals. (A second node would draw random numbers again.) A result that its op ``made`` is
+    itself the residual: its hooks act on what is computed from it."""
+    n.target, n.meta["val"], half.made = half, all_vals(half.program), made
+    outs = half.program.outputs
+    itself = {o: i for i, (o, op) in enumerate(zip(outs, made, strict=False)) if maker(o) == op}
+    places = [i for i, v in enumerate(n.meta["val"]) if i >= count and v.__class__ is Sig]
+    return [b.item(n, itself.get(outs[i], i)) for i in places]
 
 
 class CompiledCall:
@@ -344,7 +352,7 @@ class CompiledCall:
         forward, backward = whole.once(
             ("split", wrt, plan), lambda: self.split(vjp(whole, wrt, have, plan=plan), count)
         )
-        residuals = becomes(b, n, forward, count)
+        residuals = becomes(b, n, forward, count, self.made)
         given = [(i, sig) for i, sig in enumerate(plan) if sig is not None]
         cotangents = [laid_out(b, g[i], sig, exactly=True) for i, sig in given]
         grads = emit_call(b, backward, [*residuals, *cotangents])
@@ -378,8 +386,7 @@ class CompiledCall:
         def make() -> CompiledCall:
             new = batched(base := self.program, self.program.n_outputs)
             call = CompiledCall(new, self.compile, self.split, f"vmap_{self.__name__}")
-            each = zip(base.outputs, new.outputs, self.made, strict=False)
-            call.made = [maker(y) if maker(x) == name else name for x, y, name in each]
+            call.made = still_made(base, new, self.made)
             if self.plain is not None and not base.mutated:
                 call.plain = batched(self.plain, len(self.plain.outputs), apart=True)
             return call

@@ -30,6 +30,8 @@ from ..transforms.tidy import rebuilt
 from .deferred import check_calls, check_checkpoints
 from .grad_step import builder_for
 from .live_hooks import TensorHooks
+from .makers import with_makers
+from .recorded_makers import makers_of, unread
 from .tree import flatten, unflatten
 
 aten = torch.ops.aten
@@ -203,7 +205,9 @@ class Captured:
             program = Program(
                 b.finish(outs), len(trace.inputs), len(results), [i for i, _ in mutated], "capture"
             )
-        return rebuilt(program, "capture") if plain else program
+        program = rebuilt(program, "capture") if plain else program
+        refs = self.refs if memory is None else [r for r, _ in memory]
+        return with_makers(program, makers_of(trace, refs), unread(trace, refs))
 
     def _functionalizer(self, b: Builder) -> Functionalizer:
         inputs, numbers = input_nodes(self.trace, b, self.names()), {}

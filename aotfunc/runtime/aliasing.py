@@ -17,6 +17,7 @@ from torch.fx import Node
 from ..backends.eager import compile_graph
 from ..capture.calls import hidden_writes
 from ..capture.captured import Captured
+from ..capture.makers import as_makers
 from ..debug import at
 from ..errors import CaptureError
 from ..graph import Program
@@ -53,7 +54,7 @@ def without_views(
     base = rec.program(memory=owned)
     return base.once(
         ("views", tuple(rec.trace.finals), quiet),
-        lambda: separated(rec, fresh(base, ()), owned, quiet),
+        lambda: separated(rec, as_makers(base, fresh(base, ())), owned, quiet),
     )
 
 

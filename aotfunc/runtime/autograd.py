@@ -30,7 +30,7 @@ from .lifted import known_results, lifted
 from .parts import OnParts, check_whole
 from .redraw import generator_states, redrawn
 from .refused import check_reached, related, relation, unchanged
-from .unseen import watched
+from .unseen import Watched
 from .usual import op_by_op, unaffected
 
 aten = torch.ops.aten
@@ -180,7 +180,7 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
             outs, node.lifts = lifted([results[i] for i in mine], halves.lifts(mine))
             results.update(zip(mine, outs, strict=True))
         if halves.unseen:
-            node.watched = {k: watched(results[k]) for k in mine if k in halves.unseen}
+            node.watched = {k: Watched(results[k]) for k in mine if k in halves.unseen}
     return [results[i] for i in range(count)], read_late
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..capture.calls import CompiledCall
-from ..capture.makers import maker
+from ..capture.makers import made_in
 from ..graph import Program
 from ..trace.traced import current
 from ..transforms.activity import live
@@ -58,7 +58,7 @@ def as_call(
         if not n.target.program.mutated and all(isinstance(o, Node) and o in items for o in outs):
             reads = [inputs.index(a) for a in n.args]
             return n.target, reads, [o.args[1] for o in outs]
-    whole, made = without_meetings(program), [*map(maker, program.outputs)]
+    whole, made = without_meetings(program), made_in(program)
     met = meetings(whole, wrt, flags := live(whole, wrt))
     if not (met or kept_results(whole, wrt, flags, met, made)):
         return None, (), ()

@@ -21,12 +21,13 @@ from ..capture.calls import CallStep, CompiledCall, CompiledStep, hidden_writes
 from ..capture.captured import Captured
 from ..capture.hooks import Hooked
 from ..capture.live_hooks import TensorHooks, live_hooks
-from ..capture.makers import maker, op_name
+from ..capture.makers import maker
+from ..capture.recorded_makers import makers_of
 from ..graph import Program, needed_for, op_of
 from ..trace.emit import Builder, remap
 from ..trace.marks import dead_end
 from ..trace.node_views import chain_of, view_source
-from ..trace.records import instr_op, n_new_values, written_slots
+from ..trace.records import n_new_values, written_slots
 from ..trace.shapes.instr import Instr
 from ..trace.tracer import Trace
 from ..transforms.activity import active_nodes, sources
@@ -68,26 +69,8 @@ def program_to_cut(rec: Captured, mutated: Sequence[int]) -> Program | None:
 
 
 def made_by(rec: Captured) -> tuple[str, ...]:
-    """Return the op that made each result of the program, by name: the last that wrote to it."""
-    trace, made = rec.trace, dict[int, str]()
-    end = len(trace.inputs)
-    for instr, refs, *_ in trace.records:
-        for s in written_slots(instr):
-            made[refs[s]] = op_name(instr_op(instr))
-        nested: Sequence[str] = ()
-        if isinstance(instr, CompiledStep):
-            nested = instr.call.made
-        elif isinstance(instr, CallStep):
-            nested = made_in(instr.program)
-        for i in range(n_new_values(instr)):
-            made[end] = nested[i] if i < len(nested) else op_name(instr_op(instr))
-            end += 1
-    return tuple([made.get(r, "") for r, _ in memory_program(rec)])
-
-
-def made_in(program: Program) -> tuple[str, ...]:
-    """Return the op that made each result, by name; exported programs know theirs."""
-    return program.once("made", lambda: tuple(map(maker, program.outputs)))
+    """Return the op that made each result of the program, by name."""
+    return makers_of(rec.trace, [r for r, _ in memory_program(rec)])
 
 
 def read_when_written(trace: Trace, ref: int) -> bool:

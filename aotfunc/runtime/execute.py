@@ -29,8 +29,10 @@ from .batched import call_batched, check_draws
 from .duals import pushed_program, refuse_cuts
 from .late_reads import check_memory, storages
 from .meetings import reaches_bent
+from .own_nodes import may_lack_nodes, with_own_nodes
 from .redraw import generator_states, redrawn
 from .refused import check_kin, related, relation
+from .unseen import Watched, check_hooks, unseen_in_transform
 
 #: classes of tensors that several of are written to at once
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -102,7 +104,8 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     """Return the results of a program for these inputs and closed-over tensors."""
     trace = current()
     if trace is not None:
-        return trace.record(program.once(CallStep, lambda: CallStep(program, run_eager)), tensors)
+        step = program.once(CallStep, lambda: CallStep(program, run_eager, with_own_nodes))
+        return trace.record(step, tensors)
     if (
         run := program.once(single_call, lambda: single_call(program))
     ) is not None and not any_modes():
@@ -119,6 +122,7 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
             forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         ):
             outs = ProgramFunction.apply(program, generator_states(program), *tensors)
+            watch(program, outs)
         else:
             outs = eager_values(program, tensors)
             if by_us:
@@ -131,8 +135,24 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
 def single_call(program: Program) -> Callable[..., tuple] | None:
     """Return the program as a function of real tensors if no more than a call of it is to be done:
     autograd differentiates its ops, and it writes to no input."""
-    more = program.mutated or ours(program) or has_control_flow(program)
-    return None if more else on_eager(program)
+    if program.mutated or ours(program) or has_control_flow(program):
+        return None
+    fn = on_eager(program)
+    if not may_lack_nodes(program):
+        return fn
+
+    def call(*tensors: Tensor) -> tuple:
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return on_eager(with_own_nodes(program))(*tensors) if recorded else fn(*tensors)
+
+    return call
+
+
+def watch(program: Program, outs: Sequence) -> None:
+    """Watch for hooks on results of which autograd does not see all."""
+    for k in program.once(unseen_in_transform, lambda: unseen_in_transform(program)):
+        if isinstance(outs[k], Tensor) and hasattr(node := outs[k].grad_fn, "watched"):
+            node.watched[k] = Watched(outs[k])
 
 
 def has_control_flow(program: Program) -> bool:
@@ -302,6 +322,7 @@ class ProgramFunction(torch.autograd.Function):
         kept = torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         ctx.memory = storages(tensors) if kept else []
         ctx.dtype, ctx.kin = torch.get_default_dtype(), relation()
+        ctx.watched = {}
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -339,6 +360,9 @@ class ProgramFunction(torch.autograd.Function):
         whole = program.flat()
         found = [c if has_derivative(v) else None for v, c in zip(whole.vals, cts, strict=True)]
         have = [c is not None for c in found]
+        if ctx.watched:
+            unseen, mine = unseen_in_transform, [i for i, yes in enumerate(have) if yes]
+            check_hooks(ctx.watched, program.cache[unseen], mine, program.name)
         if reaches_bent(whole, wrt, [i for i, yes in enumerate(have) if yes]):
             check_kin(ctx, program.name)
         plan, given = lay_cotangents(found, whole.vals)

@@ -29,7 +29,7 @@ from .late_state import reads_state
 from .lifted import ResultGroups, result_groups
 from .meetings import as_known, bent_nodes, kept_results, meetings, parted, without_meetings
 from .unsaved import apart_from_results
-from .unseen import unseen_results
+from .unseen import unseen_in_flow
 from .usual import usual_backward
 
 aten = torch.ops.aten
@@ -55,7 +55,7 @@ class Halves:
         self.met = meetings(self.program, wrt, self.live)
         #: results that second derivatives read, too, behind the hooks that the caller registers:
         self.keeping = kept_results(self.program, wrt, self.live, self.met, call.made)
-        self.unseen = unseen_results(self.program, self.live)
+        self.unseen = unseen_in_flow(self.program, self.live)
         #: whether a body's derivative is not linear
         self.bent = bool(bent_nodes(self.program, bodies=True))
         self.needed: tuple[int, ...] = ()

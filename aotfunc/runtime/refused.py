@@ -67,7 +67,7 @@ def check_reached(ctx: Any, outs: Sequence[int]) -> None:
     if ctx.met is None:
         check_alone(ctx)
     if ctx.watched:
-        check_hooks(ctx, outs)
+        check_hooks(ctx.watched, ctx.halves.unseen, outs, ctx.halves.call.__name__)
     halves = ctx.halves
     if reaches_bent(halves.program, halves.wrt, outs, bodies=True):
         check_kin(ctx, halves.call.__name__)

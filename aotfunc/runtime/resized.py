@@ -10,6 +10,7 @@ from torch import fx
 
 from ..backends.eager import compile_graph
 from ..capture.calls import on_eager
+from ..capture.makers import made_in, unread_in
 from ..graph import Program
 from ..trace.shapes.sig import Sig, contiguous_stride
 from ..transforms.apart.parts import Mixed
@@ -17,6 +18,7 @@ from ..transforms.lower import lowered
 from ..transforms.sizes import size_multiples
 from ..transforms.vmap import Axis
 from .execute import has_control_flow, ours
+from .own_nodes import may_lack_nodes
 
 Dims = Sequence[int | None]
 
@@ -93,7 +95,8 @@ class Resized(Program):
         self.n_inputs, self.n_outputs = like.n_inputs, like.n_outputs
         self.mutated, self.name = (), like.name
         self.like, self.make = like, make
-        self.cache = {on_eager: code, ours: ours(like), has_control_flow: has_control_flow(like)}
+        self.cache = {on_eager: code, "made": made_in(like), "unread": unread_in(like)}
+        self.cache |= {fact: fact(like) for fact in (ours, has_control_flow, may_lack_nodes)}
 
     @property
     def weight(self) -> int:
