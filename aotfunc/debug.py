@@ -8,13 +8,14 @@ import itertools
 import linecache
 import os
 import sys
+from bisect import bisect
 from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
 
-from .cache import EVERY
+from .cache import EVERY, Cache
 
 #: AOTFUNC_DEBUG: 1 verifies every graph after every pass; 2 also compares every value of a run on
 #: the eager backend with the shape, strides and dtype that its graph says it has; 3 also prints
@@ -32,6 +33,17 @@ _NOT_THE_USERS = (_OURS, _TORCH, "<frozen", contextlib.__file__)
 _is_user: dict[str, bool] = {}  # by file: a code object that Dynamo made need not be hashable
 
 
+#: id of a code object -> the object, which keeps its id, and its :func:`lines_of`
+LINES = Cache(1 << 10)
+
+
+def lines_of(code: CodeType) -> tuple[CodeType, list[int], list[int]]:
+    """Return the offsets at which lines begin, and their numbers."""
+    starts, _, numbers = zip(*code.co_lines(), strict=True)
+    known = [code.co_firstlineno if n is None else n for n in numbers]
+    return code, [*starts], known
+
+
 class Line(NamedTuple):
     """A place in the user's code, by the offset of an instruction. The line number takes time to
     find, and is found when it is read."""
@@ -41,10 +53,8 @@ class Line(NamedTuple):
 
     @property
     def number(self) -> int:
-        for start, end, number in self.code.co_lines():
-            if start <= self.offset < end and number is not None:
-                return number
-        return self.code.co_firstlineno
+        _, starts, numbers = LINES.once(id(self.code), lambda: lines_of(self.code))
+        return numbers[bisect(starts, self.offset) - 1]
 
     @property
     def text(self) -> str:

@@ -24,6 +24,7 @@ NAMES = ("g++", "c++", "clang++")
 FLAGS = (
     "-std=c++17",
     "-O2",
+    "-fno-tree-slp-vectorize",  # it takes registers apart that a kernel turns
     "-march=native",
     "-ffp-contract=off",
     "-fno-math-errno",

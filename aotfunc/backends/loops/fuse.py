@@ -74,9 +74,10 @@ class Groups:
         if not (one.kernel and other.kernel) or len(one.nodes) + len(other.nodes) > MOST:
             return False
         for first, last in ((p, q), (q, p)):  # no unit may have to run between them
-            between = set_bits(self.before[last] & ~(1 << first))
-            if any(self.before[i] >> first & 1 for i in between):
-                return False
+            if self.before[last] >> first & 1:
+                between = set_bits(self.before[last] & ~(1 << first))
+                if any(self.before[i] >> first & 1 for i in between):
+                    return False
         nodes = sorted([*one.nodes, *other.nodes], key=self.rank.__getitem__)
         if same_elementwise(one, other):  # trials take time, and large kernels would need many
             one.untried = True

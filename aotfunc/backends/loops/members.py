@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 
 from .blocks import block_sums
-from .constants import constant
+from .constants import FULL, constant
 from .dtypes import DTYPES
-from .indexed import TAKEN, iota
+from .indexed import IOTAS, TAKEN, iota
 from .pointwise import RULES
 from .reductions import REDUCTIONS
 from .resized import RESIZED
 from .scans import SCANS
 from .scatter import adds
-from .views import SEVERAL, source_of
+from .views import SEVERAL, VIEWS, source_of
+
+#: what a node calls that a kernel may look through
+SHOWN = frozenset((operator.getitem, *VIEWS, *SEVERAL, *FULL, *IOTAS))
 
 
 def in_kernels(n: Any) -> bool:
@@ -52,8 +56,10 @@ def plain_on_cpu(n: Node) -> bool:
 
 def seen_through(n: Any) -> bool:
     """Return whether a kernel that reads this node reads its argument, or a number, instead."""
-    return isinstance(n, Node) and (
-        source_of(n) is not None or constant(n) is not None or iota(n) or n.target in SEVERAL
+    return (
+        isinstance(n, Node)
+        and n.target in SHOWN  # ops hash slowly: most nodes are looked up once
+        and (source_of(n) is not None or constant(n) is not None or iota(n) or n.target in SEVERAL)
     )
 
 
