@@ -439,6 +439,16 @@ def against_the_interpreter(kernel) -> None:
         assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
+def test_numbers_that_no_bool_is():
+    """Infinity is not True. Beside longer elements bools are computed one by one."""
+    x = torch.arange(40) % 3 == 0
+    infinite = lambda x: [op(x) for op in (torch.isposinf, torch.isneginf, torch.isinf)]
+    filled = lambda x: [x.masked_fill(x, 2), torch.full_like(x, 5) & x, x == 2, x < 0.5]
+    f = lambda x: [*infinite(x), *filled(x), x.long() + 1, torch.deg2rad(x), x.prod()]
+    for alone in (infinite, filled, f):
+        assert_close(jit(alone, backend="cpp")(x), alone(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("seed", seeds(20, 100))
 def test_kernels_against_the_interpreter(seed):
     f, args = random_program(seed)

@@ -101,6 +101,16 @@ def test_special_values(dtype):
     assert math.isnan(got[0][0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_powers_of_special_values(dtype):
+    """A power of 0.5 is a root in all dtypes but float16."""
+    x = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 4.0, -1.0] * 3).to(dtype)
+    f = lambda x: [x**e for e in (0.5, -0.5, -1, -2, -3, -4, 1.5, 2, 3, 4)]
+    for a, b in zip(jit(f, backend=every_kernel)(x), f(x), strict=True):
+        assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(a[~a.isnan()].signbit(), b[~b.isnan()].signbit())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients(dtype):
     x, b = torch.randn(37, 40).to(dtype), torch.randn(40).to(dtype)

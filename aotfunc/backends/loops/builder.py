@@ -44,7 +44,7 @@ from .ir import (
 )
 from .members import seen_through
 from .places import FIRST, Index, Place, Split, index_along
-from .pointwise import COMPLEX, FACTORS, ROUND_FIRST, RULES
+from .pointwise import COMPLEX, FACTORS, POWERS, ROUND_FIRST, RULES
 from .reductions import REDUCTIONS
 from .resized import RESIZED, SUMMED
 from .scans import SCANS, reversed_walk
@@ -146,7 +146,8 @@ class KernelBuilder(Axes):
 
     def made(self, n: Node, place: Place, mask: Expr | None) -> Expr:
         if (fixed := constant(n)) is not None:
-            return number(as_given(fixed), n.meta["val"].dtype)
+            dtype = n.meta["val"].dtype
+            return number(bool(fixed) if dtype is torch.bool else as_given(fixed), dtype)
         if iota(n):
             return cast(IOTAS[n.target](self, n, place), n.meta["val"].dtype)
         if (source := source_of(n)) is not None:
@@ -250,7 +251,10 @@ class KernelBuilder(Axes):
 
         args = [given(i, a) for i, a in enumerate(n.args)]
         kwargs = {k: given(k, a) for k, a in n.kwargs.items()}
-        result = rule.body(*args, **kwargs)
+        body = rule.body
+        if common is torch.float16 and n.target in POWERS and abs(n.args[1]) == 0.5:  # type: ignore
+            body = POWERS[n.target]
+        result = body(*args, **kwargs)
         if is_slow(result, set(read)):
             self.slow.add(n)
         return cast(result, out)

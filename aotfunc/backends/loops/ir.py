@@ -151,6 +151,8 @@ def number(value: Any, dtype: torch.dtype) -> Const:
         given = isinstance(value, Given) and value not in (0, 1, -1)
         return Const(wide(dtype), torch.tensor(value, dtype=dtype).item(), given)
     if dtype is torch.bool:
+        if value not in (0, 1):  # `isposinf` compares with infinity, which is not True
+            raise Unfit(f"{value} is no {dtype}")
         return Const(dtype, bool(value))
     given = isinstance(value, Given)
     if value != value or value in (float("inf"), -float("inf")) or int(value) != value:

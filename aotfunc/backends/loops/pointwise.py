@@ -156,6 +156,10 @@ def power(x: Expr, e: Any) -> Expr:
     return quick[e]() if e in quick else function_of("pow", x, e)
 
 
+#: op -> how powers of 0.5 and -0.5 are computed in float16: eager takes no root there, which is
+#: nan for -inf and -0.0 for -0.0
+POWERS = {aten.pow.Tensor_Scalar: fn("pow")}
+
 add_rule("any", power, aten.pow.Tensor_Scalar)
 add_rule("float", fn("pow"), aten.pow.Tensor_Tensor, aten.pow.Scalar)
 
