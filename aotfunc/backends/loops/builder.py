@@ -252,7 +252,7 @@ class KernelBuilder(Axes):
         args = [given(i, a) for i, a in enumerate(n.args)]
         kwargs = {k: given(k, a) for k, a in n.kwargs.items()}
         body = rule.body
-        if common is torch.float16 and n.target in POWERS and abs(n.args[1]) == 0.5:  # type: ignore
+        if common is torch.float16 and n.target in POWERS and n.args[1] in (0.5, -0.5):
             body = POWERS[n.target]
         result = body(*args, **kwargs)
         if is_slow(result, set(read)):
