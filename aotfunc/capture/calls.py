@@ -24,6 +24,7 @@ from ..graph import Program, draws, n_ops
 from ..trace.emit import Builder, remap
 from ..trace.functionalize import Functionalizer
 from ..trace.marks import hidden_write
+from ..trace.node_views import counts_from_storage
 from ..trace.records import flat_tensors
 from ..trace.shapes.sig import Facts, Sig
 from ..trace.views import Link, laid_out, linked
@@ -192,11 +193,6 @@ def on_eager(program: Program) -> Callable[..., tuple]:
         return Interpreted(lowered(program).graph)
 
     return program.once(on_eager, make)
-
-
-def counts_from_storage(n: Node) -> bool:
-    """Return whether an offset of the node counts from the storage."""
-    return isinstance(n.target, OpOverload) and Facts(n.target).strided
 
 
 def hidden_writes(program: Program) -> list[bool]:

@@ -38,3 +38,8 @@ def storage_root(n: Any) -> Any:
     while isinstance(n, Node) and (above := view_source(n)) is not None:
         n = above
     return n
+
+
+def counts_from_storage(n: Node) -> bool:
+    """Return whether an offset of the node counts from the storage."""
+    return isinstance(n.target, OpOverload) and Facts(n.target).strided
