@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,15 @@ from ..capture.instances import flatten_tree
 from ..capture.tree import Arguments
 from ..debug import outside_dynamo
 from ..errors import ArgumentError
-from ..graph import output_node
+from ..graph import Program, output_node
 from ..runtime.aliasing import ops_in_place
 from ..runtime.graph_module import graph_module
 from ..trace.emit import Builder
 from ..trace.entering import entry
 from ..trace.marks import dead_end, hidden_write
+from ..trace.node_views import storage_root
 from ..transforms.decompose import decomposed
-from ..transforms.fresh import fresh
+from ..transforms.fresh import copy_of, fresh
 from ..transforms.lower import EVERYTHING
 from .operators import with_operators
 
@@ -92,21 +93,14 @@ def make_fx(
         constants = rec.closed_over
 
         def outputs(b: Builder, inputs: list, results: list) -> Any:
-            written: dict[Any, Node] = {}
-            news, hidden = results[program.n_outputs :], hidden_writes(program)
+            news = written_values(b, program, inputs, results[program.n_outputs :])
+            hidden = hidden_writes(program)
             for index, new, quiet in zip(program.mutated, news, hidden, strict=True):
-                while isinstance(new, Node) and new.target in (
-                    hidden_write,
-                    dead_end,
-                    aten.detach.default,
-                ):
-                    new = new.args[1] if new.target is hidden_write else new.args[0]
                 x, val = inputs[index], inputs[index].meta["val"]
                 real = [*rec.trace.origins, *constants][index]
                 if quiet and (real.requires_grad or real.is_inference()):  # as in x.data.copy_()
                     x = b.make("call_function", aten.detach.default, (x,), {}, val)
-                node = b.make("call_function", aten.copy_.default, (x, new), {}, val)
-                written[results[program.n_outputs + len(written)]] = node
+                b.make("call_function", aten.copy_.default, (x, new), {}, val)
             for index, ops in ops_in_place(rec):
                 for op, args, kw, _ in ops:
                     b.make(
@@ -145,6 +139,25 @@ def make_fx(
         return gm
 
     return wrapper
+
+
+def written_values(
+    b: Builder, program: Program, inputs: Sequence[Node], news: Sequence[Any]
+) -> list[Any]:
+    """Return the values to write to inputs: copies of those that another write changes first."""
+    targets = {inputs[i] for i in program.mutated}
+    found = []
+    for index, new in zip(program.mutated, news, strict=True):
+        while isinstance(new, Node) and new.target in (
+            hidden_write,
+            dead_end,
+            aten.detach.default,
+        ):
+            new = new.args[1] if new.target is hidden_write else new.args[0]
+        if new is not inputs[index] and storage_root(new) in targets:
+            new = copy_of(b, new)
+        found.append(new)
+    return found
 
 
 def _as_called(

@@ -25,21 +25,15 @@ aten = torch.ops.aten
 #: ops that raise errors for values, by name
 RAISING = (
     *("index", "index_put", "index_select", "index_add", "index_copy", "index_fill", "gather"),
-    *("scatter", "scatter_add", "scatter_reduce", "take", "put", "masked_scatter", "embedding"),
-    *("embedding_renorm_", "_embedding_bag", "_embedding_bag_forward_only", "nll_loss_forward"),
-    *("nll_loss2d_forward", "multi_margin_loss", "multilabel_margin_loss_forward", "bincount"),
-    *("repeat_interleave", "binary_cross_entropy", "_ctc_loss", "max_unpool2d", "max_unpool3d"),
-    *(
-        "div",
-        "floor_divide",
-        "remainder",
-        "fmod",
-        "multinomial",
-        "_assert_async",
-        "_linalg_eigh",
-        "linalg_eig",
-    ),
-    *("_linalg_svd", "linalg_lstsq"),
+    *("index_reduce", "scatter", "scatter_add", "scatter_reduce", "take", "put", "masked_scatter"),
+    *("embedding", "embedding_renorm_", "_embedding_bag", "_embedding_bag_forward_only"),
+    *("nll_loss_forward", "nll_loss2d_forward", "multi_margin_loss"),
+    *("multilabel_margin_loss_forward", "binary_cross_entropy", "_ctc_loss", "segment_reduce"),
+    *("bincount", "histc", "repeat_interleave", "max_unpool2d", "max_unpool3d", "_assert_async"),
+    *("div", "floor_divide", "remainder", "fmod"),
+    *("multinomial", "bernoulli", "binomial", "normal", "poisson"),
+    *("_linalg_eigh", "linalg_eig", "_linalg_eigvals", "_linalg_svd", "linalg_lstsq"),
+    *("linalg_pinv", "linalg_lu_solve", "lu_unpack", "cholesky"),
 )
 RAISING_OPS = [
     op
@@ -65,13 +59,21 @@ def raising_first(
         def attempt(*values: Tensor) -> None:
             given = dict(zip(places, values, strict=True))
             # an op in place writes to a copy
-            each = [given[i].clone() if i in given else x for i, x in enumerate(leaves)]
+            each = [given[i].clone() if i in given else apart(x) for i, x in enumerate(leaves)]
             again, named = tree_unflatten(each, spec)
-            with torch.random.fork_rng(devices=[]):
+            state = torch.default_generator.get_state()
+            try:
                 op(*again, **named)
+            finally:
+                torch.default_generator.set_state(state)
 
         raise_now(trace, attempt, [leaves[i] for i in places])
     return NotImplemented if then is None else then(trace, *args, **kwargs)
+
+
+def apart(x: Any) -> Any:
+    """Return an argument; for a generator one of the same state, so that ``x`` draws later."""
+    return x.clone_state() if isinstance(x, torch.Generator) else x
 
 
 def raise_if_caught(attempt: Callable[..., Any], tensors: Sequence[Tensor]) -> None:

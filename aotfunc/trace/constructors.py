@@ -83,9 +83,12 @@ def checked_one_hot(one_hot: Callable) -> Callable:
 
     @functools.wraps(one_hot)
     def function(tensor: Tensor, num_classes: int = -1) -> Tensor:
-        if tensor.__class__ is Traced and num_classes > 0:
-            fits = tensor.ge(0).logical_and(tensor.lt(num_classes)).all()
-            what = f"class values must be non-negative and smaller than {num_classes}"
+        if tensor.__class__ is Traced and num_classes:
+            fits, what = tensor.ge(0), "class values must be non-negative"
+            if num_classes > 0:
+                fits = fits.logical_and(tensor.lt(num_classes))
+                what += f" and smaller than {num_classes}"
+            fits = fits.all()
             torch.ops.aten._assert_async.msg(fits, f"one_hot: {what}")
         return one_hot(tensor, num_classes)
 

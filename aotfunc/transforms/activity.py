@@ -32,7 +32,10 @@ def active_nodes(nodes: Any, wrt: Sequence[Node], zeros: bool = False) -> dict[N
     also where it is zero or ends, which autograd takes to require grad."""
     active = dict.fromkeys(wrt)
     for n in nodes:
-        if n in active or n.op != "call_function" or n.target is aten.detach.default:
+        if n in active:  # one of ``wrt``, which may be computed from another
+            active[n] = active.pop(n)
+            continue
+        if n.op != "call_function" or n.target is aten.detach.default:
             continue
         if n.target is dead_end and not zeros:
             continue

@@ -114,7 +114,17 @@ RAISING = {
     "multinomial": lambda x: x[torch.multinomial(torch.tensor([-1.0, 2.0]), 1)],
     "repeat_interleave": lambda x: x.repeat_interleave(torch.tensor([1, -1, 1, 1])),
     "a shape": lambda x: x @ torch.ones(3),
+    "index_reduce": lambda x: x.index_reduce(0, BAD, x[:2], "mean"),
+    "one_hot of a negative": lambda x: x * F.one_hot((x < 0).long() - 1).sum(),
+    "lu_unpack": lambda x: torch.lu_unpack(x.view(2, 2), BAD.int())[2] * x[0],
+    "lu_solve": lambda x: torch.linalg.lu_solve(x.view(2, 2), BAD.int() + 1, x.view(2, 2)),
+    "histc": lambda x: x * torch.histc(x / 0.0, 3).sum(),
+    "pinv of NaN": lambda x: torch.linalg.pinv(x.view(2, 2) * float("nan")),
+    "bernoulli": lambda x: x * torch.bernoulli(x.detach()),
+    "normal": lambda x: x * torch.normal(x.detach(), x.detach()),
+    "poisson": lambda x: x * torch.poisson(x.detach()),
 }
+DRAWS = ("multinomial", "bernoulli", "normal", "poisson")
 
 
 class Swallowing:
@@ -156,9 +166,27 @@ def test_errors_for_values(name, catch):
     assert_same(grad(f)(ROW), want)
     assert_same(grad(checkpoint(f))(ROW), want)
     assert_same(jvp(f, (ROW,), (torch.ones(4),))[1], want.sum())
-    if name != "multinomial":
+    if name not in DRAWS:
         assert_same(vmap(grad(f))(torch.stack([ROW, ROW])), torch.stack([want, want]))
     assert_same(torch.get_rng_state(), before)
+
+
+def test_draws_where_errors_are_caught():
+    def f(x, seed):
+        g = torch.Generator().manual_seed(seed)
+        try:
+            i = torch.multinomial(x, 2)
+            j = torch.multinomial(x, 2, generator=g)
+            return (x[i] * x[j] * torch.bernoulli(x, generator=g)[j]).sum() * torch.rand(())
+        except RuntimeError:
+            return x.sum()
+
+    x = torch.tensor([0.2, 0.9, 0.6, 0.4], requires_grad=True)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        (want,) = torch.autograd.grad(f(x, seed), x)
+        torch.manual_seed(seed)
+        assert_same(grad(f)(x.detach(), seed), want)
 
 
 def test_an_error_that_is_not_caught_comes_from_the_program():

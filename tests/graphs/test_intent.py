@@ -1,10 +1,13 @@
 """Golden texts: what detach, no_grad, custom functions and checkpoints leave in a graph."""
 
+import itertools
+
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch.utils.checkpoint import checkpoint
 
-from aotfunc import grad
+from aotfunc import functionalize, grad, jit, make_fx, vjp
 from tests.graphs.shown import by_autograd, shown
 from tests.inputs import same
 
@@ -157,3 +160,22 @@ def forward(self, x):
     return mul
 """,
     )
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
+def test_gradients_of_values_that_are_computed_from_one_another(order):
+    def f(x):
+        y = x.sin()
+        v = y.exp()[:2]
+        w = v * y[1:]
+        z = (w * w * v).sum() + y.prod()
+        found = torch.autograd.grad(z, [(y, v, w)[i] for i in order], create_graph=True)
+        return [found[order.index(i)] for i in range(3)]
+
+    x = torch.tensor([0.3, 0.9, 1.2], dtype=torch.float64, requires_grad=True)
+    want = f(x)
+    for way in (functionalize(f), jit(f), make_fx(f)(x.detach()), lambda x: vjp(f, x)[0]):
+        torch.testing.assert_close(way(x.detach()), want, check_layout=False)
+    total = lambda x: sum(g.sin().sum() for g in f(x))
+    (want,) = torch.autograd.grad(total(x), x)
+    torch.testing.assert_close(grad(total)(x.detach()), want)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import nn
 
-from aotfunc import functionalize, grad
+from aotfunc import functionalize, grad, make_fx
 from tests.graphs.shown import dense_scatter, shown
 from tests.inputs import same
 
@@ -89,6 +89,31 @@ def forward(self, x, y):
     return mul
 """,
     )
+
+
+def test_values_of_inputs_that_trade_places_are_copied_first():
+    def f(x, y):
+        old = x.clone()
+        x.copy_(y)
+        y.copy_(old)
+        return x * 2
+
+    x, y = torch.randn(2, 2), torch.randn(2, 2)
+    gm = make_fx(f)(x.clone(), y.clone())
+    assert_expected_inline(
+        gm.code.strip(),
+        """\
+def forward(self, x, y):
+    mul = torch.ops.aten.mul.Tensor(y, 2)
+    clone = torch.ops.aten.clone.default(y)
+    clone_1 = torch.ops.aten.clone.default(x)
+    copy_ = torch.ops.aten.copy_.default(x, clone);  x = clone = copy_ = None
+    copy__1 = torch.ops.aten.copy_.default(y, clone_1);  y = clone_1 = copy__1 = None
+    return mul""",
+    )
+    mine, theirs = (x.clone(), y.clone()), (x.clone(), y.clone())
+    assert torch.equal(gm(*mine), f(*theirs))
+    assert all(map(torch.equal, mine, theirs))
 
 
 def test_write_to_a_part_of_an_input():
