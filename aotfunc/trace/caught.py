@@ -157,12 +157,17 @@ def swallows(frame: FrameType, names: Sequence[str]) -> bool:
     return str(module).split(".")[0] not in ("torch", "aotfunc", "contextlib")
 
 
+#: what functions decorated with a context manager are called by
+_DECORATED = contextlib.ContextDecorator()(print).__code__
+
+
 def catches() -> bool:
     """Return whether an exception handler of the function that is being recorded is active."""
     frame: FrameType | None = sys._getframe(1)
     active = False
     while frame is not None:
         code = frame.f_code
+        active = active or code is _DECORATED
         users = _users.get(code.co_filename)
         if users is None:
             users = not code.co_filename.startswith(_NOT_THE_USERS)

@@ -156,7 +156,24 @@ def by_a_manager(op, x):
     return out
 
 
-@pytest.mark.parametrize("catch", [by_try, by_suppress, by_a_manager])
+def by_a_decorator(op, x):
+    out = [(x * x).sum()]
+
+    @ignoring()
+    def attempt():
+        out.append(op(x).sum())
+
+    attempt()
+    return out[-1]
+
+
+@contextlib.contextmanager
+def ignoring():
+    with contextlib.suppress(IndexError, RuntimeError):
+        yield
+
+
+@pytest.mark.parametrize("catch", [by_try, by_suppress, by_a_manager, by_a_decorator])
 @pytest.mark.parametrize("name", RAISING)
 def test_errors_for_values(name, catch):
     f = lambda x: catch(RAISING[name], x)
