@@ -101,22 +101,26 @@ def read_grad_fn(self: Tensor) -> Any:
 
 
 def splitting(split: Callable) -> Callable:
-    """Return ``tensor_split`` with its tensor of indices read as a list."""
+    """Return ``tensor_split`` with its tensor of indices, or their number, read as Python's."""
 
     def listed(x: Any) -> Any:
-        return x.tolist() if isinstance(x, Tensor) and x.dim() == 1 else x
+        return x.tolist() if isinstance(x, Tensor) else x
 
     @functools.wraps(split)
-    def function(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def function(*args: Any, **kwargs: Any) -> Any:
         if current() is None or under_way.quiet:
-            return split(x, *args, **kwargs)
-        named = {
-            "indices" if isinstance(v, Tensor) and v.dim() == 1 else k: listed(v)
-            for k, v in kwargs.items()
-        }
-        return split(x, *map(listed, args), **named)
+            return split(*args, **kwargs)
+        if isinstance(at := kwargs.pop("tensor_indices_or_sections", None), Tensor):
+            kwargs["indices" if at.dim() else "sections"] = at.tolist()
+        elif at is not None:
+            kwargs["tensor_indices_or_sections"] = at
+        return split(*args[:1], *map(listed, args[1:]), **kwargs)
 
     return function
+
+
+Traced.tensor_split = splitting(Tensor.tensor_split)  # type: ignore[method-assign]
+SPLIT = {(torch, "tensor_split"): splitting(torch.tensor_split)}
 
 
 def set_grad(t: Tensor, value: Any) -> None:
@@ -132,8 +136,8 @@ watch = Exchange(
     {(Tensor, name): method for name, method in METHODS.items()}
     | {(Tensor, name): refusing(getattr(Tensor, name), what) for name, what in READERS.items()}
     | optimizer_steps()
-    | {(x, "tensor_split"): splitting(x.tensor_split) for x in (Tensor, torch)}
     | {
+        (Tensor, "tensor_split"): splitting(Tensor.tensor_split),
         (Tensor, "grad"): property(read_grad, set_grad, delete_grad),
         (Tensor, "grad_fn"): property(read_grad_fn),
         (_BatchNorm, "forward"): averaging(_BatchNorm.forward),

@@ -15,7 +15,7 @@ from . import operators  # noqa: F401
 from .casts import CONTEXTS, cache_enabled, enable_cache
 from .collector import paused_gc
 from .constructors import CONSTRUCTORS
-from .numbers import watch
+from .numbers import SPLIT, watch
 from .patches import Exchange
 from .recurrent import RECURRENT
 from .traced import current, under_way
@@ -32,7 +32,7 @@ _compiling = torch._C._dynamo.eval_frame.get_eval_frame_callback
 _compile_by = torch._C._dynamo.eval_frame.set_eval_frame
 
 #: torch's functions -> what they are during a recording
-functions = Exchange(CONSTRUCTORS | CONTEXTS)
+functions = Exchange(CONSTRUCTORS | CONTEXTS | SPLIT)
 layers = Exchange(RECURRENT)
 
 

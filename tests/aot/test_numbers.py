@@ -392,6 +392,16 @@ def test_indices_read_from_memory():
         with pytest.raises(CaptureError, match="asked for"):
             jit(split)(x)
         assert_same(vmap(split)(torch.stack([x, x]))[1], torch.stack([x, x])[:, 1:3])
+    for given in (at, torch.tensor(2)):  # indices, and the number of parts
+        for split in (
+            lambda x, i: x.tensor_split(i)[1].sin().sum(),
+            lambda x, i: torch.tensor_split(input=x, tensor_indices_or_sections=i)[1].sin().sum(),
+        ):
+            leaf = x.clone().requires_grad_()
+            (want,) = torch.autograd.grad(split(leaf, given), leaf)
+            assert_same(grad(split)(x, given), want)
+            with pytest.raises(CaptureError, match="asked for"):
+                jit(split)(x, given)
     for within in (
         lambda x: torch.tensor_split(x, torch.tensor([1, 3])),
         lambda x: x.tensor_split((1, 3)),
