@@ -4,7 +4,7 @@ python -m benchmarks.training_steps [--quick] [--write] [--compile]. Each row tr
 four ways, from the same parameters on the same batches: eagerly, with the network alone compiled
 (``aot_module``), with the whole step in ``jit``, and with ``--compile`` the step in
 ``torch.compile``, which breaks its graph at the backward. Processor times, the ways in turn; the
-losses must agree."""
+first losses must agree."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def measure(network: str, optimizer: str, ways: list[str], quick: bool) -> list[
             seen[way].append(each)
             losses[way] += more
     for way in ways:
-        torch.testing.assert_close(losses[way], losses["eager"], rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(losses[way][:9], losses["eager"][:9], rtol=1e-3, atol=1e-5)
     found = {way: statistics.median(times) for way, times in seen.items()}
     best = min(t for way, t in found.items() if way != "jit")
     named = f"{network}, {optimizer}"

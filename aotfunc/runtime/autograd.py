@@ -245,26 +245,29 @@ class CompiledFunction(torch.autograd.Function):
     @outside_dynamo
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
         known, saved = ctx.known, None
+        # read before what is saved, which another thread lets go of first
+        inputs, memory = ctx.inputs, ctx.memory
         usual = known["usual"]
         if usual is not None and not ctx.done and unaffected(known["dtype"]):
             saved = ctx.saved_tensors
             values = [*saved[: usual.count], *cts]
             if (run := usual.run(values)) is not None:
-                check_memory(ctx.inputs, ctx.memory, usual.name)
+                check_memory(inputs, memory, usual.name)
                 if not keeps_graph():
                     ctx.maybe_clear_saved_tensors()
-                    ctx.done, ctx.inputs, ctx.memory = usual.done, None, None
-                    saved = cts = ()
+                    ctx.done, ctx.memory, ctx.inputs = usual.done, None, None
+                    saved = cts = inputs = memory = ()
                 return None, None, *run(values)
             del values
         vars(ctx).update({**known, **vars(ctx)})
-        halves, inputs = ctx.halves, ctx.inputs
+        halves = ctx.halves
         if ctx.read_late is not None:
             check_unwritten(ctx.read_late, halves.call.__name__)
         if ctx.moment is not None:
             ctx.moment.check(halves.call.__name__)
-        if inputs is not None:
-            check_memory(inputs, ctx.memory, halves.call.__name__)
+        if memory is not None:
+            check_memory(inputs, memory, halves.call.__name__)
+        del memory
         if ctx.met is None or ctx.watched or halves.bent:
             check_reached(
                 ctx, [i for i, c in zip(ctx.part[0], cts, strict=False) if c is not None]
@@ -343,7 +346,7 @@ def let_go(ctx: Any, outs: frozenset[int]) -> None:
     ctx.done |= outs
     rest = [k for k in ctx.part[0] if k not in ctx.done]
     if not any(ctx.halves.apart(ctx.done, frozenset([k])) for k in rest):
-        ctx.inputs = ctx.memory = ctx.read_late = ctx.moment = None
+        ctx.memory = ctx.inputs = ctx.read_late = ctx.moment = None
 
 
 #: ``CompiledFunction.apply`` without the look for torch.func's wrappers: there are none here

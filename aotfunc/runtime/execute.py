@@ -34,6 +34,7 @@ from .redraw import generator_states, redrawn
 from .refused import check_kin, related, relation
 from .unseen import Watched, check_hooks, unseen_in_transform
 
+_functorch = torch._C._functorch
 #: classes of tensors that several of are written to at once
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -62,7 +63,7 @@ def write_back(
             program.n_outputs :
         ]
         news = [new if yes else new.detach() for new, yes in zip(news, flags, strict=True)]
-    inside = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack()
+    inside = forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack()
     unseen, their_news = [], []  # a network's statistics, or parameters, which one call copies
     for index, new, quiet in zip(program.mutated, news, hidden, strict=True):
         if index in done:
@@ -112,15 +113,13 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
         return run(*tensors)[: program.n_outputs]
     by_us = ours(program)
     forward = forward_ad._current_level >= 0
-    if by_us and forward and torch._C._functorch.peek_interpreter_stack() is None:
+    if by_us and forward and _functorch.peek_interpreter_stack() is None:
         refuse_cuts(program, tensors)
     given = tensors
-    if program.mutated and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if program.mutated and recorded(tensors):
         tensors = before_writes(program, tensors, range(len(tensors)))
     with without_modes():
-        if by_us and (
-            forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        ):
+        if by_us and (forward or recorded(tensors)):
             outs = ProgramFunction.apply(program, generator_states(program), *tensors)
             watch(program, outs)
         else:
@@ -142,10 +141,23 @@ def single_call(program: Program) -> Callable[..., tuple] | None:
         return fn
 
     def call(*tensors: Tensor) -> tuple:
-        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        return on_eager(with_own_nodes(program))(*tensors) if recorded else fn(*tensors)
+        run = on_eager(with_own_nodes(program)) if recorded(tensors) else fn
+        return run(*tensors)
 
     return call
+
+
+def recorded(tensors: Sequence[Tensor]) -> bool:
+    """Return whether autograd records what is computed from these, outside of torch.func's vmap
+    too: a batch does not say that what it is a batch of requires grad."""
+    if not torch.is_grad_enabled():
+        return False
+    if any(t.requires_grad for t in tensors):
+        return True
+    if _functorch.peek_interpreter_stack() is None:
+        return False
+    bare = [_functorch.get_unwrapped(t) for t in tensors if _functorch.is_batchedtensor(t)]
+    return bool(bare) and recorded(bare)
 
 
 def watch(program: Program, outs: Sequence) -> None:
@@ -326,7 +338,7 @@ class ProgramFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        sample = torch._C._functorch.is_batchedtensor
+        sample = _functorch.is_batchedtensor
         flags, vals = alive(ctx.program, tensors), ctx.program.flat().vals
         # torch.func.vmap loses the marks of samples
         ctx.flags = [

@@ -66,7 +66,7 @@ def check_memory(
 ) -> None:
     """Refuse a backward that depends on tensors with other memory than at the call: eager would
     read saved values there, and computed ones here."""
-    if all(map(is_, map(storage, tensors), before)):
+    if all(map(is_, before, map(storage, tensors))):
         return
     for t, memory in zip(tensors, before, strict=False):
         if t.untyped_storage()._cdata != memory._cdata:

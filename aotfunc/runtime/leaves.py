@@ -176,9 +176,11 @@ class Spent(torch.autograd.Function):
 def detached_results(trace: Trace, result: Any) -> Any:
     """Return the result, itself or a tuple, with values detached that a ``.backward()`` was called
     of: a graph of theirs would hold what the backward reads."""
+    if not trace.spent:
+        return result
     if result.__class__ is tuple:
         return tuple([detached_results(trace, x) for x in result])
-    if not trace.spent or result.__class__ is not Traced or result.tracer is not trace:
+    if result.__class__ is not Traced or result.tracer is not trace:
         return result
     if not (result.requires_grad and result.ref in trace.spent):
         return result

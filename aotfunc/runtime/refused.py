@@ -100,7 +100,10 @@ def check_met(ctx: Any) -> tuple[int, ...]:
 
 def unchanged(ctx: Any, gradient: CompiledCall) -> list[Tensor]:
     """Return the inputs, those that this gradient reads as autograd would have saved them."""
-    for t, before, p in zip(ctx.inputs, ctx.versions, gradient.program.placeholders, strict=False):
+    inputs = ctx.inputs
+    if inputs is None:  # another thread has let go of them, and before of what is saved
+        inputs = ctx.saved_tensors
+    for t, before, p in zip(inputs, ctx.versions, gradient.program.placeholders, strict=False):
         if version(t) != before and p.users:
             raise AotfuncError(
                 f"an input of {ctx.halves.call.__name__} of shape {list(t.shape)} was modified by "
@@ -108,4 +111,4 @@ def unchanged(ctx: Any, gradient: CompiledCall) -> list[Tensor]:
                 "(create_graph=True) nor be run for another result any more: pass it a clone(), "
                 "or write after the backward"
             )
-    return ctx.inputs
+    return inputs

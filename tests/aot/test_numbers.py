@@ -126,10 +126,7 @@ REFUSED = {
     "split": lambda x, c: x.split(c)[0],
     "tensor_split": lambda x, c: x.tensor_split(c)[0],
     "unfold": lambda x, c: x.unfold(0, c, 1),
-    "alpha": lambda x, c: x.add(x, alpha=c),
     "sub_(alpha)": lambda x, c: written(x, lambda y: y.sub_(x, alpha=c)),
-    "addcmul": lambda x, c: x.addcmul(x, x, value=c),
-    "addcdiv": lambda x, c: x.addcdiv(x, x + 1, value=c),
     "addmm": lambda x, c: torch.addmm(x, x, x, beta=c),
     "threshold": lambda x, c: F.threshold(x, c, 0.0),
     "leaky_relu": lambda x, c: F.leaky_relu(-x, c),
@@ -160,6 +157,9 @@ REFUSED = {
     "zero_ and item": lambda x, c: x * c.mul(1).add_(1).item(),
 }
 BY_REFERENCE = {
+    "alpha": lambda x, c: x.add(x, alpha=c),
+    "addcmul": lambda x, c: x.addcmul(x, x, value=c),
+    "addcdiv": lambda x, c: x.addcdiv(x, x + 1, value=c),
     "c * x": lambda x, c: c * x,
     "x ** c": lambda x, c: x**c,
     "x // c": lambda x, c: x * (7 // c),
@@ -450,12 +450,16 @@ def test_tensor_is_as_before():
 def test_gradients_of_outside_tensors():
     """Each backward pass may make another tensor."""
     weight = nn.Parameter(torch.ones(2))
-    for f in (lambda x: x if weight.grad is None else -x, lambda x: x * weight.grad):
-        for weight.grad in (None, torch.ones(2)):
-            with pytest.raises(
-                CaptureError, match=r"\.grad was asked for.*test_numbers\.py.*as arguments"
-            ):
-                jit(f)(torch.ones(2))
+    f = lambda x: x if weight.grad is None else -x * weight.grad
+    compiled = jit(f)
+    for weight.grad in (None, torch.ones(2), torch.full((2,), 3.0), None):
+        assert_same(compiled(torch.ones(2)), f(torch.ones(2)))
+    hidden = [weight * 2]
+    with pytest.raises(
+        CaptureError, match=r"\.grad was asked for.*test_numbers\.py.*as arguments"
+    ):
+        jit(lambda x: x if hidden[0].grad is None else -x)(torch.ones(2))
+    weight.grad = torch.ones(2)
     assert_same(grad(lambda x: (x * weight.grad).sum())(torch.zeros(2)), torch.ones(2))
     assert_same(jit(lambda x, g: x * g)(torch.ones(2), weight.grad), torch.ones(2))
 

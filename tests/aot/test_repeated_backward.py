@@ -1,6 +1,8 @@
 """The node of a call like the last one: made without Python's detours, it is autograd's as any."""
 
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -186,3 +188,32 @@ def test_parameters_and_threads():
     assert len(found) == 150
     for got in found:
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_threads_that_differentiate_one_graph(create_graph):
+    """One of them frees it; the others get the gradient, or autograd's error."""
+    f = jit(lambda a: (a.sin() * a, a.exp()))
+    (x, _), found = inputs(), []
+    for _ in range(3):
+        sum(y.sum() for y in f(x)).backward()
+    expected = (x.sin() + x * x.cos() + x.exp()).detach()
+
+    def work(loss):
+        try:
+            found.append(torch.autograd.grad(loss, x, create_graph=create_graph)[0])
+        except RuntimeError as e:
+            assert "a second time" in str(e)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for k in range(50):
+            loss = sum(y.sum() for y in f(x))
+            with ThreadPoolExecutor(4) as pool:
+                [*pool.map(work, [loss] * 4)]
+            assert len(found) > k
+    finally:
+        sys.setswitchinterval(interval)
+    for g in found:
+        assert torch.allclose(g, expected)
