@@ -16,6 +16,7 @@ from torch.fx import Node
 from ..capture.calls import CallStep, hidden_writes, on_eager
 from ..debug import outside_dynamo
 from ..graph import Program
+from ..trace.kinds import innermost
 from ..trace.modes import any_modes, without_modes
 from ..trace.node_views import storage_root
 from ..trace.shapes.sig import Sig, contiguous_stride, reach
@@ -236,10 +237,11 @@ def before_writes(
     """Return the inputs, with copies where the program writes to what autograd keeps."""
     if not program.mutated:
         return tensors
-    written = {tensors[i].untyped_storage()._cdata for i in program.mutated}
+    memory = [innermost(t).untyped_storage()._cdata for t in tensors]
+    written = {memory[i] for i in program.mutated}
     return [
-        strided_copy(t) if i in kept and t.untyped_storage()._cdata in written else t
-        for i, t in enumerate(tensors)
+        strided_copy(t) if i in kept and m in written else t
+        for i, (t, m) in enumerate(zip(tensors, memory, strict=True))
     ]
 
 

@@ -49,3 +49,32 @@ def test_cuts_hold_where_their_transforms_are_differentiated(ours, cut):
     ):
         for _ in range(2):
             assert_same(around(g), around(f))
+
+
+def written_in_place(x, w):
+    w.mul_(x)
+    return w.sin() * x
+
+
+def written_and_cut(x, w):
+    with torch.no_grad():
+        w.add_(1)
+    return x * x.detach() * w
+
+
+@pytest.mark.parametrize("f", [written_in_place, written_and_cut])
+@pytest.mark.parametrize("ours", ["jit", "vjp"])
+def test_writes_inside_their_transforms(ours, f):
+    """Autograd keeps the values that were there before."""
+    x, w = f64(2, 3), f64(2, 3)
+    g = aotfunc.jit(f) if ours == "jit" else lambda *xs: aotfunc.vjp(f, *xs)[0]
+    leaf, mapped = x.clone().requires_grad_(), torch.func.vmap
+    for around in (
+        lambda h: torch.autograd.grad(mapped(h)(leaf, w * 1).sum(), leaf)[0],
+        lambda h: torch.func.grad(lambda x: h(x, w[0] * 1).sum())(x[0]),
+        lambda h: torch.func.grad(lambda x: h(x, x * 2).sum())(x[0]),
+        lambda h: torch.func.grad(lambda x: mapped(h)(x, x * 2).sum())(x),
+        lambda h: mapped(torch.func.grad(lambda x, w: h(x, w * 1).sum()))(x, w),
+    ):
+        for _ in range(2):
+            assert_same(around(g), around(f))
