@@ -117,10 +117,10 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     if by_us and forward and _functorch.peek_interpreter_stack() is None:
         refuse_cuts(program, tensors)
     given = tensors
-    if program.mutated and recorded(tensors):
+    if program.mutated and autograd_records(tensors):
         tensors = before_writes(program, tensors, range(len(tensors)))
     with without_modes():
-        if by_us and (forward or recorded(tensors)):
+        if by_us and (forward or autograd_records(tensors)):
             outs = ProgramFunction.apply(program, generator_states(program), *tensors)
             watch(program, outs)
         else:
@@ -142,13 +142,13 @@ def single_call(program: Program) -> Callable[..., tuple] | None:
         return fn
 
     def call(*tensors: Tensor) -> tuple:
-        run = on_eager(with_own_nodes(program)) if recorded(tensors) else fn
+        run = on_eager(with_own_nodes(program)) if autograd_records(tensors) else fn
         return run(*tensors)
 
     return call
 
 
-def recorded(tensors: Sequence[Tensor]) -> bool:
+def autograd_records(tensors: Sequence[Tensor]) -> bool:
     """Return whether autograd records what is computed from these, outside of torch.func's vmap
     too: a batch does not say that what it is a batch of requires grad."""
     if not torch.is_grad_enabled():
@@ -158,7 +158,7 @@ def recorded(tensors: Sequence[Tensor]) -> bool:
     if _functorch.peek_interpreter_stack() is None:
         return False
     bare = [_functorch.get_unwrapped(t) for t in tensors if _functorch.is_batchedtensor(t)]
-    return bool(bare) and recorded(bare)
+    return bool(bare) and autograd_records(bare)
 
 
 def watch(program: Program, outs: Sequence) -> None:
