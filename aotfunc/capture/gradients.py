@@ -66,7 +66,7 @@ def autograd_grad(
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
     size = gs[0].shape[0] if is_grads_batched else None  # type: ignore[union-attr]
     refs = [trace.ref_of(o)[0] for o in outs]
-    ins = [before_hooks(x) if x.__class__ is Traced and x.tracer is trace else x for x in ins]
+    ins = [asked_for(trace, x, ins) for x in ins]
     inside = functools.partial(gradients_inside, trace, outs, gs, create_graph, size)
     grads = outside_graphs.gradients(
         trace, refs, ins, gs, inside, retain_graph, create_graph, is_grads_batched
@@ -84,6 +84,15 @@ def autograd_grad(
     if materialize_grads:
         grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, ins, strict=True)]
     return dict(zip(keys, grads, strict=True)) if keys is not None else tuple(grads)
+
+
+def asked_for(trace: Trace, x: Tensor, ins: Sequence[Tensor]) -> Tensor:
+    """Return the value whose gradient autograd returns for ``x``: that has passed the hooks of
+    ``x``, unless the backward goes on from it to another one of ``ins``."""
+    if x.__class__ is not Traced or x.tracer is not trace or (before := before_hooks(x)) is x:
+        return x
+    goes_on = any(trace.autograd.reaches(trace.ref_of(y)[0], [x.ref]) for y in ins if y is not x)
+    return x if goes_on else before
 
 
 def empty(what: str) -> Exception:
@@ -107,7 +116,8 @@ def gradients_inside(
     if not wanted:
         return [None] * len(ins)
     for x in wanted:
-        outside.check_outside_hooks(trace, x, at(debug.user_line()))
+        if trace.ref_of(x)[0] < len(trace.inputs):
+            outside.check_outside_hooks(trace, x, at(debug.user_line()))
     sigs = [dense_layout(trace.ref_of(x)[1]) for x in wanted]
     if size is not None:
         sigs = [
@@ -171,6 +181,7 @@ def autograd_backward(
             )
     if inputs is None:
         leaves = [*given, *leaves]
+    wanted = [before_hooks(x) if x.__class__ is Traced else x for x in leaves]
     if not (retain_graph or create_graph):
         trace.spent += tuple(refs)
     if not leaves:
@@ -178,7 +189,7 @@ def autograd_backward(
             "element 0 of tensors does not require grad and does not have a grad_fn"
         )
     for x, g in zip(
-        leaves, autograd_grad(outs, leaves, gs, create_graph=create_graph), strict=True
+        leaves, autograd_grad(outs, wanted, gs, create_graph=create_graph), strict=True
     ):
         with torch.set_grad_enabled(create_graph):
             if x.grad is None:

@@ -2,6 +2,8 @@
 saved_tensors_hooks, batches of gradients, whole Jacobians, forward mode, autograd.grad and
 .backward()."""
 
+import itertools
+
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -318,7 +320,41 @@ def backward_to_leaves_inside(x):
     return a.grad, b.grad, h.grad
 
 
+def by_values_of_each_other(x, hooked=False):
+    """In any order; a hook sees the gradient that goes on."""
+    h = x * W
+    if hooked:
+        h.register_hook(lambda g: g * 2)
+    y = h.sin()
+    if hooked:
+        y.register_hook(lambda g: g * 3)
+    first, *others = y.sum() + y.prod(), x, h, y
+    return [
+        torch.autograd.grad(first, wanted, retain_graph=True, create_graph=not hooked)
+        for count in (1, 2, 3)
+        for wanted in itertools.permutations(others, count)
+    ]
+
+
+def retained_on_the_way(x):
+    a = x.detach().requires_grad_()
+    h = a * 2
+    h.retain_grad()
+    h.register_hook(lambda g: g * 2)
+    h.sin().sum().backward()
+    return a.grad, h.grad
+
+
+def cut_before(x):
+    h = (x * W).detach().requires_grad_()
+    return torch.autograd.grad((h * x.sin()).sum(), [h, x])
+
+
 INSIDE = [
+    by_values_of_each_other,
+    lambda x: by_values_of_each_other(x, True),
+    retained_on_the_way,
+    cut_before,
     unused,
     materialized,
     zero_gradients,
