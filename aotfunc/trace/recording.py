@@ -65,8 +65,9 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
             if trace.deferred:
                 trace.settle()
         except Exception as e:
-            if trace.refused is not None and trace.refused is not e:
-                raise trace.refused from e
+            if (trace.refused or e) is not e:
+                raise taken(trace) from e
+            trace.refused = None
             raise
         finally:
             try:
@@ -75,8 +76,16 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
                 end_recording(*before)
                 raise
     if trace.refused is not None:
-        raise trace.refused
+        raise taken(trace)
     return result
+
+
+def taken(trace: Trace) -> Exception:
+    """Return what a recording has refused; the error is to hold its frames, and these the trace,
+    but not the trace the error."""
+    error, trace.refused, trace.place = trace.refused, None, None
+    assert error is not None
+    return error
 
 
 def end_recording(

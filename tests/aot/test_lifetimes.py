@@ -23,6 +23,7 @@ from aotfunc import (
     vmap,
 )
 from aotfunc.api.custom import CustomFunction
+from aotfunc.errors import CaptureError
 
 COMPILERS = {"jit": jit, "aot_function": lambda f: aot_function(f, "eager")}
 X = torch.ones(2, 3)
@@ -257,3 +258,39 @@ def test_rules_of_a_function_made_inside_are_there_for_later_batches():
     f(X)
     torch.testing.assert_close(vmap(f)(X), X.sin() * w)
     torch.testing.assert_close(vmap(pulled)(X.expand(4, 2, 3))[0][0], X.cos() * w)
+
+
+def stepping(net):
+    def step(x):
+        net.zero_grad()
+        net(x).square().sum().backward()
+        with torch.no_grad():
+            for p in net.parameters():
+                p -= 0.1 * p.grad
+
+    return step
+
+
+@pytest.mark.parametrize("compiled", COMPILERS.values(), ids=COMPILERS)
+def test_a_training_step(compiled):
+    """Its first capture is begun anew, with gradients."""
+    net = nn.Linear(3, 3)
+    step, x = compiled(stepping(net)), torch.ones(2, 3)
+    step(x)
+    old = [weakref.ref(t) for t in (x, net.weight, net.weight.grad)]
+    net.weight, x = nn.Parameter(torch.ones(3, 3)), torch.zeros(2, 3)
+    step(x)
+    assert [r() for r in old] == [None] * 3
+
+
+@pytest.mark.parametrize("compiled", COMPILERS.values(), ids=COMPILERS)
+@pytest.mark.parametrize("ask", [lambda y: y.grad, lambda y: y.grad_fn, lambda y: y.tolist()])
+def test_a_refused_capture(compiled, ask):
+    def refused():
+        y, x = torch.ones(3, requires_grad=True) * 2, torch.ones(3)
+        f = compiled(lambda x: (x, ask(y)))
+        with pytest.raises(CaptureError):
+            f(x)
+        return weakref.ref(x), weakref.ref(y)
+
+    assert [r() for r in refused()] == [None] * 2
