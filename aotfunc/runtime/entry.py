@@ -316,7 +316,7 @@ def captured_entry(
                 name_of=parameter_names(function, arguments),
                 dtensors=True,
             )
-            check_rates(state.rates, rec)
+            check_rates(state.rates, rec, compiled._names)
             checks.pop()()  # recorded hooks have run; what holds the arguments goes
             return rec
         except BaseException as e:

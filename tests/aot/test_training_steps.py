@@ -320,6 +320,8 @@ READS = {
     "a factor": lambda loss, group: loss * group["lr"],
     "a branch": lambda loss, group: loss if group["lr"] > 0.03 else -loss,
     "bound": lambda loss, group: (loss, group.update(lr=group["lr"] / 2)),
+    "its class": lambda loss, group: loss if isinstance(group["lr"], float) else -loss,
+    "a key": lambda loss, group: loss * {0.1: 2}.get(group["lr"], 3),
 }
 
 
@@ -334,6 +336,41 @@ def test_a_rate_that_is_read(name, way):
         assert all(type(rate) is float for _, rates in results for rate in rates)
         found.append((results, [*net.parameters()]))
     assert_same(*[torch.utils._pytree.tree_map_only(torch.Tensor, torch.detach, f) for f in found])
+
+
+class Own(optim.Optimizer):
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            slow = isinstance(rate := group["lr"], float) and {0.1: True}.get(rate, False)
+            for p in group["params"]:
+                p.sub_(p.grad * (rate / 2 if slow else rate))
+
+
+@pytest.mark.parametrize("rates", [[0.1, 0.2, 0.1, 0.3], [0.0, -0.0, 0.0, 0.1]])
+def test_rates_of_an_optimizer_of_the_users(rates):
+    nets = layer(), layer()
+    optimizers = [Own(net.parameters(), {"lr": 0.1}) for net in nets]
+    eager, compiled = map(stepping, nets, optimizers)
+    compiled = jit(compiled, backend="eager")
+    for x, rate in zip(batches(), rates, strict=True):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+        assert_same(compiled(x), eager(x))
+        assert_same(*map(trained, nets, optimizers))
+
+
+def test_the_sign_of_a_rate_of_zero():
+    w = nn.Parameter(torch.zeros(1))
+    w.grad = torch.ones(1)
+    optimizer = optim.SGD([w], 0.0)
+    step = jit(optimizer.step, backend="eager")
+    for rate in (0.0, -0.0, 0.0, -0.0):
+        optimizer.param_groups[0]["lr"] = rate
+        w.data.fill_(-0.0)
+        want = torch.full_like(w, -0.0).add_(w.grad, alpha=-rate)
+        step()
+        assert torch.equal(torch.signbit(w), torch.signbit(want))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

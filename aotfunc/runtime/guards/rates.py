@@ -12,7 +12,10 @@ from torch import Tensor
 
 from ...capture.captured import Captured
 from ...trace.following import LOW
-from .reads import MoreState
+from .reads import MoreState, Names
+
+#: names by which code reaches a rate, which it could tell from a number
+_REACH = frozenset({"lr", "param_groups", "state_dict", "get_lr"})
 
 
 class Rate:
@@ -27,7 +30,7 @@ class Rate:
         the rate is no number any more."""
         if type(number) is not float:
             raise TypeError
-        if number != self.number:
+        if number is not self.number:  # 0.0 == -0.0
             self.number, self.tensor = number, torch.tensor(number, dtype=torch.float64)
         return self.tensor
 
@@ -57,9 +60,12 @@ def as_tensors(rates: Sequence[Rate]) -> Iterator[None]:
         raise MoreState
 
 
-def check_rates(rates: Sequence[Rate], rec: Captured) -> None:
-    """Raise MoreState where a rate is written to, as a schedule does, or is a result."""
+def check_rates(rates: Sequence[Rate], rec: Captured, names: Names) -> None:
+    """Raise MoreState where a rate is written to, as a schedule does, or is a result, or where the
+    user's code may read one: it sees numbers."""
     trace = rec.trace
+    if rates and (names.any or not _REACH.isdisjoint(names.attributes)):
+        raise MoreState
     roots = {trace.root(ref) for r in rates if (ref := trace.seen_as(r.tensor)) is not None}
     if any(trace.root(ref) in roots for ref in rec.refs) or any(
         trace.roots().written[root] for root in roots
