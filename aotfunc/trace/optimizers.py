@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .following import LOW
@@ -35,14 +36,23 @@ def scaling(method: Callable, name: str, form: Callable) -> Callable:
 
     @functools.wraps(method)
     def scaled(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(kwargs.get(name), Tensor) or not is_frozen():
+        factor = kwargs.get(name)
+        if not (isinstance(factor, Tensor) and is_frozen() and alike(x, args, factor)):
             return method(x, *args, **kwargs)
-        low = x.dtype in LOW  # kernels compute in float32, to which a factor is not rounded
-        given = [t.float() if low and isinstance(t, Tensor) else t for t in (x, *args)]
-        new = form(*given, kwargs[name]).to(x.dtype)
+        if x.dtype in LOW:  # kernels compute in float32, to which a factor is not rounded
+            new = form(x.float(), *[t.float() for t in args], factor).to(x.dtype)
+        else:
+            new = form(x, *args, factor.to(x.dtype))
         return x.copy_(new) if method.__name__.endswith("_") else new
 
     return scaled
+
+
+def alike(x: Tensor, others: Sequence[Any], factor: Tensor) -> bool:
+    """Return whether a factor promotes no dtype, as a number does not."""
+    real = factor.is_floating_point() or factor.dtype is torch.int64
+    same = all(isinstance(t, Tensor) and t.dtype is x.dtype for t in others)
+    return same and (x.is_floating_point() or x.is_complex()) and real and not factor.dim()
 
 
 def counter_value(get_value: Callable) -> Callable:
