@@ -7,6 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils._pytree import tree_leaves
 
 from aotfunc import aot_function, grad, jit
@@ -388,6 +392,26 @@ def test_rates_are_not_rounded(name, dtype):
         step()
         for a, b in zip(*map(trained, nets, optimizers), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("post", [False, True])
+def test_hooks_of_all_optimizers(post):
+    def double(optimizer, args, kwargs):
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.mul_(2)
+
+    register = register_optimizer_step_post_hook if post else register_optimizer_step_pre_hook
+    nets = layer(), layer()
+    eager, compiled = (stepping(net, optim.SGD(net.parameters(), 0.1)) for net in nets)
+    compiled = jit(compiled, backend="eager")
+    for step, x in enumerate(batches(6)):
+        handle = register(double) if step in (1, 4) else None
+        assert_same(compiled(x), eager(x))
+        assert_same(*[[*net.parameters()] for net in nets])
+        if handle is not None:
+            handle.remove()
 
 
 # ----- a gradient as a tensor --------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Description(CheckLines):
         self._todo: list[tuple[Any, str, str]] = []
         self._static: dict[type, list[str]] = {}
         self._functions: set[str] = set()  # of torch.nn.functional
-        self._modules = self._parametrized = False
+        self._modules = self._optimizers = self._parametrized = False
 
     def bind(self, expr: str) -> str:
         name = f"v{len(self.lines)}"

@@ -109,8 +109,10 @@ class Objects(Description):
         self.key.append(id(cls))
         self.opaque.append(cls)
         self.class_of(cls)
-        if isinstance(x, torch.optim.Optimizer) and self.names.rates and current() is None:
-            self._groups |= {id(group) for group in x.param_groups if has_rate(group)}
+        if isinstance(x, torch.optim.Optimizer):
+            self._optimizers = True
+            if self.names.rates and current() is None:
+                self._groups |= {id(group) for group in x.param_groups if has_rate(group)}
         if every:
             self.owners.append((Slots(x), f"Slots({v})", dict(Slots(x).items())))
         for name in slots:

@@ -16,6 +16,7 @@ import logging
 import operator
 import os
 import random
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator, MappingView, Sequence
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.library import CustomOpDef
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 
 from ...capture.custom_function import CustomRules
 from ...trace.traced import Traced
@@ -35,9 +37,6 @@ from .functions import ROOT, Functions
 from .reads import CLOSED, LargeLibrary, Names, library_of, library_of_module
 from .telling import tells
 
-_GLOBAL_HOOKS = tuple(
-    n for n in vars(nn.modules.module) if n.startswith("_global_") and n.endswith("_hooks")
-)
 #: objects of libraries that change at every use, in no attribute that Python can compare; so do
 #: those of numpy.random, a slow import
 _MOVING = (Iterator, random.Random)
@@ -72,10 +71,9 @@ class State(Functions):
         self.finish()
         self.methods_of_tensors()
         if self._modules:
-            table = vars(nn.modules.module)
-            where = self.constant(table)
-            self.hooks([(table[n], f"{where}[{n!r}]", n) for n in _GLOBAL_HOOKS])
-            self.finish()
+            self.global_hooks(nn.modules.module)
+        if self._optimizers:
+            self.global_hooks(sys.modules[Optimizer.__module__])
         if self._parametrized:
             table = vars(parametrize)
             where = self.constant(table)
@@ -86,6 +84,14 @@ class State(Functions):
         if len(self.distinct) > 1:
             ids = ", ".join(f"id({v})" for v in self.distinct)
             self.lines.append(f"if len({{{ids}}}) != {len(self.distinct)}: return")
+
+    def global_hooks(self, module: types.ModuleType) -> None:
+        """Describe the hooks of all modules, or of all optimizers."""
+        table = vars(module)
+        where = self.constant(table)
+        names = [n for n in table if n.startswith("_global_") and n.endswith("_hooks")]
+        self.hooks([(table[n], f"{where}[{n!r}]", n) for n in names])
+        self.finish()
 
     def methods_of_tensors(self) -> None:
         """Describe the methods that the user has added to ``torch.Tensor``, or replaced."""
