@@ -64,7 +64,7 @@ def check_rates(rates: Sequence[Rate], rec: Captured, names: Names) -> None:
     """Raise MoreState where a rate is written to, as a schedule does, or is a result, or where the
     user's code may read one: it sees numbers."""
     trace = rec.trace
-    if rates and (names.any or not _REACH.isdisjoint(names.attributes)):
+    if rates and not _REACH.isdisjoint(names.attributes):
         raise MoreState
     roots = {trace.root(ref) for r in rates if (ref := trace.seen_as(r.tensor)) is not None}
     if any(trace.root(ref) in roots for ref in rec.refs) or any(
