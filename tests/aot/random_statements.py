@@ -238,6 +238,19 @@ BODY: Table = {
         + [
             "if {y}.requires_grad:\n    {new} = torch.autograd.grad(({same} ** 3).sum(), {same}, "
             "create_graph=True)[0]"
+        ]
+        + [
+            "if {y}.requires_grad:\n    h = {same} * 2\n    {new} = torch.autograd.grad("
+            "h.sin().sum(), [{same}, h], create_graph=True)[0]"
+        ],
+    ),
+    "training": (
+        2,
+        [
+            "({module}({x}.detach()) + 0.3).square().mean().backward()",
+            "{module}({x}.detach()).exp().mean().backward()",
+            "opt.step()",
+            "opt.zero_grad()",
         ],
     ),
     "custom": (
