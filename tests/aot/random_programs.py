@@ -410,7 +410,7 @@ class Drawing:
         reentrant = "use_reentrant=True" in text_of_f
         derivatives = [d for d in DERIVATIVES if not (reentrant and "{leaf}" in d)]
         if re.search(
-            r"_\(|\[.*\] = |[-+*/]= |out=|inplace|norm|bn", text_of_f
+            r"_\(|\[.*\] = |[-+*/]= |out=|inplace|norm|bn|backward\(|step\(", text_of_f
         ):  # would be written again
             table = [c for c in table if "checkpoint" not in c]
         for k in range(draw.randrange(2, 5)):
