@@ -13,6 +13,7 @@ from ..debug import Line
 from ..graph import Program, cut
 from ..trace.emit import Builder, paused_gc, remap
 from ..trace.functionalize import Functionalizer, input_nodes
+from ..trace.marks import hidden_write
 from ..trace.modes import without_modes
 from ..trace.records import Record, instr_op
 from ..trace.scalars import bits_of
@@ -84,7 +85,7 @@ class GradStep(Step):
         n, m = self.n_outputs, sum(self.given)
         outputs = [f.read(r) for r in refs[:n]]
         cotangents = [f.read(r) for r in refs[n : n + m]]
-        inputs = [f.read(r) for r in refs[n + m :]]
+        inputs = [before_hidden_writes(f.read(r)) for r in refs[n + m :]]
         feed = iter(
             cotangents if self.size is None else [unknown(f.b, o.meta["val"]) for o in outputs]
         )
@@ -119,6 +120,14 @@ class GradStep(Step):
 
 
 _calls = Cache(256)
+
+
+def before_hidden_writes(n: Node) -> Node:
+    """Return the value that writes hidden from autograd have replaced: all is computed from it
+    that autograd takes to be computed from the tensor."""
+    while n.target is hidden_write:
+        n = n.args[0]  # type: ignore[assignment]
+    return n
 
 
 def builder_for(trace: Trace) -> tuple[Builder, bool]:

@@ -345,6 +345,25 @@ def retained_on_the_way(x):
     return a.grad, h.grad
 
 
+def written_between(x):
+    """Uses before a write that is hidden from autograd count."""
+    h = (x * W).clone()
+    y = h * 2
+    with torch.no_grad():
+        h.mul_(3)
+        h[0].add_(1)
+    y = y.sum() + h.sin().sum()
+    h.mul_(2)
+    h.data.add_(1)
+    y = y + h.sum()
+    a = x.detach().requires_grad_()
+    z = a.sum() * 5
+    with torch.no_grad():
+        a[1:].mul_(2)
+    (z + (a * a).sum()).backward()
+    return *torch.autograd.grad(y, [x, h]), a.grad, h
+
+
 def cut_before(x):
     h = (x * W).detach().requires_grad_()
     return torch.autograd.grad((h * x.sin()).sum(), [h, x])
@@ -354,6 +373,7 @@ INSIDE = [
     by_values_of_each_other,
     lambda x: by_values_of_each_other(x, True),
     retained_on_the_way,
+    written_between,
     cut_before,
     unused,
     materialized,

@@ -171,6 +171,20 @@ def up_and_down(around):
     return around(step), [net]
 
 
+def written_before_the_backward(around):
+    net = layer()
+
+    def step(x):
+        net.zero_grad()
+        loss = net(x).square().sum()
+        with torch.no_grad():
+            net.bias.add_(1)
+        (loss + net(x).sum()).backward()
+        return net.bias.grad.clone()
+
+    return around(step), [net]
+
+
 def of_a_gradient(around):
     net = layer()
 
@@ -261,7 +275,8 @@ def loading_a_state(around):
 
 
 PROGRAMS = [
-    *(accumulating, by_hand, two_networks, up_and_down, of_a_gradient, with_a_closure),
+    *(accumulating, by_hand, two_networks, up_and_down, written_before_the_backward),
+    *(of_a_gradient, with_a_closure),
     *(some_unused, step_alone, with_a_schedule, with_statistics, loading_a_state),
 ]
 
