@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,10 @@ from .calls import CallStep, Step, on_eager
 from .gradient_paths import path_from
 
 aten = torch.ops.aten
+
+
+#: how the derivative is called that PyTorch makes for the op behind ``w.data = y``
+_BY_DATA = "GeneratedBackwardFor_aotfunc_hidden_write_default"
 
 
 class GradStep(Step):
@@ -125,9 +130,11 @@ _calls = Cache(256)
 def before_hidden_writes(n: Node) -> Node:
     """Return the value that writes hidden from autograd have replaced: all is computed from it
     that autograd takes to be computed from the tensor."""
-    while n.target is hidden_write:
-        n = n.args[0]  # type: ignore[assignment]
-    return n
+    while True:
+        made: Any = n.args[0] if n.target is operator.getitem else n
+        if made.target is not hidden_write and getattr(made.target, "__name__", "") != _BY_DATA:
+            return n
+        n = made.args[0]
 
 
 def builder_for(trace: Trace) -> tuple[Builder, bool]:

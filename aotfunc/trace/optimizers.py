@@ -37,7 +37,7 @@ def scaling(method: Callable, name: str, form: Callable) -> Callable:
     @functools.wraps(method)
     def scaled(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         factor = kwargs.get(name)
-        if not (isinstance(factor, Tensor) and is_frozen() and alike(x, args, factor)):
+        if not (isinstance(factor, Tensor) and is_frozen() and promotes_nothing(x, args, factor)):
             return method(x, *args, **kwargs)
         if x.dtype in LOW:  # kernels compute in float32, to which a factor is not rounded
             new = form(x.float(), *[t.float() for t in args], factor).to(x.dtype)
@@ -48,7 +48,7 @@ def scaling(method: Callable, name: str, form: Callable) -> Callable:
     return scaled
 
 
-def alike(x: Tensor, others: Sequence[Any], factor: Tensor) -> bool:
+def promotes_nothing(x: Tensor, others: Sequence[Any], factor: Tensor) -> bool:
     """Return whether a factor promotes no dtype, as a number does not."""
     real = factor.is_floating_point() or factor.dtype is torch.int64
     same = all(isinstance(t, Tensor) and t.dtype is x.dtype for t in others)

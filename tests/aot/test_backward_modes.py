@@ -352,16 +352,16 @@ def written_between(x):
     with torch.no_grad():
         h.mul_(3)
         h[0].add_(1)
-    y = y.sum() + h.sin().sum()
+    y = y.sum() + (h * 3).sum()
     h.mul_(2)
     h.data.add_(1)
     y = y + h.sum()
-    a = x.detach().requires_grad_()
+    a = x.detach().clone().requires_grad_()
     z = a.sum() * 5
     with torch.no_grad():
         a[1:].mul_(2)
     (z + (a * a).sum()).backward()
-    return *torch.autograd.grad(y, [x, h]), a.grad, h
+    return *torch.autograd.grad(y, [x, h], retain_graph=True), a.grad, h
 
 
 def cut_before(x):
