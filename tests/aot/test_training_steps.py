@@ -2,6 +2,8 @@
 read, bound and added to, and optimizers step, as in eager mode."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -508,6 +510,26 @@ def test_a_refusal_after_the_backward(way):
     with pytest.raises(CaptureError):
         WAYS[way](asking)(batches()[0])
     assert net.weight.grad is None
+
+
+def test_a_network_and_its_optimizer_bound_anew_are_free():
+    net = layer()
+    optimizer = optim.Adam(net.parameters(), 0.1)
+
+    def step(x):
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.step()
+
+    f, (x, *_) = jit(step, backend="eager"), batches()
+    for _ in range(3):
+        f(x)
+    old = [weakref.ref(t) for t in (net, optimizer, net.weight, net.weight.grad)]
+    net = layer()
+    optimizer = optim.Adam(net.parameters(), 0.1)
+    f(x)
+    gc.collect()  # PyTorch's optimizers are in reference cycles
+    assert [r() for r in old] == [None] * 4
 
 
 def test_lowered_steps_change_nothing():

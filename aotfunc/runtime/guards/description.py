@@ -51,7 +51,7 @@ class Description(CheckLines):
         self.owners: list[tuple[Any, str, dict]] = []
         self.names = names
         self.seen: dict[int, str] = {}
-        self.rates: list[Rate] = []
+        self.rates: list[tuple[dict[str, Any], Rate]] = []  # with the optimizer's group
         self._groups: set[int] = set()  # ids of the optimizers' groups
         self.graded: set[int] = set()  # ids of the tensors whose gradients are described
         self._gradients: set[int] = set()  # ids of these, which have none themselves
@@ -102,8 +102,8 @@ class Description(CheckLines):
 
     def rate(self, group: dict[str, Any], v: str, label: str) -> None:
         """Describe the learning rate of an optimizer's group as a tensor."""
-        rate = Rate(group)
-        self.rates.append(rate)
+        rate = Rate(group["lr"])
+        self.rates.append((group, rate))
         facts = tensor_facts(rate.tensor)
         self.key.append(facts)
         self.facts.append((label, facts))

@@ -19,11 +19,10 @@ _REACH = frozenset({"lr", "param_groups", "state_dict", "get_lr"})
 
 
 class Rate:
-    """The tensor that stands for the learning rate in an optimizer's ``group``."""
+    """The tensor that stands for a learning rate."""
 
-    def __init__(self, group: dict[str, Any]) -> None:
-        self.group, self.number = group, group["lr"]
-        self.tensor = torch.tensor(self.number, dtype=torch.float64)
+    def __init__(self, number: float) -> None:
+        self.number, self.tensor = number, torch.tensor(number, dtype=torch.float64)
 
     def now(self, number: Any) -> Tensor:
         """Return the tensor of a call, the same one for the same number. Raises TypeError where
@@ -42,31 +41,31 @@ def has_rate(group: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def as_tensors(rates: Sequence[Rate]) -> Iterator[None]:
-    """Put the tensors in their places inside the block. Raises MoreState where a rate is bound
+def as_tensors(rates: Sequence[tuple[dict[str, Any], Rate]]) -> Iterator[None]:
+    """Put the tensors in their groups inside the block. Raises MoreState where a rate is bound
     anew."""
-    for rate in rates:
-        rate.group["lr"] = rate.tensor
+    for group, rate in rates:
+        group["lr"] = rate.tensor
     bound = False
     try:
         yield
     finally:
-        for rate in rates:
-            if rate.group.get("lr") is rate.tensor:
-                rate.group["lr"] = rate.number
+        for group, rate in rates:
+            if group.get("lr") is rate.tensor:
+                group["lr"] = rate.number
             else:
                 bound = True
     if bound:
         raise MoreState
 
 
-def check_rates(rates: Sequence[Rate], rec: Captured, names: Names) -> None:
+def check_rates(rates: Sequence[tuple[dict[str, Any], Rate]], rec: Captured, names: Names) -> None:
     """Raise MoreState where a rate is written to, as a schedule does, or is a result, or where the
     user's code may read one: it sees numbers."""
     trace = rec.trace
     if rates and not _REACH.isdisjoint(names.attributes):
         raise MoreState
-    roots = {trace.root(ref) for r in rates if (ref := trace.seen_as(r.tensor)) is not None}
+    roots = {trace.root(ref) for _, r in rates if (ref := trace.seen_as(r.tensor)) is not None}
     if any(trace.root(ref) in roots for ref in rec.refs) or any(
         trace.roots().written[root] for root in roots
     ):
