@@ -34,17 +34,20 @@ def active_nodes(nodes: Any, wrt: Sequence[Node], zeros: bool = False) -> dict[N
     for n in nodes:
         if n in active:  # one of ``wrt``, which may be computed from another
             active[n] = active.pop(n)
-            continue
-        if n.op != "call_function" or n.target is aten.detach.default:
-            continue
-        if n.target is dead_end and not zeros:
-            continue
-        for i in sources(n):
-            if i in active:
-                if has_derivative(n.meta["val"]) and not is_nondiff(n, active, zeros):
-                    active[n] = None
-                break
+        elif passes(n, active, zeros):
+            active[n] = None
     return active
+
+
+def passes(n: Node, active: dict[Node, None], zeros: bool) -> bool:
+    """Return whether a derivative flows through a node from the ``active`` ones before it."""
+    if n.op != "call_function" or n.target is aten.detach.default:
+        return False
+    if n.target is dead_end and not zeros:
+        return False
+    return any(i in active for i in sources(n)) and (
+        has_derivative(n.meta["val"]) and not is_nondiff(n, active, zeros)
+    )
 
 
 def sources(n: Node) -> Sequence[Node]:

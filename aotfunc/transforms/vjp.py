@@ -28,7 +28,7 @@ from ..trace.records import may_save
 from ..trace.shapes.rules import formatted
 from ..trace.shapes.sig import Facts, Sig, contiguous_stride, make_sig
 from . import fallback
-from .activity import active_nodes, has_derivative
+from .activity import active_nodes, has_derivative, passes
 from .hooked_rules import BY_VALUE, answered, behind_hooks, has_formula, of_result
 from .rules.schema import full_args, tensor_args
 from .rules.table import entry_for, zeros
@@ -123,7 +123,7 @@ def reverse(
             continue
         if n in wanted:
             found[n] = g
-            if not any(i in active for i in n._input_nodes):
+            if not passes(n, active, zeros=True):
                 continue
         if n.target is operator.getitem:
             parent, i = n.args
