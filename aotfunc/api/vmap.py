@@ -210,14 +210,14 @@ def _batched_program(
                 f"of type {type(x).__name__}; out_dims=None lets other values pass"
             )
     results_dims = tuple([flat[k] for k in rec.tensors])
-    base = rec.program()
+    base, aliases = rec.program(), rec.aliases  # what makes a program holds no tensors
     how = (tensor_dims, batch.sigs if rec.trace.placed else batch.starts, axis, results_dims)
 
     def make() -> Program:
-        return resized_program(base, *how, rec.aliases, of_this_size)
+        return resized_program(base, *how, aliases, of_this_size)
 
     def of_this_size() -> Program:
-        return as_makers(base, fresh(vmap_pass(base, *how), rec.aliases))
+        return as_makers(base, fresh(vmap_pass(base, *how), aliases))
 
     program = base.derived(("vmap", *how), make)
     places: list[tuple[int | None, int | None]] = []
