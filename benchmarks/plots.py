@@ -46,6 +46,13 @@ PLOTS = [
     Plot("derivatives", "bench_higher_order", "k-th.*", ".*: ops", "ops"),
     Plot("models", "bench_models", "Training steps", "eager|aot_module, .*", "time", "eager"),
     Plot("first_steps", "bench_models", "First steps", "eager|aot_module, .*", "s"),
+    Plot(
+        "training_steps",
+        "bench_training_steps",
+        "Processor time.*",
+        "eager|aot_module|jit|torch.compile",
+        "s",
+    ),
     Plot("overhead", "bench_overhead", "Time per call.*", "plain|torch.func|jit", "s"),
 ]
 
