@@ -23,7 +23,7 @@ from .averages import averaging
 from .optimizers import optimizer_steps
 from .patches import Exchange
 from .places import METHODS
-from .traced import Traced, current, shows_gradient, under_way
+from .traced import Traced, current, is_frozen, shows_gradient, under_way
 
 #: methods that read values, and the words for what they read
 READERS = {
@@ -73,13 +73,7 @@ def refusing(read: Callable, what: str) -> Callable:
 
 def frozen(t: Tensor) -> bool:
     """Return whether a program under way would keep the present value of ``t``."""
-    trace = current()
-    return (
-        trace is not None
-        and not trace.may_ask_constants
-        and t.__class__ is not Traced
-        and not under_way.quiet
-    )
+    return is_frozen() and t.__class__ is not Traced and not under_way.quiet
 
 
 def read_grad(self: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .following import LOW
-from .traced import current
+from .traced import is_frozen
 
 #: methods with a factor -> its name, and a form with a tensor as factor, which rounds alike
 SCALED: dict[str, tuple[str, Callable]] = {
@@ -23,12 +23,6 @@ SCALED: dict[str, tuple[str, Callable]] = {
     "addcmul": ("value", lambda x, y, z, a: x.addcmul(y * a, z)),
     "addcdiv": ("value", lambda x, y, z, a: x.addcdiv(y * a, z)),
 }
-
-
-def is_frozen() -> bool:
-    """Return whether a program under way would keep the number in a tensor."""
-    trace = current()
-    return trace is not None and not trace.may_ask_constants
 
 
 def scaling(method: Callable, name: str, form: Callable) -> Callable:

@@ -47,6 +47,12 @@ def around(trace: Trace) -> list[Trace]:
     return traces[: traces.index(trace)] if trace in traces else list(traces)
 
 
+def is_frozen() -> bool:
+    """Return whether a program under way would keep the number in a tensor."""
+    trace = current()
+    return trace is not None and not trace.may_ask_constants
+
+
 def shows_gradient(t: Tensor) -> bool:
     """Return whether each call of the compiled functions being recorded looks at the ``.grad`` of
     an outside tensor, which may then be read, and bound."""

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 from torch.fx import Node
 
-from ...graph import output_node
+from ...graph import op_of, output_node
 from .ir import Kernel, Load, walk
 from .launch import EMPTY, Launch
 from .memory import OWN_MEMORY
@@ -86,7 +86,7 @@ def given_memory(graph: fx.Graph, donated: Mapping[int, int]) -> dict[Node, Node
         p: o
         for p, o in found.items()
         if isinstance(o, Node)
-        and o in after
+        and op_of(o) in after
         and outs.count(o) == 1
         and all(u.op == "output" or has_own_memory(u) for u in o.users)
     }

@@ -257,8 +257,8 @@ class Names:
         return sum(map(len, sets)) + self.any + self.gradients
 
     def learn(self, rates: bool, misses_gradients: bool) -> bool:
-        """Return whether a capture that failed is to be tried again, with another description: of
-        gradients that it ``misses``, or without ``rates`` that are tensors."""
+        """Return whether a capture that failed is to be tried again, with another description:
+        with the gradients that it has asked for, or without ``rates`` that are tensors."""
         if misses_gradients and not self.gradients:
             self.gradients = True
         elif rates:
