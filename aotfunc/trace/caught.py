@@ -153,7 +153,8 @@ def swallows(frame: FrameType, names: Sequence[str]) -> bool:
         manager = getattr(manager, name, None)
     if manager in (contextlib.suppress, contextlib.ExitStack):
         return True
-    module = manager.__name__ if isinstance(manager, ModuleType) else manager.__module__
+    name = "__name__" if isinstance(manager, ModuleType) else "__module__"
+    module = getattr(manager, name, None)  # none of objects of some built-in classes
     return str(module).split(".")[0] not in ("torch", "aotfunc", "contextlib")
 
 
