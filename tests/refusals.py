@@ -208,10 +208,13 @@ def both_modes(x):
 
 def optimizer_inside(compiler):
     net = nn.Linear(3, 1)
-    optimizer = torch.optim.RAdam(net.parameters(), 0.1)
-    net(torch.ones(3)).sum().backward()
-    optimizer.step()
-    compiler(lambda x: (optimizer.step(), x)[1])(torch.ones(3))
+    optimizer = torch.optim.LBFGS(net.parameters(), 0.1)
+
+    def loss():
+        net(torch.ones(3)).sum().backward()
+        return net.weight.sum()
+
+    compiler(lambda x: (optimizer.step(loss), x)[1])(torch.ones(3))
 
 
 def hooked_parameter():
@@ -331,7 +334,7 @@ PROGRAMS: dict[str, Callable] = {
     "`c.kept = Box(x * 2)`": closed_over(Box, lambda c, x: (setattr(c, "kept", Box(x * 2)), x)[1]),
     "`x.tag = y` of an argument": on(ones())(assigned_to_argument),
     "an object without `__class__`": closed_over(Classless, lambda c, x: x * c.scale),
-    "`optimizer.step()` of `RAdam`, which decides by a counter": optimizer_inside,
+    "`optimizer.step()` of `LBFGS`, which decides by gradients": optimizer_inside,
     "a parameter made inside, and what depends on it": on(ones())(
         lambda x: (lambda p: (p, p * x))(nn.Parameter(torch.ones(3)))
     ),

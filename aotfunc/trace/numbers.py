@@ -20,9 +20,11 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from .averages import averaging
+from .decisions import DECISIONS, deciding
 from .optimizers import optimizer_steps
 from .patches import Exchange
 from .places import METHODS
+from .scalers import SCALER
 from .traced import Traced, current, is_frozen, shows_gradient, under_way
 
 #: methods that read values, and the words for what they read
@@ -130,7 +132,10 @@ watch = Exchange(
     {(Tensor, name): method for name, method in METHODS.items()}
     | {(Tensor, name): refusing(getattr(Tensor, name), what) for name, what in READERS.items()}
     | optimizer_steps()
+    | DECISIONS
+    | SCALER
     | {
+        (Tensor, "__bool__"): deciding(refusing(Tensor.__bool__, READERS["__bool__"])),
         (Tensor, "tensor_split"): splitting(Tensor.tensor_split),
         (Tensor, "grad"): property(read_grad, set_grad, delete_grad),
         (Tensor, "grad_fn"): property(read_grad_fn),

@@ -7,6 +7,7 @@ functions and methods that it does so with are exchanged while a number would be
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..debug import at, user_line
+from ..errors import CaptureError
 from .following import LOW
 from .traced import is_frozen
 
@@ -22,6 +25,7 @@ SCALED: dict[str, tuple[str, Callable]] = {
     "add": ("alpha", lambda x, y, a: x.addcmul(y, a)),
     "addcmul": ("value", lambda x, y, z, a: x.addcmul(y * a, z)),
     "addcdiv": ("value", lambda x, y, z, a: x.addcdiv(y * a, z)),
+    "lerp": ("weight", Tensor.lerp),
 }
 
 
@@ -30,6 +34,8 @@ def scaling(method: Callable, name: str, form: Callable) -> Callable:
 
     @functools.wraps(method)
     def scaled(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if name == "weight" and len(args) == 2:
+            *args, kwargs[name] = args  # type: ignore[assignment]
         factor = kwargs.get(name)
         if not (isinstance(factor, Tensor) and is_frozen() and promotes_nothing(x, args, factor)):
             return method(x, *args, **kwargs)
@@ -61,11 +67,15 @@ def counter_value(get_value: Callable) -> Callable:
 
 def one_after_another(several: Callable, single: Callable) -> Callable:
     """Return an optimizer's function for ``several`` tensors at once with the one for ``single``
-    tensors in its place: a backend fuses what is recorded."""
+    tensors, looked up, in its place: a backend fuses what is recorded."""
 
     @functools.wraps(several)
     def step(*args: Any, **kwargs: Any) -> Any:
-        return (single if is_frozen() else several)(*args, **kwargs)
+        if is_frozen() and kwargs.get("found_inf") is not None:
+            raise CaptureError(
+                f"a fused optimizer's step for a GradScaler{at(user_line())}: leave `fused` out"
+            )
+        return (single() if is_frozen() else several)(*args, **kwargs)
 
     return step
 
@@ -83,7 +93,9 @@ def optimizer_steps() -> dict[tuple[Any, str], Callable]:
             found[module, "_get_value"] = counter_value(table["_get_value"])
         for name, f in table.items():
             for prefix in ("_multi_tensor_", "_fused_"):
-                single = table.get(name.replace(prefix, "_single_tensor_"))
-                if name.startswith(prefix) and single is not None:
-                    found[module, name] = one_after_another(f, single)
+                single = name.replace(prefix, "_single_tensor_")
+                if name.startswith(prefix) and single in table:
+                    found[module, name] = one_after_another(
+                        f, functools.partial(operator.getitem, table, single)
+                    )
     return found

@@ -29,6 +29,7 @@ from .outside import StandIn
 from .overlaps import crossing_writes
 from .places import is_integer, select_traced, subscript
 from .records import flat_tensors
+from .scalers import OPENED
 from .shapes.infer import TOLD, infer
 from .shapes.instr import env_key, intern, interned
 from .shapes.sig import Slot
@@ -330,6 +331,7 @@ _ANSWERS: dict[OpOverload, Callable] = {
     **{op: partial(_on_lists, op) for op in _LISTS},
     **{op: partial(_laid, op) for op in READ_AS_LAID},
     **{op: partial(within_function, op) for op in DIFFERENTIATED},
+    **OPENED,
     aten._local_scalar_dense.default: _scalar,
     aten.equal.default: _equal,
     aten._linalg_check_errors.default: _check_errors,

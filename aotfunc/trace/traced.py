@@ -30,6 +30,7 @@ class _Stack(threading.local):
     def __init__(self) -> None:
         self.traces: list[Trace] = []
         self.quiet = 0
+        self.branch: Any = None  # the branch of an optimizer's decision
 
 
 under_way = _Stack()

@@ -71,6 +71,14 @@ OPTIMIZERS = {
     "Adadelta": lambda ps: optim.Adadelta(ps),
     "NAdam": lambda ps: optim.NAdam(ps, 0.1),
     "RMSprop": lambda ps: optim.RMSprop(ps, 0.1, momentum=0.9, centered=True),
+    "RAdam": lambda ps: optim.RAdam(ps, 0.1),
+    "RAdam, foreach": lambda ps: optim.RAdam(
+        ps, 0.1, foreach=True, weight_decay=0.1, decoupled_weight_decay=True
+    ),
+    "ASGD": lambda ps: optim.ASGD(ps, 0.1, lambd=0.1, t0=2, weight_decay=0.1),
+    "ASGD, foreach": lambda ps: optim.ASGD(ps, 0.1, foreach=True, maximize=True),
+    "Adafactor": lambda ps: optim.Adafactor(ps, 0.1),
+    "Adafactor, foreach": lambda ps: optim.Adafactor(ps, 2.0, foreach=True, weight_decay=0.1),
     "Rprop": lambda ps: optim.Rprop(ps, 0.1),
     "groups": lambda ps: optim.SGD(
         [{"params": [p], "lr": 0.1 / n} for n, p in enumerate(ps, 1)], momentum=0.9
@@ -86,7 +94,7 @@ def test_steps_of_optimizers(name, to_none):
     optimizers = [OPTIMIZERS[name](net.parameters()) for net in nets]
     eager, compiled = (stepping(n, o, to_none) for n, o in zip(nets, optimizers, strict=True))
     compiled = jit(compiled)
-    for x in batches(5):
+    for x in batches(8):
         assert_same(compiled(x), eager(x))
         assert_same(*map(trained, nets, optimizers))
     assert len(compiled.entries) == 1

@@ -48,7 +48,10 @@ _FUNCTION_RULES = frozenset({"forward", "backward", "setup_context", "vmap", "jv
 _RECORDS = (types.SimpleNamespace, argparse.Namespace)
 _SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 #: libraries' classes whose methods compute with their attributes
-_READ_THEMSELVES = ("torch.nn.", "torch.distributions.", "torch.optim.", "collections", "numpy.")
+_READ_THEMSELVES = (
+    *("torch.nn.", "torch.distributions.", "torch.optim.", "torch.amp.grad"),
+    *("collections", "numpy."),
+)
 _MODULES = frozenset({"numpy", "threading", "queue", "multiprocessing.sharedctypes"})
 
 
