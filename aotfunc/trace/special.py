@@ -22,6 +22,7 @@ from .autograd import needs_grad
 from .casts import record_cast
 from .caught import RAISING_OPS, catches, raising_first
 from .collectives import DIFFERENTIATED, within_function
+from .folding import fold_batches, note_expand
 from .in_place import refresh, uncount
 from .kernels import READ_AS_LAID, misread
 from .numbers import forgive
@@ -332,6 +333,8 @@ _ANSWERS: dict[OpOverload, Callable] = {
     **{op: partial(_laid, op) for op in READ_AS_LAID},
     **{op: partial(within_function, op) for op in DIFFERENTIATED},
     **OPENED,
+    aten.expand.default: note_expand,
+    aten.bmm.default: fold_batches,
     aten._local_scalar_dense.default: _scalar,
     aten.equal.default: _equal,
     aten._linalg_check_errors.default: _check_errors,

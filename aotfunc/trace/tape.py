@@ -76,6 +76,7 @@ class Tape:
     refused: CaptureError | None = None  # the error of a question without an answer
     place: tuple | None = None  # the index asked for its number, see special
     taken: tuple | None = None  # the view x[index] taken last, see places.is_last_taken
+    expanded: tuple | None = None  # the matrix that has become a batch last, see folding
     in_lstsq = False
     dtensors = False  # whether it may have DTensors
     #: input or lifted tensor that gets other memory (`x.data = y`) -> its value there, the value

@@ -156,3 +156,34 @@ def test_hooks_of_modules_see_their_gradients():
     got, want = (torch.autograd.grad(f(x).sum(), x)[0] for f in (jit(net), net))
     torch.testing.assert_close(got, want)
     assert F.relu(got).shape == x.shape
+
+
+BATCHES = {
+    "transposed": lambda: torch.randn(5, 4, 6).transpose(0, 1),
+    "columns first": lambda: torch.randn(4, 6, 5).transpose(1, 2),
+    "two batch dimensions": lambda: torch.randn(2, 3, 4, 6).permute(2, 0, 1, 3),
+}
+PRODUCTS = {
+    "linear": lambda x, w, b: F.linear(x, w, b),
+    "of computed values": lambda x, w, b: F.linear(x * 2, w * 2),
+    "matmul": lambda x, w, b: x @ w.t() + b,
+    "from the left": lambda x, w, b: w @ x.mT,
+    "bmm": lambda x, w, b: x.flatten(0, -3).bmm(w.t().expand(x[..., 0, 0].numel(), 6, 8)),
+}
+
+
+@pytest.mark.parametrize("grad_of_batch", [False, True])
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_products_of_batches_and_a_matrix(batch, product, grad_of_batch):
+    """A matrix that requires grad is not made a batch of."""
+    w, b = torch.randn(8, 6).requires_grad_(), torch.randn(8).requires_grad_()
+    x = BATCHES[batch]().requires_grad_(grad_of_batch)
+    given = [t for t in (x, w, b) if t.requires_grad]
+    results = []
+    for f in aot_function(PRODUCTS[product], "eager"), PRODUCTS[product]:
+        y = f(x, w, b)
+        grads = torch.autograd.grad(y.sin().sum(), given, allow_unused=True)
+        results.append([y, *[g for g in grads if g is not None]])
+    assert_same(*results)
+    assert [t.stride() for t in results[0]] == [t.stride() for t in results[1]]
