@@ -111,13 +111,12 @@ def unrecorded_facts(group: Any) -> str | None:
         "no dimension of shards": not hasattr(mesh, "shard_process_group"),
         "dp_mesh_dims": getattr(mesh, "is_spmd_mesh", False),
         "parameters that were DTensors before": any(p.is_dtensor for p in params),
-        "an offload_policy": any(p.offload_to_cpu for p in params),
+        "an offload_policy": any(p.offload_to_cpu and p.device.type != "cpu" for p in params),
         "parameters that gather themselves": any(
             hasattr(p._sharded_local_tensor, "fsdp_pre_all_gather") for p in params
         ),
         "gradients of eager calls that are not reduced yet": any(map(awaits_reduction, params)),
         "set_requires_all_reduce(False)": reduces_in_part(group),
-        "set_gradient_divide_factor": group.gradient_divide_factor is not None,
         "set_all_reduce_hook": group._all_reduce_hook is not None,
         "collectives of its own": own != {f"{FSDP}_fsdp_collectives"},
         "set_reduce_scatter_unused_params": getattr(group, "reduce_scatter_unused_params", False),
@@ -192,6 +191,7 @@ def gathered_parameter(trace: Any, group: Any, p: Any, call: int) -> Tensor:
 
     spec = p.sharded_param._spec
     everywhere = lambda placement: layout(spec.mesh, [placement] * spec.mesh.ndim)
+    divisor = group.gradient_divide_factor
     return torch.ops.aotfunc_layout.gather(
         whole_of(trace, p.sharded_param),
         p._orig_size,
@@ -202,6 +202,7 @@ def gathered_parameter(trace: Any, group: Any, p: Any, call: int) -> Tensor:
         everywhere(Partial("avg")),
         of_spec(spec),
         call,
+        1.0 if divisor is None else spec.mesh.size() / divisor,
         group._reshard_after_forward and group.unshard_in_backward,
     )
 

@@ -92,6 +92,19 @@ def ahead(m):
     return m
 
 
+def divided(m, **how):
+    """Gradients are sums over all processes, divided by numbers of one's own."""
+    for k, x in enumerate(reversed(list(each_layer(m, **how).modules()))):
+        if isinstance(x, FSDPModule):
+            x.set_force_sum_reduction_for_comms(True)  # all that gloo has
+            x.set_gradient_divide_factor(1.0 + k)
+    return m
+
+
+def offloaded(m):
+    return each_layer(m, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 #: how a model is sharded; a normal run takes each second one
 WAYS = {
@@ -104,6 +117,8 @@ WAYS = {
     "kept": lambda m: each_layer(m, reshard_after_forward=False),
     "never kept": lambda m: each_layer(m, reshard_after_forward=True),
     "float64": mixed(F64, None),
+    "offloaded": offloaded,
+    "divided": divided,
     "bfloat16": mixed(BF16, F32, F32),
 }
 
@@ -135,9 +150,10 @@ def check_ways(rank, count, start, tokens):
     mine, ways = tokens[rank * 2 :][:2], WAYS
     if count == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("all", "parts"))
-        ways = {"two dimensions": lambda m: each_layer(m, mesh=mesh)}
+        sharded = lambda m: each_layer(m, mesh=mesh)
+        ways = {"two dimensions": sharded, "divided": lambda m: divided(m, mesh=mesh)}
     _, plain = trained(copy.deepcopy(start), tokens)
-    for name in every(2, ways):
+    for name in every(2, ways) if count == 2 else ways:
         way = ways[name]
         compiled = aot_module(way(copy.deepcopy(start)), "eager")
         ours, theirs = trained(compiled, mine), trained(way(copy.deepcopy(start)), mine)
@@ -227,8 +243,6 @@ def check_refused(start, tokens):
     """What a recording does not know, or cannot do, leaves the module as it was."""
     net = each_layer(copy.deepcopy(start))
     compiled = aot_module(net, "eager")
-    offload = CPUOffloadPolicy(pin_memory=False)
-    offloaded = aot_module(fully_shard(copy.deepcopy(start), offload_policy=offload), "eager")
     hooked = aot_module(each_layer(copy.deepcopy(start)), "eager")
     hooked.get_submodule("layers.1").register_full_backward_hook(lambda m, given, g: None)
     net.set_requires_gradient_sync(False)
@@ -243,7 +257,6 @@ def check_refused(start, tokens):
     net.set_requires_all_reduce(True)
     by_others = "called by compiled functions"
     for error, words, call in (
-        (CaptureError, "an offload_policy", lambda: offloaded(tokens)),
         (CaptureError, by_others, lambda: make_fx(net)(tokens)),
         (CaptureError, by_others, lambda: vmap(net)(tokens[None])),
         (CaptureError, "go to compiled functions", lambda: jit(lambda x: compiled(x))(tokens)),

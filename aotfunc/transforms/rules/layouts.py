@@ -48,11 +48,11 @@ to_local = defined(
 )
 
 #: The whole for each process, in the dtype ``dtype``, of what lies as ``back`` says. The graph has
-#: one for each tensor of a ``call``; all of a call are one collective. ``again``: the backward
-#: gathers it again instead of keeping it
+#: one for each tensor of a ``call``; all of a call are one collective. ``factor``: that of its
+#: cotangent. ``again``: the backward gathers it again instead of keeping it
 gather = defined(
     "gather(Tensor x, int[] shape, int[] stride, ScalarType dtype, ScalarType? reduce, str of, "
-    "str sums, str back, int call, bool again) -> Tensor",
+    "str sums, str back, int call, float factor, bool again) -> Tensor",
     lambda x, shape, stride, dtype, *_: x.new_empty_strided(shape, stride, dtype=dtype),
 )
 #: The cotangent of what ``gather`` takes: the cotangents of all processes are added up or averaged
@@ -80,11 +80,18 @@ linear(
         g, x.shape, x.stride(), back, summed_layout(back)
     ),
 )
-linear(
-    gather,
-    lambda g, x, shape, stride, dtype, *how: scatter(g, x.shape, x.stride(), x.dtype, *how[:-1]),
-)
+
+
+def back_to_parts(g: Tensor, x: Tensor, shape: Any, stride: Any, dtype: Any, *how: Any) -> Tensor:
+    *how, factor, _ = how  # type: ignore[assignment]
+    parts = scatter(g, x.shape, x.stride(), x.dtype, *how)
+    return parts if factor == 1 else parts * factor
+
+
+linear(gather, back_to_parts)
 linear(
     scatter,
-    lambda c, g, shape, stride, dtype, *how: gather(c, g.shape, g.stride(), g.dtype, *how, False),
+    lambda c, g, shape, stride, dtype, *how: gather(
+        c, g.shape, g.stride(), g.dtype, *how, 1.0, False
+    ),
 )
