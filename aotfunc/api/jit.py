@@ -145,6 +145,7 @@ def aot_function(
     memory_budget: MemoryBudget = None,
     policy: Policy | None = None,
     inference_compiler: str | Compiler | None = None,
+    backend: str | Compiler | None = None,
     **options: Any,
 ) -> Any:
     """Return ``fn`` with its forward and backward captured ahead of time, partitioned by
@@ -152,11 +153,12 @@ def aot_function(
 
     ``fw_compiler`` and ``bw_compiler`` (default: the same) take ``(gm, example_inputs)`` and
     return a callable, or are names of backends; ``inference_compiler`` (default: ``fw_compiler``)
-    compiles for calls that autograd does not record. ``partition_fn(joint_module, joint_inputs, *,
-    num_fwd_outputs)`` returns the forward module ``inputs -> (results, residuals)`` and the
-    backward module ``(residuals, cotangents) -> gradients``; inputs that require no gradient have
-    none. The default computes nothing twice; ``memory_budget`` and ``policy`` are those of
-    :func:`aotfunc.partition`. ``decompositions`` maps ops to functions to use instead, after
+    compiles for calls that autograd does not record; ``backend`` is :func:`jit`'s name of
+    ``fw_compiler``. ``partition_fn(joint_module, joint_inputs, *, num_fwd_outputs)`` returns the
+    forward module ``inputs -> (results, residuals)`` and the backward module ``(residuals,
+    cotangents) -> gradients``; inputs that require no gradient have none. The default computes
+    nothing twice; ``memory_budget`` and ``policy`` are those of :func:`aotfunc.partition`.
+    ``decompositions`` maps ops to functions to use instead, after
     differentiation; ``exact`` is :func:`jit`'s. functorch's other options change nothing here.
     Guards, errors and guarantees are those of :func:`jit`; without ``fn`` it is a decorator, too.
 
@@ -167,6 +169,12 @@ def aot_function(
     """
     if unknown := set(options) - FUNCTORCH_OPTIONS:
         raise ArgumentError(f"aot_function: there is no option {', '.join(sorted(unknown))}")
+    if backend is not None:
+        if fw_compiler != "auto":
+            raise ArgumentError(
+                "aot_function: backend and fw_compiler are two names of one option"
+            )
+        fw_compiler = backend
     if partition_fn is None:
         partition_fn = budgeted(default_partition, memory_budget, policy)
     elif memory_budget is not None or policy is not None:

@@ -84,6 +84,9 @@ def _scalar(trace: Trace, x: Tensor) -> Any:
         return trace.answer(Tensor.item, [x], "a number")
     except CaptureError as error:
         frame = sys._getframe(2)
+        if x.dtype is torch.bool and asks_to_leave_out(frame):
+            forgive(error)
+            return False
         if x.dtype is torch.bool and (what := validation_check(frame)):
             forgive(error)
             good = what != NEGATIVE  # answer so that no error is raised here
@@ -103,6 +106,18 @@ def asker(asking: FrameType) -> FrameType | None:
     while frame is not None and frame.f_code.co_filename.startswith(_OURS):
         frame = frame.f_back
     return frame
+
+
+def asks_to_leave_out(asking: FrameType) -> bool:
+    """Return whether transformers is asking if a mask, or a warning, can be left out: no is right
+    for all values."""
+    frame = asker(asking)
+    callers = [] if frame is None else [frame, frame.f_back or frame]
+    return any(
+        f.f_globals.get("__name__") == "transformers.masking_utils"
+        or f.f_code.co_name == "warn_if_padding_and_no_attention_mask"
+        for f in callers
+    )
 
 
 def validation_check(asking: FrameType) -> str | None:
@@ -254,7 +269,10 @@ def _pack_padded(
         numbers = torch.arange(x.shape[0] * x.shape[1]).view(*x.shape[:2], 1)
         return aten._pack_padded_sequence.default(numbers, lengths, batch_first)
 
-    where, sizes = trace.answer(packed, [lengths], "the lengths of a packed sequence")
+    try:
+        where, sizes = trace.answer(packed, [lengths], "a number of a packed sequence's lengths")
+    except CaptureError as error:
+        raise CaptureError(f"{error} Lengths may be a list: lengths.tolist()") from None
     trace.made_inside.add(trace.lift(sizes))
     with trace:
         return x.flatten(0, 1).index_select(0, where.flatten().to(x.device)), sizes

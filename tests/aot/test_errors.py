@@ -104,6 +104,13 @@ def test_unknown_option():
     aot_function(torch.sin, "eager", num_params_buffers=0, dynamic=False)
 
 
+def test_backend_is_a_name_of_the_forward_compiler():
+    for options in {"backend": "eager"}, {"fw_compiler": "eager"}:
+        assert torch.equal(aot_function(torch.sin, **options)(X), X.sin())
+    with pytest.raises(ArgumentError, match="are one option"):
+        aot_function(torch.sin, "eager", backend="cpp")
+
+
 def warned(f, calls):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

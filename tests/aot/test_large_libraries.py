@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from aotfunc import aot_function, aot_module, jit
+from aotfunc import aot_function, aot_module, grad, jit, vmap
 from tests.reference import assert_same
 
 COUNT = 400
@@ -210,3 +210,20 @@ def test_an_instance_with_a_way_of_its_own_to_be_copied_is_refused():
 
     with pytest.raises(Exception, match="holds tensors"):
         jit(lambda x: Own(x * 2))(X)
+
+
+def test_masks_that_transformers_would_leave_out():
+    """A mask is applied whatever its values are; so does a batch whose samples differ."""
+    space = {"__name__": "transformers.masking_utils"}
+    exec("def masked(x, m): return x if m.all() else x.masked_fill(~m, 0.0)", space)
+    masked, masks = space["masked"], torch.tensor([[True, True], [True, False]])
+    x = torch.ones(2, requires_grad=True)
+    compiled = jit(lambda x, m: masked(x, m).sin())
+    for m in masks:
+        y = compiled(x, m)
+        torch.testing.assert_close(y, masked(x, m).sin())
+        (g,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(g, x.detach().cos() * m)
+    assert compiled.captures == 1
+    found = vmap(grad(lambda x, m: masked(x, m).sin().sum()), in_dims=(None, 0))(x.detach(), masks)
+    torch.testing.assert_close(found, x.detach().cos() * masks)

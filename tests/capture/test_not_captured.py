@@ -130,7 +130,7 @@ def test_packed_sequences(name):
 
 
 def test_lengths_from_outside_are_not_frozen():
-    with pytest.raises(CaptureError, match=r"the lengths of a packed sequence"):
+    with pytest.raises(CaptureError, match=r"a number of a packed sequence"):
         jit(PACKED["lengths as a tensor"])(T)
 
 
