@@ -112,12 +112,13 @@ def asks_to_leave_out(asking: FrameType) -> bool:
     """Return whether transformers is asking if a mask, or a warning, can be left out: no is right
     for all values."""
     frame = asker(asking)
-    callers = [] if frame is None else [frame, frame.f_back or frame]
-    return any(
-        f.f_globals.get("__name__") == "transformers.masking_utils"
-        or f.f_code.co_name == "warn_if_padding_and_no_attention_mask"
-        for f in callers
-    )
+    if frame is not None and frame.f_code is Tensor.__contains__.__code__:
+        warns = frame.f_back
+        return warns is not None and warns.f_code.co_name == PADDING_WARNING
+    return frame is not None and frame.f_globals.get("__name__") == "transformers.masking_utils"
+
+
+PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
 
 
 def validation_check(asking: FrameType) -> str | None:

@@ -107,7 +107,7 @@ def test_unknown_option():
 def test_backend_is_a_name_of_the_forward_compiler():
     for options in {"backend": "eager"}, {"fw_compiler": "eager"}:
         assert torch.equal(aot_function(torch.sin, **options)(X), X.sin())
-    with pytest.raises(ArgumentError, match="are one option"):
+    with pytest.raises(ArgumentError, match="two names of one option"):
         aot_function(torch.sin, "eager", backend="cpp")
 
 

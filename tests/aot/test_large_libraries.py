@@ -212,6 +212,22 @@ def test_an_instance_with_a_way_of_its_own_to_be_copied_is_refused():
         jit(lambda x: Own(x * 2))(X)
 
 
+def test_a_warning_that_transformers_would_give():
+    class Warning:
+        def warn_if_padding_and_no_attention_mask(self, ids):
+            if 0 in ids[:, [-1, 0]]:
+                logging.getLogger(__name__).warning("padding")
+
+    warning = Warning()
+
+    def f(ids):
+        warning.warn_if_padding_and_no_attention_mask(ids)
+        return ids * 2
+
+    ids = torch.tensor([[0, 1], [1, 2]])
+    assert_same(jit(f)(ids), ids * 2)
+
+
 def test_masks_that_transformers_would_leave_out():
     """A mask is applied whatever its values are; so does a batch whose samples differ."""
     space = {"__name__": "transformers.masking_utils"}
