@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 # a collection that visits PyTorch's objects takes longer than these imports
 with _paused_gc():
+    from . import compile as compile
     from .api.associative_scan import associative_scan as associative_scan
     from .api.axes import all_gather as all_gather
     from .api.axes import axis_index as axis_index

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from ..errors import GraphError
+from ..errors import BackendError, GraphError
 from ..trace.node_views import storage_root
 from ..trace.shapes.sig import reach
 
@@ -58,6 +58,23 @@ class Results:
             else:
                 there.append((self.roots[k], result(k)))
         return found
+
+
+def listing_results(fn: Callable, boxed: bool, outputs: Sequence, whose: str) -> Callable:
+    """Return a compiler's function as one of a list of inputs that returns a sequence. It raises
+    BackendError where that has not a result for each of a graph's ``outputs``."""
+
+    def call(args: list[Tensor]) -> Sequence:
+        outs = fn(args) if boxed else fn(*args)
+        outs = outs if isinstance(outs, list | tuple) else (outs,)
+        if (count := len(outs)) != len(outputs):
+            raise BackendError(f"{whose} returned {count} results, the graph has {len(outputs)}")
+        if any([o is None and n is not None for o, n in zip(outs, outputs, strict=True)]):
+            raise BackendError(f"{whose} returned None for a tensor")
+        return outs
+
+    call.eagerly = getattr(fn, "eagerly", None)  # type: ignore[attr-defined]
+    return call
 
 
 def address_of(t: Tensor) -> int:

@@ -17,7 +17,7 @@ from .. import backends, debug
 from ..backends import Backend
 from ..backends.auto import automatic, possible, suited
 from ..backends.eager import compile_graph
-from ..backends.results import is_lazy
+from ..backends.results import is_lazy, listing_results
 from ..capture.blocks import in_blocks
 from ..capture.bodies import dense, results_as
 from ..capture.calls import CompiledCall
@@ -280,13 +280,8 @@ def compiled_by(
     if hasattr(fn, "boxed"):  # of ours: it returns a tuple
         return fn.boxed
     boxed = backend.boxed or getattr(fn, "_boxed_call", False)
-
-    def call(args: list[Tensor]) -> Sequence:
-        outs = fn(args) if boxed else fn(*args)
-        return outs if isinstance(outs, list | tuple) else (outs,)
-
-    call.eagerly = getattr(fn, "eagerly", None)  # type: ignore[attr-defined]
-    return call
+    whose = f"{what}: the code of {function_name(compiler)}"
+    return listing_results(fn, boxed, program.outputs, whose)
 
 
 def compile_bodies(graph: fx.Graph, backend: Backend, what: str) -> bool:

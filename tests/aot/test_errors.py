@@ -233,3 +233,26 @@ def test_the_script_says_where_a_compiler_without_a_name_goes():
     script = Path(re.search(r"script in (.*)\n", str(caught.value))[1]).read_text()
     compile(script, "script", "exec")
     assert "compiler here, which has no name to import" in script
+
+
+WRONG = {
+    "fewer": lambda outs: outs[:-1],
+    "more": lambda outs: (*outs, outs[0]),
+    "None": lambda outs: (*outs[:-1], None),
+    "nothing": lambda outs: None,
+}
+
+
+@pytest.mark.parametrize("half", ["forward", "backward", "inference"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_results_of_a_compiler(wrong, half):
+    def compiler(gm, examples):
+        return lambda *args: WRONG[wrong](gm(*args))
+
+    ways = {"fw_compiler": "eager", "bw_compiler": "eager"}
+    ways["bw_compiler" if half == "backward" else "fw_compiler"] = compiler
+    f = aot_function(lambda x, y: (x.sin() * y, x.cos()), **ways)
+    given = [X.clone().requires_grad_(half != "inference") for _ in range(2)]
+    with pytest.raises(BackendError, match=r"the code of .* returned"):
+        first, second = f(*given)
+        (first + second).sum().backward()
