@@ -513,3 +513,27 @@ def test_the_other_factor_is_copied():
     assert_close(f(w)[0], w, rtol=0, atol=0)
     w = WEIGHTS[0]
     assert jit(jacrev(lambda x: x @ w))(w[0]).data_ptr() != w.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: x.expand(3, 4).sum(0),
+        lambda x: x[None].sum(0, keepdim=True).mean(0),
+        lambda x: -x.expand(3, 4).sum(0),
+        lambda x: (-x.abs()).sum(),
+        lambda x: (x.expand(3, 4).sum(0) * -2.0) * x.abs(),
+        lambda x: x.expand(3, 4).sum(0) * torch.full((4,), -2.0),
+        lambda x: x.expand(3, 4).sum(0) / torch.tensor(-2.0),
+        lambda x: (x[:, None] @ torch.ones(1, 4)).sum(1),
+        lambda x: (x[:, None] * torch.full((4,), -1.0)).sum(1),
+        lambda x: (x[:, None] * torch.ones(4)).mean(0),
+        lambda x: x.expand(3, 4).sum(0).expand(2, 4).sum(0),
+    ],
+)
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_sums_of_zeros_have_the_sign_of_sums(f, zero, always):
+    x = torch.full((4,), zero)
+    got, want = jit(f, backend="cpp")(x), f(x)
+    assert got.tolist() == want.tolist()
+    assert got.signbit().tolist() == want.signbit().tolist()

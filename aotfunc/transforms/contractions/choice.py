@@ -146,7 +146,9 @@ def way(products: Products, p: Product) -> tuple[float, Way]:
     forms = tuple([f.form for f in p.factors])
     extents = tuple([products.extents[k] for k in places])
     shape = tuple([products.count(dim) for dim in p.dims])
-    plan = Plan(factors, forms, out, shape, extents, p.scale, p.square, p.rooted)
+    squares = p.scale > 0 and all(p.factors.count(f) % 2 == 0 for f in p.factors)
+    unsigned = p.unsigned and not squares  # whose zeros are positive in any case
+    plan = Plan(factors, forms, out, shape, extents, p.scale, p.square, p.rooted, unsigned)
     price, order = cheapest(plan)
     price += LOOPED / 2 * products.count(p.labels) * (p.scale != 1)
     return price, ([f.node for f in p.factors], plan, order)

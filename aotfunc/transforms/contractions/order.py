@@ -34,6 +34,7 @@ class Plan(NamedTuple):
     scale: float
     square: bool
     rooted: bool
+    unsigned: bool
 
     @property
     def labels(self) -> list[Labels]:
@@ -134,6 +135,13 @@ def contracted(tensors: Sequence[Tensor], plan: tuple, order: Order) -> Tensor:
         mine = leaves(order)
         return set(p.out).union(*[f for i, f in enumerate(factors) if i not in mine])
 
+    def adds(order: Order) -> bool:
+        """Return whether the last step sums."""
+        if order.__class__ is int:
+            return not kept(order).issuperset(factors[order])
+        read = {k for half in order for i in leaves(half) for k in kept(half) & {*factors[i]}}
+        return not read.issubset(p.out)
+
     def result(order: Order) -> tuple[Tensor, Labels]:
         keep = kept(order)
         if order.__class__ is int:
@@ -154,6 +162,8 @@ def contracted(tensors: Sequence[Tensor], plan: tuple, order: Order) -> Tensor:
     x = x.reshape([p.extents[k] if k in labels else 1 for k in p.out]).expand(extent(p.out))
     if p.scale != 1:
         x = x * p.scale
+    if p.unsigned and (p.scale < 0 or not adds(order)):
+        x = x + 0.0
     if p.square:  # rounding may give small negative numbers
         x = x.clamp(min=0)
     return (x.sqrt() if p.rooted else x).reshape(p.shape)

@@ -35,13 +35,15 @@ class Factor:
 
 @dataclass(frozen=True)
 class Product:
-    """``scale`` times a sum of products, not negative if a ``square``, perhaps ``rooted``."""
+    """``scale`` times a sum of products, not negative if a ``square``, perhaps ``rooted``. The
+    zeros of an ``unsigned`` one are positive, as those of a sum: 0 + -0 is 0."""
 
     factors: tuple[Factor, ...]
     dims: Dims
     scale: float = 1.0
     square: bool = False
     rooted: bool = False
+    unsigned: bool = False
 
     @property
     def labels(self) -> tuple[int, ...]:
@@ -50,6 +52,12 @@ class Product:
     @property
     def summed(self) -> set[int]:
         return {label for f in self.factors for label in f.labels}.difference(self.labels)
+
+    @property
+    def once_a_sum(self) -> bool:
+        """Return whether a sum was along expanded dimensions alone, which leaves the sign of a
+        zero to a last step."""
+        return self.unsigned and not self.summed
 
 
 class Algebra:

@@ -137,7 +137,7 @@ def _div(ps: Products, n: Node, x: Any, y: Any) -> Product | None:
     if y.meta["val"].numel >= n.meta["val"].numel:
         return None  # a division for each element, as before
     over = ps.of(n, x)
-    if over.square or len(over.factors) == MOST:
+    if over.square or over.once_a_sum or len(over.factors) == MOST:
         return None
     inverse = ps.leaf(y)
     factor = replace(inverse.factors[0], form=("reciprocal",))
@@ -161,6 +161,7 @@ def _sum(
     p = ps.of(n, x)
     over = dimensions(p, over)
     out = ps.summed(p, over, keepdim)
+    out = replace(out, unsigned=True)
     if n.target in (aten.mean.dim, aten.mean.default):
         return replace(out, scale=out.scale / ps.count([k for d in over for k in p.dims[d]]))
     return out
@@ -212,7 +213,7 @@ def product_of(
     right: Callable = lambda p: p,
 ) -> Product | None:
     """Multiply two nodes. An argument with too many factors stays one factor, and so does a
-    square, which would no longer be known not to be negative."""
+    square, which would no longer be known not to be negative, and what was a sum."""
     parts = [ps.of(n, x), ps.of(n, y)]
 
     def keep_whole(i: int) -> None:
@@ -220,7 +221,7 @@ def product_of(
         ps.parts[n].remove((x, y)[i])
 
     for i in (0, 1):
-        if parts[i].square and x is not y:
+        if (parts[i].square and x is not y) or parts[i].once_a_sum:
             keep_whole(i)
     while sum(len(p.factors) for p in parts) > MOST:
         keep_whole(max((0, 1), key=lambda i: len(parts[i].factors)))
@@ -232,7 +233,9 @@ def scalar_multiple(ps: Products, n: Node, x: Node, by: Any) -> Product | None:
         return None
     p = ps.of(n, x)
     scale = p.scale * by
-    return replace(p, scale=scale, square=p.square and by > 0) if math.isfinite(scale) else None
+    if not math.isfinite(scale) or (by <= 0 and p.once_a_sum):
+        return None
+    return replace(p, scale=scale, square=p.square and by > 0, unsigned=p.unsigned and by > 0)
 
 
 @recognises(operator.getitem)
