@@ -50,14 +50,14 @@ class Accumulators(KernelText):
         return self.vectors and not self.columns
 
     def is_long(self, e: Reduce) -> bool:
-        """Return whether a sum of floats adds a few across lanes before they become doubles."""
-        return self.across and e.fn == "sum" and e.dtype is torch.float32
+        """Return whether a sum adds a few floats before they become doubles."""
+        return self.vectors and e.fn == "sum" and e.dtype is torch.float32
 
     def accumulator(self, e: Reduce) -> str:
         if self.is_long(e):
             return "long_sums"
         if e.fn == "sum" and e.dtype is torch.float32:
-            return "sums" if self.vectors else "double"
+            return "double"
         return VECTORS[self.lanes][e.dtype] if self.vectors else NUMBERS[e.dtype]
 
     def start(self, e: Reduce) -> str:
@@ -82,7 +82,7 @@ class Accumulators(KernelText):
         if not self.across:
             if not summed:
                 return a
-            if self.accumulator(e) == "sums":
+            if self.is_long(e):
                 return f"aot_summed({a})"
             return f"({NUMBERS[e.dtype]}){a}" if not self.vectors else a
         if summed:

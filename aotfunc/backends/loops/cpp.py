@@ -310,7 +310,7 @@ class Printer(Accumulators):
         long = [a for e, a in totals.items() if self.is_long(e)]
         some = self.fresh("k") if long else ""
         if long:
-            self.say(f"int {some} = 0;")
+            self.say(f"unsigned {some} = 0;")
         tiles = self.tiles
         for e, a in totals.items():
             if self.tiled:
@@ -327,10 +327,12 @@ class Printer(Accumulators):
         self.store_all([*stores, *kept])
         for e, a in totals.items():
             self.step(e, f"{a}[t]" if self.tiled else a)
+        self.close(self.tiled)
         if long:
-            carried = ", ".join([f"aot_carry({a})" for a in long])
-            self.say(f"if (__builtin_expect(++{some} == 32, 0)) {some} = 0, {carried};")
-        self.close(loops)
+            each = "for (int64_t t = 0; t < tiles; t++) " * self.tiled
+            carried = ", ".join([f"aot_carry({a}{'[t]' * self.tiled})" for a in long])
+            self.say(f"if (__builtin_expect(++{some} % 32 == 0, 0)) {each}{carried};")
+        self.close(loops - self.tiled)
         self.names = names
         self.spilled |= {s.value: s.access for s in kept}
         for e, a in totals.items():

@@ -236,6 +236,7 @@ AOT void aot_sum(double &s, double x) { s += x; }
 AOT void aot_sum(long_sums &s, floats x) { s.some += x; }
 AOT void aot_carry(long_sums &s) { aot_sum(s.total, s.some), s.some = floats{}; }
 AOT floats aot_summed(sums s) { return aot_join(s.low, s.high); }
+AOT floats aot_summed(long_sums s) { aot_carry(s); return aot_summed(s.total); }
 AOT double aot_across_sum(doubles s) {
   return aot_across(s, [](doubles x, doubles y) { return x + y; });
 }

@@ -112,8 +112,8 @@ def instructions_of(code: types.CodeType) -> list[dis.Instruction]:
     """Return a code object's instructions, those for two locals (Python 3.13) as two."""
     steps: list[dis.Instruction] = []
     for i in dis.get_instructions(code):
-        parts = re.findall("(?:LOAD|STORE)_FAST", i.opname)
-        if len(parts) == 2 and isinstance(i.argval, tuple):
+        parts = re.findall("(?:LOAD|STORE)_FAST", i.opname) if type(i.argval) is tuple else ()
+        if len(parts) == 2:
             steps += [i._replace(opname=p, argval=v) for p, v in zip(parts, i.argval)]
         elif i.opname not in ("PUSH_NULL", "CACHE", "EXTENDED_ARG"):
             steps.append(i)

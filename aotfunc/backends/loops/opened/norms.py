@@ -175,7 +175,7 @@ def batch_norm_backward(
     gx = g
     if training:
         count = x.numel() // x.shape[1]
-        gx = g - (gb + normal * gw) / count
+        gx = g - (gb / count + normal * (gw / count))
     gx = affine(gx * rstd, weight, None, shape)
     gradients = (gx, gw.view(-1), gb.view(-1))
     return tuple([y if asked else None for y, asked in zip(gradients, wanted, strict=True)])
