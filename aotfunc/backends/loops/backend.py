@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from ... import debug
 from ...graph import n_ops, output_node
+from ...trace.collector import paused_gc
 from ..eager import compile_graph
 from ..results import is_lazy, resolved
 from . import native
@@ -51,7 +52,8 @@ def compile_cpp(gm: fx.GraphModule, example_inputs: list) -> Callable:
     """Compile a functional aten graph for the CPU: pointwise ops and reductions become C++
     kernels, fixed ones multiply matrices, and other ops are called. Raises CompilerError
     if there is no C++ compiler, or it fails."""
-    graph, source = with_kernels(gm)
+    with paused_gc():
+        graph, source = with_kernels(gm)
     if source and (debug.watched is not None or debug.LEVEL >= 3):
         debug.note("cpp", graph, lambda: source, n_ops(graph))
     steady = graph if consists_of_launches(graph) else None
