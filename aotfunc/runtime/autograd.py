@@ -238,7 +238,7 @@ class CompiledFunction(torch.autograd.Function):
     ) -> tuple:
         results, kept, needed = values
         versions = [0 if t.is_inference() else t._version for t in needed]
-        give_to_node(ctx, known, kept, needed, versions, storages(needed))
+        give_to_node(ctx, known, (*kept,), needed, versions, storages(needed))
         return (*results,)
 
     @staticmethod
@@ -315,7 +315,7 @@ class CompiledFunction(torch.autograd.Function):
 def give_to_node(
     ctx: Any,
     known: dict[str, Any],
-    kept: Sequence[Tensor],
+    kept: tuple[Tensor, ...],
     needed: Sequence[Tensor],
     versions: list[int],
     memory: list[torch.UntypedStorage],
@@ -323,18 +323,13 @@ def give_to_node(
     """Give a node what its backward needs."""
     ctx.known = known
     # what `save_for_backward` and `set_materialize_grads` do
-    ctx.to_save, ctx.materialize_grads = (*kept,), False
+    ctx.to_save, ctx.materialize_grads = kept, False
     # not saved tensors: a plain backward must not mind if one that it does not read has
     # changed
     ctx.inputs = needed  # their gradients may depend on it, though the results do not
     ctx.versions, ctx.memory = versions, memory
-    ctx.keeps = bool(needed or kept)
-    #: the results whose gradients were taken; what was saved for these is gone
-    ctx.done = NONE
-
-
-#: no results
-NONE: frozenset[int] = frozenset()
+    if not (needed or kept):
+        ctx.keeps = False
 
 
 def let_go(ctx: Any, outs: frozenset[int]) -> None:
@@ -352,5 +347,9 @@ def let_go(ctx: Any, outs: frozenset[int]) -> None:
 #: ``CompiledFunction.apply`` without the look for torch.func's wrappers: there are none here
 apply = super(torch.autograd.Function, CompiledFunction).apply
 
+node_class: Any = CompiledFunction._backward_cls  # type: ignore[attr-defined]
 #: without PyTorch's own looks for a vjp and for boxed gradients
-CompiledFunction._backward_cls.apply = CompiledFunction.backward  # type: ignore[attr-defined]
+node_class.apply = CompiledFunction.backward
+#: what most nodes begin with: something is saved, and no result's gradient was taken, with which
+#: what was saved for it goes
+node_class.keeps, node_class.done = True, frozenset()

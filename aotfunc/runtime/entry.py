@@ -171,12 +171,14 @@ class Entry:
             return None
         if any_modes() or op_by_op():
             return None
+        tree: Callable[[Sequence], Any] = itemgetter(0) if self.single else self.tree
+        if [*self.tensors] == [*range(len(self.leaves))] and not self.single:
+            tree = self.rebuild
         wrt = [i for i, t in enumerate(tensors) if t.requires_grad]
         if wrt and torch.is_grad_enabled():
             halves = halves_of(call, wrt)
             if not halves.any_live or halves.late_reads is not None:
                 return None
-            tree = itemgetter(0) if self.single else lambda outs: self.tree(outs, ())
             return same_node(halves, tensors, tree) or (
                 lambda *tensors: tree(differentiated(halves, tensors)[0])
             )
@@ -185,7 +187,8 @@ class Entry:
             return None
         if self.single and run.alone is not None:
             return run.alone
-        return lambda *tensors: self.tree(run.unchecked(*tensors), ())
+        compute = run.unchecked.boxed
+        return lambda *tensors: tree(compute([*tensors]))
 
     def called(self, tensors: list[Tensor], where: tuple) -> Any:
         if self.inference:
@@ -229,7 +232,7 @@ class Entry:
                 change_in_place(self.changes.ops, tensors)
         return self.tree(outs, where)
 
-    def tree(self, outs: Sequence[Any], where: tuple) -> Any:
+    def tree(self, outs: Sequence[Any], where: tuple = ()) -> Any:
         """Return the function's result with these tensors in it."""
         if self.single:
             return outs[0]

@@ -42,26 +42,22 @@ def repeated_call(
     tensors ``found``; OTHER for any other call, or one not easily compared."""
     same = same_structure(given)
     plain = all(t.__class__ in TENSORS and not t.__dict__ for t in tensors)
-    alone = first_alike(tensors) is None and not entry.shared.given and entry.whereabouts is None
-    if not (tensors and same and plain and alone):
+    state = entry.check if entry.check.is_large else None  # it has native code of its own
+    shared = entry.shared
+    alone = first_alike(tensors) is None and entry.whereabouts is None
+    # the check of a small state finds no tensor twice
+    apart = not shared.given if state else not shared.places
+    if not (tensors and same and plain and alone and apart):
         return lambda args, kwargs: OTHER
     number = len(tensors)
     # all closed-over tensors are tensors of the state, in its order
     all_closed = [s if s.__class__ is int else None for s in entry.sources] == [*range(len(found))]
-    state = entry.check if entry.check.is_large else None  # it has native code of its own
     check = Check(Situation(tensors, found, None if state else entry.check), large=0)
-    # the tensors, if all arguments are tensors
-    count = number if [*map(id, given[0])] == [*map(id, tensors)] else -1
     run = entry.direct([*tensors, *entry.closed(found)])
 
     def call(args: tuple, kwargs: dict) -> Any:
-        tensors: Sequence[Tensor] = args
-        if len(args) != count or kwargs:
-            tensors = []
-            if not same((args, kwargs), tensors):
-                return OTHER
-        found = check.tensors(f, tensors)
-        if found is None:
+        tensors = same(args, kwargs)
+        if tensors is None or (found := check.tensors(f, tensors)) is None:
             return OTHER
         if state is not None:
             if (more := state.tensors(f, ())) is None:
@@ -105,37 +101,44 @@ class Situation(CheckLines):
         self.lines += lines
 
 
-def same_structure(x: Any) -> Callable[[Any, list], bool] | None:
-    """Return ``same(y, found)``: whether ``y`` has the structure and the values of ``x``, but for
-    tensors, added to ``found``. None if ``x`` holds other kinds of objects."""
-    cls = x.__class__
-    if cls in TENSORS:
-        return tensor
-    if cls in ATOMS or cls is float:
-        value = bits(x)
-        return lambda y, found: y is x or (y.__class__ is cls and bits(y) == value)
-    if cls not in (tuple, list, dict):
-        return None
-    keys = (*x,) if cls is dict else ()
-    if any(k.__class__ is not str for k in keys):
-        return None
-    count, values = len(x), dict.values if cls is dict else iter
-    parts = [part for v in values(x) if (part := same_structure(v)) is not None]
-    if len(parts) < count:
-        return None
+def same_structure(given: tuple) -> Callable[[tuple, dict], Sequence[Tensor] | None] | None:
+    """Return ``same(args, kwargs)``, generated: the tensors in arguments that have the structure
+    and the values of these but for tensors; None for others. None if there are other objects."""
+    lines: list[str] = []
+    found: list[str] = []
+    space: dict[str, Any] = {"bits": bits}
 
-    def same(y: Any, found: list) -> bool:
-        if y.__class__ is not cls or len(y) != count or (keys and (*y,) != keys):
-            return False
-        if flat:
-            found += values(y)
+    def constant(x: Any) -> str:
+        space[name := f"k{len(space)}"] = x
+        return name
+
+    def describe(x: Any, v: str) -> bool:
+        """Add the lines for the variable ``v``; tell whether ``x`` is easily compared."""
+        cls = x.__class__
+        if cls in TENSORS:
+            found.append(v)
             return True
-        return all([part(v, found) for part, v in zip(parts, values(y), strict=True)])
+        other = f"{v}.__class__ is not {constant(cls)}"
+        if cls in ATOMS or cls is float:
+            differs = f"({other} or bits({v}) != {constant(bits(x))})"
+            lines.append(f"if {v} is not {constant(x)} and {differs}: return")
+            return True
+        if cls not in (tuple, list, dict):
+            return False
+        parts = [f"{v}_{i}" for i in range(len(x))]
+        if cls is dict:
+            if any(k.__class__ is not str for k in x):
+                return False
+            lines.append(f"if {other} or (*{v},) != {constant((*x,))}: return")
+        else:
+            lines.append(f"if {other} or len({v}) != {len(x)}: return")
+        if parts:
+            values = f"{v}.values()" if cls is dict else v
+            lines.append(f"{', '.join(parts)}, = {values}")
+        return all(map(describe, x.values() if cls is dict else x, parts))
 
-    flat = all(part is tensor for part in parts)
-    return same
-
-
-def tensor(y: Any, found: list) -> bool:
-    found.append(y)
-    return True
+    if not all(map(describe, given, ("args", "kwargs"))):
+        return None
+    body = "\n    ".join([*lines, f"return ({', '.join(found)},)"])
+    exec(f"def same(args, kwargs):\n    {body}", space)
+    return space["same"]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .autograd import CompiledFunction, facts, give_to_node
+from .autograd import CompiledFunction, facts, give_to_node, node_class
 from .halves import Halves
-from .late_reads import storages
+from .late_reads import storage
 from .lifted import lifted
 from .redraw import generator_states
 
@@ -38,7 +38,7 @@ def same_node(
     def results(ctx: Any, tensors: tuple[Tensor, ...]) -> tuple:
         found, needed = compute([*tensors]), reads(tensors)
         kept = found[count:] if not keeping else (*found[count:], *[found[i] for i in keeping])
-        give_to_node(ctx, known, kept, needed, [t._version for t in needed], storages(needed))
+        give_to_node(ctx, known, kept, needed, [*map(written, needed)], [*map(storage, needed)])
         return found[:count]
 
     def call(*tensors: Tensor) -> Any:
@@ -59,6 +59,10 @@ def picked(places: Sequence[int]) -> Callable[[Sequence], Sequence]:
     return itemgetter(*places) if places else lambda given: ()
 
 
+#: how often tensors were written to
+written = attrgetter("_version")
+
+
 class RepeatedFunction(CompiledFunction):
     """Results of a call like the last one, computed where PyTorch has turned gradients off."""
 
@@ -70,6 +74,6 @@ class RepeatedFunction(CompiledFunction):
 
 
 #: nodes of one kind, whichever call made them
-RepeatedFunction._backward_cls = CompiledFunction._backward_cls  # type: ignore[attr-defined]
+RepeatedFunction._backward_cls = node_class  # type: ignore[attr-defined]
 #: as in :mod:`.autograd`
 apply = super(torch.autograd.Function, RepeatedFunction).apply

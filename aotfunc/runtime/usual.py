@@ -14,7 +14,7 @@ from ..backends.results import is_lazy
 from .batched import older_levels
 from .execute import new_layout
 from .guards.check import metadata_check
-from .guards.keys import TENSORS
+from .guards.keys import TENSORS, first_alike
 
 if TYPE_CHECKING:
     from .halves import Halves
@@ -47,6 +47,10 @@ def unaffected(dtype: torch.dtype) -> bool:
     )
 
 
+#: how many layouts of cotangents are known at a time
+LAYOUTS = 4
+
+
 class UsualBackward:
     """The backward half of the only node of a call, as it is."""
 
@@ -54,27 +58,32 @@ class UsualBackward:
         self.half, self.count = halves.backward, len(halves.saved)
         self.name, self.done = halves.call.__name__, frozenset(halves.whole[0])
         self.strides = [halves.vals[i].stride for i in halves.whole[0]]
-        #: whether values are such that compiled code need not look at them again
-        self.alike: Callable[..., bool] = lambda *values: False
+        #: the values that compiled code need not look at again: whether they are such, and the
+        #: cotangents among them that are to be laid out
+        self.known: list[tuple[Callable[..., bool], list[int]]] = []
         self.unchecked: Callable[[list], Sequence] | None = None
 
     def run(self, values: list[Any]) -> Callable[[list], Sequence] | None:
         """Return the compiled half for residuals and cotangents like these, which are laid out as
         it takes them; None if some do not arrive, or are batches."""
-        if self.alike(*values):
-            return self.unchecked
+        for alike, strange in self.known:
+            if alike(*values):
+                for k in strange:
+                    values[k] = new_layout(values[k])
+                return self.unchecked
         if older_levels() or any([c is None for c in values[self.count :]]):
             return None
+        given, strange = [*values], []
         for k, strides in enumerate(self.strides, self.count):
             if (c := values[k]).stride() != strides:
                 values[k] = new_layout(c)
-        if self.alike(*values):
-            return self.unchecked
+                strange.append(k)
         run = self.half.compiled(values)
-        if all([t.__class__ in TENSORS and not is_lazy(t) for t in values]):
-            plain = getattr(run, "unchecked", None)
-            self.unchecked = run if plain is None else plain.boxed
-            self.alike = metadata_check(values)
+        plain = all([t.__class__ in TENSORS and not is_lazy(t) for t in values])
+        if plain and first_alike(given) is None:  # the check refuses a tensor that is there twice
+            unchecked = getattr(run, "unchecked", None)
+            self.unchecked = run if unchecked is None else unchecked.boxed
+            self.known = [(metadata_check(given), strange), *self.known[: LAYOUTS - 1]]
         return run
 
 

@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 from aotfunc import jit
 from aotfunc.errors import CaptureError
 from aotfunc.runtime.guards import check, keys
+from aotfunc.runtime.repeated import OTHER
 
 
 def f(x, y):
@@ -196,6 +197,27 @@ def test_an_argument_that_is_closed_over():
     w = torch.ones(3)
     compiled = warm(lambda x: (x.add_(1), w * 1)[1], torch.zeros(3))
     assert compiled(w).tolist() == [2.0] * 3
+
+
+def test_an_argument_like_one_that_is_closed_over():
+    w, x = torch.ones(3), torch.ones(3)
+
+    def g(x):
+        return w * 2 if x is w else x * 3
+
+    for first, other in ((x, w), (w, x)):
+        compiled = warm(g, first)
+        for given in (other, first, torch.zeros(3), other):
+            assert torch.equal(compiled(given), g(given))
+    assert warm(g, x)._repeated((x,), {}).tolist() == [3.0] * 3
+    assert warm(g, x)._repeated((w,), {}) is OTHER
+
+
+def test_a_closed_over_tensor_that_becomes_the_argument():
+    w, x = torch.ones(3), torch.ones(3)
+    compiled = warm(lambda x: (w is x, w * x), x)
+    w = x
+    assert compiled(x)[0] and not compiled(torch.ones(3))[0]
 
 
 def test_forgotten():

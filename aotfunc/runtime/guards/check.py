@@ -110,7 +110,8 @@ def is_unbound(cell: types.CellType) -> bool:
 
 
 def metadata_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Return whether tensors have these shapes, strides, dtypes, devices and requires_grad."""
+    """Return whether tensors, no two the same, have these shapes, strides, dtypes, devices and
+    requires_grad."""
     if not any(t.__class__ is Traced or is_dtensor(t) for t in tensors):
         try:
             from torch._C._dynamo.guards import TensorGuards
@@ -123,4 +124,6 @@ def metadata_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
         except (ImportError, TypeError, RuntimeError):
             pass
     facts = [tensor_facts(t) for t in tensors]
-    return lambda *now: [tensor_facts(t) for t in now] == facts
+    return lambda *now: (
+        len({*map(id, now)}) == len(now) and [tensor_facts(t) for t in now] == facts
+    )
