@@ -140,6 +140,11 @@ class Compiled:
         except TypeError:
             raise self.unhashable(Arguments(args, kwargs)) from None
         if entry is not None:
+            if entry.repeated is not None and entry.repeated is not self._repeated:
+                self._repeated = entry.repeated
+                result = entry.repeated(args, kwargs)
+                if result is not OTHER:
+                    return result
             found = entry.check.tensors(self.f, objects)
             if found is not None and entry.shared.again(tensors, found):
                 closed = [*tensors, *entry.closed(found)]

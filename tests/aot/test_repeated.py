@@ -220,6 +220,23 @@ def test_a_closed_over_tensor_that_becomes_the_argument():
     assert compiled(x)[0] and not compiled(torch.ones(3))[0]
 
 
+def test_calls_that_take_turns():
+    rate, w = [2.0], torch.ones(())
+    compiled = jit(lambda x: x * rate[0] * w)
+    given = [torch.ones(n, requires_grad=yes) for n in (3, 5) for yes in (False, True)]
+    for captures, now in enumerate((2.0, 3.0, 2.0, 4.0)):
+        rate[0] = now
+        for _ in range(3):
+            for x in given:
+                result = compiled(x)
+                assert torch.equal(result, x * now) and result.requires_grad == x.requires_grad
+                with torch.no_grad():
+                    assert not compiled(x).requires_grad
+        assert captures or compiled.captures == 8
+    w = torch.zeros(())
+    assert [compiled(x).sum().item() for x in given] == [0.0] * 4
+
+
 def test_forgotten():
     x = torch.ones(3)
     compiled = warm(f, x, x + 1)
