@@ -171,9 +171,9 @@ class Entry:
             return None
         if any_modes() or op_by_op():
             return None
-        tree: Callable[[Sequence], Any] = itemgetter(0) if self.single else self.tree
-        if [*self.tensors] == [*range(len(self.leaves))] and not self.single:
-            tree = self.rebuild
+        tree: Callable[[Any], Any] = itemgetter(0) if self.single else self.tree
+        if not self.single and [*self.tensors] == [*range(len(self.leaves))]:
+            tree = self.rebuild  # all leaves are tensors
         wrt = [i for i, t in enumerate(tensors) if t.requires_grad]
         if wrt and torch.is_grad_enabled():
             halves = halves_of(call, wrt)

@@ -187,3 +187,32 @@ def test_products_of_batches_and_a_matrix(batch, product, grad_of_batch):
         results.append([y, *[g for g in grads if g is not None]])
     assert_same(*results)
     assert [t.stride() for t in results[0]] == [t.stride() for t in results[1]]
+
+
+LOSSES = {
+    "laid out": lambda a, b: (a.square() + b.sin()).sum(),
+    "expanded": lambda a, b: a.sum() + b.sum(),
+    "one tensor for both": lambda a, b: (a + b).square().sum(),
+    "backwards": lambda a, b: (a * b.flip(0)).t().flip(0).sum(),
+    "of one result": lambda a, b: b.sum(),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_layouts_that_take_turns(backend):
+    def f(x, w):
+        return torch.tanh(x * w), x * w.exp()
+
+    compiled, given = jit(f, backend=backend), [f64(3, 4).requires_grad_() for _ in "xw"]
+    for _ in range(3):
+        for loss in LOSSES.values():
+            for second in (False, True):
+                found = [
+                    torch.autograd.grad(loss(*g(*given)), given, create_graph=second)
+                    for g in (compiled, f)
+                ]
+                assert_same(*found)
+                if second:
+                    assert_same(
+                        *[torch.autograd.grad(sum(x.exp().sum() for x in g), given) for g in found]
+                    )
