@@ -53,10 +53,12 @@ def repeated_call(
     # all closed-over tensors are tensors of the state, in its order
     all_closed = [s if s.__class__ is int else None for s in entry.sources] == [*range(len(found))]
     check = Check(Situation(tensors, found, None if state else entry.check), large=0)
+    # the tensors, if all arguments are tensors
+    count = number if [*map(id, given[0])] == [*map(id, tensors)] else -1
     run = entry.direct([*tensors, *entry.closed(found)])
 
     def call(args: tuple, kwargs: dict) -> Any:
-        tensors = same(args, kwargs)
+        tensors = args if len(args) == count and not kwargs else same(args, kwargs)
         if tensors is None or (found := check.tensors(f, tensors)) is None:
             return OTHER
         if state is not None:
