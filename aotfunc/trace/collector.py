@@ -33,7 +33,10 @@ class paused_gc:
 
     def __exit__(self, *_: object) -> None:
         try:
-            _leave(self)
+            with _lock:  # as _leave does, in one frame
+                _pauses.pop(self, None)
+                if not _pauses and _was_on:
+                    gc.enable()
         except BaseException:  # Ctrl-C came in between
             _leave(self)
             raise

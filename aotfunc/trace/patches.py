@@ -11,8 +11,9 @@ import sys
 import threading
 import types
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import repeat
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from .traced import current
@@ -102,7 +103,9 @@ class Exchange:
                 try:
                     self.dynamo = sys.modules.get(DYNAMO)
                     for table in self.tables:
-                        table.exchange()
+                        if table.read(table.now) != table.before:
+                            table.look_again()
+                        table.update(table.ours)
                 except BaseException:  # Ctrl-C
                     self.put_back()
                     raise
@@ -125,7 +128,10 @@ class Exchange:
 
     def put_back(self) -> None:
         for table in self.tables:
-            table.put_back()
+            if table.whole and table.read(table.now) == table.mine:
+                table.update(table.theirs)
+            else:
+                table.put_back_ours()
 
     def before(self, owner: Any, name: str) -> Any:
         """Return what was exchanged there; None if nothing was, or the class inherits it."""
@@ -139,34 +145,34 @@ class Table:
     def __init__(self, owner: Any, ours: dict[str, Any]) -> None:
         self.owner, self.ours = owner, ours
         self.theirs: dict[str, Any] = dict.fromkeys(ours)
-        self.get = vars(owner).get
-        of_module = isinstance(vars(owner), dict)
-        self.update = vars(owner).update if of_module else self.set_each
-        self.values = [*ours.values()], [*self.theirs.values()]
+        self.now = vars(owner)
+        self.read: Callable[[Mapping[str, Any]], Any] = self.read_each
+        if isinstance(owner, types.ModuleType) and ours.keys() <= self.now.keys():
+            self.read = itemgetter(*ours)
+        self.update = self.now.update if isinstance(self.now, dict) else self.set_each
+        self.mine, self.before = self.read(ours), self.read(self.theirs)
+        self.whole = False  # none of theirs is inherited
+
+    def read_each(self, now: Mapping[str, Any]) -> list[Any]:
+        return [*map(now.get, self.ours)]
 
     def set_each(self, new: dict[str, Any]) -> None:
         exhaust(map(setattr, repeat(self.owner), new, new.values()))
 
-    def exchange(self) -> None:
-        ours, theirs = self.values
-        if (now := [*map(self.get, self.ours)]) != theirs:
-            # Ctrl-C may have interrupted this
-            parts = zip(now, ours, theirs, strict=True)
-            theirs = [old if x is mine else x for x, mine, old in parts]
-            self.values, self.theirs = (ours, theirs), dict(zip(self.ours, theirs, strict=True))
-        self.update(self.ours)
+    def look_again(self) -> None:
+        """Take what is there now for theirs; Ctrl-C may have left some of ours there."""
+        self.theirs = {
+            name: old if (x := self.now.get(name)) is self.ours[name] else x
+            for name, old in self.theirs.items()
+        }
+        self.before, self.whole = self.read(self.theirs), None not in self.theirs.values()
 
-    def put_back(self) -> None:
+    def put_back_ours(self) -> None:
         """Put back those that no other library has exchanged since."""
-        ours, theirs = self.values
-        now = [*map(self.get, self.ours)]
-        if now == ours and None not in theirs:
-            self.update(self.theirs)
-            return
-        for name, x, mine, old in zip(self.ours, now, ours, theirs, strict=True):
-            if x is mine and old is None:
+        for name, old in self.theirs.items():
+            if self.now.get(name) is self.ours[name] and old is None:
                 delattr(self.owner, name)
-            elif x is mine:
+            elif self.now.get(name) is self.ours[name]:
                 setattr(self.owner, name, old)
 
 

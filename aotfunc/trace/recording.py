@@ -28,6 +28,7 @@ _enable_tangents = torch._C._set_fwd_grad_enabled
 _set_aside = torch._C._autograd._saved_tensors_hooks_set_tracing
 _push, _pop = torch._C._push_on_torch_dispatch_stack, torch._C._pop_torch_dispatch_stack
 _modes = torch._C._len_torch_dispatch_stack
+_level_of_functorch = functorch.maybe_current_level
 _compiling = torch._C._dynamo.eval_frame.get_eval_frame_callback
 _compile_by = torch._C._dynamo.eval_frame.set_eval_frame
 
@@ -48,13 +49,17 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
     _set_aside(aside := _set_aside(True))
     grad, tangents, cache = _grad_enabled(), _tangents_enabled(), cache_enabled()
     before = trace, traces, len(traces), modes, grad, tangents, cache, aside, compiling
-    with paused_gc(), surroundings(trace):
+    usual = trace.may_ask_constants and not trace.rolls and _level_of_functorch() is None
+    with paused_gc(), functions if usual else surroundings(trace):
         try:
             if compiling is not None:
                 _compile_by(None)  # Dynamo must not compile what f calls
-            enable_cache(False)
-            _enable_grad(True)
-            _enable_tangents(True)
+            if cache:
+                enable_cache(False)
+            if not grad:
+                _enable_grad(True)
+            if not tangents:
+                _enable_tangents(True)
             _set_aside(True)
             traces.append(trace)
             # as `with trace` does, without the flags that TorchDispatchMode keeps for the whole
@@ -103,9 +108,12 @@ def end_recording(
     while _modes() > modes:
         _pop(None)
     del traces[depth:]
-    _enable_grad(grad)
-    _enable_tangents(tangents)
-    enable_cache(cache)
+    if _grad_enabled() is not grad:
+        _enable_grad(grad)
+    if _tangents_enabled() is not tangents:
+        _enable_tangents(tangents)
+    if cache_enabled() is not cache:
+        enable_cache(cache)
     _set_aside(aside)
     if compiling is not None:
         _compile_by(compiling)
@@ -115,9 +123,7 @@ def end_recording(
 def surroundings(trace: Trace) -> AbstractContextManager:
     """Exchange torch's functions; set aside torch.func's levels, reads of numbers that would be
     frozen, and recurrent layers that become loops, if there are any."""
-    inside = functorch.peek_interpreter_stack() is not None
-    if trace.may_ask_constants and not (inside or trace.rolls):
-        return functions
+    inside = _level_of_functorch() is not None
     stack = ExitStack()
     stack.enter_context(functions)
     if inside:
@@ -135,7 +141,7 @@ _NONE = nullcontext()
 
 def without_functorch() -> AbstractContextManager:
     """Set torch.func's levels aside, if there are any."""
-    if functorch.peek_interpreter_stack() is None:
+    if _level_of_functorch() is None:
         return _NONE
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
@@ -169,6 +175,6 @@ def is_set_aside(x: Tensor) -> bool:
     """Return whether ``x`` is of a level that is set aside, not of one entered since."""
     if not functorch.is_functorch_wrapped_tensor(x):
         return False
-    if functorch.peek_interpreter_stack() is None:
+    if _level_of_functorch() is None:
         return True
     return functorch.is_gradtrackingtensor(x) and functorch.unwrap_if_dead(x) is not x
