@@ -81,6 +81,7 @@ def capture(
     autograd, reals = trace.autograd, trace.origins
     values = list(leaves)
     first: dict[int, Traced] = {}
+    computed, protected = list[int](), list[int]()
     for i, x in enumerate(leaves):
         if isinstance(x, Tensor):
             reals.append(x)
@@ -91,13 +92,13 @@ def capture(
                 if sampled or i in differentiated:
                     pass
                 elif not x.is_leaf:
-                    autograd.computed.add(t.ref)
+                    computed.append(t.ref)
                 elif x.__class__ is not Traced:
-                    autograd.protected.add(t.ref)
+                    protected.append(t.ref)
             if not (sampled or differentiated or apart):
                 t = first.setdefault(id(x), t)
                 trace.stand_for(t, x)
-            if given := attributes(x):
+            if x.__dict__ and (given := attributes(x)):
                 t.__dict__.update(given)
             # an index may stand beside traced ones
             whole = samples is not None and not sampled and x.dim()
@@ -106,6 +107,8 @@ def capture(
                 values[i] = stand_in(t, x)
     for i in differentiated:
         autograd.leaves[values[i].ref] = True
+    if computed or protected:
+        autograd.computed, autograd.protected = frozenset(computed), frozenset(protected)
     if batch is not None:
         trace.samples = batch
     if why_not is None:
@@ -160,7 +163,7 @@ def with_known_sizes(trace: Trace, tree: Any, values: Sequence, leaves: Sequence
             return p
         with quiet():
             constant = sizes.clone()
-        trace.made_inside.add(trace.lift(constant))
+        trace.made_inside |= {trace.lift(constant)}
         return p._replace(batch_sizes=constant)
 
     return tree_map(lambda x: known(x) if packed(x) else x, tree, is_leaf=packed)

@@ -46,6 +46,7 @@ def name_value(x: Traced, name: str) -> None:
         instr, refs, *_ = trace.records[k]
         end -= n_new_values(instr)
         if end <= x.ref or any(trace.root(refs[s]) == root for s in written_slots(instr)):
+            trace.named = trace.named or {}
             trace.named[k] = name
             return
 

@@ -125,9 +125,9 @@ def register_hook(t: Traced, hook: Callable) -> Any:
         return recorded(d)
 
     waiting.make = make
-    trace.stand_ins.append(outside.StandIn(len(trace.records), value, old, t.ref, why, handles))
+    trace.stand_ins += (outside.StandIn(len(trace.records), value, old, t.ref, why, handles),)
     if own < len(trace.inputs):
-        trace.hooked.add(t.ref)
+        trace.hooked |= {t.ref}
     return handle
 
 
@@ -155,7 +155,7 @@ def made_before(trace: Trace, ref: int) -> bool:
 def register_outside(t: Traced, hook: Callable) -> Handle:
     """Register the hook on the argument at every call: its gradient includes other uses."""
     handle = Handle(hook, at(debug.user_line()))
-    t.tracer.given_hooks.append((t.ref, handle))
+    t.tracer.given_hooks += ((t.ref, handle),)
     return handle
 
 

@@ -157,7 +157,7 @@ class Entry:
         if self.bare and current() is None and not any_modes():
             return self.tree(call_compiled(self.call, tensors), where)
         if (trace := current()) is not None:
-            trace.late.append(self.late)
+            trace.late += (self.late,)
         elif self.watched:
             return late_reader(self, where[0], where[1], lambda: self.called(tensors, where))
         return self.called(tensors, where)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -24,6 +24,18 @@ is_leaf = torch._C.TensorBase.is_leaf.__get__  # type: ignore[attr-defined]
 class Autograd:
     """A recording's leaves and the values that require grad, in lists shared with it."""
 
+    # (what few recordings have is made where it is needed)
+    leaf_tensors: tuple[Traced, ...] = ()
+    #: factories' results, which become leaves if torch.ones(..., requires_grad=True) marks them
+    #: after the call
+    made: tuple[weakref.ref[Traced], ...] = ()
+    #: the leaves that have a history: inputs, results of nested functions
+    computed: frozenset[int] = frozenset()
+    protected: frozenset[int] = frozenset()  # leaves: autograd refuses writes
+    #: inputs that f marks with requires_grad_: the new flag, and the user's line if they were
+    #: used before
+    flags: Mapping[int, tuple[bool, Any]] = {}
+    retained: tuple[Traced, ...] = ()
     kept: Set[int] = frozenset()  # refs of `retained` at the end
     #: which lifted tensors required grad when the recording was over
     settled: list[bool] | None = None
@@ -39,17 +51,6 @@ class Autograd:
         self.inputs, self.lifted, self.records, self.rewritten = inputs, lifted, records, rewritten
         #: refs that the user, or the transform, marked as requiring grad
         self.leaves: dict[int, bool] = {}
-        self.leaf_tensors: list[Traced] = []
-        #: factories' results, which become leaves if torch.ones(..., requires_grad=True) marks
-        #: them after the call
-        self.made: list[weakref.ref[Traced]] = []
-        #: the leaves that have a history: inputs, results of nested functions
-        self.computed: set[int] = set()
-        self.protected: set[int] = set()  # leaves: autograd refuses writes
-        #: inputs that f marks with requires_grad_: the new flag, and the user's line if they were
-        #: used before
-        self.flags: dict[int, tuple[bool, Any]] = {}
-        self.retained: list[Traced] = []
         #: values made in an inference mode that the function switched on
         self.inference: set[int] = set()
         #: records in which a tensor that requires grad gets a value that does not
@@ -61,8 +62,9 @@ class Autograd:
         """Record ``t.requires_grad_(value)``."""
         if 0 <= t.ref < len(self.inputs) and self.requires_grad(t) is not value:
             used = any(t.ref in refs for _, refs, *_ in self.records)
-            self.flags[t.ref] = (value, debug.user_line(2) if used else None)
-            (self.protected.add if value else self.protected.discard)(t.ref)
+            line = debug.user_line(2) if used else None
+            self.flags = {**self.flags, t.ref: (value, line)}
+            self.protected = self.protected | {t.ref} if value else self.protected - {t.ref}
         # values computed from it later, views included, have a derivative again
         if value and self.made_quietly(t.ref):
             with torch.enable_grad():
@@ -72,7 +74,7 @@ class Autograd:
         self.leaves[t.ref] = value
         if value:
             reach.active.update((t.ref, *reach.views.get(t.ref, ())))
-            self.leaf_tensors.append(t)
+            self.leaf_tensors += (t,)
         else:
             reach.active.discard(t.ref)
 
@@ -80,7 +82,7 @@ class Autograd:
         """Note that ``t`` was computed from a leaf that a nested function has made."""
         self.reach().active.add(t.ref)
         self.leaves[t.ref] = True
-        self.computed.add(t.ref)
+        self.computed |= {t.ref}
 
     def made_quietly(self, ref: int) -> bool:
         """Return whether the value ``ref`` was made with gradients off."""
@@ -99,10 +101,10 @@ class Autograd:
         for t in [t for r in self.made if (t := r()) is not None and t.ref not in self.leaves]:
             if requires_grad(t) and is_leaf(t):
                 self.leaves[t.ref] = True
-                self.leaf_tensors.append(t)
+                self.leaf_tensors += (t,)
                 if self._reached is not None:
                     self._reached.active.add(t.ref)
-        self.made.clear()
+        self.made = ()
 
     def requires_grad(self, t: Traced, ref: int | None = None) -> bool:
         """Return whether autograd would record an op on ``t``: differentiable steps lead back to a
@@ -186,10 +188,10 @@ class Autograd:
             later = [refs[s] for i, refs, *_ in self.records[k + 1 :] for s in written_slots(i)]
             if any(bases.get(r, r) == base for r in later):
                 self.overwritten.add(k)
-        self.leaf_tensors.clear()
+        self.leaf_tensors = ()
         if self.retained:
             self.kept = {t.ref for t in self.retained}
-            self.retained.clear()
+            self.retained = ()
 
 
 def needs_grad(t: Tensor) -> bool:

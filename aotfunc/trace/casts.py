@@ -56,7 +56,9 @@ def kept(trace: Trace, x: Tensor, dtype: torch.dtype) -> Tensor:
         instr = interned(key) or intern(
             key, aten._to_copy.default, (Slot(0),), {"dtype": dtype}, (sig,)
         )
-        made = trace.casts[ref, dtype] = trace.note(instr, (ref,))
+        made = trace.note(instr, (ref,))
+        trace.casts = trace.casts or {}
+        trace.casts[ref, dtype] = made
     return made
 
 
@@ -83,7 +85,7 @@ def set_enabled(enabled: bool) -> None:
 
 def clear() -> None:
     for trace in under_way.traces:
-        trace.casts.clear()
+        trace.casts = {}
     clear_cache()
 
 

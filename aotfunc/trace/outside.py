@@ -169,7 +169,7 @@ def check_outside_hooks(trace: Trace | None, t: Tensor, line: str) -> None:
     else:
         ref = trace.ref_of(t)[0]
         if ref < len(trace.inputs):
-            trace.differentiated[ref] = line
+            trace.differentiated = {**trace.differentiated, ref: line}
         if ref < 0:  # it is outside of the enclosing recording, too, or a value of that
             return check_outside_hooks(next(reversed(around(trace)), None), t, line)
         hooks = any(s.hooks and s.new == ref for s in trace.stand_ins)
@@ -229,7 +229,7 @@ def give_memory(t: Tensor, value: Tensor) -> None:
     why += "; assign a clone()"
     if outside and rebind(trace, t, ref, new, source, new_sig):
         raise CaptureError(why)
-    trace.stand_ins.append(StandIn(len(trace.records), source, ref, new.ref, why))
+    trace.stand_ins += (StandIn(len(trace.records), source, ref, new.ref, why),)
     if inside:
         t.ref = new.ref  # type: ignore[attr-defined]
         refresh(t, new.sig)

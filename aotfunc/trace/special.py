@@ -68,14 +68,14 @@ def _view_as_real(trace: Trace, x: Tensor) -> Any:
         copy = x.clone()
         why = f"the real or imaginary part of a conjugated argument{at(user_line())} shares its "
         why += "memory, and is written or returned; pass z.resolve_conj()"
-        trace.stand_ins.append(StandIn(len(trace.records), ref, ref, copy.ref, why))
+        trace.stand_ins += (StandIn(len(trace.records), ref, ref, copy.ref, why),)
         return torch.view_as_real(copy)
 
 
 def _lift_fresh(trace: Trace, x: Tensor) -> Any:
     """Record a constant that ``f`` makes on each run; numpy's memory is none."""
     if x.untyped_storage().resizable():
-        trace.made_inside.add(trace.lift(x))
+        trace.made_inside |= {trace.lift(x)}
     return NotImplemented
 
 
@@ -274,7 +274,7 @@ def _pack_padded(
         where, sizes = trace.answer(packed, [lengths], "a number of a packed sequence's lengths")
     except CaptureError as error:
         raise CaptureError(f"{error} Lengths may be a list: lengths.tolist()") from None
-    trace.made_inside.add(trace.lift(sizes))
+    trace.made_inside |= {trace.lift(sizes)}
     with trace:
         return x.flatten(0, 1).index_select(0, where.flatten().to(x.device)), sizes
 

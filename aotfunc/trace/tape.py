@@ -5,6 +5,7 @@ its values.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,14 +23,15 @@ from .memory import MemoryPlace, places_of, version
 from .records import Record, Roots
 from .seeds import Seeds
 from .shapes.sig import Sig, sig_of
-from .traced import Traced, check_leak, current, under_way
+from .traced import Traced, check_leak, under_way
 
 if TYPE_CHECKING:
     from .following import Following
     from .replay import Replay
 
 _wrapper = torch.Tensor._make_wrapper_subclass
-_inference_mode = torch.is_inference_mode_enabled
+_inference_mode, _of_inference_mode = torch.is_inference_mode_enabled, Tensor.is_inference
+_ref_of, _offset_of, _version_of = map(attrgetter, ("ref", "offset", "_version"))
 
 
 class Tape:
@@ -46,13 +48,11 @@ class Tape:
     # (an instance that has more than 30 attributes in a dictionary is slow to make)
     __slots__ = (
         *("may_ask_constants", "keeps_intent", "of_a_rule", "records", "inputs", "arguments"),
-        *("finals", "lifted", "made_inside", "numbers", "following", "_lift_refs", "_keep"),
-        *("rewritten", "versions", "autograd", "stand_ins", "deferred", "late", "seeds"),
-        *("caches_casts", "casts", "casts_left", "hooked", "given_hooks", "live_hooks"),
-        *("differentiated", "named", "ask", "dtype", "origins", "opened", "why_not", "__dict__"),
+        *("lifted", "numbers", "following", "_lift_refs", "_keep", "rewritten", "versions"),
+        *("autograd", "seeds", "caches_casts", "ask", "dtype", "origins", "why_not", "count"),
+        *("deferred", "__dict__"),
     )
 
-    count = 0
     depth = 0  # of the mode stack inside of this recording
     lifts_numbers = False  # see scalars
     rolls = False  # records recurrent layers as loops
@@ -89,6 +89,26 @@ class Tape:
     spent: tuple[int, ...] = ()
     detached: tuple[int, ...] = ()
     gathering: Any = None  # what FSDP2's modules have gathered, see capture.gathering
+    # what few recordings have is made where it is needed
+    finals: Sequence[int] = ()  # the refs of the inputs' tensors at the end
+    #: lifted tensors that f makes anew on each run: torch.tensor(3)
+    made_inside: frozenset[int] = frozenset()
+    stand_ins: tuple[Any, ...] = ()  # see outside.py
+    #: functions that autograd calls after the function is over; names by which they read values
+    late: tuple[Any, ...] = ()
+    casts: dict[tuple[int, torch.dtype], Tensor] = {}  # see casts.py
+    #: casts that outer regions of autocast still hold at the end
+    casts_left: tuple[tuple[int, torch.dtype], ...] = ()
+    hooked: frozenset[int] = frozenset()  # refs of inputs with recorded hooks
+    #: hooks that each call registers on an input: (input, handle)
+    given_hooks: tuple[tuple[int, Any], ...] = ()
+    #: hooks of inner values that each call gives to autograd; None: hooks are recorded
+    live_hooks: list[Any] | None = None
+    #: input or lifted tensor whose gradient was taken -> the user's line
+    differentiated: Mapping[int, str] = {}
+    named: dict[int, str] = {}  # record -> the user's name for its result
+    #: op -> the decomposition to record in place of SPECIAL's answer
+    opened: Mapping[OpOverload, Callable] = {}
 
     def __init__(
         self,
@@ -98,7 +118,7 @@ class Tape:
         ask: Callable | None = None,
     ) -> None:
         # (TorchDispatchMode makes its flags when it is entered)
-        outer = current()
+        outer = traces[-1] if (traces := under_way.traces) else None
         #: false at any depth inside a function compiled once
         self.may_ask_constants: bool = constants and (outer is None or outer.may_ask_constants)
         self.keeps_intent = intent
@@ -107,11 +127,9 @@ class Tape:
         self.records: list[Record] = []
         #: signatures: traced values know their recording, which must not hold them when it is over
         self.inputs: list[Sig] = []
+        self.count = 0  # of values
         self.arguments: list[Traced] = []  # the tensors, until the recording is over
-        self.finals: list[int] = []  # their refs at the end
         self.lifted: list[Tensor] = []  # outside tensors, by reference
-        #: lifted tensors that f makes anew on each run: torch.tensor(3)
-        self.made_inside: set[int] = set()
         self.numbers: list[float] = []  # Python numbers that may be inputs
         self.following: Following | None = None if outer is None else outer.following
         self._lift_refs: dict[int, int] = {}
@@ -121,30 +139,12 @@ class Tape:
         #: outside tensors, in the order of their first use, and their versions then
         self.versions: list[tuple[Tensor, int]] = []
         self.autograd = Autograd(self.inputs, self.lifted, self.records, self.rewritten)
-        self.stand_ins: list[Any] = []  # see outside.py
         self.deferred: list[Any] = []  # backwards that are recorded later, see deferred.py
-        #: functions that autograd calls after the function is over; names by which they read
-        #: values
-        self.late: list[Any] = []
         self.seeds = Seeds()
         self.caches_casts: bool = torch.is_autocast_cache_enabled()
-        self.casts: dict[tuple[int, torch.dtype], Tensor] = {}  # see casts.py
-        #: casts that outer regions of autocast still hold at the end
-        self.casts_left: list[tuple[int, torch.dtype]] = []
-        self.hooked: set[int] = set()  # refs of inputs with recorded hooks
-        #: hooks that each call registers on an input: (input, handle)
-        self.given_hooks: list[tuple[int, Any]] = []
-        #: a compiled function's hooks of inner values, which each call gives to autograd; None:
-        #: hooks are recorded
-        self.live_hooks: list[Any] | None = None
-        #: input or lifted tensor whose gradient was taken -> the user's line
-        self.differentiated: dict[int, str] = {}
-        self.named: dict[int, str] = {}  # record -> the user's name for its result
         self.why_not, self.ask = why_not, ask
         self.dtype: torch.dtype = torch.get_default_dtype() if outer is None else outer.dtype
         self.origins: list[Tensor] = []  # the tensors behind the inputs
-        #: op -> the decomposition to record in place of SPECIAL's answer
-        self.opened: Mapping[OpOverload, Callable] = {}
 
     def new(self, sig: Sig) -> Traced:
         if _inference_mode():
@@ -243,22 +243,26 @@ class Tape:
     def finish(self) -> None:
         """End the recording; traced values live on while they are referenced."""
         self.finished = True
-        self.autograd.settle()
+        if self.lifted or self.rewritten:
+            self.autograd.settle()
         if self.versions or self.rewritten:
             histories.take_back(self)
         if self.why_not is None and self.keeps_intent:
             given = self.origins + self.lifted if self.lifted else self.origins
-            self.last_versions = [0 if t.__class__ is Traced else version(t) for t in given]
-        self.finals = [t.ref for t in self.arguments]
+            self.last_versions = (
+                [0 if t.__class__ is Traced else version(t) for t in given]
+                if Traced in map(type, given) or any(map(_of_inference_mode, given))
+                else [*map(_version_of, given)]
+            )
+        self.finals = [*map(_ref_of, self.arguments)]
         if self.stand_ins:  # an argument with a recorded hook keeps its value
             before = {s.new: s.value for s in self.stand_ins if s.hooks}
             self.finals = [before.get(r, r) for r in self.finals]
         self.arguments.clear()
         self.deferred.clear()
-        self.late.clear()
+        self.late = ()
         if self.casts:
-            self.casts_left = [*self.casts]
-            self.casts.clear()
+            self.casts_left, self.casts = tuple(self.casts), {}
         self.autograd.finish()
 
     def forget(self, records: int, count: int) -> None:
@@ -268,7 +272,7 @@ class Tape:
         self.deferred = [d for d in self.deferred if d.record < records]
         self.count = count
         self._roots = None
-        self.casts.clear()
+        self.casts = {}
         self.autograd.forget()
         if self._values is not None and self._values.done > records:
             self._values = None
@@ -279,7 +283,7 @@ class Tape:
     def key(self) -> tuple:
         """Return a key that is equal for recordings of the same ops, signatures and wiring."""
         memory = self.layout() if self.mutates else None
-        if self.placed:
+        if self.mutates or self.strided:
             records = tuple([r[:4] for r in self.records])
         else:
             records = tuple(
@@ -291,7 +295,7 @@ class Tape:
             records,
             memory,
             tuple(self.autograd.overwritten),
-            tuple(self.named.items()) if self.named else (),
+            tuple(self.named.items()),
         )
 
     @property
@@ -302,12 +306,11 @@ class Tape:
     def signatures(self) -> list[Sig]:
         """Return the signatures of the inputs, then of the lifted tensors, as a program expects
         them."""
-        sigs = [*self.inputs, *map(signature, self.lifted)] if self.lifted else self.inputs
-        return self.as_placed(sigs)
+        return self.as_placed([*self.inputs, *map(signature, self.lifted)])
 
     def as_placed(self, sigs: Sequence[Sig]) -> list[Sig]:
         """Return the signatures, with storage offset 0 if the program does not depend on it."""
-        if self.placed or not any([s.offset for s in sigs]):
+        if self.mutates or self.strided or not any(map(_offset_of, sigs)):
             return list(sigs)
         return [s.start for s in sigs]
 

@@ -148,7 +148,7 @@ class Traced(Tensor):
     def retain_grad(self) -> None:
         if not self.requires_grad:
             raise RuntimeError("can't retain_grad on Tensor that has requires_grad=False")
-        self.tracer.autograd.retained.append(self)
+        self.tracer.autograd.retained += (self,)
 
     @property
     def retains_grad(self) -> bool:  # type: ignore[override]

@@ -137,7 +137,7 @@ class Trace(Answering, TorchDispatchMode):
             if outs.__class__ is Sig:
                 t = self.new(outs)
                 if facts.factory or not refs:
-                    self.autograd.made.append(weakref.ref(t))
+                    self.autograd.made += (weakref.ref(t),)
                 return t if _tangents_enabled() else self.without_tangents(t)
         elif facts.writes:
             if not facts.reshapes:

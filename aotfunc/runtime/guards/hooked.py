@@ -32,7 +32,7 @@ def give_to_autograd(trace: Trace, state: State) -> None:
             trace.live_hooks.insert(0, hooks)
         else:
             recorded |= mine
-            trace.late += [x for x in hooks.held if not isinstance(x, nn.Module)]
+            trace.late += tuple([x for x in hooks.held if not isinstance(x, nn.Module)])
 
 
 def held_by(trace: Trace, state: State) -> Held | None:
