@@ -8,6 +8,7 @@ forward AD, autograd in C++), or if it is new to the recordings.
 from __future__ import annotations
 
 from collections.abc import Callable
+from sys import _getframe
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from torch._C import (
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from ..debug import user_line
+from .. import debug
+from ..debug import Line, _is_user
 from .scalars import FIRST, NUMBER, TAKES_NUMBER, generic
 from .shapes.infer import _deterministic
 from .shapes.instr import interned
@@ -31,6 +33,8 @@ aten = torch.ops.aten
 _recorded_by_autograd = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]
 _default_dtype, _grad_enabled = torch.get_default_dtype, torch.is_grad_enabled
 _tangents_enabled = torch._C._is_fwd_grad_enabled
+_inference_mode, _wrapper = torch.is_inference_mode_enabled, Tensor._make_wrapper_subclass
+_line = tuple.__new__  # Line(...) adds a Python frame
 _level_of_functorch = torch._C._functorch.maybe_current_level
 
 BINARY = {
@@ -55,8 +59,8 @@ def direct(
     y: Traced | None = None,
     number: float | None = None,
 ) -> Tensor | None:
-    """Record an op that makes one new tensor and is known by its key (without the global
-    settings), as the dispatcher would let the recording do, with a number as its last argument.
+    """Record an op that makes one new tensor and is known by its key, as the dispatcher would let
+    the recording do, with a number as its last argument. The key ends with the global settings.
     Return None for any other op, and if anything between PyTorch and the recording may intercept
     it."""
     traces = under_way.traces
@@ -74,9 +78,8 @@ def direct(
         or (y is not None and _recorded_by_autograd(y))
     ):
         return None
-    env = _default_dtype(), _deterministic()
-    instr = interned((*key, env))
-    if instr is None or not instr.simple or env[0] is not trace.dtype:
+    instr = interned(key)
+    if instr is None or not instr.simple or key[-1][0] is not trace.dtype:
         return None
     if number is not None:
         if instr.number is None:
@@ -84,8 +87,22 @@ def direct(
         trace.numbers.append(number)
     if trace.autograd.made:
         trace.autograd.adopt_leaves()
-    trace.records.append((instr, refs, _grad_enabled(), trace.region, user_line(3)))
-    t = trace.new(instr.outs)
+    # the line is mostly that of the operator, and the value not of inference mode
+    frame = _getframe(2)
+    code = frame.f_code
+    line = (
+        _line(Line, (code, frame.f_lasti))
+        if _is_user.get(code.co_filename) and debug.watched is None
+        else debug.user_line(3)
+    )
+    trace.records.append((instr, refs, _grad_enabled(), trace.region, line))
+    outs = instr.outs
+    if _inference_mode():
+        t = trace.new(outs)
+    else:
+        t = _wrapper(Traced, *outs.form)
+        t.tracer, t.sig, t.ref = trace, outs, trace.count
+        trace.count += 1
     return t if _tangents_enabled() else trace.without_tangents(t)
 
 
@@ -95,7 +112,9 @@ def unary(name: str, op: OpOverload) -> Callable:
     def method(self: Traced) -> Any:
         trace, ask = self.tracer, getattr(Tensor, name)  # the user may have exchanged it
         if ask is of_torch:
-            found = direct(trace, (call, self.sig), (self.ref,), self)
+            found = direct(
+                trace, (call, self.sig, (_default_dtype(), _deterministic())), (self.ref,), self
+            )
             if found is not None:
                 return found
         return ask(self)
@@ -122,19 +141,20 @@ def binary(name: str, op: OpOverload) -> Callable:
             return NotImplemented  # let the left operand go first
         if ask is not of_torch:
             return ask(self, other)
+        env = _default_dtype(), _deterministic()
         if kind is Traced:
             if other.tracer is trace:
-                key: tuple = (call, self.sig, other.sig)
+                key: tuple = (call, self.sig, other.sig, env)
                 found = direct(trace, key, (self.ref, other.ref), self, other)
         elif kind is float or kind is int:
             if trace.lifts_numbers and takes_number and generic(other):
-                key = (call, self.sig, kind, NUMBER)
+                key = (call, self.sig, kind, NUMBER, env)
                 refs = self.ref, FIRST - len(trace.numbers)
                 found = direct(trace, key, refs, self, None, other)
             elif kind is float:
-                found = direct(trace, (call, self.sig, other.hex()), (self.ref,), self)
+                found = direct(trace, (call, self.sig, other.hex(), env), (self.ref,), self)
             else:
-                found = direct(trace, (call, self.sig, kind, other), (self.ref,), self)
+                found = direct(trace, (call, self.sig, kind, other, env), (self.ref,), self)
         return ask(self, other) if found is None else found
 
     return method
