@@ -115,7 +115,11 @@ class Program:
     def derived(self, key: tuple, make: Callable[[], Any]) -> Any:
         """Return the program that a transform makes of this one. There may be many (one for each
         size of a batch), so the cache of all programs forgets them in time."""
-        return _derived.once((self, *key), make)
+        key = (self, *key)
+        program = _derived[key]
+        if program is None:
+            _derived.put(key, program := make())
+        return program
 
     def flat(self) -> Program:
         """Return the same graph, with closed-over tensors as inputs and new values as results."""

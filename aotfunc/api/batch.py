@@ -122,7 +122,7 @@ def read_batch(in_dims: Dims, args: tuple, arguments: Arguments) -> BatchedArgum
     plain = kind is int or (kind is tuple and _DIMS.issuperset(map(type, in_dims)))  # type: ignore
     if arguments.flat and plain:
         try:
-            key = in_dims, tuple([signature(x) for x in args])
+            key = in_dims, tuple(map(signature, args))
         except RuntimeError:  # of a kind that is refused below
             pass
         else:

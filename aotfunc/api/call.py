@@ -133,8 +133,10 @@ class Call:
         )
         self.program, self.aliases = self.rec.program(), self.rec.aliases
         self.inputs = [*self.rec.trace.origins, *self.rec.closed_over]
-        primals = [k for k, x in enumerate(arguments.leaves) if isinstance(x, Tensor)]
-        self.wrt = tuple(map(primals.index, differentiated))
+        self.wrt = tuple(differentiated)
+        if not arguments.flat:
+            primals = [k for k, x in enumerate(arguments.leaves) if isinstance(x, Tensor)]
+            self.wrt = tuple(map(primals.index, differentiated))
 
     def split(self, result: Any) -> tuple[Any, Any]:
         if not self.has_aux:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -117,7 +116,7 @@ def vmap(
     return wrapper
 
 
-_axis = tuple.__new__  # Axis(...) adds a Python frame
+_axis = _samples = tuple.__new__  # Axis(...) adds a Python frame
 
 
 def dims_of_results(out_dims: Dims, leaves: list, spec: Any) -> list[int | None]:
@@ -139,25 +138,40 @@ def _run(
 ) -> Any:
     """Run a batched program. Returned written inputs and their views stay such. ``dims``: each
     result's batch dimension in the input that it shows, and in itself."""
-    with rec.gradients():
-        outs = list(called(program, inputs))
+    if torch.is_grad_enabled():
+        outs = called(program, inputs)
+    else:
+        with rec.gradients():
+            outs = called(program, inputs)
     if changes:
         change_in_place(changes, inputs)
-    for k, (ref, root, (old, new)) in (
-        enumerate(zip(rec.refs, rec.roots, dims, strict=True)) if program.mutated else ()
-    ):
+    if program.mutated:
+        outs = _with_inputs(rec, program, inputs, outs, dims)
+    return rec.results(rec.unlike_inputs(outs, inputs))
+
+
+def _with_inputs(
+    rec: Captured,
+    program: Program,
+    inputs: Sequence[Tensor],
+    outs: Sequence[Any],
+    dims: Sequence[tuple[int | None, int | None]],
+) -> list:
+    """Return the results with written inputs, and their views, where the function returned one."""
+    found = list(outs)
+    for k, (ref, root, (old, new)) in enumerate(zip(rec.refs, rec.roots, dims, strict=True)):
         i = rec.trace.position(root)
         if i not in program.mutated or (old is None) != (new is None):
             continue
         x = inputs[i]
         if ref == root:
-            outs[k] = x if new is None or new % x.dim() == old else x.movedim(old, new)
+            found[k] = x if new is None or new % x.dim() == old else x.movedim(old, new)
         else:
             view = program.once(
                 ("view", k), functools.partial(batched_view, rec, ref, x, old, new)
             )
-            outs[k] = execute(view, [x])[0]
-    return rec.results(rec.unlike_inputs(outs, inputs))
+            found[k] = execute(view, [x])[0]
+    return found
 
 
 def batched_view(rec: Captured, ref: int, x: Tensor, old: int | None, new: int | None) -> Program:
@@ -177,17 +191,21 @@ def _batched_program(
     """Return one sample's recording, the ops that reshape its inputs, the batched program, its
     inputs, and the dimensions as _run takes them."""
     tensor_dims = batch.tensor_dims
-    named = axis.name is not None
-    with axes({**AXES.sizes, axis.name: axis.size}) if named else nullcontext():
-        rec = capture(
-            as_called(func),
-            arguments.leaves,
-            arguments.rebuilt,
-            samples=batch.samples,
-            batch=Samples(tensor_dims, axis),
-            numbers=True,
-            name_of=parameter_names(func, arguments),
-        )
+    record = functools.partial(
+        capture,
+        as_called(func),
+        arguments.leaves,
+        arguments.rebuilt,
+        samples=batch.samples,
+        batch=_samples(Samples, (tensor_dims, axis)),
+        numbers=True,
+        name_of=parameter_names(func, arguments),
+    )
+    if axis.name is None:
+        rec = record()
+    else:
+        with axes({**AXES.sizes, axis.name: axis.size}):
+            rec = record()
     changes = ops_in_place(rec)
     for i, _ in changes:
         if tensor_dims[i] is not None:
@@ -196,7 +214,10 @@ def _batched_program(
                 f"vmap: the shape of {name}, which is batched, is changed in place; make a view "
                 "of it"
             )
-    flat = dims_of_results(out_dims, rec.leaves, rec.spec)
+    if rec.spec is None and type(out_dims) is int:
+        flat: list[int | None] = [out_dims]
+    else:
+        flat = dims_of_results(out_dims, rec.leaves, rec.spec)
     others = len(rec.tensors) < len(rec.leaves)
     for k, (x, d) in enumerate(zip(rec.leaves, flat, strict=True)) if others else ():
         if not isinstance(x, Tensor) and d is not None:
@@ -209,7 +230,7 @@ def _batched_program(
                 f"vmap: {where_defined(func)} must return tensors, but the result{path} is {x!r} "
                 f"of type {type(x).__name__}; out_dims=None lets other values pass"
             )
-    results_dims = tuple([flat[k] for k in rec.tensors])
+    results_dims = tuple([flat[k] for k in rec.tensors] if others else flat)
     base, aliases = rec.program(), rec.aliases  # what makes a program holds no tensors
     how = (tensor_dims, batch.sigs if rec.trace.placed else batch.starts, axis, results_dims)
 

@@ -66,6 +66,7 @@ class Numbers:
 class Captured:
     """The recording of one call: the trace, its leaves, and which of them are tensors."""
 
+    refs: tuple[int, ...]
     _program: Program | None = None
     _key: Any = None
     numbers: tuple[tuple[int, ...], ...] = ()  # positions of those that are inputs
@@ -73,6 +74,20 @@ class Captured:
 
     def __init__(self, trace: Trace, result: Any, names: Callable[[], Sequence[str]]) -> None:
         self.trace, self.names = trace, names
+        if result.__class__ is Traced and result.tracer is trace and not trace.rebound:
+            self.leaves, self.spec, self.tensors, self.refs = [result], None, [0], (result.ref,)
+        else:
+            self._flatten(result)
+        if trace.stand_ins:
+            check_stand_ins(trace, self.refs)
+        if trace.mutates:
+            check_shared_parts(trace, self.refs)
+            check_calls(trace)
+            check_checkpoints(trace)
+
+    def _flatten(self, result: Any) -> None:
+        """Set the leaves of the result, and the numbers of its tensors."""
+        trace = self.trace
         self.leaves, self.spec = flatten(result)
         if trace.dtensors:
             self.leaves = [*map(undistributed, self.leaves)]
@@ -89,12 +104,6 @@ class Captured:
             [trace.ref_of(self.leaves[i])[0] for i in self.tensors]
             + [ref for ref, *_ in (trace.rebound or {}).values()]
         )
-        if trace.stand_ins:
-            check_stand_ins(trace, self.refs)
-        if trace.mutates:
-            check_shared_parts(trace, self.refs)
-            check_calls(trace)
-            check_checkpoints(trace)
 
     @cached_property
     def seen(self) -> dict[int, Shown]:
@@ -158,7 +167,8 @@ class Captured:
     @property
     def closed_over(self) -> list[Tensor]:
         """Return the inputs of its programs after the function's own."""
-        assert self.key
+        if self._key is None:
+            self._key = self.keyed()
         return self.trace.lifted if not self.numbers else self.with_numbers
 
     @cached_property
@@ -179,7 +189,9 @@ class Captured:
         value, or the whole memory that it was made with."""
         if memory is None and self._program is not None:
             return self._program
-        key = (*self.key, memory)
+        if self._key is None:
+            self._key = self.keyed()
+        key = (*self._key, memory)
         program = _programs[key]
         if program is None:
             program = self._build(memory)
@@ -251,7 +263,7 @@ class Captured:
     @property
     def aliases(self) -> tuple[tuple[int, int], ...]:
         """List ``(position, root)`` of the returned tensors that share memory."""
-        return self.program().once("aliases", self.shared)
+        return (self._program or self.program()).once("aliases", self.shared)
 
     def shared(self) -> tuple[tuple[int, int], ...]:
         roots, count = self.roots, len(self.trace.inputs)
@@ -270,11 +282,15 @@ class Captured:
             and self.refs[i] != itself.get(root, root)
         ]
 
-    def unlike_inputs(self, tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    def unlike_inputs(
+        self, tensors: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
         """Return these results, the last ones, with another tensor on the same memory in place of
         an input where the function returned one."""
-        views = self.program().once("whole views", self.whole_views)
-        found, skipped = list(tensors), len(self.refs) - len(tensors) if views else 0
+        views = (self._program or self.program()).once("whole views", self.whole_views)
+        if not views:
+            return tensors
+        found, skipped = list(tensors), len(self.refs) - len(tensors)
         for i, at in views:
             k = i - skipped
             if k >= 0 and (found[k] is inputs[at] or isinstance(found[k], Traced)):

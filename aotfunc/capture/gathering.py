@@ -223,9 +223,8 @@ def exchanged() -> AbstractContextManager:
     return group_functions() if is_sharded() else _NONE
 
 
-def is_sharded() -> bool:
-    """Return whether FSDP2 is imported."""
-    return f"{FSDP}_fully_shard" in sys.modules
+#: return whether FSDP2 is imported
+is_sharded = functools.partial(sys.modules.__contains__, f"{FSDP}_fully_shard")
 
 
 _NONE = nullcontext()

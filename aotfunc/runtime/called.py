@@ -14,7 +14,7 @@ from torch.fx import Node
 from ..capture.calls import CompiledCall
 from ..capture.makers import made_in
 from ..graph import Program
-from ..trace.traced import current
+from ..trace.traced import under_way
 from ..transforms.activity import live
 from .autograd import call_compiled
 from .chains import chained
@@ -23,15 +23,21 @@ from .meetings import kept_results, meetings, without_meetings
 from .pipeline import Pipeline
 from .usual import op_by_op
 
+_flag = operator.attrgetter("requires_grad")
+
 
 def called(program: Program, tensors: Sequence[Tensor]) -> Sequence:
     """Return the results of a program for these inputs and closed-over tensors."""
-    if program.mutated or current() is not None or not torch.is_grad_enabled():
+    if (
+        program.mutated
+        or under_way.traces
+        or not torch.is_grad_enabled()
+        or not any(map(_flag, tensors))
+        or op_by_op()
+        or not ours(program)  # looks at the graph, which a program that shares code may not have
+    ):
         return execute(program, tensors)
     wrt = tuple([i for i, t in enumerate(tensors) if t.requires_grad])
-    # the last looks at the graph, which a program that shares code may not have yet
-    if not wrt or op_by_op() or not ours(program):
-        return execute(program, tensors)
     call, reads, outs = program.once(("called", wrt), lambda: as_call(program, wrt))
     if call is None:
         return execute(program, tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
-from operator import getitem
+from operator import attrgetter, getitem
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from ..capture.calls import CallStep, hidden_writes, on_eager
 from ..debug import outside_dynamo
 from ..graph import Program
 from ..trace.kinds import innermost
-from ..trace.modes import any_modes, without_modes
+from ..trace.modes import without_modes
 from ..trace.node_views import storage_root
 from ..trace.shapes.sig import Sig, contiguous_stride, reach
-from ..trace.traced import current
+from ..trace.traced import under_way
 from ..transforms.activity import flat_inputs, has_derivative, live
 from ..transforms.lower import marked
 from ..transforms.rules.table import entry_for
@@ -35,7 +35,11 @@ from .redraw import generator_states, redrawn
 from .refused import check_kin, related, relation
 from .unseen import Watched, check_hooks, unseen_in_transform
 
-_functorch = torch._C._functorch
+_functorch, _flag = torch._C._functorch, attrgetter("requires_grad")
+_autocast, _function_modes = (
+    torch._C._is_any_autocast_enabled,
+    torch._C._is_torch_function_mode_enabled,
+)
 #: classes of tensors that several of are written to at once
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -104,13 +108,14 @@ def shows_memory(new: Tensor, t: Tensor) -> bool:
 
 def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
     """Return the results of a program for these inputs and closed-over tensors."""
-    trace = current()
-    if trace is not None:
+    if traces := under_way.traces:
         step = program.once(CallStep, lambda: CallStep(program, run_eager, with_own_nodes))
-        return trace.record(step, tensors)
-    if (
-        run := program.once(single_call, lambda: single_call(program))
-    ) is not None and not any_modes():
+        return traces[-1].record(step, tensors)
+    try:  # as `once` does, in this frame
+        run = program.cache[single_call]
+    except KeyError:
+        run = program.cache[single_call] = single_call(program)
+    if run is not None and not (_autocast() or _function_modes()):
         return run(*tensors)[: program.n_outputs]
     by_us = ours(program)
     forward = forward_ad._current_level >= 0
@@ -153,7 +158,7 @@ def autograd_records(tensors: Sequence[Tensor]) -> bool:
     too: a batch does not say that what it is a batch of requires grad."""
     if not torch.is_grad_enabled():
         return False
-    if any(t.requires_grad for t in tensors):
+    if any(map(_flag, tensors)):
         return True
     if _functorch.peek_interpreter_stack() is None:
         return False
