@@ -23,9 +23,10 @@ from .cpp import Printer
 from .folded import fold
 from .fuse import Unit, grouped, stored
 from .ir import Apply, Kernel, Prefix, walk
+from .joined import join_products
 from .launch import TENSORS, Launch, has_memory
 from .looped import consists_of_launches
-from .matmul import product_launch
+from .matmul import matrix_product, product_task
 from .members import seen_through, within_kernels
 from .order import calls
 from .real_views import without_views_of_parts
@@ -118,10 +119,13 @@ def with_kernels(gm: fx.GraphModule, worth: Callable = worth) -> tuple[fx.Graph,
     units = [u for u in grouped(old).units if u.nodes]
     found = calls(old, recompute(old, units), worth)
     kernels = {u: kernel_of(u) for u in found if u.kernel}
+    products = {u: p for u in found if not u.kernel and (p := matrix_product(u.nodes[0]))}
+    join_products(kernels, products)
+    found = [u for u in found if u.nodes]
     texts, name_of, late = text(list(kernels.values()))
     loaded = native.loaded_kernels(texts)
     tasks = {u: task(k, loaded[name_of[k.name]], late[k.name]) for u, k in kernels.items()}
-    tasks |= {u: p for u in found if u not in tasks and (p := product_launch(u.nodes[0]))}
+    tasks |= {u: product_task(p) for u, p in products.items()}
     graph = fx.Graph(gm)
     new: dict[Node, Any] = {}
     for n in old.nodes:

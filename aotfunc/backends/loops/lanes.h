@@ -133,30 +133,31 @@ template <class V, class T> AOT void aot_put_parts(T *p, V real, V imag, int64_t
   aot_put(p + L, aot_between<L / 2>(real, imag, lanes), 2 * n > L ? 2 * n - L : 0);
 }
 
-// Reads a block of n times m floats, m of them neighbours, as vectors across these: `rows` of
+// Reads a block of n times m numbers, m of them neighbours, as vectors across these: `rows` of
 // them, or zeros. Each round moves the lower and upper half of the lines between each other's
 // elements.
-template <int rows>
-AOT void aot_turn(floats *out, const float *p, int64_t stride, int64_t n, int64_t m) {
-  typedef typename aot_up_to<FLOATS>::type lanes;
-  for (int64_t first = 0; first < rows; first += FLOATS) {
-    floats x[FLOATS], y[FLOATS];
+template <int rows, class V, class T>
+AOT void aot_turn(V *out, const T *p, int64_t stride, int64_t n, int64_t m) {
+  enum : int64_t { L = aot_lanes<V> };
+  typedef typename aot_up_to<L>::type lanes;
+  for (int64_t first = 0; first < rows; first += L) {
+    V x[L], y[L];
     int64_t left = m - first < 0 ? 0 : m - first;
     _Pragma("GCC unroll 16")
-    for (int64_t i = 0; i < FLOATS; i++)
-      x[i] = i < n && left ? aot_get<floats>(p + i * stride + first, left) : floats{};
+    for (int64_t i = 0; i < L; i++)
+      x[i] = i < n && left ? aot_get<V>(p + i * stride + first, left) : V{};
     _Pragma("GCC unroll 4")
-    for (int64_t round = 1; round < FLOATS; round *= 2) {
+    for (int64_t round = 1; round < L; round *= 2) {
       _Pragma("GCC unroll 8")
-      for (int64_t i = 0; i < FLOATS / 2; i++) {
-        y[2 * i] = aot_between<0>(x[i], x[i + FLOATS / 2], lanes{});
-        y[2 * i + 1] = aot_between<FLOATS / 2>(x[i], x[i + FLOATS / 2], lanes{});
+      for (int64_t i = 0; i < L / 2; i++) {
+        y[2 * i] = aot_between<0>(x[i], x[i + L / 2], lanes{});
+        y[2 * i + 1] = aot_between<L / 2>(x[i], x[i + L / 2], lanes{});
       }
       _Pragma("GCC unroll 16")
-      for (int64_t i = 0; i < FLOATS; i++) x[i] = y[i];
+      for (int64_t i = 0; i < L; i++) x[i] = y[i];
     }
     _Pragma("GCC unroll 16")
-    for (int64_t i = 0; i < FLOATS; i++) out[first + i] = x[i];
+    for (int64_t i = 0; i < L; i++) out[first + i] = x[i];
   }
 }
 

@@ -82,19 +82,17 @@ template <class V, class T, int rows, int width> static void tile(const Piece<T>
   if (!usual) put(p, rest[0], width);
 }
 
-// Transposes n lines of floats, each contiguous along k, into a vector for each k, `apart` from
-// each other. The next vector overwrites what is written behind a vector's n lanes.
-static void pack(float *to, int64_t apart, const float *p, int64_t line, int64_t n, int64_t k) {
-  floats block[FLOATS];
-  for (int64_t first = 0; first < k; first += FLOATS) {
-    const int64_t m = k - first < FLOATS ? k - first : (int64_t)FLOATS;
-    aot_turn<FLOATS>(block, p + first, line, n, m);
+// Transposes n lines, each contiguous along k, into a vector for each k, `apart` from each other.
+// The next vector overwrites what is written behind a vector's n lanes.
+template <class V, class T>
+static void pack(T *to, int64_t apart, const T *p, int64_t line, int64_t n, int64_t k) {
+  enum : int64_t { L = aot_lanes<V> };
+  V block[L];
+  for (int64_t first = 0; first < k; first += L) {
+    const int64_t m = k - first < L ? k - first : (int64_t)L;
+    aot_turn<L>(block, p + first, line, n, m);
     for (int64_t i = 0; i < m; i++) aot_raw(to + (first + i) * apart, block[i]);
   }
-}
-static void pack(double *to, int64_t apart, const double *p, int64_t line, int64_t n, int64_t k) {
-  for (int64_t i = 0; i < k; i++)
-    for (int64_t j = 0; j < apart; j++) to[i * apart + j] = j < n ? p[j * line + i] : 0;
 }
 
 // Packs rows of b as vectors, with zeros behind the last column.
@@ -106,8 +104,8 @@ static void pack_columns(T *to, int64_t wide, const T *b, int64_t row, int64_t c
     const T *from = b + j * column;
     if (column == 1)
       for (int64_t i = 0; i < k; i++) aot_put(to + i * wide + j, aot_get<V>(from + i * row, left));
-    else if (row == 1 && sizeof(T) == 4)
-      pack(to + j, wide, from, column, left, k);
+    else if (row == 1)
+      pack<V>(to + j, wide, from, column, left, k);
     else
       for (int64_t i = 0; i < k; i++)
         for (int64_t l = 0; l < aot_lanes<V>; l++)
@@ -116,10 +114,10 @@ static void pack_columns(T *to, int64_t wide, const T *b, int64_t row, int64_t c
 }
 
 // Packs rows of a, so many for each k, with zeros behind the last.
-template <class T>
+template <class V, class T>
 static void pack_rows(T *to, int64_t rows, const T *a, int64_t row, int64_t column, int64_t n,
                       int64_t k) {
-  if (column == 1) return pack(to, rows, a, row, n, k);
+  if (column == 1 && rows <= aot_lanes<V>) return pack<V>(to, rows, a, row, n, k);
   for (int64_t i = 0; i < k; i++)
     for (int64_t r = 0; r < rows; r++) to[i * rows + r] = r < n ? a[i * column + r * row] : 0;
 }
@@ -148,7 +146,7 @@ static void rows_of(const Sizes &s, const T *a, const T *b, T *c, int64_t first,
         const int64_t rows = n > 6 ? ROWS : 6;
         Piece<T> p = {a + i * s.a.row + k * s.a.column, s.a.row, s.a.column};
         if (n < rows || (s.a.row != 1 && many > FEW * WIDE)) {
-          pack_rows(packed.rows, rows, p.a, s.a.row, s.a.column, n, deep);
+          pack_rows<V>(packed.rows, rows, p.a, s.a.row, s.a.column, n, deep);
           p.a = packed.rows, p.down = 1, p.along = rows;
         }
         p.k = deep, p.row = s.c.row, p.column = s.c.column, p.rows = n, p.more = k > 0;

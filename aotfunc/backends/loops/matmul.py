@@ -61,6 +61,10 @@ class MatrixProduct:
     c: Matrices
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.memory[-1].meta["val"].dtype
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Return the sizes that the kernel takes."""
         return (self.rows, self.columns, self.deep, *self.a, *self.b, *self.c)
@@ -116,8 +120,8 @@ SPELLED = {
 PLANES = ("ik", "kj", "ij")
 
 
-def product_launch(n: Node) -> Task | None:
-    """Return the launch for a product of matrices; None if no kernel can compute it."""
+def matrix_product(n: Node) -> MatrixProduct | None:
+    """Return a node as a product of matrices; None if no kernel can compute it."""
     if (
         n.target not in SPELLED
         or not n.users
@@ -139,8 +143,13 @@ def product_launch(n: Node) -> Task | None:
     if p.columns == 1:
         p = p.transposed()
     p = p.in_one()
-    if (compiled := kernel(n.meta["val"].dtype, p.way)) is None:
-        return None
+    return p if kernel(p.dtype, p.way) else None
+
+
+def product_task(p: MatrixProduct) -> Task:
+    """Return the launch of a product of matrices."""
+    compiled = kernel(p.dtype, p.way)
+    assert compiled is not None
     return Task(compiled, p.tasks, p.sizes, p.memory, p.memory[-1:], p.grain)
 
 
