@@ -12,10 +12,16 @@ import torch
 from torch import Tensor
 
 from ..capture.blocks import without_loops
+from ..capture.makers import of_derivatives
 from ..capture.tree import Arguments
 from ..errors import ArgumentError, CaptureError
+from ..runtime.anomaly import without_nan
+from ..runtime.constants import attached
+from ..runtime.execute import execute
 from ..trace.entering import entry
+from ..trace.tape import signature
 from ..trace.traced import current
+from ..transforms.jacobian import jacobian_products
 from ..transforms.lower import CALLS, lowered, marked
 from ..transforms.sparsity.plans import (
     ColouredProducts,
@@ -24,9 +30,8 @@ from ..transforms.sparsity.plans import (
     by_symmetry,
     fewest,
 )
-from .call import Call, positions
-from .func import grad, linearize, vjp
-from .vmap import vmap
+from .call import Call, positions, tensors_of
+from .func import grad
 
 
 def sparse_jacobian(
@@ -108,11 +113,11 @@ def hessian_blocks(
         size = math.prod(inner)
         step = max(size, 1)
         plan = found.plan("blocks", by_blocks(step))
-        row, col = (torch.as_tensor(i, device=found.x.device).long() for i in (plan.row, plan.col))
-        result = found.x.new_zeros(count, size, size)
-        places = (row // step, row % step, col % step)
-        result = result.index_put(places, found.values(plan, chunk_size))
-        return result.view(count, *inner, *inner)
+        values = found.values(plan, chunk_size)
+        places, total = plan.row.astype(np.int64) * step + plan.col % step, count * size * size
+        if not np.array_equal(places, np.arange(total)):
+            values = found.x.new_zeros(total).index_put((found.whole(places),), values)
+        return values.view(count, *inner, *inner)
 
     return all_blocks
 
@@ -126,7 +131,7 @@ class Entries:
                 f"{name}: which entries there are may depend on values, which other transforms "
                 "do not have: call it outside"
             )
-        self.f, self.arguments = f, Arguments(args, kwargs, f)
+        self.arguments = Arguments(args, kwargs, f)
         self.chosen = positions(name, self.arguments, argnums)
         if len(self.chosen) != 1 or self.arguments.leaves[self.chosen[0]].is_complex():
             raise ArgumentError(f"{name}: argument {argnums} must be one real tensor")
@@ -136,13 +141,6 @@ class Entries:
         if call.n_out != 1 or not output.is_floating_point():
             raise ArgumentError(f"{name}: the function must return one real floating tensor")
         self.shape = tuple(output.shape)
-
-    def of_x(self, x: Tensor) -> Tensor:
-        leaves = list(self.arguments.leaves)
-        leaves[self.chosen[0]] = x
-        given, named = self.arguments.rebuilt(leaves)
-        (result,) = torch.utils._pytree.tree_leaves(self.f(*given, **named))
-        return result
 
     def plan(self, name: str, make: Callable[[Any], JacobianPlan]) -> JacobianPlan:
         """Return the plan for the pattern of the function, kept under ``name`` for as long as the
@@ -161,30 +159,36 @@ class Entries:
 
     def values(self, plan: JacobianPlan, chunk_size: int | None) -> Tensor:
         """Return the entries, by products with sums of unit vectors, one for each colour."""
-        x, parts = self.x, []
-        if plan.columns:
-            push = linearize(self.of_x, x)[1]
-            along = lambda seed: push(seed.view(x.shape))
-            parts.append(self.read(plan.columns, along, chunk_size))
-        if plan.rows:
-            pull = vjp(self.of_x, x)[1]
-            along = lambda seed: pull(seed.view(self.shape))[0]
-            parts.append(self.read(plan.rows, along, chunk_size))
-        if not parts:
-            return x.new_zeros(0)
-        order = np.concatenate([part.entries for part in plan[2:] if part])
-        return torch.cat(parts)[self.whole(np.argsort(order))]
+        call, x = self.call, self.x
+        parts = [p for p in plan[2:] if p and p.n_products]
+        from_left = [p is plan.rows for p in parts]
+        seeds = [
+            self.seeds(p).view(-1, *(self.shape if rows else x.shape))
+            for p, rows in zip(parts, from_left, strict=True)
+        ]
+        sigs, (wrt,), chunk = tuple(zip(map(signature, seeds), from_left)), call.wrt, chunk_size
+        make = lambda: of_derivatives(jacobian_products(call.program, wrt, sigs, chunk))
+        program = call.derived((sigs, chunk), make)
+        inputs = [*tensors_of(self.arguments), *seeds, *call.rec.closed_over]
+        outs = execute(program, inputs)
+        call.results(outs[len(parts) :])
+        values = []
+        for part, products, rows in zip(parts, outs, from_left, strict=False):
+            if rows:
+                (products,) = without_nan(program, inputs, [products])
+            else:
+                (products,) = attached(call.program, call.wrt, call.inputs, [products])
+            products = products.reshape(part.n_products, -1)
+            values.append(products[self.whole(part.product), self.whole(part.place)])
+        if len(parts) < 2:
+            return values[0] if values else x.new_zeros(0)
+        order = np.argsort(np.concatenate([p.entries for p in parts]))
+        return torch.cat(values)[self.whole(order)]
 
-    def read(self, part: ColouredProducts, along: Callable, chunk_size: int | None) -> Tensor:
-        """Return the entries that are read from some products, which ``along`` makes."""
-        if not part.n_products:
-            return self.x.new_zeros(0)
-        colours = self.whole(part.colours)
-        seeds = (colours == torch.arange(part.n_products, device=self.x.device)[:, None]).to(
-            self.x.dtype
-        )
-        products = vmap(along, chunk_size=chunk_size)(seeds).reshape(part.n_products, -1)
-        return products[self.whole(part.product), self.whole(part.place)]
+    def seeds(self, part: ColouredProducts) -> Tensor:
+        """Return for each colour the sum of its unit vectors, as a row."""
+        numbers = torch.arange(part.n_products, device=self.x.device)
+        return (self.whole(part.colours) == numbers[:, None]).to(self.x.dtype)
 
     def whole(self, i: np.ndarray) -> Tensor:
         return torch.as_tensor(i.astype(np.int64), device=self.x.device)

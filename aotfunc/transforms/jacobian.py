@@ -66,10 +66,7 @@ def jacobian_rows(
         blocks: list = []
         outs = b.inlined(base, inputs)
         for i in range(n_out):
-            have = tuple(k == i for k in range(base.n_outputs))
-            joint = unhooked(vjp(base, wrt, have, fill=True, keep=()))
-            early, late, direct = halve(joint, 0, 1)
-            residuals = b.inlined(early, inputs)[: early.n_outputs] + [inputs[k] for k in direct]
+            late, residuals = backward_half(b, base, wrt, i, inputs)
             val = base.vals[i]
             found = rows_of_late(b, late, residuals, val, chunk, randomness)
             for x, rows in zip(wrt, found, strict=True):
@@ -92,11 +89,7 @@ def jacobian_columns(
         outs = b.inlined(base, inputs)
         columns: list[list] = []
         for x in wrt:
-            linear = linear_program(base, (x,), n_out)
-            early, late, direct = halve(linear, base.n_outputs, 1)
-            residuals = b.inlined(early, inputs)[base.n_outputs : early.n_outputs] + [
-                inputs[k] for k in direct
-            ]
+            late, residuals = linear_half(b, base, x, n_out, inputs)
             val = base.placeholders[x].meta["val"]
             column = []
             for i, whole in enumerate(rows_of_late(b, late, residuals, val, chunk, randomness)):
@@ -107,6 +100,55 @@ def jacobian_columns(
         blocks = [columns[k][i] for i in range(n_out) for k in range(len(wrt))]
         own = range(len(blocks), len(blocks) + base.n_outputs)
         return assembled(b, [*blocks, *outs[n_out:]], base, "jacfwd", own)
+
+
+def jacobian_products(
+    base: Program, x: int, seeds: Sequence[tuple[Sig, bool]], chunk: int | None
+) -> Program:
+    """Return ``(inputs, seeds, closed-over) -> (products, outputs)``: for each of the ``seeds``
+    the products of the Jacobian of the first output by input ``x`` with its rows, or of its rows
+    with the Jacobian where the flag is true, ``chunk`` at a time."""
+    with paused_gc():
+        base = numbered_draws(base)
+        b, old, count = builder(), base.placeholders, len(seeds)
+        given = b.inputs(old[: base.n_inputs])
+        every = [b.placeholder("seeds", sig) for sig, _ in seeds]
+        inputs = [*given, *b.inputs(old[base.n_inputs :])]
+        outs, found = b.inlined(base, inputs), []
+        for rows, (sig, from_left) in zip(every, seeds, strict=True):
+            if from_left:
+                late, residuals = backward_half(b, base, (x,), 0, inputs)
+            else:
+                late, residuals = linear_half(b, base, x, 1, inputs)
+            pieces = []
+            for start, n in chunks(sig.shape[0], chunk):
+                whole = n == sig.shape[0]
+                part = rows if whole else b.call(aten.slice.Tensor, rows, 0, start, start + n)
+                pieces.append(rows_at_once(b, late, residuals, part, n, "error")[0])
+            found.append(cat_pieces(b, pieces, 0))
+        mutated = [i if i < base.n_inputs else i + count for i in base.mutated]
+        wider = Program(base.graph, base.n_inputs + count, base.n_outputs, mutated, base.name)
+        own = range(count, count + base.n_outputs)
+        return assembled(b, [*found, *outs], wider, "products", own)
+
+
+def backward_half(
+    b: Builder, base: Program, wrt: tuple[int, ...], i: int, inputs: Sequence[Node]
+) -> tuple[Program, list]:
+    """Return what is left of the pullback of output ``i``, by the cotangent, and its residuals."""
+    have = tuple(k == i for k in range(base.n_outputs))
+    joint = unhooked(vjp(base, wrt, have, fill=True, keep=()))
+    early, late, direct = halve(joint, 0, 1)
+    return late, b.inlined(early, inputs)[: early.n_outputs] + [inputs[k] for k in direct]
+
+
+def linear_half(
+    b: Builder, base: Program, x: int, n_out: int, inputs: Sequence[Node]
+) -> tuple[Program, list]:
+    """Return what is left of the outputs' push-forward, by the tangent, and its residuals."""
+    early, late, direct = halve(linear_program(base, (x,), n_out), base.n_outputs, 1)
+    residuals = b.inlined(early, inputs)[base.n_outputs : early.n_outputs]
+    return late, residuals + [inputs[k] for k in direct]
 
 
 def rows_of_late(

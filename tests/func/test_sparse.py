@@ -537,3 +537,21 @@ def test_loops(name):
     assert found._nnz() == entries
     loss = lambda x: (f(x) ** 2).sum()
     torch.testing.assert_close(sparse_hessian(loss)(X).to_dense(), hessian(loss)(X))
+
+
+def test_a_function_runs_once():
+    """Products by columns and by rows are of one recording, and what it writes is written once."""
+    runs, buffer, x = [], torch.zeros(6), torch.arange(1.0, 7)
+
+    def f(x):
+        runs.append(x)
+        buffer.add_(1)
+        return torch.cat([x * x, x.sum()[None] ** 2])  # a full row
+
+    result = sparse_jacobian(f)(x)
+    assert len(runs) == 1 and buffer.eq(1).all()
+    torch.testing.assert_close(result.to_dense(), torch.func.jacrev(f)(x))
+    runs.clear()
+    sparse_hessian(lambda x: f(x).sum())(x)
+    hessian(lambda x: f(x).sum(), structure="blocks")(x)
+    assert len(runs) == 2

@@ -77,7 +77,8 @@ def alike(
         rows, matrix, sums = p.memory
         maker = launched.get(rows)
         if (
-            maker in kernels
+            maker is not None
+            and maker in kernels
             and writes_once(kernels[maker], rows)
             and is_dense(p.a, rows, p.rows, p.deep)
             and is_dense(p.c, sums, p.rows, p.columns)
