@@ -19,52 +19,70 @@ from rich.table import Table
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-def timed(run: Callable[[], object], sync: Callable[[], None] | None = None) -> float:
+def timed(
+    run: Callable[[], object],
+    sync: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Seconds of one call."""
     if sync:
         sync()
-    start = time.perf_counter()
+    start = clock()
     run()
     if sync:
         sync()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def median(
-    run: Callable[[], object], repeat: int = 5, budget_s: float = 10.0, warmup: int = 1, sync=None
+    run: Callable[[], object],
+    repeat: int = 5,
+    budget_s: float = 10.0,
+    warmup: int = 1,
+    sync=None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Median seconds of up to ``repeat`` calls, fewer once ``budget_s`` is spent (always at least
     one)."""
     for _ in range(warmup):
-        timed(run, sync)
+        timed(run, sync, clock)
     times: list[float] = []
     while len(times) < repeat and (not times or sum(times) < budget_s):
-        times.append(timed(run, sync))
+        times.append(timed(run, sync, clock))
     return statistics.median(times)
 
 
-def per_call(run: Callable[[], object], budget_s: float = 0.6, sync=None) -> float:
+def per_call(
+    run: Callable[[], object],
+    budget_s: float = 0.6,
+    sync=None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Median seconds a call of something short: batches of calls, long enough for the clock."""
-    timed(run, sync)
-    once = max(timed(run, sync), 1e-7)
+    timed(run, sync, clock)
+    once = max(timed(run, sync, clock), 1e-7)
     number = max(1, int(0.02 / once))
 
     def batch() -> None:
         for _ in range(number):
             run()
 
-    return median(batch, repeat=9, budget_s=budget_s, warmup=1, sync=sync) / number
+    return median(batch, 9, budget_s, 1, sync, clock) / number
 
 
 def interleaved(
-    runs: dict[str, Callable[[], object]], rounds: int = 3, budget_s: float = 0.4, sync=None
+    runs: dict[str, Callable[[], object]],
+    rounds: int = 3,
+    budget_s: float = 0.4,
+    sync=None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """per_call of several rivals, round by round, so that a busy moment of the machine meets them
     all."""
     seen: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            seen[name].append(per_call(run, budget_s, sync))
+            seen[name].append(per_call(run, budget_s, sync, clock))
     return {name: statistics.median(times) for name, times in seen.items()}
 
 

@@ -16,6 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_map_only
 
 from ..capture.autograd_function import takes_as_given
+from ..capture.custom_batching import closed_over
 from ..capture.custom_function import CustomRules
 from ..capture.tree import structure
 from ..debug import outside_dynamo
@@ -109,8 +110,14 @@ class CustomFunction(CustomRules):
         def at(path: tuple[int, ...], asked: str, i: int = 0) -> Any:
             return at_path(last.form, path, asked, i)
 
+        def closes() -> bool:
+            one = mine()
+            rules = one and (one.f, one.forward, one.backward, one.tangents_of, one.batched)
+            return any([closed_over(rule) for rule in rules or () if rule is not None])
+
         at._dynamo_marked_constant = True  # type: ignore[attr-defined]
-        self.in_graph, self.at = call, at
+        closes._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        self.in_graph, self.at, self.closes = call, at, closes
         _in_graph.add(call)
 
     def __repr__(self) -> str:
@@ -152,7 +159,7 @@ class CustomFunction(CustomRules):
             raise ArgumentError(
                 f"{self.__name__} has no rules yet: call its defvjp, defjvp or def_vmap"
             )
-        if is_dynamo_compiling():
+        if is_dynamo_compiling() and not self.closes():  # Dynamo's graph would keep the tensors
             prepare_custom()
             leaves = self.in_graph(*args, **kwargs)
             return with_leaves(self.at, leaves)

@@ -211,6 +211,24 @@ RULES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo asks for it
+def test_rules_that_close_over_tensors_break_the_graph():
+    """They read what the tensors hold at each call."""
+    w = torch.full((3,), 2.0)
+    f = custom_vjp(lambda x: (x * w).sin())
+    f.defvjp(lambda x: ((x * w).sin(), x), lambda x, g: (3 * g * w,))
+    x = torch.ones(3)
+    values = torch.compile(lambda x: f(x) + 1, backend="eager")
+    slopes = torch.compile(lambda x: grad(lambda x: f(x).sum())(x) + 1, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(values(x), (x * w).sin() + 1)
+        torch.testing.assert_close(slopes(x), 3 * w + 1)
+        given = x.clone().requires_grad_()
+        values(given).sum().backward()
+        torch.testing.assert_close(given.grad, 3 * w)
+        w += 1
+
+
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("rule", [0, 1, 2], ids=["custom_vjp", "custom_jvp", "custom_vmap"])
 def test_functions_with_rules(rule, name):
