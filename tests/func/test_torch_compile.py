@@ -211,7 +211,6 @@ RULES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo asks for it
 def test_rules_that_close_over_tensors_break_the_graph():
     """They read what the tensors hold at each call."""
     w = torch.full((3,), 2.0)
@@ -223,9 +222,6 @@ def test_rules_that_close_over_tensors_break_the_graph():
     for _ in range(2):
         torch.testing.assert_close(values(x), (x * w).sin() + 1)
         torch.testing.assert_close(slopes(x), 3 * w + 1)
-        given = x.clone().requires_grad_()
-        values(given).sum().backward()
-        torch.testing.assert_close(given.grad, 3 * w)
         w += 1
 
 

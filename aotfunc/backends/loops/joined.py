@@ -29,7 +29,7 @@ def join_products(kernels: dict[Unit, Kernel], products: dict[Unit, MatrixProduc
     others leave ``products`` and have no nodes any more; kernels access what has moved."""
     moved: Moved = {}
     pieces: set[tuple[Node, ...]] = set()
-    for units in alike(kernels, products):
+    for units in sharing_a_matrix(kernels, products):
         shared, *others = [products[u] for u in units]
         rows, _, sums = zip(*[p.memory for p in (shared, *others)], strict=True)
         if rows not in pieces:
@@ -64,7 +64,7 @@ def join_products(kernels: dict[Unit, Kernel], products: dict[Unit, MatrixProduc
         products[u] = replace(p, memory=memory, a=a, b=b, c=c)
 
 
-def alike(
+def sharing_a_matrix(
     kernels: Mapping[Unit, Kernel], products: Mapping[Unit, MatrixProduct]
 ) -> list[list[Unit]]:
     """Return products of one matrix with rows that one kernel makes, the one of most rows first.
@@ -80,8 +80,8 @@ def alike(
             maker is not None
             and maker in kernels
             and writes_once(kernels[maker], rows)
-            and is_dense(p.a, rows, p.rows, p.deep)
-            and is_dense(p.c, sums, p.rows, p.columns)
+            and holds_all(p.a, rows, p.rows, p.deep)
+            and holds_all(p.c, sums, p.rows, p.columns)
             and all([read_by_launches(n, launched, shown) for n in (rows, sums)])
         ):
             groups.setdefault((maker, matrix, p.b, p.deep, p.columns), {})[rows] = u
@@ -95,7 +95,7 @@ def writes_once(kernel: Kernel, n: Node) -> bool:
     return len(stores) == 1 and not stores[0].blocks and stores[0].shift is None
 
 
-def is_dense(m: Matrices, n: Node, rows: int, columns: int) -> bool:
+def holds_all(m: Matrices, n: Node, rows: int, columns: int) -> bool:
     """Return whether a matrix is all of a value, row by row."""
     val = n.meta["val"]
     return (
