@@ -102,6 +102,14 @@ def also_factor(w, v, x):
     return (a @ w).tanh(), (b @ w).tanh(), (c @ w).tanh() * (c @ b[0]), a.mT @ a
 
 
+def early(w, v, x):
+    """What reads the smaller product runs before the larger one would."""
+    a = x.sin()
+    b = a.sum(0)
+    p = (b @ w).tanh()
+    return (p.sort()[0] @ v).sort()[0], (a @ w).tanh()
+
+
 def carried(w, v, x):
     """Rows that are products are made by no kernel."""
     for _ in range(3):
@@ -115,7 +123,7 @@ def carried(w, v, x):
     [
         *((stored, 1), (returned_product, 2), (returned_rows, 2), (two_matrices, 2)),
         *((other_rows, None), (twice, None), (called, None), (through_views, None)),
-        *((transposed, 2), (columns, None), (also_factor, None), (carried, 3)),
+        *((transposed, 2), (columns, None), (also_factor, None), (carried, 3), (early, None)),
     ],
     ids=lambda p: getattr(p, "__name__", ""),
 )

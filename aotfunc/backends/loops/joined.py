@@ -29,6 +29,7 @@ def join_products(kernels: dict[Unit, Kernel], products: dict[Unit, MatrixProduc
     others leave ``products`` and have no nodes any more; kernels access what has moved."""
     moved: Moved = {}
     pieces: set[tuple[Node, ...]] = set()
+    turn = {u: i for i, u in enumerate(products)}
     for units in sharing_a_matrix(kernels, products):
         shared, *others = [products[u] for u in units]
         rows, _, sums = zip(*[p.memory for p in (shared, *others)], strict=True)
@@ -38,13 +39,14 @@ def join_products(kernels: dict[Unit, Kernel], products: dict[Unit, MatrixProduc
             pieces.add(rows)
             moved |= below_each_other(rows)
         moved |= below_each_other(sums)
-        products[units[0]] = replace(
+        first, *rest = sorted(units, key=turn.__getitem__)
+        products[first] = replace(
             shared,
             rows=shared.rows + sum([p.rows for p in others]),
             a=Matrices(0, 0, shared.deep, 1),
             c=Matrices(0, 0, shared.columns, 1),
         )
-        for u in units[1:]:
+        for u in rest:
             del products[u]
             u.nodes = []
     if not moved:
