@@ -181,7 +181,7 @@ def large(layers: int) -> None:
         _, whole = timed(ours, joint, 1.0, repeat=2)
         problem = Problem(read_joint(joint.graph, 1), COST)
         network = problem.network
-        redo = problem.redo(1.0)
+        redo = problem.again(1.0)
         bound = network.cheapest(problem.save, redo).value
         cut, ms = timed(network.cut, problem.save, redo, bound, repeat=3)
         frontier = Frontier(problem)

@@ -112,12 +112,14 @@ class Problem:
             dtype=float,
         )
         check_feasible(self)
-        self.network = Network(self.inputs, self.needed)
+        self.network = Network(self.inputs, self.needed, ~self.forward & (self.time < INF))
         #: bytes that are not there already: the caller keeps the inputs
         able = (self.save < INF) & ~self.hosted
         self.bytes = np.where(
             able & np.array([counts(n) for n in self.nodes], dtype=bool), self.save, 0.0
         )
+        # what takes no memory decides only where memory and time do not
+        self.save[self.bytes == 0] *= 1e-9 * max(self.bytes.sum(), 1.0)
         self.forward_time = sum(
             [time(n) for n, f in zip(joint.nodes, joint.forward, strict=True) if f]
         )
@@ -143,21 +145,9 @@ class Problem:
             return np.multiply(self.time, price, where=self.time < INF, out=self.time.copy())
         return np.where(self.asked | (self.time == 0), self.time, INF)
 
-    def redo(self, price: float) -> np.ndarray:
-        """Return what the backward pays for a value: a second run, if the forward runs it."""
-        again = self.again(price)
-        return np.where(self.forward | (self.time == INF), again, 0.0)
-
     def cheapest(self, price: float) -> Choice:
         """Return the choice with the least "bytes saved + price x time"."""
-        redo, again = self.redo(price), self.again(price)
-        while True:
-            saved = self.network.cheapest(self.save, redo).saved
-            # a free value turned out to run on both sides: its second run has its price after all
-            twice = self.twice(saved) & (redo < again)
-            if not twice.any():
-                return self.choice(saved)
-            redo = np.where(twice, again, redo)
+        return self.choice(self.network.cheapest(self.save, self.again(price)).saved)
 
     def late(self, saved: np.ndarray) -> np.ndarray:
         """Return the values that the backward computes when these are saved."""

@@ -1,8 +1,8 @@
 """Choose what to save at the least cost, "bytes saved + price of what is computed again", by an
 s-t minimum cut.
 
-A value v is two nodes. The cut separates the source (not in the backward) from the sink (in the
-backward):
+A value v of the forward is two nodes. The cut separates the source (not in the backward) from the
+sink (in the backward):
 
     source -> v_in      pays for computing v again in the backward
     v_in   -> v_out     pays for saving v
@@ -10,6 +10,12 @@ backward):
     v_out  -> sink      infinite, for each v that the backward reads
 
 Values cut between their two nodes are saved; values wholly on the sink's side are computed again.
+A *free* value, which the forward does not need itself, has a third node, on the sink's side where
+the forward does not compute v: then the backward alone does, and pays nothing.
+
+    v_alone -> v_in     pays for computing v again, in place of the source's edge
+    v_in -> v_alone     infinite: the backward computes what the forward does not
+    v_alone -> u_alone  infinite, for each input u of v: what the forward computes needs its inputs
 """
 
 from __future__ import annotations
@@ -26,7 +32,8 @@ _MAX = int(np.iinfo(np.int32).max)
 
 class Network:
     """The network of a joint graph, built once; only its capacities change. ``inputs[i]`` are the
-    values that i is computed from, ``needed`` what the backward reads.
+    values that i is computed from, ``needed`` what the backward reads, ``free`` which values the
+    backward may compute alone.
 
     >>> # keep the small one in the middle
     >>> costs = np.array([8, 2, 8]), np.array([INF, 1, 0])
@@ -34,17 +41,30 @@ class Network:
     [False, True, False]
     """
 
-    def __init__(self, inputs: Sequence[Sequence[int]], needed: Sequence[int]) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[Sequence[int]],
+        needed: Sequence[int],
+        free: np.ndarray | None = None,
+    ) -> None:
         from scipy.sparse import csr_array  # slow to import: only who partitions pays
 
         count = self.count = len(inputs)
-        self.v_in, self.source, self.sink = 2 * np.arange(count), 2 * count, 2 * count + 1
+        free = np.zeros(count, dtype=bool) if free is None else free
+        self.v_in, self.source = 2 * np.arange(count), 2 * count + free.sum()
+        self.sink = self.source + 1
+        # where the forward computes all that it may: the source's side
+        alone = self.alone = np.full(count, self.source)
+        alone[free] = 2 * count + np.arange(free.sum())
         wanted = np.asarray(needed, dtype=np.int64)
         readers = np.repeat(np.arange(count), [len(p) for p in inputs])
         read = np.fromiter((p for ps in inputs for p in ps), dtype=np.int64, count=len(readers))
-        rows = [np.full(count, self.source), self.v_in, 2 * read + 1, 2 * wanted + 1]
-        columns = [self.v_in, self.v_in + 1, 2 * readers, np.full(len(wanted), self.sink)]
-        self.infinite = np.full(len(read) + len(wanted), _MAX, dtype=np.int32)
+        early = np.stack([alone[readers], alone[read]])[:, free[read]]
+        early = np.unique(early, axis=1)  # the source stands for many
+        rows = [alone, self.v_in, 2 * read + 1, 2 * wanted + 1, self.v_in[free], early[0]]
+        ends = [2 * readers, np.full(len(wanted), self.sink), alone[free], early[1]]
+        columns = [self.v_in, self.v_in + 1, *ends]
+        self.infinite = np.full(sum(map(len, ends)), _MAX, dtype=np.int32)
         places = (np.concatenate(rows), np.concatenate(columns))
         edges = 2 * count + len(self.infinite)
         shape = (self.sink + 1, self.sink + 1)
@@ -67,18 +87,13 @@ class Network:
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-        scale = (_MAX - 2 - 2 * self.count) / (1.01 * bound) if bound > 0 else 1.0
+        scale = (_MAX - 2 - 2 * self.count) / max(1.01 * bound, 1e-99)
 
         def integers(cost: np.ndarray) -> np.ndarray:
-            return (
-                np.minimum(np.rint(np.minimum(cost, 2 * bound) * scale), _MAX)
-                if bound > 0
-                else cost
-            )
+            return np.rint(np.minimum(cost * scale, _MAX)).astype(np.int32)
 
         # saving costs at least one unit, so that nothing is saved in vain
-        saves = np.where(np.isfinite(save), np.maximum(integers(save), 1), _MAX).astype(np.int32)
-        redos = np.where(np.isfinite(redo), integers(redo), _MAX).astype(np.int32)
+        saves, redos = np.maximum(integers(save), 1), integers(redo)
         capacities = np.concatenate([redos, saves, self.infinite])[self.edge.data]
         network = csr_array((capacities, self.edge.indices, self.edge.indptr), self.edge.shape)
         flow = maximum_flow(network, self.source, self.sink, method="dinic").flow
@@ -86,13 +101,13 @@ class Network:
         residual.eliminate_zeros()
         near = np.zeros(self.sink + 1, dtype=bool)
         near[breadth_first_order(residual, self.source, return_predecessors=False)] = True
-        saved, again = near[self.v_in] & ~near[self.v_in + 1], ~near[self.v_in]
+        saved, again = near[self.v_in] & ~near[self.v_in + 1], near[self.alone] & ~near[self.v_in]
         value = float(save[saved].sum() + redo[again].sum())
         return Cut(saved, again, value, max(0.0, value - 2 * self.count / scale))
 
 
 class Cut(NamedTuple):
-    """Which values are saved and which recomputed, at what cost, and the least of any cut."""
+    """Which values are saved and which run on both sides, at what cost, and the least of any."""
 
     saved: np.ndarray
     again: np.ndarray

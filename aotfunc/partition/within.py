@@ -105,12 +105,12 @@ class Within:
 
     @cached_property
     def worthwhile(self) -> list[Choice]:
-        """Yield the points of the frontier from the most bytes down, as long as the simulated peak
-        does not rise: what is computed again lives in the backward, in the end all of it. What
-        runs once more is no reason to save less."""
+        """Return the choices that were cut, from the most bytes down, as long as the simulated
+        peak does not rise: what is computed again lives in the backward, in the end all of it.
+        What runs once more is no reason to save less."""
         found: list[Choice] = []
         least = lowest = INF
-        for choice in with_progress("peaks of the frontier", self.frontier.points[::-1]):
+        for choice in with_progress("peaks of the frontier", self.frontier.choices[::-1]):
             peak = max(self.run(choice, low=False).peaks)
             if peak <= least and self.peak(choice) <= lowest:
                 found.append(choice)
@@ -131,8 +131,8 @@ class Within:
             case Peak():
                 if self.exact:
                     raise ArgumentError("exact: peaks are simulated, and have no bound; drop it")
-                points = with_progress("peaks of the frontier", self.frontier.points)
-                peaks = [(self.peak(c), c) for c in points]
+                choices = with_progress("peaks of the frontier", self.frontier.choices)
+                peaks = [(self.peak(c), c) for c in choices]
                 fit = [c for peak, c in peaks if peak <= budget.limit]
                 if not fit:
                     raise too_little("a peak", budget.limit, min(peak for peak, _ in peaks))
