@@ -114,7 +114,7 @@ class Frontier:
     @cached_property
     def points(self) -> list[Choice]:
         """Return those of the choices that nothing beats, for they are on the hull."""
-        return hull(self.choices)
+        return on_hull(self.choices)
 
     def within(self, limit: float, axis: str) -> Choice | None:
         """Return the best choice whose ``axis``, "bytes" or "time", is at most ``limit``; None if
@@ -173,17 +173,17 @@ def undominated(choices: list[Choice]) -> list[Choice]:
     return best
 
 
-def hull(choices: list[Choice]) -> list[Choice]:
+def on_hull(choices: list[Choice]) -> list[Choice]:
     """Return the undominated choices that are on the lower convex hull of all."""
     best: list[Choice] = []
     for c in choices:
-        while len(best) > 1 and above(best[-1], best[-2], c):
+        while len(best) > 1 and lies_above(best[-1], best[-2], c):
             best.pop()
         best.append(c)
     return best
 
 
-def above(b: Choice, a: Choice, c: Choice) -> bool:
+def lies_above(b: Choice, a: Choice, c: Choice) -> bool:
     """Return whether ``b`` lies above the line through the two others."""
     price = (c.bytes - a.bytes) / (a.time - c.time)
     line = a.bytes + price * a.time
