@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import functorch.compile as functorch
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch._functorch import config
@@ -189,14 +190,11 @@ def large(layers: int) -> None:
         half = frontier.ends[1].choice.bytes / 2
         gap, budget_ms = timed(certified, joint, int(half))
         graph = nx.DiGraph()
-        for k, (save, again) in enumerate(zip(problem.save, redo, strict=True)):
-            graph.add_edge("source", 2 * k, **({} if again == INF else {"capacity": again}))
-            graph.add_edge(2 * k, 2 * k + 1, **({} if save == INF else {"capacity": save}))
-            for p in problem.inputs[k]:
-                graph.add_edge(2 * p + 1, 2 * k)
-        for k in problem.needed:
-            graph.add_edge(2 * k + 1, "sink")
-        value, their_ms = timed(nx.minimum_cut_value, graph, "source", "sink")
+        costs, edges = np.concatenate([redo, problem.save]), network.edge.tocoo()
+        for u, v, k in zip(*edges.coords, edges.data, strict=True):
+            finite = k < len(costs) and costs[k] < INF
+            graph.add_edge(u, v, **({"capacity": costs[k]} if finite else {}))
+        value, their_ms = timed(nx.minimum_cut_value, graph, network.source, network.sink)
         assert math.isclose(value, cut.value, rel_tol=1e-4)
         found.append(whole)
         print(
