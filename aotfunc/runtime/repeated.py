@@ -141,6 +141,6 @@ def same_structure(given: tuple) -> Callable[[tuple, dict], Sequence[Tensor] | N
 
     if not all(map(describe, given, ("args", "kwargs"))):
         return None
-    body = "\n    ".join([*lines, f"return ({', '.join(found)},)"])
+    body = "\n    ".join([*lines, f"return ({''.join(v + ', ' for v in found)})"])
     exec(f"def same(args, kwargs):\n    {body}", space)
     return space["same"]
