@@ -97,8 +97,7 @@ class Tape:
     #: functions that autograd calls after the function is over; names by which they read values
     late: tuple[Any, ...] = ()
     casts: dict[tuple[int, torch.dtype], Tensor] = {}  # see casts.py
-    #: casts that outer regions of autocast still hold at the end
-    casts_left: tuple[tuple[int, torch.dtype], ...] = ()
+    casts_left: tuple[tuple[int, torch.dtype], ...] = ()  # which outer regions hold at the end
     hooked: frozenset[int] = frozenset()  # refs of inputs with recorded hooks
     #: hooks that each call registers on an input: (input, handle)
     given_hooks: tuple[tuple[int, Any], ...] = ()
