@@ -75,16 +75,20 @@ _make = tuple.__new__  # Line(...) adds a Python frame
 _CALL = torch.nn.Module._call_impl.__code__
 
 
+def is_users(file: str) -> bool:
+    """Return whether a file lies neither in torch nor in aotfunc."""
+    mine = _is_user.get(file)
+    if mine is None:
+        mine = _is_user[file] = not file.startswith(_NOT_THE_USERS)
+    return mine
+
+
 def user_line(depth: int = 1) -> Line | None:
     """Return the innermost line on the stack that lies neither in torch nor in aotfunc."""
     frame = innermost = sys._getframe(depth)
     while frame is not None:
         code = frame.f_code
-        name = code.co_filename
-        mine = _is_user.get(name)
-        if mine is None:
-            mine = _is_user[name] = not name.startswith(_NOT_THE_USERS)
-        if mine:
+        if is_users(code.co_filename):
             if watched is None:
                 return _make(Line, (code, frame.f_lasti))
             line = _make(LineInModule, (code, frame.f_lasti))

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Any
 
 
+class Made(threading.local):
+    """Errors of this thread since its outermost recording began."""
+
+    errors: list[AotfuncError] | None = None
+
+
+made = Made()
+
+
 class AotfuncError(RuntimeError):
     """Base of every error that aotfunc raises on purpose."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        if made.errors is not None:
+            made.errors.append(self)
 
 
 class ArgumentError(AotfuncError, TypeError, ValueError):

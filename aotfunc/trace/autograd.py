@@ -94,6 +94,13 @@ class Autograd:
         # a view made under no_grad has no history; a write has given one to any other value
         return t.ref in self.reach().bases and self.made_quietly(t.ref)
 
+    def refuses_writes(self, t: Traced) -> bool:
+        """Return whether ``t`` is a leaf that requires grad, or a view of one."""
+        base = self.reach().bases.get(t.ref, t.ref)
+        leaves = {t.ref, base} - self.computed
+        made = any(ref >= len(self.inputs) and self.leaves.get(ref) for ref in leaves)
+        return (made or base in self.protected) and (t.ref == base or self.requires_grad(t))
+
     def adopt_leaves(self) -> None:
         """Mark the factories' results that were told to require grad as leaves."""
         if not self.made:

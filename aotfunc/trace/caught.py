@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..cache import Cache
-from ..debug import _NOT_THE_USERS
+from ..debug import is_users
 from .tape import Tape
 from .traced import current
 
@@ -100,8 +100,7 @@ def may_raise(op: OpOverload, args: Sequence[Any]) -> bool:
     return not any(isinstance(a, Tensor) and a.dtype.is_floating_point for a in args)
 
 
-#: by file, whether it is the user's; by identity, functions (whose hash takes long), their parts
-_users: dict[str, bool] = {}
+#: by identity, functions (whose hash takes long), their parts
 _known = Cache(1 << 12)
 
 
@@ -169,10 +168,7 @@ def catches() -> bool:
     while frame is not None:
         code = frame.f_code
         active = active or code is _DECORATED
-        users = _users.get(code.co_filename)
-        if users is None:
-            users = not code.co_filename.startswith(_NOT_THE_USERS)
-            _users[code.co_filename] = users
+        users = is_users(code.co_filename)
         if active and code.co_name == "record_into" and not users:
             return True
         for start, stop, names in guarded(code) if users and not active else ():

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from ..debug import at, user_line
-from ..errors import CaptureError
+from ..errors import CaptureError, OpError
 from . import histories
 from .nested import leaves
 from .shapes.sig import Facts, Sig
@@ -70,11 +70,12 @@ def write_results(
         t = argument(same)
         if (
             t.__class__ is Traced
-            and t.ref in trace.autograd.protected
             and t.tracer is trace
             and _grad_enabled()
+            and trace.autograd.leaves
+            and trace.autograd.refuses_writes(t)
         ):
-            raise CaptureError(
+            raise OpError(
                 "a leaf Variable that requires grad is being used in an in-place "
                 f"operation{at(user_line(3))}: write under torch.no_grad(), or to a clone() of it"
             )

@@ -80,7 +80,6 @@ def check_places(trace: Trace) -> None:
     verdict = _verdicts.once(key, lambda: observed_access(instr, places, written))
     if verdict is SAME:
         return
-    trace.forget(len(trace.records) - 1, trace.count)  # it has not run
     line, (to, read) = at(user_line(3)), (list(instr.sigs[i].shape) for i in met)
     if verdict is not OTHER:
         raise OpError(f"{instr.op}({', '.join(map(str, instr.sigs))}): {verdict}{line}")

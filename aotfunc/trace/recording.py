@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from ..debug import is_users
+from ..errors import CaptureError, OpError, RuleError, made
 from . import operators  # noqa: F401
 from .casts import CONTEXTS, cache_enabled, enable_cache
 from .collector import paused_gc
@@ -43,15 +45,19 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
     traced values), no garbage collection. All of it holds for this thread alone and is undone even
     where Ctrl-C comes in between.
 
-    Raises CaptureError where a number was refused, even if ``body`` caught the error.
+    Raises CaptureError where a number was refused, or anything else that eager mode does, even if
+    ``body`` caught the error.
     """
     traces, compiling, modes = under_way.traces, _compiling(), _modes()
     _set_aside(aside := _set_aside(True))
     grad, tangents, cache = _grad_enabled(), _tangents_enabled(), cache_enabled()
     before = trace, traces, len(traces), modes, grad, tangents, cache, aside, compiling
+    outermost = made.errors is None  # no list is kept in a frame, which its errors hold
     usual = trace.may_ask_constants and not trace.rolls and _level_of_functorch() is None
     with paused_gc(), functions if usual else surroundings(trace):
         try:
+            if outermost:
+                made.errors = []
             if compiling is not None:
                 _compile_by(None)  # Dynamo must not compile what f calls
             if cache:
@@ -69,12 +75,16 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
             result = body()
             if trace.deferred:
                 trace.settle()
+            note_caught(trace)
         except Exception as e:
+            note_caught(trace)
             if (trace.refused or e) is not e:
                 raise taken(trace) from e
             trace.refused = None
             raise
         finally:
+            if outermost:
+                made.errors = None
             try:
                 end_recording(*before)
             except BaseException:  # Ctrl-C interrupted the exit
@@ -83,6 +93,16 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
     if trace.refused is not None:
         raise taken(trace)
     return result
+
+
+def note_caught(trace: Trace) -> None:
+    """Take note of the first refusal that the function itself caught, as a RuntimeError: it went
+    on where eager mode, which refuses nothing, does not go. The frame that catches an error is the
+    outermost of its traceback."""
+    for e in made.errors or ():
+        refusal = isinstance(e, (CaptureError, RuleError)) and not isinstance(e, OpError)
+        if refusal and (at := e.__traceback__) and is_users(at.tb_frame.f_code.co_filename):
+            trace.refused = trace.refused or e
 
 
 def taken(trace: Trace) -> Exception:

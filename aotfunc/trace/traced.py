@@ -226,7 +226,7 @@ class Traced(Tensor):
     def check_numpy(self) -> None:
         """Refuse ``.numpy()`` if it would cut a derivative silently."""
         if self.requires_grad:
-            raise CaptureError(
+            raise OpError(
                 "a value that is being differentiated was turned into a numpy "
                 f"array{at(debug.user_line())}, which has no derivative: use torch's functions, "
                 "an autograd.Function with a backward, or .detach() it first"
@@ -278,7 +278,7 @@ class Traced(Tensor):
     def __deepcopy__(self, memo: dict) -> Tensor:
         """Return a leaf of its own, without a derivative, as in eager."""
         if not self.is_leaf:
-            raise CaptureError(
+            raise OpError(
                 "deepcopy of a value that is computed from what requires "
                 f"grad{at(debug.user_line())}: only leaves can be copied, in eager too; clone() "
                 "keeps the derivative, detach().clone() does not"

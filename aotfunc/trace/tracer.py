@@ -140,15 +140,20 @@ class Trace(Answering, TorchDispatchMode):
                     self.autograd.made += (weakref.ref(t),)
                 return t if _tangents_enabled() else self.without_tangents(t)
         elif facts.writes:
-            if not facts.reshapes:
-                check_overlaps(self)
-            self.mutates = True
-            if func in OVERWRITES and not self.may_ask_constants and _grad_enabled():
-                self.autograd.overwrite(refs, self.kin(refs[0]))
-            if facts.reshapes:
-                self.reshapes = True
-                check_reshaped(self, func, args[0], outs)
-            return write_results(self, func, outs, args, kwargs)
+            count = len(self.records) - 1, self.count
+            try:
+                if not facts.reshapes:
+                    check_overlaps(self)
+                self.mutates = True
+                if func in OVERWRITES and not self.may_ask_constants and _grad_enabled():
+                    self.autograd.overwrite(refs, self.kin(refs[0]))
+                if facts.reshapes:
+                    self.reshapes = True
+                    check_reshaped(self, func, args[0], outs)
+                return write_results(self, func, outs, args, kwargs)
+            except RuntimeError:  # it has not run: the function may catch the error and go on
+                self.forget(*count)
+                raise
         elif facts.strided:
             self.strided = True
         results = self.wrap(outs, facts)

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aotfunc import checkpoint, grad, hessian, jit, jvp, vjp, vmap
+from aotfunc import checkpoint, grad, hessian, jit, jvp, make_fx, vjp, vmap
+from aotfunc.errors import CaptureError
 from tests.reference import assert_same
 
 
@@ -215,3 +216,84 @@ def test_an_error_that_is_not_caught_comes_from_the_program():
 def by_no_grad(x):
     with torch.enable_grad():
         return x.gather(0, BAD.clamp(max=3)).sum() + x[BAD].sum()
+
+
+Y = torch.ones(4)
+
+#: what eager mode runs, and aotfunc refuses
+REFUSED = {
+    "set_": lambda x: x.mul(1).set_(Y),
+    "swap_tensors": lambda x: torch.utils.swap_tensors(x, Y),
+    "a hook": lambda x: x.mul(2).register_post_accumulate_grad_hook(lambda x: None),
+    "in a transform": lambda x: grad(lambda y: y.mul(1).set_(Y).sum())(x),
+    "in a batch": lambda x: vmap(lambda y: y.sum() if y > 0 else y, randomness="same")(x),
+}
+
+
+@pytest.mark.parametrize("catch", [by_try, by_suppress, by_a_manager, by_a_decorator])
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("over", [grad, vmap, jit, lambda f: lambda x: make_fx(f)(x)])
+def test_a_refusal_that_the_function_catches(name, catch, over):
+    """Eager mode, which refuses nothing, would not have gone that way."""
+    x = torch.stack([ROW, ROW]) if over is vmap else ROW.clone()
+    with pytest.raises(CaptureError):
+        over(lambda x: catch(REFUSED[name], x) + x.sum())(x)
+    assert_same(Y, torch.ones(4))
+    assert_same(grad(torch.sum)(ROW), torch.ones(4))  # a later capture knows nothing of it
+
+
+def test_another_error_after_a_refusal():
+    def f(x):
+        try:
+            x.mul(1).set_(Y)
+        except RuntimeError:
+            raise KeyError("the branch that eager mode does not take") from None
+
+    with pytest.raises(CaptureError, match="set_"):
+        grad(f)(ROW)
+
+
+#: writes that eager mode refuses: nothing is written
+LEAF_WRITES = {
+    "add_": lambda w: w.add_(1),
+    "an element": lambda w: w.__setitem__(0, 7.0),
+    "a view": lambda w: w[1:].mul_(2),
+    "zero_": lambda w: w.zero_(),
+    "resize_": lambda w: w.mul(1).resize_(2),
+    "larger": lambda w: w.resize_(7),
+    "other memory": lambda w: w.detach()[:3].copy_(w.detach()[1:].expand(2, 3)),
+}
+
+
+LEAVES = {
+    "requires_grad_": lambda x: torch.arange(4.0).requires_grad_(),
+    "a Parameter": lambda x: torch.nn.Parameter(torch.arange(4.0)),
+    "a detached argument": lambda x: x.detach().requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("name", LEAF_WRITES)
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("over", [grad, jit])
+def test_a_refused_write_has_not_happened(name, leaf, over):
+    def f(x):
+        w = LEAVES[leaf](x)
+        try:
+            LEAF_WRITES[name](w)
+        except RuntimeError:
+            return (w.detach() * x).sum() * 3
+        raise AssertionError
+
+    x = ROW.clone()
+    want = f(x) if over is jit else 3 * LEAVES[leaf](x)
+    assert_same(over(f)(x), want.detach())
+
+
+def test_a_refused_change_of_shape_has_not_happened():
+    def f(x):
+        try:
+            x.resize_(7)
+        except RuntimeError:
+            return (x * 3).sum()
+
+    assert_same(grad(f)(ROW), torch.full((4,), 3.0))
