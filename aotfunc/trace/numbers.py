@@ -9,7 +9,9 @@ that read one are exchanged: these refuse, those of :mod:`.places` need no numbe
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from .optimizers import optimizer_steps
 from .patches import Exchange
 from .places import METHODS
 from .scalers import SCALER
-from .traced import Traced, current, is_frozen, shows_gradient, under_way
+from .traced import Traced, current, is_frozen, quiet, shows_gradient, under_way
 
 #: methods that read values, and the words for what they read
 READERS = {
@@ -96,6 +98,40 @@ def read_grad_fn(self: Tensor) -> Any:
     return node
 
 
+def told_now(name: str) -> Any:
+    """Return what to read of a tensor that no guard looks at, where the user's code reads it of
+    one from outside: the function runs at every call."""
+    attribute = getattr(Tensor, name)
+
+    def note(t: Tensor) -> bool:
+        asked = frozen(t) and debug.is_users(sys._getframe(2).f_code.co_filename)
+        for trace in under_way.traces if asked else ():
+            trace.runs_always = True
+        return asked
+
+    if not callable(attribute):
+
+        def get(self: Tensor) -> Any:
+            note(self)
+            return attribute.__get__(self)
+
+        return property(get, getattr(attribute, "__set__", None))
+
+    @functools.wraps(attribute)
+    def method(self: Tensor, *args: Any) -> Any:
+        with quiet() if note(self) else nullcontext():
+            return attribute(self, *args)
+
+    return method
+
+
+#: what no guard looks at
+TOLD = (
+    *("_version", "data_ptr", "storage_offset", "untyped_storage", "is_set_to", "_is_view"),
+    *("is_leaf", "retains_grad", "is_shared", "_backward_hooks"),
+)
+
+
 def splitting(split: Callable) -> Callable:
     """Return ``tensor_split`` with its tensor of indices, or their number, read as Python's."""
 
@@ -131,6 +167,7 @@ def delete_grad(t: Tensor) -> None:
 watch = Exchange(
     {(Tensor, name): method for name, method in METHODS.items()}
     | {(Tensor, name): refusing(getattr(Tensor, name), what) for name, what in READERS.items()}
+    | {(Tensor, name): told_now(name) for name in TOLD}
     | optimizer_steps()
     | DECISIONS
     | SCALER

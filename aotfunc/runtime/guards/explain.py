@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributions import Distribution
 
-from .keys import ENVIRONMENT, AnyNumber, Named, TensorFacts, environment_key
+from .keys import ENVIRONMENT, USUAL_CASTS, AnyNumber, Named, TensorFacts, environment_key
 
 Facts = dict[str, Any]
 
@@ -91,7 +91,8 @@ def changing(history: Sequence[Facts]) -> list[tuple[str, Any]]:
 
 def guards(facts: Facts) -> list[str]:
     """Return a line for each thing that an entry depends on and that is not as always."""
-    usual = (True, False, -1, torch.float32, None, None, False, Distribution._validate_args)
+    usual = (True, False, -1, torch.float32, None, None, False)
+    usual = (*usual, Distribution._validate_args, USUAL_CASTS)
     hidden = dict(zip(ENVIRONMENT, usual, strict=False))
     lines = []
     for name, x in facts.items():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import types
+from typing import Any
 
 from ...trace import entering
 from .containers import Containers
 from .description import NOTHING, is_plain, passing
 from .keys import Named
 from .reads import library_of, library_of_module
-from .telling import tells
+from .telling import has_settings, settings, tells
 
 #: the name of the compiled function itself in descriptions, if it is an object
 ROOT = "self"
@@ -107,11 +108,20 @@ class Functions(Containers):
             elif not known and name in self.names.written:
                 self.may_grow(x, f"{d}[{name!r}]")
 
+    def settings(self, x: Any, v: str, label: str) -> None:
+        """Describe what attributes of one of torch's objects tell."""
+        self.require(f"type({v})", type(x))
+        for name, value in settings(x, self.names.attributes):
+            self.key.append(name)
+            self.meet(value, f"{v}.{name}", f"{label}.{name}")
+
     def python_module(self, m: types.ModuleType, v: str, label: str) -> None:
         """Describe the names that the code may look up in the module."""
         self.require(v, m)
         self.key.append(m.__name__)
         d, table = None, vars(m)
+        if has_settings(m):
+            self.settings(m, v, label)
         library = not self.names.follows(library_of_module(m.__name__))
         if not library:
             self.owners.append((table, f"{v}.__dict__", dict(table)))
@@ -124,6 +134,7 @@ class Functions(Containers):
             d = d or self.bind(f"{v}.__dict__")
             self.key.append(name)
             read = isinstance(x, types.ModuleType | os._Environ) or x is os.getenv
+            read = read or has_settings(x)
             if library and not is_plain(x) and not read and not tells(x):
                 self.same(x, f"{d}[{name!r}]", f"{label}.{name}")
             else:

@@ -7,6 +7,7 @@ is an object: :mod:`.state` describes it."""
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Sequence
 from enum import Enum
@@ -287,7 +288,7 @@ ENVIRONMENT = (
     *("grad mode", "inference mode", "forward AD level", "default dtype", "default device"),
     "autocast",
     "deterministic algorithms",
-    "validation of distributions",
+    *("validation of distributions", "autocast's dtypes"),
 )
 
 
@@ -296,12 +297,18 @@ _grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
 _default_dtype, _deterministic = torch.get_default_dtype, torch._C._get_deterministic_algorithms
 _autocast, _flash = torch._C._is_any_autocast_enabled, torch._C._get_flash_sdp_enabled
 _math, _mem_efficient = torch._C._get_math_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled
+#: autocast's default dtypes, where it is off, too: the function may switch it on
+_casts = [
+    functools.partial(torch.get_autocast_dtype, device)
+    for device in ("cpu", *(["cuda"] if torch.backends.cuda.is_built() else []))
+]
+USUAL_CASTS = tuple([read() for read in _casts])
 
 #: what :func:`environment_key` reads: functions that return one object as long as nothing changes,
 #: and attributes that are one
 READS = (
     *(_grad, _inference, _default_dtype, _autocast, torch._C._len_torch_function_stack),
-    *(_deterministic, _flash, _math, _mem_efficient),
+    *(_deterministic, _flash, _math, _mem_efficient, *_casts),
 )
 ATTRIBUTES = ((vars(forward_ad), "_current_level"), (vars(Distribution), "_validate_args"))
 
@@ -322,6 +329,7 @@ def environment_key() -> tuple:
         Surroundings.now() if _autocast() else None,
         _deterministic(),
         Distribution._validate_args,
+        tuple([read() for read in _casts]),
         _flash(),
         _math(),
         _mem_efficient(),

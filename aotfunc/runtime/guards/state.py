@@ -35,7 +35,7 @@ from .containers import BYTES
 from .description import NOTHING, may_have_gradient
 from .functions import ROOT, Functions
 from .reads import CLOSED, LargeLibrary, Names, library_of, library_of_module
-from .telling import tells
+from .telling import has_settings, tells
 
 #: objects of libraries that change at every use, in no attribute that Python can compare; so do
 #: those of numpy.random, a slow import
@@ -169,6 +169,8 @@ class State(Functions):
             and library_of_module(cls.__module__) in CLOSED
         ):
             self.moving(x, label)
+        elif has_settings(x):
+            self.settings(x, v, label)
         elif isinstance(x, contextvars.ContextVar):
             self.same(x, v, label)
             if (now := x.get(NOTHING)) is NOTHING:
