@@ -156,7 +156,12 @@ def settled(gm: fx.GraphModule) -> Iterator[None]:
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.codegen.cpp import CppKernel
-    from torch._inductor.lowering import fallback_handler, lowerings
+    from torch._inductor.lowering import (
+        _maybe_layout_constraints,
+        constrain_to_fx_strides,
+        fallback_handler,
+        lowerings,
+    )
     from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -169,6 +174,9 @@ def settled(gm: fx.GraphModule) -> Iterator[None]:
         # Inductor's own function for this op draws into a copy, at an undetermined time
         bernoulli = fallback_handler(aten.bernoulli.p, add_to_fallback_set=False)
         drawing = patch.dict(lowerings, {aten.bernoulli.p: bernoulli})
+        # the order in memory is that of the numbers
+        drawn = {n.target: constrain_to_fx_strides for n in gm.graph.nodes if draws(n)}
+        laid = patch.dict(_maybe_layout_constraints, drawn)
         settings = config.patch(fallback_random=True, emulate_precision_casts=True)
         # PyTorch 2.13 keeps draws in order by itself
         chained = torch.__version__ < "2.13" and sum(map(draws, gm.graph.nodes)) > 1
@@ -176,7 +184,8 @@ def settled(gm: fx.GraphModule) -> Iterator[None]:
         # before PyTorch 2.13 its C++ keeps the exact float32 of a value that is rounded to
         # bfloat16
         rounded = patch.object(CppKernel, "cache_dtype_convert", lambda *args: None)
-        for context in (_LOCK, settings, order, drawing, rounded, tracing(TracingContext(mode))):
+        around = tracing(TracingContext(mode))
+        for context in (_LOCK, settings, order, drawing, laid, rounded, around):
             stack.enter_context(context)
         for context in (V.set_fake_mode(mode), torch.no_grad(), torch._C._DisableAutocast()):
             stack.enter_context(context)

@@ -228,6 +228,21 @@ def special(dtype):
     return values.repeat_interleave(len(values)), values.repeat(len(values))
 
 
+def test_draws_of_transposed_values():
+    """Inductor lays out values between kernels as it likes; draws follow the order in memory."""
+
+    def f(x):
+        y = x.t() * x.t().sin()
+        draws = y.t().normal_(), torch.bernoulli(y.t().sigmoid()), torch.rand_like(y.t() + 1)
+        return *draws, F.dropout(y.t() * 2)
+
+    x = torch.randn(3, 5)
+    torch.manual_seed(0)
+    want = f(x)
+    torch.manual_seed(0)
+    assert_same(jit(f, "inductor")(x), want)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_special_values(dtype, tolerance):
     """Relative errors are small, near zero too; a zero that a division gives has eager's sign."""
