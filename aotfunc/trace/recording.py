@@ -95,6 +95,10 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
     return result
 
 
+#: the names of errors by which a function says that it knows of refusals
+OURS = {"CaptureError", "RuleError", "AotfuncError"}
+
+
 def note_caught(trace: Trace) -> None:
     """Take note of the first refusal that the function itself caught, as a RuntimeError: it went
     on where eager mode, which refuses nothing, does not go. The frame that catches an error is the
@@ -102,7 +106,9 @@ def note_caught(trace: Trace) -> None:
     for e in made.errors or ():
         refusal = isinstance(e, (CaptureError, RuleError)) and not isinstance(e, OpError)
         if refusal and (at := e.__traceback__) and is_users(at.tb_frame.f_code.co_filename):
-            trace.refused = trace.refused or e
+            code = at.tb_frame.f_code
+            if OURS.isdisjoint(code.co_names + code.co_freevars):
+                trace.refused = trace.refused or e
 
 
 def taken(trace: Trace) -> Exception:

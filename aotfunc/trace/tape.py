@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from .. import debug
 from ..debug import at
-from ..errors import CaptureError
+from ..errors import AotfuncError, CaptureError
 from . import histories
 from .above import above
 from .autograd import Autograd
@@ -73,7 +73,7 @@ class Tape:
     _places: tuple[MemoryPlace, ...] | None = None
     finished = False
     last_versions: Sequence[int] = ()  # of the inputs and lifted tensors, when it ended
-    refused: CaptureError | None = None  # the error of a question without an answer
+    refused: AotfuncError | None = None  # the error of a question without an answer
     place: tuple | None = None  # the index asked for its number, see special
     taken: tuple | None = None  # the view x[index] taken last, see places.is_last_taken
     expanded: tuple | None = None  # the matrix that has become a batch last, see folding

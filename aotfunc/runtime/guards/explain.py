@@ -92,8 +92,8 @@ def changing(history: Sequence[Facts]) -> list[tuple[str, Any]]:
 def guards(facts: Facts) -> list[str]:
     """Return a line for each thing that an entry depends on and that is not as always."""
     usual = (True, False, -1, torch.float32, None, None, False)
-    usual = (*usual, Distribution._validate_args, USUAL_CASTS)
-    hidden = dict(zip(ENVIRONMENT, usual, strict=False))
+    validates = Distribution._validate_args
+    hidden = dict(zip(ENVIRONMENT, (*usual, validates, USUAL_CASTS), strict=False))
     lines = []
     for name, x in facts.items():
         if name in hidden and repr(hidden[name]) == repr(x):

@@ -12,7 +12,7 @@ from .containers import Containers
 from .description import NOTHING, is_plain, passing
 from .keys import Named
 from .reads import library_of, library_of_module
-from .telling import has_settings, settings, tells
+from .telling import has_settings, set_attributes, tells
 
 #: the name of the compiled function itself in descriptions, if it is an object
 ROOT = "self"
@@ -108,10 +108,10 @@ class Functions(Containers):
             elif not known and name in self.names.written:
                 self.may_grow(x, f"{d}[{name!r}]")
 
-    def settings(self, x: Any, v: str, label: str) -> None:
+    def describe_settings(self, x: Any, v: str, label: str) -> None:
         """Describe what attributes of one of torch's objects tell."""
         self.require(f"type({v})", type(x))
-        for name, value in settings(x, self.names.attributes):
+        for name, value in set_attributes(x, self.names.attributes):
             self.key.append(name)
             self.meet(value, f"{v}.{name}", f"{label}.{name}")
 
@@ -121,7 +121,7 @@ class Functions(Containers):
         self.key.append(m.__name__)
         d, table = None, vars(m)
         if has_settings(m):
-            self.settings(m, v, label)
+            self.describe_settings(m, v, label)
         library = not self.names.follows(library_of_module(m.__name__))
         if not library:
             self.owners.append((table, f"{v}.__dict__", dict(table)))

@@ -170,7 +170,7 @@ class State(Functions):
         ):
             self.moving(x, label)
         elif has_settings(x):
-            self.settings(x, v, label)
+            self.describe_settings(x, v, label)
         elif isinstance(x, contextvars.ContextVar):
             self.same(x, v, label)
             if (now := x.get(NOTHING)) is NOTHING:

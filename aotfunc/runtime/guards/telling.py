@@ -52,8 +52,8 @@ def has_settings(x: Any) -> bool:
     return cls.__module__.startswith(("torch.backends", "torch.utils.deterministic"))
 
 
-def settings(x: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Yield those attributes of ``x`` by their names."""
+def set_attributes(x: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Yield, by name, what an object that has settings tells."""
     for name in sorted(names):
         try:
             value = getattr(x, name)
