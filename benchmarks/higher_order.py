@@ -207,8 +207,8 @@ def main() -> None:
     )
     report.note(
         "A product with a matrix has as many ops as each of its n columns, and in theory 1 / n of "
-        "the time. A diagonal by Taylor mode costs two products of matrices for each layer but "
-        "the first, four here, and the Hessian five: 0.8 of the time. Times are of the processor, "
+        "the time. A diagonal by Taylor mode costs one product of matrices for each layer but "
+        "the first, two here, and the Hessian five: 0.4 of the time. Times are of the processor, "
         "of JAX's threads, too."
     )
     report.table(

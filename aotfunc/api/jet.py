@@ -13,18 +13,16 @@ from torch import Tensor
 
 from ..capture.makers import of_derivatives
 from ..capture.tree import Arguments, flatten, in_order_of, structure, unflatten
-from ..debug import at, user_line
-from ..errors import ArgumentError, CaptureError
+from ..errors import ArgumentError
 from ..runtime.execute import execute
 from ..trace.entering import entry
-from ..trace.shapes.sig import Sig
 from ..trace.tape import signature
+from ..transforms.laplacian import diagonal
 from ..transforms.laplacian import laplacian as laplacian_pass
 from ..transforms.rules.table import total
 from ..transforms.taylor import taylor
 from .call import Call, like_tangent, positions, tensors_of
 from .func import grad, jvp, vjp
-from .vmap import vmap
 
 
 @entry
@@ -135,21 +133,21 @@ def diag_hessian(f: Callable, *, chunk_size: int | None = None) -> Callable:
     """Return ``diagonal(x)``, the second derivative of ``f(x)`` by each element of the tensor
     ``x`` of shape ``I``; for an output of shape ``O`` a tensor of shape ``I + O``.
 
-    It uses Taylor mode of order 2 along ``chunk_size`` axes at a time, without the Hessian. Errors
-    are those of :func:`jet` and :func:`vmap`, and ArgumentError for a complex ``x``.
+    It uses Taylor mode of order 2 along ``chunk_size`` axes at a time, without the Hessian. Of a
+    number it sums products of tangents, which one reverse pass weighs. Raises ArgumentError if
+    ``x`` is no real tensor.
 
     >>> diag_hessian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
     tensor([ 6., 12.])
     """
 
-    def diagonal(x: Tensor) -> Any:
-        check_real("diag_hessian", "the argument", x)
-        axes = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
-        along = lambda axis: jet(f, (x,), ([axis, None],))[1][1]
-        leaves, spec = flatten(vmap(along, chunk_size=chunk_size)(axes))
-        return unflatten([d.reshape(*x.shape, *d.shape[1:]) for d in leaves], spec)
+    @entry
+    def rows(x: Tensor) -> Any:
+        found, call = second_derivatives("diag_hessian", f, 0, chunk_size, diagonal, (x,), {})
+        each = [torch.cat(parts).reshape(*x.shape, *parts[0].shape[1:]) for parts in found]
+        return unflatten(each, call.spec)
 
-    return diagonal
+    return rows
 
 
 def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -> Callable:
@@ -157,8 +155,8 @@ def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -
     the tensor ``args[argnums]``, in the output's tree and shapes.
 
     It uses Taylor mode of order 2 along ``chunk_size`` axes at a time, without the Hessian, and
-    sums second derivatives before linear ops read them. Raises CaptureError if ``f`` writes to an
-    argument, ArgumentError if ``args[argnums]`` is no real tensor.
+    sums second derivatives before linear ops read them. Raises ArgumentError if ``args[argnums]``
+    is no real tensor.
 
     >>> laplacian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
     tensor(18.)
@@ -167,37 +165,42 @@ def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -
     @entry
     @functools.wraps(f)
     def sums(*args: Any, **kwargs: Any) -> Any:
-        arguments = Arguments(args, kwargs, f)
-        chosen = positions("laplacian", arguments, argnums)
-        if len(chosen) != 1:
-            raise ArgumentError(f"laplacian: argument {argnums} must be a tensor")
-        check_real("laplacian", arguments.said(chosen[0]), arguments.leaves[chosen[0]])
-        call = Call("laplacian", f, arguments, chosen, False)
-        call.check_tensors()
-        base, wrt, n_out = call.program, call.wrt[0], call.n_out
-        if base.mutated:
-            raise CaptureError(
-                "laplacian: the function writes to an argument, or to what it closes over"
-                f"{at(user_line())}; return the new value instead"
-            )
-        x = arguments.leaves[chosen[0]]
-        axes = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
-        found: list = [None] * n_out
-        for rows in axes.split(chunk_size or max(x.numel(), 1)):
-            sig = signature(rows)
-            program = call.derived((sig,), partial(laplacian_pass, base, wrt, n_out, sig))
-            parts = execute(program, [*tensors_of(arguments), rows, *call.rec.closed_over])
-            found = [total(t, part) for t, part in zip(found, parts, strict=True)]
-        vals = [v for v in base.vals if isinstance(v, Sig)]
-        return unflatten(
-            [
-                torch.zeros(v.shape, dtype=v.dtype, device=v.device) if t is None else t
-                for t, v in zip(found, vals[:n_out], strict=True)
-            ],
-            call.spec,
+        found, call = second_derivatives(
+            "laplacian", f, argnums, chunk_size, laplacian_pass, args, kwargs
         )
+        return unflatten([functools.reduce(total, parts) for parts in found], call.spec)
 
     return sums
+
+
+def second_derivatives(
+    name: str,
+    f: Callable,
+    argnums: int,
+    chunk_size: int | None,
+    make: Callable,
+    args: tuple,
+    kwargs: dict,
+) -> tuple[list, Call]:
+    """Return what the pass ``make`` gives for each leaf of the output and ``chunk_size`` axes of
+    an argument at a time, and the call."""
+    arguments = Arguments(args, kwargs, f)
+    chosen = positions(name, arguments, argnums)
+    if len(chosen) != 1:
+        raise ArgumentError(f"{name}: argument {argnums} must be a tensor")
+    x = arguments.leaves[chosen[0]]
+    check_real(name, arguments.said(chosen[0]), x)
+    call = Call(name, f, arguments, chosen, False)
+    call.check_tensors()
+    base, wrt, n_out = call.program, call.wrt[0], call.n_out
+    axes = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
+    chunks = axes.split(chunk_size or max(x.numel(), 1))
+    found = []
+    for i, rows in enumerate(chunks, 1):
+        sig, writes = signature(rows), i == len(chunks)
+        program = call.derived((sig, writes), partial(make, base, wrt, n_out, sig, writes))
+        found.append(execute(program, [*tensors_of(arguments), rows, *call.rec.closed_over]))
+    return list(zip(*found, strict=True)), call
 
 
 def check_real(name: str, what: str, x: Any) -> None:

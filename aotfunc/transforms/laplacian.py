@@ -1,26 +1,35 @@
-"""Sum a second derivative over a batch of directions as early as possible.
+"""Second derivatives along a batch of directions, or their sum.
 
-A program that is quadratic in its direction has values of degree 0, 1 and 2 in it. Those of degree
-1 are batched; a product of two of them is summed over the batch at once, and what is linear in
-that sum is computed for the sum alone: the forward Laplacian of Li et al., "A computational
-framework for neural network-based variational Monte Carlo with Forward Laplacian" (2024), as a
-rewriting.
+A sum is taken as early as possible. A program that is quadratic in its direction has values of
+degree 0, 1 and 2 in it. Those of degree 1 are batched; a product of two of them is summed over the
+batch at once, and what is linear in that sum is computed for the sum alone: the forward Laplacian
+of Li et al., "A computational framework for neural network-based variational Monte Carlo with
+Forward Laplacian" (2024), as a rewriting.
+
+Without the sum, a number that is linear in products of values of degree 1 is the sum of these
+products with its derivatives by them, which are the same along each direction.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Node
 
-from ..graph import Program, output_node
+from ..graph import Program, needed_for, output_node
 from ..trace.emit import Builder, drop_dead, paused_gc
+from ..trace.nested import leaves
 from ..trace.shapes.sig import Sig
+from .factors import sum_of
 from .rules.table import entry_for
 from .taylor import taylor
-from .vmap import Axis, Batch
-from .walk import builder
+from .vjp import primals, reverse
+from .vmap import Axis, Batch, inserted
+from .walk import builder, filled_node
 
 aten = torch.ops.aten
 
@@ -81,30 +90,102 @@ class Summed(Batch):
         return self.b.call(aten.sum.dim_IntList, self.expanded(n), [0])
 
 
-def summed(program: Program, direction: int, sig: Sig) -> Program:
-    """Return the sums of the results of a program quadratic in its input ``direction`` over rows
-    like ``sig`` in its place: unit vectors. Literal results stay."""
+def along_axes(
+    program: Program, direction: int, axes: Sig, vals: Sequence[Any], sums: bool, writes: bool
+) -> Program:
+    """Return the results, like ``vals``, of a program quadratic in its input ``direction`` for
+    unit vectors in its place, the rows of ``axes``, or their ``sums``; None is zero. Without
+    ``writes`` it leaves its inputs as they are."""
     with paused_gc():
         b = builder()
-        early = not any(hasattr(n.target, "bodies") for n in program.graph.nodes)
-        given = program.placeholders[direction]
-        all_axes = sig.shape[0] == given.meta["val"].numel
-        walk = Summed(b, sig.shape[0], early, given if all_axes else None)
+        early = sums and not any(hasattr(n.target, "bodies") for n in program.graph.nodes)
+        given, size = program.placeholders[direction], axes.shape[0]
+        all_axes = size == given.meta["val"].numel
+        walk = Summed(b, size, early, given if all_axes else None)
         for i, p in enumerate(program.placeholders):
-            val = sig if i == direction else p.meta["val"]
+            val = axes if i == direction else p.meta["val"]
             walk.env[p] = b.placeholder(p.name, val, role=p.meta.get("role"))
             walk.batched[p] = i == direction
         walk.walk(program.graph.nodes)
-        outs = [walk.total(o) if isinstance(o, Node) else o for o in program.outputs]
-        return Program(b.finish(outs), program.n_inputs, len(outs), (), "summed")
+        outs, n = program.outputs, program.n_outputs
+        found = [
+            filled_node(b, 0, v if sums else inserted(v, 0, size))
+            if o is None
+            else walk.total(o)
+            if sums
+            else walk.expanded(o)
+            for o, v in zip(outs[:n], vals, strict=True)
+        ]
+        written = [walk.env[o] for o in outs[n:]] if writes else []
+        mutated = program.mutated if writes else ()
+        return Program(b.finish([*found, *written]), program.n_inputs, n, mutated, program.name)
 
 
-def laplacian(program: Program, x: int, n_out: int, axes: Sig) -> Program:
-    """Return ``(inputs, axes, closed-over) -> sums``, those of the second derivatives of the first
-    ``n_out`` results along the rows of ``axes``; None for zero."""
+def second(program: Program, x: int, n_out: int) -> Program:
+    """Return ``(inputs, direction, closed-over) -> derivatives``, the second ones of the first
+    ``n_out`` results; None for zero."""
     along = taylor(program, (x,), ((True, False),), 2, n_out)
     end = output_node(along.graph)
-    end.args = (along.outputs[program.n_outputs + 1 :: 2],)
+    outs, n = along.outputs, along.n_outputs
+    end.args = ((*outs[program.n_outputs + 1 : n : 2], *outs[n:]),)
     drop_dead(along.graph, end)
-    only = Program(along.graph, along.n_inputs, n_out, (), along.name)
-    return summed(only, program.n_inputs, axes)
+    return Program(along.graph, along.n_inputs, n_out, along.mutated, "second")
+
+
+def by_products(program: Program, direction: int) -> Program:
+    """Return a program whose one result, a number quadratic in the input ``direction``, is a sum
+    of products; the same program where it is not."""
+    with paused_gc():
+        b = builder()
+        new = primals(b, program.placeholders)
+        out, *written = b.inlined(program, new)
+        nodes = list(b.graph.nodes)
+        moved, products, linear = {new[direction]}, list[Node](), set[Node]()
+        for n in nodes:
+            if any(i in linear for i in n._input_nodes):
+                linear.add(n)
+            elif any(i in moved for i in n._input_nodes):
+                square = entry_for(n.target).bilinear and moved.issuperset(n.args[:2])
+                products.append(n) if square else moved.add(n)
+                linear.update([n] if square else ())
+        read = needed_for(nodes, [out]) & linear
+        products = [n for n in products if n in read]
+        if out not in linear or not all(plain(n, () if n in products else moved) for n in read):
+            return program
+        val = out.meta["val"]
+        factors = reverse(b, [out], [filled_node(b, 1, val)], products)
+        terms = [
+            b.call(aten.sum.default, b.call(aten.mul.Tensor, n, factor), dtype=val.dtype)
+            for n, factor in zip(products, factors, strict=True)
+            if factor is not None
+        ]
+        total = sum_of(b, terms)
+        found = total and b.call(aten.view.default, total, list(val.shape))
+        graph = b.finish([found, *written])
+        return Program(graph, program.n_inputs, 1, program.mutated, program.name)
+
+
+def plain(n: Node, moved: Collection[Node]) -> bool:
+    """Return whether a real value is that of an op that reads none of ``moved``."""
+    return (
+        (n.target is operator.getitem or isinstance(n.target, OpOverload))
+        and n.target is not aten.detach.default
+        and not any(i in moved for i in n._input_nodes)
+        and not any(v.dtype.is_complex for v in leaves(n.meta["val"]))
+    )
+
+
+def laplacian(program: Program, x: int, n_out: int, axes: Sig, writes: bool) -> Program:
+    """Return ``(inputs, axes, closed-over) -> sums``, those of the second derivatives of the first
+    ``n_out`` results along the rows of ``axes``."""
+    along, vals = second(program, x, n_out), program.vals[:n_out]
+    return along_axes(along, program.n_inputs, axes, vals, True, writes)
+
+
+def diagonal(program: Program, x: int, n_out: int, axes: Sig, writes: bool) -> Program:
+    """Return ``(inputs, axes, closed-over) -> derivatives``, the second ones of the first
+    ``n_out`` results along each of the rows of ``axes``."""
+    along, vals = second(program, x, n_out), program.vals[:n_out]
+    if n_out == 1 and along.outputs[0] is not None and vals[0].numel == 1:
+        along = by_products(along, program.n_inputs)
+    return along_axes(along, program.n_inputs, axes, vals, False, writes)

@@ -215,6 +215,66 @@ def test_under_transforms():
     )
 
 
+NET = torch.nn.Sequential(
+    torch.nn.Linear(4, 6), torch.nn.GELU(), torch.nn.LayerNorm(6), torch.nn.Linear(6, 6)
+).double()
+SCALARS = {
+    "mlp": lambda x: torch.tanh(W @ torch.tanh(W @ x)).sum(),
+    "layers": lambda x: NET(x.expand(3, 4).cumsum(0)).softmax(-1).prod(),
+    "quotient": lambda x: (x / (1 + x.outer(x).relu()).diagonal()).sum(),
+    "powers": lambda x: (x**2).sum() * (x.abs() ** 3.5).sum() + x.norm(),
+    "several results": lambda x: torch.nn.functional.cross_entropy(
+        (W @ x)[None], torch.tensor([1])
+    ),
+    "inverse": lambda x: torch.linalg.inv(x.outer(x) + x.diag() + torch.eye(4, dtype=D)).sum(),
+    "complex": lambda x: ((x + 1j * x.cos()) ** 2 * (x - 2j)).real.sum(),
+    "branch": lambda x: aotfunc.cond(x[0] > 9, torch.sin, lambda x: x * x.exp(), x).prod(),
+    "loop": lambda x: aotfunc.scan(lambda c, row: ((c * row).sin(), None), x, x.outer(x))[0].sum(),
+    "cut": lambda x: (x.detach() * x * x.sin()).sum(),
+    "linear": lambda x: x.sum(),
+    "constant": lambda x: torch.ones((), dtype=D),
+    "one element": lambda x: x.exp().prod().reshape(1, 1),
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_diagonals_of_scalars(name):
+    f, x = SCALARS[name], numbers(4)
+    diagonal = lambda h: h.diagonal(dim1=-1, dim2=-2).movedim(-1, 0)
+    want = diagonal(hessian(f)(x))
+    torch.testing.assert_close(diag_hessian(f)(x), want)
+    torch.testing.assert_close(jit(diag_hessian(f, chunk_size=3))(x), want)
+    batch = torch.stack([x, x.sin()])
+    torch.testing.assert_close(vmap(diag_hessian(f))(batch)[0], want)
+    torch.testing.assert_close(
+        grad(lambda x: diag_hessian(f)(x).sin().sum())(x),
+        grad(lambda x: diagonal(hessian(f)(x)).sin().sum())(x),
+    )
+
+
+def test_a_diagonal_takes_one_product_a_layer_but_the_first():
+    f = lambda x: torch.tanh(W @ torch.tanh(W @ torch.tanh(W @ x))).sum()
+    nodes = make_fx(diag_hessian(f))(numbers(4)).graph.nodes
+    assert len([n for n in nodes if n.target is torch.ops.aten.mm.default]) == 2
+
+
+@pytest.mark.parametrize("transform", [laplacian, diag_hessian])
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_second_derivatives_write_once(transform, chunk_size):
+    calls = torch.zeros(())
+
+    def f(x):
+        x.mul_(2)
+        calls.add_(1)
+        return (x**3).sum()
+
+    x = numbers(3)
+    want = transform(lambda x: ((2 * x) ** 3).sum())(x)
+    given = x.clone()
+    torch.testing.assert_close(transform(f, chunk_size=chunk_size)(given), want)
+    torch.testing.assert_close((given, calls), (2 * x, torch.ones(())))
+
+
 def test_laplacian_and_diagonal():
     x, f = numbers(4), FUNCTIONS["mlp"]
     whole = hessian(f)(x)
