@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..capture.tree import Arguments
+from ..capture.tree import Arguments, Operands, unflatten
 from ..debug import at, user_line
 from ..errors import CaptureError
+from ..graph import Program
 from ..runtime.execute import execute
 from ..trace.entering import entry
 from ..trace.shapes.sig import Sig
@@ -47,17 +49,30 @@ def closure_convert(f: Callable, *args: Any) -> tuple[Callable, list[Tensor]]:
     >>> tensors, pure(torch.tensor(2.0), torch.tensor(5.0))
     ([tensor(3.)], tensor(10.))
     """
-    arguments = Arguments(args, {}, f)
-    call = Call("closure_convert", f, arguments, (), False, apart=True)
+    call = Call("closure_convert", f, Arguments(args, {}, f), (), False, apart=True)
     if call.program.mutated:
         raise CaptureError(
             "closure_convert: the function writes to an argument or to a tensor from outside"
             f"{at(user_line())}; return the new value instead"
         )
-    count = len(args)
+    whole = tuple([i for i, _ in call.program.once("whole views", call.rec.whole_views)])
+    output = Operands((unflatten(call.rec.leaves, call.spec),), opened=True).without_tensors()
+    return Pure(call.program, len(args), output, whole), list(call.rec.closed_over)
 
-    def pure(*values: Any) -> Any:
-        given = tensors_of(Arguments(values[:count], {}, f))
-        return call.tree(execute(call.program, [*given, *values[count:]]))
 
-    return pure, list(call.rec.closed_over)
+@dataclass(frozen=True)
+class Pure:
+    """A function of ``count`` arguments, and of the tensors that it closed over: its program, and
+    its output without tensors, some of which are ``whole`` views of inputs. It keeps no tensor
+    alive, and is equal to another that was captured alike."""
+
+    program: Program
+    count: int
+    output: Operands
+    whole: tuple[int, ...]
+
+    def __call__(self, *values: Any) -> Any:
+        given = tensors_of(Arguments(values[: self.count], {}))
+        outs = execute(self.program, [*given, *values[self.count :]])
+        found = [x.view_as(x) if i in self.whole else x for i, x in enumerate(outs)]
+        return self.output.rebuilt(found)[0]

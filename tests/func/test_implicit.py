@@ -2,6 +2,8 @@
 ``closure_convert`` and ``eval_shape``."""
 
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -253,3 +255,37 @@ def test_a_tensor_that_is_closed_over_and_passed_is_two_values():
     pure, tensors = closure_convert(lambda y: y * w, w)
     assert tensors[0] is w
     torch.testing.assert_close(pure(w - 1, w + 1), (w - 1) * (w + 1))
+
+
+@pytest.mark.parametrize("through", [lambda f: f, grad, jacfwd, hessian, jit])
+def test_what_an_equation_closes_over_is_freed(through):
+    def root(a, b):
+        f = lambda x: x * a - b.sum()
+        return custom_root(f, torch.ones((), dtype=D), newton_of_numbers, invert)
+
+    def solution(a, b):
+        return custom_linear_solve(lambda x: x * a, b, invert, symmetric=True).sum()
+
+    def call(f):
+        a = torch.tensor(3.0, dtype=D)
+        through(lambda b: f(a, b))(torch.ones(2, dtype=D))
+        return weakref.ref(a)
+
+    gc.disable()
+    try:
+        assert [call(f)() for f in (root, solution)] == [None, None]
+    finally:
+        gc.enable()
+
+
+def newton_of_numbers(f, x):
+    return x - invert(functools.partial(along, f, x), f(x))
+
+
+def test_functions_that_are_captured_alike_are_equal():
+    w, x = torch.tensor([3.0, 5.0]), torch.tensor([1.0, 2.0])
+    of = lambda n: closure_convert(lambda x: (x, {"y": x * w, "n": n}, x[:]), x)[0]
+    assert of(1) == of(1) != of(2)
+    same, tree, view = of(1)(x, w)
+    assert same is x and view is not x and view.data_ptr() == x.data_ptr()
+    assert tree["n"] == 1 and torch.equal(tree["y"], x * w)
