@@ -30,7 +30,6 @@ from .runtime.anomaly import has_nan
 from .runtime.compiled import EVERY
 from .runtime.compiled import Compiled as Compiled
 from .runtime.pipeline import naming
-from .trace.nested import with_items
 
 compiled_function = aot_function
 compiled_module = aot_module
@@ -114,23 +113,8 @@ def memory_efficient_fusion(fn: Callable | nn.Module, **kwargs: Any) -> Any:
 
 
 def ts_compile(fx_g: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
-    """Hand the graph to TorchScript (``torch.jit.trace``)."""
-    outs = output_node(fx_g.graph).args[0]
-    there = [i for i, o in enumerate(outs) if isinstance(o, fx.Node)]
-    if not there:
-        return fx_g
-
-    def tensors(*args: Tensor) -> tuple:
-        found = fx_g(*args)
-        return tuple([found[i] for i in there])
-
-    script = torch.jit.trace(tensors, tuple(example_inputs), check_trace=False)
-
-    def run(*args: Tensor) -> list:
-        found = with_items(outs, there, script(*args))  # literals stand for themselves
-        return found
-
-    return run
+    """Hand the graph to TorchScript (``torch.jit.script``)."""
+    return torch.jit.script(fx_g) if output_node(fx_g.graph).args[0] else fx_g
 
 
 def get_aot_graph_name() -> str:

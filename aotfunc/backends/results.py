@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -58,6 +59,13 @@ class Results:
             else:
                 there.append((self.roots[k], result(k)))
         return found
+
+
+def takes_a_list(fn: Callable) -> bool:
+    """Return whether a compiler's function is marked as one of a list of inputs. AOTAutograd's for
+    a module has the mark of the one that it calls, and takes them one by one."""
+    of_a_module = inspect.isfunction(fn) and hasattr(fn, "zero_grad")
+    return getattr(fn, "_boxed_call", False) and not of_a_module
 
 
 def listing_results(fn: Callable, boxed: bool, outputs: Sequence, whose: str) -> Callable:

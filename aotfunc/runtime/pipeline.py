@@ -17,7 +17,7 @@ from .. import backends, debug
 from ..backends import Backend
 from ..backends.auto import automatic, possible, suited
 from ..backends.eager import compile_graph
-from ..backends.results import is_lazy, listing_results
+from ..backends.results import is_lazy, listing_results, takes_a_list
 from ..capture.blocks import in_blocks
 from ..capture.bodies import dense, results_as
 from ..capture.calls import CompiledCall
@@ -279,7 +279,7 @@ def compiled_by(
         ) from e
     if hasattr(fn, "boxed"):  # of ours: it returns a tuple
         return fn.boxed
-    boxed = backend.boxed or getattr(fn, "_boxed_call", False)
+    boxed = backend.boxed or takes_a_list(fn)
     whose = f"{what}: the code of {function_name(compiler)}"
     return listing_results(fn, boxed, program.outputs, whose)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from ..capture.instances import flatten_tree
@@ -41,6 +43,15 @@ class Specialised(_LazyGraphModule):
         twin = super().__deepcopy__(memo)
         twin.made_for = self.made_for
         return twin
+
+    def __prepare_scriptable__(self) -> GraphModule:
+        """Return a module whose forward is code that TorchScript reads: it names no overloads."""
+        graph = copy.deepcopy(self.graph)
+        for n in graph.nodes:
+            n.target = getattr(n.target, "overloadpacket", n.target)
+            devices = {k: str(v) for k, v in n.kwargs.items() if isinstance(v, torch.device)}
+            n.kwargs = {**n.kwargs, **devices}
+        return GraphModule(self, graph, self._get_name())
 
     def __reduce__(self) -> Any:
         return _restored, (*super().__reduce__()[:2], self.made_for)

@@ -13,7 +13,6 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ..debug import at, user_line
-from ..errors import CaptureError
 from .decisions import both_branches
 from .traced import is_frozen
 
@@ -24,16 +23,17 @@ def skipping(step: Callable) -> Callable:
     """Return the scaler's method that takes an optimizer's step, or none."""
 
     @functools.wraps(step)
-    def method(self: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def method(self: Any, optimizer: Optimizer, state: dict, *args: Any, **kwargs: Any) -> Any:
+        take = lambda: step(self, optimizer, state, *args, **kwargs)
         if not is_frozen():
-            return step(self, optimizer, *args, **kwargs)
+            return take()
         tensors = stepped(optimizer)
-        result = both_branches(lambda: step(self, optimizer, *args, **kwargs), tensors)
+        result = both_branches(take, tensors)
         if len(stepped(optimizer)) > len(tensors):
-            raise CaptureError(
-                f"the first step of {type(optimizer).__name__} makes its state, unless a "
-                f"GradScaler skips it{at(user_line())}: take that step outside of the compiled "
-                "function"
+            torch._assert_async(
+                sum(state["found_inf_per_device"].values()) == 0,
+                f"GradScaler skips the first step of {type(optimizer).__name__}, which would make "
+                f"its state{at(user_line())}: take that step outside of the compiled function",
             )
         return result
 

@@ -141,7 +141,7 @@ def test_draw_graph_without_pydot(tmp_path):
         names.draw_graph(graph(), str(tmp_path / "g.dot"))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:The TorchScript type system")
 def test_ts_compile():
     x, w = leaf(3), torch.randn(3)
     f = names.aot_function(lambda x, w: (x.sin() * w, 3), names.ts_compile)
@@ -151,7 +151,7 @@ def test_ts_compile():
         torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], x.detach().cos() * w)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:The TorchScript type system")
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_a_compiler_may_run_the_graph(requires_grad):
     """What it draws from generators in doing so is not missing from the first call."""
@@ -176,7 +176,7 @@ def test_a_compiler_may_run_the_graph(requires_grad):
                 assert_same(drawn(compiled), drawn(f))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:The TorchScript type system")
 def test_a_mask_is_drawn_once_by_torchscript():
     x = torch.ones(50, requires_grad=True)
     compiled = names.aot_function(lambda x: F.dropout(x) * x, names.ts_compile)

@@ -338,12 +338,14 @@ def test_lines_of_the_user(partition):
         assert "No stacktrace" not in text
 
 
-def test_dynamo_backend():
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:The TorchScript type system")
+@pytest.mark.parametrize("name", ["eager", "aot_eager", "ts"])
+def test_dynamo_backend(name):
     """A compiler written for torch.compile serves as it is."""
     from torch._dynamo.backends.registry import lookup_backend
 
     x = leaf(3)
-    f = aot_function(lambda x: (x.sin() * x).sum(), lookup_backend("eager"))
+    f = aot_function(lambda x: (x.sin() * x).sum(), lookup_backend(name))
     (g,) = torch.autograd.grad(f(x), x)
     torch.testing.assert_close(g, (x.cos() * x + x.sin()).detach())
 
