@@ -44,17 +44,18 @@ def repeated_call(
     plain = all(t.__class__ in TENSORS and not t.__dict__ for t in tensors)
     state = entry.check if entry.check.is_large else None  # it has native code of its own
     shared = entry.shared
-    alone = first_alike(tensors) is None and entry.whereabouts is None
+    differ = first_alike(tensors) is None and entry.whereabouts is None
     # the check of a small state finds no tensor twice
     apart = not shared.given if state else not shared.places
-    if not (tensors and same and plain and alone and apart):
+    if not (tensors and same and plain and differ and apart):
         return lambda args, kwargs: OTHER
     number = len(tensors)
     # all closed-over tensors are tensors of the state, in its order
     all_closed = [s if s.__class__ is int else None for s in entry.sources] == [*range(len(found))]
     check = Check(Situation(tensors, found, None if state else entry.check), large=0)
-    # the tensors, if all arguments are tensors
-    count = number if [*map(id, given[0])] == [*map(id, tensors)] else -1
+    # the tensors, if these are all that is given
+    alone = not given[1] and [*map(id, given[0])] == [*map(id, tensors)]
+    count = number if alone else -1
     run = entry.direct([*tensors, *entry.closed(found)])
 
     def call(args: tuple, kwargs: dict) -> Any:

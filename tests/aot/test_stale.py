@@ -1,6 +1,7 @@
 """Guards: a compiled function never gives the result that was right for another call."""
 
 import functools
+import itertools
 from collections import OrderedDict, namedtuple
 
 import numpy as np
@@ -140,14 +141,16 @@ def test_keywords_and_defaults():
         return x * y + k + sum(rest) + sum(more.values())
 
     g, x = jit(f), f64(2)
-    for args, kwargs in [
+    calls = [
         ((x,), {}),
         ((x, 3.0), {}),
         ((x,), {"y": 3.0}),
         ((x, 1.0, 2.0), {"k": 5.0}),
         ((x,), {"z": x}),
-    ]:
-        assert_same(g(*args, **kwargs), f(*args, **kwargs))
+    ]
+    for first, second in itertools.product(calls, calls):  # each after each other one
+        for args, kwargs in (first, first, second):
+            assert_same(g(*args, **kwargs), f(*args, **kwargs))
 
 
 # what the function reaches
