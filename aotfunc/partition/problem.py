@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from operator import getitem
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -235,14 +236,15 @@ def regions(joint: Joint) -> tuple[set[int], set[int]]:
     outside of their region.
 
     A free value computed from the inside belongs to it: saved, it would take the memory that the
-    region is to save."""
+    region is to save. So does a part that the outside takes of a tuple, for the tuple cannot be
+    saved."""
     nodes, inputs = joint.nodes, joint.inputs
     lies_in: dict[int, Any] = {}
     for i, n in enumerate(nodes):
         if joint.late[i] or n.op in ("placeholder", "get_attr"):
             continue
         own = region(n)
-        if own is None and not joint.forward[i]:
+        if own is None and (not joint.forward[i] or n.target is getitem):
             own = next((lies_in[p] for p in inputs[i] if p in lies_in), None)
         if own is not None:
             lies_in[i] = own

@@ -231,6 +231,23 @@ def test_checkpoints_inside_every_transform(policy: object) -> None:
         torch.testing.assert_close(leaf.grad, seeded(grad(of(layer))))
 
 
+@pytest.mark.parametrize("outer", [None, nothing_saveable, save_dots])
+@pytest.mark.parametrize("policy", [None, save_dots, must_save("a")])
+def test_derivatives_take_parts_of_tuples_made_in_a_checkpoint(
+    policy: object, outer: object
+) -> None:
+    """Twice, the forward reads them outside, and the tuples are never saved."""
+    x, w = torch.randn(5, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
+    for op in (lambda h: F.layer_norm(h, (4,)), lambda h: h.sort(1)[0], lambda h: h.var(1)):
+        inner = lambda w, op=op: op((x @ w).sin()).exp()
+        found = []
+        for f in (inner, jit(checkpoint(inner, policy=policy), "eager", policy=outer)):
+            leaf = w.clone().requires_grad_()
+            (g,) = torch.autograd.grad(f(leaf).sum(), leaf, create_graph=True)
+            found.append(torch.autograd.grad(g.square().sum(), leaf))
+        torch.testing.assert_close(*found)
+
+
 def test_a_checkpoint_saves_what_its_policy_lets_it() -> None:
     x, w = torch.randn(5, 4), torch.randn(4, 4).requires_grad_()
 
