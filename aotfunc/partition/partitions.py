@@ -140,7 +140,7 @@ def partition(
     >>> partition(joint).report.bytes, partition(joint, memory_budget="300kB").report.bytes
     (524288, 262144)
     >>> partition(joint)
-    <partition: forward of 5 ops, backward of 6, 524.3 kB saved>
+    <partition: forward of 4 ops, backward of 7, 524.3 kB saved>
     """
     count = joint.meta.get("num_fwd_outputs") if num_fwd_outputs is None else num_fwd_outputs
     if count is None:

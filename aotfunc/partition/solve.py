@@ -80,8 +80,7 @@ class Network:
         return self.cut(save, redo, self.cut(save, redo, finite).value)
 
     def cut(self, save: np.ndarray, redo: np.ndarray, bound: float) -> Cut:
-        """Return the cheapest cut, of several the one whose backward computes least, the nearest
-        to the outputs.
+        """Return the cheapest cut, of several the one nearest to the inputs.
 
         ``bound`` is not below its cost; costs become integers in units of about 5e-10 of it.
         """
@@ -100,9 +99,8 @@ class Network:
         flow = maximum_flow(network, self.source, self.sink, method="dinic").flow
         residual = csr_array(network.astype(np.int64) - flow)
         residual.eliminate_zeros()
-        near = np.ones(self.sink + 1, dtype=bool)
-        reach = csr_array(residual.T)
-        near[breadth_first_order(reach, self.sink, return_predecessors=False)] = False
+        near = np.zeros(self.sink + 1, dtype=bool)
+        near[breadth_first_order(residual, self.source, return_predecessors=False)] = True
         saved, again = near[self.v_in] & ~near[self.v_in + 1], near[self.alone] & ~near[self.v_in]
         value = float(save[saved].sum() + redo[again].sum())
         return Cut(saved, again, value, max(0.0, value - 2 * self.count / scale))
