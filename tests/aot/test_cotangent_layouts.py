@@ -168,6 +168,8 @@ PRODUCTS = {
     "of computed values": lambda x, w, b: F.linear(x * 2, w * 2),
     "matmul": lambda x, w, b: x @ w.t() + b,
     "from the left": lambda x, w, b: w @ x.mT,
+    "a vector": lambda x, w, b: x @ w[0],
+    "a vector from the left": lambda x, w, b: w[0] @ x.mT,
     "bmm": lambda x, w, b: x.flatten(0, -3).bmm(w.t().expand(x[..., 0, 0].numel(), 6, 8)),
 }
 
