@@ -191,6 +191,29 @@ def test_products_of_batches_and_a_matrix(batch, product, grad_of_batch):
     assert [t.stride() for t in results[0]] == [t.stride() for t in results[1]]
 
 
+@pytest.mark.parametrize(
+    "left, right",
+    [
+        *(((2, 3, 5), (5,)), ((5,), (4, 5, 5)), ((3, 2, 4, 5), (5,)), ((5,), (2, 3, 5, 4))),
+        *(((4, 0), (2, 0, 3)), ((2, 4, 0), (0, 3)), ((2, 4, 0), (0,)), ((0,), (2, 0, 3))),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_of_batches_and_vectors_and_empty_ones(left, right, dtype):
+    def given():
+        torch.manual_seed(0)
+        make = lambda s: torch.randn(*s[:-2], *s[:-3:-1]).mT if len(s) > 1 else torch.randn(s)
+        return [make(s).to(dtype).requires_grad_() for s in (left, right)]
+
+    results = []
+    for f in jit(torch.matmul, backend="eager"), torch.matmul:
+        a, b = given()
+        y = f(a, b)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), (a, b))])
+    for got, want in zip(*results, strict=True):
+        assert got.equal(want) and got.shape == want.shape
+
+
 LOSSES = {
     "laid out": lambda a, b: (a.square() + b.sin()).sum(),
     "expanded": lambda a, b: a.sum() + b.sum(),
