@@ -7,6 +7,7 @@ As in eager no derivative goes through. The functions are exchanged while a reco
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .decisions import asks_to_compute
 from .nested import leaves
 from .numbers import frozen
 from .traced import Traced, current, under_way
@@ -60,6 +62,8 @@ def stacking(make: Callable) -> Callable:
 
     @functools.wraps(make)
     def function(data: Any, *args: Any, **kwargs: Any) -> Any:
+        if asks_to_compute(sys._getframe(1)) and isinstance(data, Tensor):
+            return data.to(torch.get_default_dtype())  # as a number of Python's
         if args or not to_stack(data):
             return make(data, *args, **kwargs)
         return stacked_numbers(

@@ -9,6 +9,7 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,10 +30,14 @@ def computed_item(item: Callable) -> Callable:
 
     @functools.wraps(item)
     def method(x: Tensor) -> Any:
-        computing = is_frozen() and sys._getframe(1).f_code.co_qualname in COMPUTING
-        return x.double() if computing else item(x)
+        return x.double() if asks_to_compute(sys._getframe(1)) else item(x)
 
     return method
+
+
+def asks_to_compute(asking: FrameType) -> bool:
+    """Return whether an optimizer asks, while a number would be frozen."""
+    return is_frozen() and asking.f_code.co_qualname in COMPUTING
 
 
 def extreme(builtin: Callable, beats: Callable) -> Callable:

@@ -39,10 +39,12 @@ def scaling(method: Callable, name: str, form: Callable) -> Callable:
         factor = kwargs.get(name)
         if not (isinstance(factor, Tensor) and is_frozen() and promotes_nothing(x, args, factor)):
             return method(x, *args, **kwargs)
-        if x.dtype in LOW:  # kernels compute in float32, to which a factor is not rounded
+        if x.dtype not in LOW or name == "alpha":
+            factor = factor.to(x.dtype)
+        if x.dtype in LOW:  # kernels compute in float32
             new = form(x.float(), *[t.float() for t in args], factor).to(x.dtype)
         else:
-            new = form(x, *args, factor.to(x.dtype))
+            new = form(x, *args, factor)
         return x.copy_(new) if method.__name__.endswith("_") else new
 
     return scaled

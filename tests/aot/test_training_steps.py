@@ -100,6 +100,43 @@ def test_steps_of_optimizers(name, to_none):
     assert len(compiled.entries) == 1
 
 
+def test_a_state_of_doubles_keeps_numbers_of_the_default_dtype():
+    """ASGD makes its rates such tensors; a loaded state has the dtype of the parameters."""
+    nets = layer(), layer()
+    optimizers = [OPTIMIZERS["ASGD"](net.parameters()) for net in nets]
+    eager, compiled = map(stepping, nets, optimizers)
+    for step in (eager, compiled):
+        step(batches()[0])
+    for optimizer in optimizers:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    compiled = jit(compiled, backend="eager")
+    for x in batches(6):
+        compiled(x), eager(x)
+        for a, b in zip(*map(trained, nets, optimizers), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["ASGD", "Adafactor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_factor_of_a_sum_is_rounded_as_its_terms(name, dtype):
+    """A difference is left at the end of a tensor, which PyTorch's kernel computes otherwise."""
+    runs = []
+    for around in (lambda f: f, lambda f: jit(f, backend="eager")):
+        torch.manual_seed(0)
+        p = torch.randn(4096).to(dtype).requires_grad_()
+        optimizer = OPTIMIZERS[name]([p])
+
+        def step(g, p=p, optimizer=optimizer):
+            optimizer.zero_grad()
+            (p * g).sum().backward()
+            optimizer.step()
+
+        step(torch.ones(4096, dtype=dtype))
+        around(step)(torch.linspace(-1, 1, 4096).to(dtype))
+        runs.append(p.detach())
+    assert runs[0].equal(runs[1])
+
+
 def run_of(program, around=lambda f: f):
     """Return what a program's steps return, and what they leave in its modules."""
     step, nets = program(around)
