@@ -60,7 +60,7 @@ def without(monkeypatch):
 def test_it_is_the_default():
     for compiles in (jit, aot_function):
         parameters = inspect.signature(compiles).parameters
-        assert (parameters.get("backend") or parameters["fw_compiler"]).default == "auto"
+        assert (parameters.get("fw_compiler") or parameters["backend"]).default == "auto"
 
 
 def test_with_a_compiler(automatic):
