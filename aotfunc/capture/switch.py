@@ -86,13 +86,21 @@ class Switch(Flow):
         operands = n.args[1:]
         wrt = tuple(i for i, a in enumerate(operands) if a in active)
         have = tuple(j in g for j in range(len(self.vals)))
-        sigs = [dense(self.bodies[0].placeholders[i].meta["val"]) for i in wrt]
-        half = self.bodies[0].once(
-            ("pull", self.bodies, wrt, have),
-            lambda: cut_branches(self, [vjp(p, wrt, have) for p in self.bodies], sum(have), sigs),
+        half, used = self.bodies[0].once(
+            ("pull", self.bodies, wrt, have), lambda: self.pulled_halves(wrt, have)
         )
         cts = [laid_out(b, g[j], v, exactly=True) for j, v in enumerate(self.vals) if j in g]
-        return [operands[i] for i in wrt], half.late_results(b, again, cts)
+        return [operands[i] for i in used], half.late_results(b, again, cts) if used else []
+
+    def pulled_halves(self, wrt: tuple, have: tuple) -> tuple[BranchHalves, list[int]]:
+        """Return the branches with their backwards, and the operands of ``wrt`` on which a branch
+        depends, whose cotangents these return."""
+        joints = [vjp(p, wrt, have) for p in self.bodies]
+        grads = [p.outputs[p.n_outputs - len(wrt) : p.n_outputs] for p in joints]
+        used = [i for i, *gs in zip(wrt, *grads, strict=True) if any(g is not None for g in gs)]
+        inputs = self.bodies[0].placeholders
+        sigs = [dense(inputs[i].meta["val"]) if i in used else None for i in wrt]
+        return cut_branches(self, joints, sum(have), sigs), used
 
     def push(self, b: Builder, n: Node, new: Node, env: dict, tangents: dict) -> list:
         """Let each branch also return residuals, and add a choice between their tangents."""

@@ -219,7 +219,8 @@ def pull_unwinding(
         )
     given = [i for i, a in enumerate(n.args) if a in active]
     found = emit_unwind(b, loop, given, steps, again.args, g)
-    return [n.args[i] for i in found], list(found.values())
+    moved = changed(loop, found)
+    return [n.args[i] for i in moved], [found[i] for i in moved]
 
 
 def unwound(
@@ -228,7 +229,7 @@ def unwound(
     """Return the cotangents of the inputs ``read`` of the loop without tangents."""
     wanted = {dual.places[i][0]: i for i in read}
     found = emit_unwind(b, dual.loop, wanted, steps, dual.args, cts)
-    return {wanted[place]: ct for place, ct in found.items() if place in wanted}
+    return {wanted[place]: found[place] for place in changed(dual.loop, found) if place in wanted}
 
 
 def emit_unwind(
@@ -248,6 +249,13 @@ def emit_unwind(
         for j in target.given
     ]
     return dict(zip(target.wrt, emit_flow(b, target, [steps, *args, *last]), strict=True))
+
+
+def changed(loop: While | Scan, wrt: Collection[int]) -> list[int]:
+    """Return the inputs of ``wrt`` without the constants on which no step depends: their sums
+    stay as they are."""
+    outs = Unwind(loop, tuple(wrt)).bodies[-1].outputs
+    return [i for i, o in zip(wrt, outs, strict=True) if o.op != "placeholder"]
 
 
 def loop_sigs(loop: While | Scan, sigs: Sequence[Sig]) -> list[Sig]:

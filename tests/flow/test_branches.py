@@ -346,3 +346,43 @@ def test_a_loop_without_a_bound_beside_what_is_differentiated():
     y.sum().backward()
     assert_same(y, torch.full((3,), 8.0).sin())
     assert_same(x.grad, 8 * torch.full((3,), 8.0).cos())
+
+
+def without_grad(w, h):
+    with torch.no_grad():
+        gate = (w * h).sigmoid()
+    return (h * 2).sin() * gate
+
+
+COUNT = torch.tensor(0)
+#: bodies in which ``w`` is read under ``no_grad`` alone
+UNUSED = {
+    "cond": lambda w, h: cond(h[0] > 0, without_grad, lambda w, h: without_grad(w, h * 2), w, h),
+    "cond of nothing": lambda w, h: h + cond(h[0] > 0, torch.sin, torch.cos, w.detach()),
+    "while_loop": lambda w, h: while_loop(
+        lambda c: c[1] < 3, lambda c: (without_grad(w, c[0]), c[1] + 1), (h, COUNT), max_steps=4
+    )[0],
+    "revolve": lambda w, h: while_loop(
+        lambda c: c[1] < 3,
+        lambda c: (without_grad(w, c[0]), c[1] + 1),
+        (h, COUNT),
+        checkpoint="revolve",
+        slots=2,
+    )[0],
+    "scan": lambda w, h: scan(lambda h, x: (without_grad(w, h * x), None), h, h)[0],
+    "scan by revolve": lambda w, h: scan(
+        lambda h, x: (without_grad(w, h * x), None), h, h, checkpoint="revolve", slots=2
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_what_no_branch_or_step_differentiates_has_no_gradient(name):
+    """None, as autograd's, at second order, too."""
+    w, h = (X[:2].clone().requires_grad_() for _ in range(2))
+    out = jit(lambda w, h: UNUSED[name](w, h).sum())(w, h)
+    first = torch.autograd.grad(out, (w, h), create_graph=True, allow_unused=True)
+    assert first[0] is None and first[1] is not None
+    if first[1].requires_grad:
+        total = first[1].square().sum()
+        assert torch.autograd.grad(total, (w, h), allow_unused=True)[0] is None
