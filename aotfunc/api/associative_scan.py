@@ -11,6 +11,7 @@ from torch import Tensor
 from ..capture.tree import flatten, structure, unflatten
 from ..debug import at, user_line, where_defined
 from ..errors import ArgumentError
+from .as_python import UNROLLS, prefixes_in_python
 from .dynamo import read_as
 from .flow_bodies import path, tensors, trip_count
 from .flow_readings import associative_scan_in_graph
@@ -68,5 +69,5 @@ def associative_scan(f: Callable, xs: Any, reverse: bool = False, dim: int = 0) 
         ]
         return [torch.cat([p, a[half:]]) for p, a in zip(pairs, even, strict=True)]
 
-    found = prefixes(rows)
+    found = prefixes_in_python(f, rows, spec) if UNROLLS.on else prefixes(rows)
     return unflatten([(y.flip(0) if reverse else y).movedim(0, dim) for y in found], spec)

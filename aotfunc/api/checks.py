@@ -189,9 +189,9 @@ class Batches(Validation):
 
 
 class Compilations(Validation):
-    """``jit``, ``aot_function``."""
+    """``jit``, ``aot_function``, ``functionalize``."""
 
-    derives = False
+    derives = nests = False
 
     def differentiated(self) -> list[int]:
         leaves = self.arguments.leaves if torch.is_grad_enabled() else []

@@ -26,6 +26,7 @@ from ..trace.nested import with_items
 from ..trace.traced import current, under_way
 from ..transforms.vmap import inserted
 from ..transforms.walk import filled_node
+from .as_python import UNROLLS, scan_in_python, while_in_python
 from .dynamo import read_as
 from .flow_bodies import (
     Body,
@@ -98,6 +99,8 @@ def scan(
             f"{checkpoint!r}{at(user_line())}"
         )
     check_positive("scan", "unroll", unroll if unroll is not None else 0)
+    if UNROLLS.on and steps:
+        return scan_in_python(f, unflatten(carry, spec), xs, steps, reverse)
     if every := min(every, steps):
         return scan_in_segments(scan, f, init, xs, steps, reverse, unroll, every)
     count = len(carry)
@@ -230,6 +233,8 @@ def switch(index: Any, branches: Sequence[Callable], *operands: Any) -> Any:
 
 def choice(name: str, index: Tensor, branches: Sequence[Callable], operands: tuple) -> Any:
     """Return the results of ``branches[index]``."""
+    if UNROLLS.on:
+        return branches[int(index)](*operands)
     arguments = Arguments(operands, {})
     places = [k for k, x in enumerate(arguments.leaves) if isinstance(x, Tensor)]
     given = [arguments.leaves[k] for k in places]
@@ -311,6 +316,8 @@ def while_loop_up_to(
     """Run :func:`while_loop` with at most ``limit(inputs, draws)`` steps, or one that draws."""
     carry, spec = flatten(init)
     carry = tensors("while_loop", "init", carry, spec)
+    if UNROLLS.on:
+        return while_in_python(cond_fn, body_fn, unflatten(carry, spec), limit((), True))
 
     def rebuilt(leaves: Sequence[Any]) -> tuple[list, dict]:
         return [unflatten(leaves, spec)], {}

@@ -45,7 +45,7 @@ from ..transforms.linearize import halve, linear_program
 from ..transforms.unhooked import unhooked
 from ..transforms.vjp import vjp as vjp_pass
 from .call import Call, all_positions, chosen_tree, positions, primals_and_tangents, tensors_of
-from .checks import Gradients, Maps
+from .checks import Compilations, Gradients, Maps
 from .dynamo import read_as, read_by_dynamo
 from .readings import (
     gradient,
@@ -56,7 +56,7 @@ from .readings import (
     run_gradient_and_value,
     vjp_in_graph,
 )
-from .validate import validated
+from .validated import validated
 
 # ----- reverse mode ------------------------------------------------------------------------------
 
@@ -342,6 +342,7 @@ def linearize(func: Callable, *primals: Any, has_aux: bool = False) -> tuple:
 # ----- functionalize -----------------------------------------------------------------------------
 
 
+@validated(Compilations)
 def functionalize(func: Callable, *, remove: str = "mutations") -> Callable:
     """Return ``func`` without intermediate mutation: the same results, and the same final values
     of mutated arguments.

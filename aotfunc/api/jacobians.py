@@ -22,7 +22,7 @@ from .dynamo import read_by_dynamo
 from .jet import diag_hessian
 from .readings import jacobian, run_jacobian
 from .sparse import hessian_blocks, sparse_hessian
-from .validate import validated
+from .validated import validated
 
 
 @validated(Gradients)

@@ -22,9 +22,18 @@ from ..transforms.laplacian import laplacian as laplacian_pass
 from ..transforms.rules.table import total
 from ..transforms.taylor import taylor
 from .call import Call, like_tangent, positions, tensors_of
+from .definitions import (
+    diagonal_by_definition,
+    ggn_by_definition,
+    hvp_by_definition,
+    jet_by_definition,
+    laplacian_by_definition,
+    validated_by,
+)
 from .func import grad, jvp, vjp
 
 
+@validated_by(jet_by_definition)
 @entry
 def jet(
     func: Callable, primals: tuple, series: Sequence, *, factorial_scaled: bool = True
@@ -100,6 +109,7 @@ def by_leaf(arguments: Arguments, primals: tuple, i: int, terms: Sequence) -> li
     return rows
 
 
+@validated_by(hvp_by_definition)
 def hvp(f: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     """Return ``(gradient, Hessian times tangents)`` of a scalar ``f``, forward over reverse: trees
     like the primal, or tuples of them for several. Errors are those of :func:`grad` and
@@ -112,6 +122,7 @@ def hvp(f: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     return jvp(grad(f, argnums), primals, tangents)
 
 
+@validated_by(ggn_by_definition)
 def ggn(f: Callable, loss: Callable, params: Any, tangent: Any) -> Any:
     """Return the generalised Gauss-Newton matrix of ``loss(f(params))`` times ``tangent``, a tree
     like ``params``: ``J^T H J v``, with the Jacobian ``J`` of ``f`` and the Hessian ``H`` of the
@@ -129,6 +140,7 @@ def ggn(f: Callable, loss: Callable, params: Any, tangent: Any) -> Any:
     return vjp(f, params)[1](curved)[0]
 
 
+@validated_by(diagonal_by_definition, later=True)
 def diag_hessian(f: Callable, *, chunk_size: int | None = None) -> Callable:
     """Return ``diagonal(x)``, the second derivative of ``f(x)`` by each element of the tensor
     ``x`` of shape ``I``; for an output of shape ``O`` a tensor of shape ``I + O``.
@@ -150,6 +162,7 @@ def diag_hessian(f: Callable, *, chunk_size: int | None = None) -> Callable:
     return rows
 
 
+@validated_by(laplacian_by_definition, later=True)
 def laplacian(f: Callable, argnums: int = 0, *, chunk_size: int | None = None) -> Callable:
     """Return ``sums(*args)``, the sum of the second derivatives of ``f(*args)`` by each element of
     the tensor ``args[argnums]``, in the output's tree and shapes.

@@ -21,7 +21,7 @@ from ..runtime.guards.parallel import check_parallel
 from ..runtime.lowering import Lowered
 from ..runtime.pipeline import Compiler, Partition, Pipeline
 from .checks import Compilations
-from .validate import validated
+from .validated import validated
 
 MemoryBudget: TypeAlias = float | int | str | Budget | None
 

@@ -22,6 +22,7 @@ from ..runtime.guards.state import look
 from ..runtime.guards.stores import undo_changes
 from ..trace.modes import device_generators
 from ..trace.shapes.sig import floating
+from .as_python import as_python
 
 WIDE = {
     **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
@@ -146,7 +147,7 @@ class EagerRun:
         given = {k: x.clone() if x.requires_grad else x for k, x in copies.items()}
         self.given = [given.get(id(x), x) for x in leaves]
         grad_mode = torch.set_grad_enabled(check.derives or torch.is_grad_enabled())
-        with grad_mode, check.outside.kept(), rehearsed(wide, self.given) as mode:
+        with grad_mode, check.outside.kept(), as_python(), rehearsed(wide, self.given) as mode:
             args, kwargs = check.arguments.rebuilt(self.given)
             result = check.reference(*args, **kwargs)
             output, aux = result if check.has_aux else (result, ())

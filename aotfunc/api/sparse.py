@@ -31,9 +31,11 @@ from ..transforms.sparsity.plans import (
     fewest,
 )
 from .call import Call, positions, tensors_of
+from .definitions import product_with_hessian, product_with_jacobian, validated_by
 from .func import grad
 
 
+@validated_by(product_with_jacobian, later=True)
 def sparse_jacobian(
     f: Callable, argnums: int = 0, *, chunk_size: int | None = None
 ) -> Callable[..., Tensor]:
@@ -63,6 +65,7 @@ def sparse_jacobian(
     return jacobian
 
 
+@validated_by(product_with_hessian, later=True)
 def sparse_hessian(
     f: Callable, argnums: int = 0, *, chunk_size: int | None = None
 ) -> Callable[..., Tensor]:

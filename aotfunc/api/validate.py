@@ -25,42 +25,17 @@ from ..graph import Program
 from ..trace.emit import remap, remap_dict
 from ..trace.entering import entry
 from ..trace.shapes.sig import floating
-from ..trace.traced import current
 from ..transforms.lower import CALLS, lowered, marked
+from .as_python import as_python
 from .by_definition import defines_derivative
 from .call import Call, positions
 from .rehearse import EagerRun, Outside, rehearsed, widened
+from .validated import NESTED, check_outermost, compared_inside
 
 #: the steps of differences, in float64, in fractions of the largest number
 STEPS = (1e-5, 1e-7, 1e-9)
 #: of each floating result its slope and the error of that
 Slopes = list[tuple[Tensor, Tensor]]
-
-
-def validated(kind: type[Validation]) -> Callable:
-    """Make a decorator that adds the option ``validate``: the first call is compared."""
-
-    def decorate(transform: Callable) -> Callable:
-        own = inspect.signature(transform)
-
-        @functools.wraps(transform)
-        def make(*args: Any, validate: bool = False, **options: Any) -> Any:
-            if not validate:
-                return transform(*args, **options)
-            bound = own.bind(*args, **options)
-            bound.apply_defaults()
-            f = next(iter(bound.arguments.values()))
-            if f is None:  # a decorator with options
-                return functools.partial(make, validate=True, **options)
-            return kind(transform, f, bound.arguments).first(*bound.args, **bound.kwargs)
-
-        listed = [*own.parameters.values()]
-        option = inspect.Parameter("validate", inspect.Parameter.KEYWORD_ONLY, default=False)
-        listed.insert(len(listed) - (listed[-1].kind is inspect.Parameter.VAR_KEYWORD), option)
-        make.__signature__ = own.replace(parameters=listed)  # type: ignore[attr-defined]
-        return make
-
-    return decorate
 
 
 # ----- comparing ---------------------------------------------------------------------------------
@@ -73,6 +48,10 @@ class Validation:
     derives = True
     #: whether to search for the op that differs
     locates = True
+    #: whether to compare it inside of what is compared
+    nests = True
+    #: whether it is inside of what is compared
+    inner = False
 
     def __init__(self, transform: Callable, f: Callable, options: dict[str, Any]) -> None:
         self.transform, self.f, self.options = transform, f, options
@@ -97,25 +76,34 @@ class Validation:
 
     def compared(self, made: Callable, args: tuple, kwargs: dict) -> Any:
         """Return ``made(*args, **kwargs)``, compared. Errors of the call itself come first."""
-        if current() is not None:
-            raise ArgumentError(
-                f"{self.name}(validate=True) is called inside another transform, where there are "
-                "no values to compare; give validate to the outermost one"
-            )
+        if self.inner:  # what cannot be compared counts as right
+            try:
+                return self.compare(made, args, kwargs, NESTED.seen)
+            except ArgumentError:
+                return made(*args, **kwargs)
+        return self.compare(made, args, kwargs, set())
+
+    def compare(self, made: Callable, args: tuple, kwargs: dict, seen: set | None) -> Any:
+        check_outermost(self.name)
         self.seed = 0
         self.w: list[Tensor] | None = None
         self.closed: list[Tensor] | None = None
         self.arguments = arguments = Arguments(args, kwargs, self.f)
         before = [x.detach().clone() if isinstance(x, Tensor) else x for x in arguments.leaves]
         failed = None
-        self.outside = Outside(self.f, arguments.leaves)
+        self.outside = Outside(f := self.f, arguments.leaves)
         try:
-            self.expect()
+            with NESTED.kept(seen):
+                self.f = compared_inside(f)
+                self.expect()
         except AotfuncError:
             raise
         except Exception as e:
             failed = e
-        result = made(*args, **kwargs)
+        finally:
+            self.f = f
+        with NESTED.kept(None):
+            result = made(*args, **kwargs)
         self.outside.remember()
         if failed is not None:
             raise ArgumentError(
@@ -123,14 +111,15 @@ class Validation:
                 f"raises {type(failed).__name__}: {failed}"
             ) from failed
         try:
-            with torch.no_grad():
+            with torch.no_grad(), NESTED.kept(None):
                 self.check(result)
                 self.equal("what it leaves in an argument", arguments.leaves, self.run.given)
         except ValidationError as e:
             if not self.locates:
                 raise
             self.arguments = arguments.with_leaves(before)
-            raise ValidationError(f"{e}; {self.first_op()}") from None
+            with NESTED.kept(None):
+                raise ValidationError(f"{e}; {self.first_op()}") from None
         return result
 
     def reference(self, *args: Any, **kwargs: Any) -> Any:
@@ -148,6 +137,7 @@ class Validation:
         leaves = self.arguments.leaves
         self.wrt = self.differentiated()
         self.run = EagerRun(self, leaves)
+        NESTED.seen = None  # once is enough
         self.d = self.directions([leaves[k] for k in self.wrt])
         self.slopes: Slopes | None = None
         floats = [x for x in (*leaves, *self.run.outs) if floating(x)]
@@ -336,7 +326,7 @@ class Validation:
     def captured(self, leaves: Sequence[Any]) -> tuple[Program, list[Tensor]]:
         """Return the function as a program, and its inputs."""
         arguments = self.arguments.with_leaves([*leaves])
-        with self.outside.kept():
+        with self.outside.kept(), as_python():
             call = Call(self.name, self.f, arguments, self.wrt, self.has_aux)
             return lowered(call.program, CALLS), call.inputs
 

@@ -40,7 +40,7 @@ from .batch import (
 from .checks import Batches
 from .dynamo import read_by_dynamo
 from .readings import batched, run_batched
-from .validate import validated
+from .validated import validated
 
 
 @validated(Batches)

@@ -81,6 +81,7 @@ def wrong_rules():
     """Let ``sinh`` have a wrong derivative, and ``flip`` a wrong batching rule."""
     entries = [writable_entry(op.default) for op in (torch.ops.aten.sinh, torch.ops.aten.flip)]
     kept = [dict(vars(e)) for e in entries]
+    aotfunc.clear_caches()
     pointwise(torch.ops.aten.sinh, lambda g, out, x: 2 * g * x)
     vmap_of(torch.ops.aten.flip)(lambda x, dims: torch.flip(x, dims))
     yield
@@ -101,6 +102,87 @@ def test_what_is_wrong_names_the_op(wrong_rules, transform):
     said = rf"validate=True\).* differs from .*first op .* is aten.{op}.default \(at .* in f: "
     with pytest.raises(ValidationError, match=said):
         TRANSFORMS[transform](f, x, validate=True)
+
+
+def shrunk(x):
+    return x.sin().sinh() * 0.5
+
+
+LOOPS = {
+    "vmap of grad": lambda x, **how: vmap(grad(lambda x: shrunk(x).sum()), **how)(x[:, None]),
+    "jit of grad": lambda x, **how: jit(grad(lambda x: shrunk(x).sum()), **how)(x),
+    "grad in a function": lambda x, **how: jit(
+        lambda x: vmap(lambda x: grad(lambda x: shrunk(x).sum())(x) * 2)(x), **how
+    )(x[:, None]),
+    "grad in a loop": lambda x, **how: jit(
+        lambda x: aotfunc.map(lambda r: grad(lambda r: shrunk(r).sum())(r), x), **how
+    )(x[:, None]),
+    "scan": lambda x, **how: grad(
+        lambda x: aotfunc.scan(lambda c, r: (shrunk(c) + r, {"c": c}), x[0], x)[1]["c"].sum(),
+        **how,
+    )(x),
+    "map": lambda x, **how: grad(lambda x: aotfunc.map(shrunk, x).sum(), **how)(x),
+    "cond": lambda x, **how: grad(
+        lambda x: aotfunc.cond(x[0] < 0, shrunk, torch.sin, x).sum(), **how
+    )(x),
+    "while_loop": lambda x, **how: grad(
+        lambda x: aotfunc.while_loop(
+            lambda c: c[1] < 2, lambda c: (shrunk(c[0]), c[1] + 1), (x, torch.tensor(0))
+        )[0].sum(),
+        **how,
+    )(x),
+    "associative_scan": lambda x, **how: grad(
+        lambda x: aotfunc.associative_scan(lambda a, b: shrunk(a) + b, x).sum(), **how
+    )(x),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_ops_in_loops_and_inner_transforms_are_named(wrong_rules, name):
+    with pytest.raises(ValidationError, match=r"first op .* is aten\.sinh\.default \(at "):
+        LOOPS[name](X, validate=True)
+
+
+SECOND = {
+    "hvp": lambda f, x, **how: aotfunc.hvp(lambda x: f(x).sum(), (x,), (x + 1,), **how),
+    "ggn": lambda f, x, **how: aotfunc.ggn(f, lambda y: y.exp().sum(), x, x + 1, **how),
+    "jet": lambda f, x, **how: aotfunc.jet(f, (x,), ([x + 1, None, x],), **how),
+    "jet, unscaled": lambda f, x, **how: aotfunc.jet(
+        f, (x,), ([x, x],), factorial_scaled=False, **how
+    ),
+    "laplacian": lambda f, x, **how: aotfunc.laplacian(f, **how)(x),
+    "diag_hessian": lambda f, x, **how: aotfunc.diag_hessian(f, **how)(x),
+    "sparse_jacobian": lambda f, x, **how: aotfunc.sparse_jacobian(f, **how)(x).to_dense(),
+    "sparse_hessian": lambda f, x, **how: aotfunc.sparse_hessian(
+        lambda x: (f(x) * x.roll(1)).sum(), **how
+    )(x).to_dense(),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_what_is_right_of_second_derivatives_passes(name):
+    found, validated = (SECOND[name](shrunk, X, **how) for how in ({}, {"validate": True}))
+    torch.testing.assert_close(found, validated, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_second_derivatives_name_the_op(wrong_rules, name):
+    with pytest.raises(ValidationError, match=r"first op .* is aten\.sinh\.default \(at "):
+        SECOND[name](shrunk, X, validate=True)
+
+
+def test_second_derivatives_that_are_wrong_themselves(monkeypatch):
+    """The derivatives that it is made of are right."""
+    right = aotfunc.api.jet.second_derivatives
+
+    def wrong(*args):
+        found, call = right(*args)
+        return [[2 * x for x in parts] for parts in found], call
+
+    monkeypatch.setattr(aotfunc.api.jet, "second_derivatives", wrong)
+    for transform in (aotfunc.laplacian, aotfunc.diag_hessian):
+        with pytest.raises(ValidationError, match="differs from that by first derivatives"):
+            transform(shrunk, validate=True)(X)
 
 
 def test_a_backend_that_is_wrong():
