@@ -140,6 +140,44 @@ def test_two_axes():
     assert_same(got, X.sum(0) * X.mean(1, keepdim=True) + torch.arange(4)[:, None] * 3)
 
 
+Y = torch.rand(4, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+#: of all axes of a tuple: a function of a sample, and the same of the whole batch
+BOTH = ("i", "j")
+TOGETHER = {
+    "sum": (lambda y: y * psum(y, BOTH), lambda y: y * y.sum((0, 1))),
+    "mean": (lambda y: y * pmean({"y": y}, BOTH)["y"], lambda y: y * y.mean((0, 1))),
+    "maximum": (lambda y: y * pmax(y, BOTH), lambda y: y * y.amax((0, 1))),
+    "minimum": (lambda y: y * pmin(y, BOTH), lambda y: y * y.amin((0, 1))),
+    "gathered": (
+        lambda y: all_gather(y, BOTH, 1).cumsum(1)[:, 7] * y,
+        lambda y: y.flatten(0, 1).cumsum(0)[7] * y,
+    ),
+    "index": (
+        lambda y: y.sin() * axis_index(BOTH) / axis_size(BOTH),
+        lambda y: y.sin() * torch.arange(20).view(4, 5, 1) / 20,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_several_axes_at_once(name):
+    of_sample, of_batch = TOGETHER[name]
+    nests = (
+        vmap(vmap(of_sample, axis_name="j"), axis_name="i"),
+        vmap(vmap(of_sample, axis_name="i"), in_dims=1, out_dims=1, axis_name="j"),
+    )
+    for through in (*nests, jit(nests[0])):
+        second = lambda f: jvp(grad(lambda y: f(y).sin().sum()), (Y,), (Y.cos(),))
+        assert_same(through(Y), of_batch(Y), rtol=1e-12, atol=1e-12)
+        assert_same(second(through), second(of_batch), rtol=1e-9, atol=1e-11)
+
+
+def test_each_name_of_a_tuple_is_known():
+    for names, said in ((("i", "k"), "axis_name='k'"), ((), r"axis_name=\(\)")):
+        with pytest.raises(ArgumentError, match=f"no vmap around this call has {said}"):
+            vmap(lambda x, names=names: psum(x, names), axis_name="i")(X)
+
+
 def test_the_innermost_axis_of_a_name_counts():
     got = vmap(vmap(lambda x: psum(x, "i"), axis_name="i"), axis_name="i")(X)
     assert_same(got, X.sum(1, keepdim=True).expand(4, 3))
