@@ -29,15 +29,18 @@ Solve = Callable[[Callable, Any], Any]
 
 
 @entry
-def custom_root(f: Callable, guess: Any, solve: Solve, tangent_solve: Solve) -> Any:
+def custom_root(
+    f: Callable, guess: Any, solve: Solve, tangent_solve: Solve, has_aux: bool = False
+) -> Any:
     """Return the ``x`` that ``solve(f, guess)`` finds with ``f(x) = 0``, differentiable with
     respect to all that ``f`` closes over.
 
     ``x`` and ``f(x)`` have the tree of ``guess``. ``tangent_solve(g, y)`` solves ``g(x) = y`` for
     the linear ``g``, the Jacobian of ``f`` at the root or its transpose. ``solve`` is not
-    differentiated, and the guess has no derivative. The protocol is ``jax.lax.custom_root``'s; it
-    works under every transform and to any order. Raises ArgumentError if ``f(x)`` has another
-    structure than ``x``.
+    differentiated, and the guess has no derivative. With ``has_aux`` ``solve`` returns
+    ``(x, aux)``, and so does this, with any tree, which has no derivative. The protocol is
+    ``jax.lax.custom_root``'s; it works under every transform and to any order. Raises
+    ArgumentError if ``f(x)`` has another structure than ``x``.
 
     >>> def newton(f, x):
     ...     for _ in range(10):
@@ -52,26 +55,46 @@ def custom_root(f: Callable, guess: Any, solve: Solve, tangent_solve: Solve) -> 
     (tensor(2.), tensor(0.2500))
     """
     pure, tensors = closure_convert(f, guess)
-    return _root(pure, solve, tangent_solve, guess, *tensors)
+    return _root(pure, solve, tangent_solve, guess, has_aux, *tensors)
 
 
-@custom_vjp(nondiff_argnums=(0, 1, 2, 3))
-def _root(pure: Callable, solve: Solve, tangent_solve: Solve, guess: Any, *tensors: Tensor) -> Any:
+@custom_vjp(nondiff_argnums=(0, 1, 2, 3, 4))
+def _root(
+    pure: Callable,
+    solve: Solve,
+    tangent_solve: Solve,
+    guess: Any,
+    has_aux: bool,
+    *tensors: Tensor,
+) -> Any:
     with torch.no_grad():
-        return solve(lambda x: check_structure("custom_root", x, pure(x, *tensors)), guess)
+        found = solve(lambda x: check_structure("custom_root", x, pure(x, *tensors)), guess)
+    return check_aux("custom_root", found, has_aux)
 
 
 def _root_forward(
-    pure: Callable, solve: Solve, tangent_solve: Solve, guess: Any, *tensors: Tensor
+    pure: Callable,
+    solve: Solve,
+    tangent_solve: Solve,
+    guess: Any,
+    has_aux: bool,
+    *tensors: Tensor,
 ) -> Any:
-    x = _root.f(pure, solve, tangent_solve, guess, *tensors)
-    return x, (x, tensors)
+    found = _root.f(pure, solve, tangent_solve, guess, has_aux, *tensors)
+    return found, (found[0] if has_aux else found, tensors)
 
 
 def _root_backward(
-    pure: Callable, solve: Solve, tangent_solve: Solve, guess: Any, residuals: Any, cotangent: Any
+    pure: Callable,
+    solve: Solve,
+    tangent_solve: Solve,
+    guess: Any,
+    has_aux: bool,
+    residuals: Any,
+    cotangent: Any,
 ) -> tuple:
     x, tensors = residuals
+    cotangent = cotangent[0] if has_aux else cotangent
     pull_x = vjp(lambda x: pure(x, *tensors), x)[1]
     w = custom_linear_solve(lambda u: pull_x(u)[0], cotangent, tangent_solve, tangent_solve)
     return tuple(gradients_of(lambda *tensors: pure(x, *tensors), tensors, tree_map(torch.neg, w)))
@@ -87,14 +110,16 @@ def custom_linear_solve(
     solve: Solve,
     transpose_solve: Solve | None = None,
     symmetric: bool = False,
+    has_aux: bool = False,
 ) -> Any:
     """Return the ``x`` that ``solve(matvec, b)`` finds with ``matvec(x) = b``, differentiable with
     respect to ``b`` and all that ``matvec`` closes over.
 
     ``matvec`` is linear; ``x`` has the tree of ``b``. ``transpose_solve(vecmat, b)`` solves with
     the transpose, for reverse mode; with ``symmetric`` (Hermitian) it is ``solve``. The solvers
-    are not differentiated. The protocol is ``jax.lax.custom_linear_solve``'s. Raises ArgumentError
-    in reverse mode without ``transpose_solve`` and ``symmetric``.
+    are not differentiated. With ``has_aux`` both return ``(x, aux)``, and so does this, with any
+    tree, which has no derivative. The protocol is ``jax.lax.custom_linear_solve``'s. Raises
+    ArgumentError in reverse mode without ``transpose_solve`` and ``symmetric``.
 
     >>> a = torch.tensor([[2.0, 1.0], [0.0, 4.0]])
     >>> def solve(matvec, b):  # any solver: here by the matrix
@@ -106,28 +131,48 @@ def custom_linear_solve(
     """
     pure, tensors = closure_convert(matvec, b)
     back = solve if symmetric else transpose_solve
-    return _solution(pure, solve, back, symmetric, b, *tensors)
+    return _solution(pure, solve, back, symmetric, has_aux, b, *tensors)
 
 
-@custom_vjp(nondiff_argnums=(0, 1, 2, 3))
+@custom_vjp(nondiff_argnums=(0, 1, 2, 3, 4))
 def _solution(
-    pure: Callable, solve: Solve, back: Solve | None, symmetric: bool, b: Any, *tensors: Tensor
+    pure: Callable,
+    solve: Solve,
+    back: Solve | None,
+    symmetric: bool,
+    has_aux: bool,
+    b: Any,
+    *tensors: Tensor,
 ) -> Any:
     with torch.no_grad():
-        return solve(lambda x: check_structure("custom_linear_solve", x, pure(x, *tensors)), b)
+        found = solve(lambda x: check_structure("custom_linear_solve", x, pure(x, *tensors)), b)
+    return check_aux("custom_linear_solve", found, has_aux)
 
 
 def _solution_forward(
-    pure: Callable, solve: Solve, back: Solve | None, symmetric: bool, b: Any, *tensors: Tensor
+    pure: Callable,
+    solve: Solve,
+    back: Solve | None,
+    symmetric: bool,
+    has_aux: bool,
+    b: Any,
+    *tensors: Tensor,
 ) -> Any:
-    x = _solution.f(pure, solve, back, symmetric, b, *tensors)
-    return x, (x, tensors)
+    found = _solution.f(pure, solve, back, symmetric, has_aux, b, *tensors)
+    return found, (found[0] if has_aux else found, tensors)
 
 
 def _solution_backward(
-    pure: Callable, solve: Solve, back: Solve | None, symmetric: bool, residuals: Any, ct: Any
+    pure: Callable,
+    solve: Solve,
+    back: Solve | None,
+    symmetric: bool,
+    has_aux: bool,
+    residuals: Any,
+    ct: Any,
 ) -> tuple:
     x, tensors = residuals
+    ct = ct[0] if has_aux else ct
     if back is None:
         raise ArgumentError(
             "custom_linear_solve: reverse mode solves with the transpose: give transpose_solve, "
@@ -135,15 +180,23 @@ def _solution_backward(
         )
     transposed = vjp(lambda x: pure(x, *tensors), ct)[1]
     there = (lambda x: pure(x, *tensors)) if symmetric else (lambda u: transposed(u)[0])
-    w = custom_linear_solve(there, ct, back, solve, symmetric)
+    w = custom_linear_solve(there, ct, back, solve, symmetric, has_aux)
+    w = w[0] if has_aux else w
     return w, *gradients_of(lambda *tensors: pure(x, *tensors), tensors, tree_map(torch.neg, w))
 
 
 def _solution_tangents(
-    pure: Callable, solve: Solve, back: Solve | None, symmetric: bool, primals: Any, tangents: Any
+    pure: Callable,
+    solve: Solve,
+    back: Solve | None,
+    symmetric: bool,
+    has_aux: bool,
+    primals: Any,
+    tangents: Any,
 ) -> tuple:
     (_, *tensors), (tangent, *changes) = primals, tangents
-    x = _solution(pure, solve, back, symmetric, *primals)
+    found = _solution(pure, solve, back, symmetric, has_aux, *primals)
+    x = found[0] if has_aux else found
     places = [i for i, t in enumerate(changes) if t is not None]
     if places:
         moved = jvp(
@@ -153,7 +206,8 @@ def _solution_tangents(
         )[1]
         tangent = tree_map(torch.sub, tangent, moved)
     there = lambda x: pure(x, *tensors)
-    return x, custom_linear_solve(there, tangent, solve, back, symmetric)
+    moved = custom_linear_solve(there, tangent, solve, back, symmetric, has_aux)
+    return found, (moved[0], tree_map(lambda _: None, found[1])) if has_aux else moved
 
 
 _solution.defvjp(_solution_forward, _solution_backward)
@@ -178,6 +232,15 @@ def of_some(f: Callable, tensors: Sequence[Tensor], places: Sequence[int]) -> Ca
         return f(*with_items(tensors, places, some))
 
     return call
+
+
+def check_aux(name: str, found: Any, has_aux: bool) -> Any:
+    """Return what a solver returns, which is ``(x, aux)`` with ``has_aux``."""
+    if has_aux and not (isinstance(found, tuple) and len(found) == 2):
+        raise ArgumentError(
+            f"{name}(has_aux=True): the solver must return (x, aux), not {structure(found)}"
+        )
+    return found
 
 
 def check_structure(name: str, x: Any, value: Any) -> Any:

@@ -113,6 +113,40 @@ def test_linear_equations(solver, through):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
+def counted(matvec, b):
+    return dense(matvec, b), {"count": torch.full((), 7), "scaled": 2 * b, "name": "dense"}
+
+
+WITH_AUX = {
+    "linear": lambda a, b: custom_linear_solve(lambda v: a @ v, b, counted, counted, has_aux=True),
+    "root": lambda a, b: custom_root(
+        lambda x: a @ x - b,
+        torch.zeros_like(b),
+        lambda f, x: (
+            newton(f, x),
+            {"count": torch.full((), 7), "scaled": 2 * b, "name": "newton"},
+        ),
+        dense,
+        has_aux=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("through", ["grad", "jvp", "vmap", "grad of grad", "jit"])
+@pytest.mark.parametrize("name", WITH_AUX)
+def test_aux_has_no_derivative(name, through):
+    """What a solver says of itself is there in every transform."""
+
+    def f(a, b):
+        x, aux = WITH_AUX[name](a, b)
+        assert aux["name"]
+        return x + aux["scaled"] * aux["count"] - 14 * b.detach()
+
+    a, b = data()
+    found, expected = THROUGH[through](f)(a, b), THROUGH[through](solved)(a, b)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
 def test_under_autograd():
     found = []
     for f in (SOLVERS["dense"], SOLVERS["root"], solved):
@@ -183,6 +217,8 @@ def test_errors():
         grad(lambda b: custom_linear_solve(lambda v: a @ v, b, dense).sum())(b)
     with pytest.raises(ArgumentError, match="they must have one structure"):
         custom_root(lambda x: (x, x), b, lambda f, x: f(x)[0], dense)
+    with pytest.raises(ArgumentError, match=r"the solver must return \(x, aux\), not"):
+        custom_root(lambda x: x - b, b, newton, dense, has_aux=True)
     with pytest.raises(ArgumentError, match="is not linear"):
         aotfunc.linear_transpose(torch.sin, b)
     with pytest.raises(CaptureError, match="writes to"):
