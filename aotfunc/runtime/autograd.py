@@ -37,8 +37,11 @@ aten = torch.ops.aten
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
-def call_compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
-    """Return a compiled call's results on real tensors, perhaps differentiable."""
+def call_compiled(
+    call: CompiledCall, tensors: Sequence[Tensor], written: Sequence[Tensor] = ()
+) -> Sequence:
+    """Return a compiled call's results on real tensors, perhaps differentiable, which do not
+    depend on what the caller writes to ``written`` tensors afterwards."""
     program = call.program
     if op_by_op():
         check_whole(call, tensors)
@@ -53,8 +56,10 @@ def call_compiled(call: CompiledCall, tensors: Sequence[Tensor]) -> Sequence:
         outs = own_results(call, program.n_outputs, tensors)
     else:
         halves = halves_of(call, wrt)
+        if halves.late_reads is not None:
+            tensors = before_writes(written, tensors, range(len(tensors)))
         if halves.any_live:
-            outs, read_late = differentiated(halves, tensors)
+            outs, read_late = differentiated(halves, tensors, written)
         else:
             with torch.no_grad():
                 outs = unviewed(own_results(call, program.n_outputs, tensors))
@@ -134,16 +139,20 @@ def unviewed(outs: Sequence) -> Sequence:
     return outs
 
 
-def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence, Versions | None]:
+def differentiated(
+    halves: Halves, tensors: Sequence[Tensor], written: Sequence[Tensor] = ()
+) -> tuple[Sequence, Versions | None]:
     """Return the results of a call and the new values of written inputs, if some of them have a
     derivative; where its backward looks for what is not to be written to."""
+    written = [*written, *(tensors[i] for i in halves.call.program.mutated)]
     nodes = halves.parts(tensors)
     shared = frozenset([n for outs, _ in nodes[1:] for n in halves.shared(outs)])
     if shared and (steps := halves.stages(shared)):
-        return staged(halves, steps, tensors), None
+        return staged(halves, steps, tensors, written), None
     read_late: Versions | None = None if halves.late_reads is None else []
     count, tasks = halves.count, dict[Any, int]()
-    given, before = halves.unwritten(tensors), generator_states(halves.call.program)
+    given = before_writes(written, tensors, halves.needed)
+    before = generator_states(halves.call.program)
     torch._C._set_grad_enabled(False)  # a tenth of the time of torch.no_grad()
     try:
         outs = own_results(halves.forward, halves.early, given)
@@ -185,17 +194,20 @@ def differentiated(halves: Halves, tensors: Sequence[Tensor]) -> tuple[Sequence,
 
 
 def staged(
-    halves: Halves, steps: Sequence[tuple[CompiledCall, list, list]], tensors: Sequence[Tensor]
+    halves: Halves,
+    steps: Sequence[tuple[CompiledCall, list, list]],
+    tensors: Sequence[Tensor],
+    written: Sequence[Tensor],
 ) -> Sequence:
     """Return the results of a call in stages, with memory of their own."""
     program = halves.program
-    given = before_writes(halves.call.program, tensors, range(len(tensors)))
-    values = dict(zip(program.placeholders, given, strict=True))
+    values = dict(zip(program.placeholders, tensors, strict=True))
     for call, reads, outs in steps:
-        values.update(zip(outs, call_compiled(call, [values[i] for i in reads]), strict=True))
+        found = call_compiled(call, [values[i] for i in reads], written)
+        values.update(zip(outs, found, strict=True))
     found = list(remap(program.outputs, values))
     for k, o in enumerate(found):
-        if isinstance(o, Tensor) and any(o is x for x in (*tensors, *given, *found[:k])):
+        if isinstance(o, Tensor) and any(o is x for x in (*tensors, *found[:k])):
             found[k] = o.clone()
     return found
 

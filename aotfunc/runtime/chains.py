@@ -9,8 +9,7 @@ one computes results from one another that only have an op in common."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -143,7 +142,8 @@ def call_text(target: Any, args: tuple) -> str:
 
 
 class Chain:
-    """Steps ``(function of tensors, positions read)``, which append results to values."""
+    """Steps ``(compiled call or function of tensors, positions read)``, which append results to
+    values. Inputs at ``kept`` are read after a write, or kept by a function."""
 
     def __init__(
         self,
@@ -153,15 +153,21 @@ class Chain:
         views: dict[int, int],
         written: Sequence[int],
         late: Sequence[int],
+        kept: Collection[int],
     ) -> None:
         self.program, self.steps, self.outs, self.views = program, steps, outs, views
-        self.written, self.late = written, late
+        self.written, self.late, self.kept = written, late, kept
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], dict[int, Tensor]]:
         program = self.program
-        values = [*before_writes(program, tensors, range(len(tensors))), *tensors]
+        written = [tensors[i] for i in program.mutated]
+        values = [*before_writes(written, tensors, self.kept), *tensors]
         for fn, reads in self.steps:
-            values += fn([values[i] for i in reads])
+            read = [values[i] for i in reads]
+            if isinstance(fn, CompiledCall):
+                values += call_compiled(fn, read, written)
+            else:
+                values += fn(read)
         outs, given = [], range(len(tensors))
         for k, i in enumerate(self.outs):  # no result is an input or another one
             outs.append(values[i].clone() if i in given or i in self.outs[:k] else values[i])
@@ -302,9 +308,12 @@ class CallCuts:
         #: signatures of values that cross, where an input was given a new value its own
         said: dict[Node, Any] = {}
         written = [n for n in self.written if n in self.cuts or n in sources]
+        kept = set[int]()
 
         def step(fn: Callable, reads: list[int], outs: Sequence[Any]) -> None:
             nonlocal size
+            if not isinstance(fn, CompiledCall) or any(f is write for f, _ in steps):
+                kept.update(reads)
             steps.append((fn, reads))
             for n in outs:
                 place[n] = size
@@ -328,7 +337,7 @@ class CallCuts:
                         program, self.call.compile, self.call.split, self.call.__name__
                     )
                     stage.made = [*map(maker, outs)]
-                    step(partial(call_compiled, stage), [place[i] for i in reads], outs)
+                    step(stage, [place[i] for i in reads], outs)
             for n in mine:
                 if (hooks := self.hooked.get(n)) is not None:
                     items: list[Any] = [None] * len(self.shown(n))
@@ -351,4 +360,7 @@ class CallCuts:
         views = {k: place[n] for k, n in enumerate(self.returned) if n in self.views}
         done = [self.written[n] for n in written]
         late = [place[h] for h in self.hooked.values() if isinstance(h, RecordedHooks)]
-        return Chain(self.call.program, steps, [place[n] for n in self.ends], views, done, late)
+        ends = [place[n] for n in self.ends]
+        kept.update(ends if done else ())
+        kept.intersection_update(range(count))
+        return Chain(self.call.program, steps, ends, views, done, late, kept)

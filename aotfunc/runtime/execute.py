@@ -123,7 +123,8 @@ def execute(program: Program, tensors: Sequence[Tensor]) -> tuple:
         refuse_cuts(program, tensors)
     given = tensors
     if program.mutated and autograd_records(tensors):
-        tensors = before_writes(program, tensors, range(len(tensors)))
+        written = [tensors[i] for i in program.mutated]
+        tensors = before_writes(written, tensors, range(len(tensors)))
     with without_modes():
         if by_us and (forward or autograd_records(tensors)):
             outs = ProgramFunction.apply(program, generator_states(program), *tensors)
@@ -237,17 +238,20 @@ def new_layout(t: Tensor) -> Tensor:
 
 
 def before_writes(
-    program: Program, tensors: Sequence[Tensor], kept: Sequence[int]
+    written: Sequence[Tensor], tensors: Sequence[Tensor], kept: Collection[int]
 ) -> Sequence[Tensor]:
-    """Return the inputs, with copies where the program writes to what autograd keeps."""
-    if not program.mutated:
+    """Return the tensors, with copies of those ``kept`` whose memory is to be ``written``."""
+    if not written or not kept:
         return tensors
-    memory = [innermost(t).untyped_storage()._cdata for t in tensors]
-    written = {memory[i] for i in program.mutated}
-    return [
-        strided_copy(t) if i in kept and m in written else t
-        for i, (t, m) in enumerate(zip(tensors, memory, strict=True))
-    ]
+
+    def memory(t: Tensor) -> int:
+        return innermost(t).untyped_storage()._cdata
+
+    lost, found = {*map(memory, written)}, [*tensors]
+    for i in kept:
+        if memory(tensors[i]) in lost:
+            found[i] = strided_copy(tensors[i])
+    return found
 
 
 def distinct(program: Program, outs: Sequence, count: int, tensors: Sequence[Tensor]) -> Sequence:

@@ -23,7 +23,6 @@ from ..transforms.tidy import rebuilt
 from ..transforms.vjp import contiguous_sig, vjp
 from ..transforms.walk import builder
 from .chain_steps import cut_stages
-from .execute import before_writes
 from .late_reads import late_reads
 from .late_state import reads_state
 from .lifted import ResultGroups, result_groups
@@ -119,10 +118,6 @@ class Halves:
         """Return which of the results ``outs`` of one node go behind nodes in common."""
         key = ("lifts", self.wrt, *outs)
         return self.program.once(key, lambda: result_groups(outs, self.keeping))
-
-    def unwritten(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the inputs, with copies of those the backward reads and the call writes to."""
-        return before_writes(self.call.program, tensors, self.needed)
 
     def reached(self, tensors: Sequence[Tensor], inputs: Sequence[int]) -> list[Tensor]:
         """Return these inputs, with no way back to those that have no gradient: their hooks would
