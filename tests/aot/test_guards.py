@@ -5,8 +5,10 @@ import collections
 import contextlib
 import contextvars
 import dataclasses
+import dis
 import enum
 import functools
+import inspect
 import threading
 import types
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 
 from aotfunc import aot_function, aot_module, grad, jit, vmap
-from aotfunc.runtime.guards.reads import reads_of
+from aotfunc.runtime.guards.reads import instructions_of, reads_of
 from tests.aot import state_helper
 from tests.aot.state_helper import through
 from tests.reference import assert_same
@@ -1173,3 +1175,20 @@ def test_attributes_of_any_name():
     by_name = lambda o, name: getattr(o, name, None)
     by_constant = lambda o: getattr(o, "name", None)
     assert reads_of(by_name.__code__).any_name and not reads_of(by_constant.__code__).any_name
+
+
+@pytest.mark.parametrize("module", [collections, contextlib, dataclasses, dis, enum, types])
+def test_instructions_are_those_of_dis(module):
+    named = {*dis.hasname, *dis.haslocal, *dis.hasfree}
+
+    def check(code):
+        steps = [i for i in dis.get_instructions(code) if type(i.argval) is not tuple]
+        expected = [(i.opname, i.argval) for i in steps if i.opcode in named]
+        found = [(i.opname, i.argval) for i in instructions_of(code)]
+        # one instruction for two locals is two
+        assert [i for i in found if i in expected] == expected
+        for const in code.co_consts:
+            if isinstance(const, types.CodeType):
+                check(const)
+
+    check(compile(inspect.getsource(module), module.__file__, "exec"))
