@@ -3,11 +3,9 @@ runs once it has to be raised where the op is called."""
 
 from __future__ import annotations
 
-import contextlib
-import dis
 import sys
 from collections.abc import Callable, Sequence
-from types import CodeType, FrameType, ModuleType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,8 +13,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..cache import Cache
 from ..debug import is_users
+from .handlers import guarded, swallows, swallows_as_decorator
 from .tape import Tape
 from .traced import current
 
@@ -100,74 +98,13 @@ def may_raise(op: OpOverload, args: Sequence[Any]) -> bool:
     return not any(isinstance(a, Tensor) and a.dtype.is_floating_point for a in args)
 
 
-#: by identity, functions (whose hash takes long), their parts
-_known = Cache(1 << 12)
-
-
-def guarded(code: CodeType) -> Sequence[tuple[int, int, Sequence[str] | None]]:
-    """Return the parts of a function that have an exception handler, or a ``with`` block: with the
-    names that say what its context manager is."""
-    return _known.once(id(code), lambda: (guarded_parts(code), code))[0]
-
-
-def guarded_parts(code: CodeType) -> Sequence[tuple[int, int, Sequence[str] | None]]:
-    calls = list(dis.get_instructions(code))
-    found: list[tuple[int, int, Sequence[str] | None]] = []
-    for e in dis._parse_exception_table(code):  # type: ignore[attr-defined]
-        handler = [i.opname for i in calls if i.offset >= e.target][:2]
-        if not e.lasti:
-            found.append((e.start, e.end, None))
-        elif "WITH_EXCEPT_START" in handler:
-            found.append((e.start, e.end, manager_names(calls, e.start)))
-    return found
-
-
-def manager_names(calls: Sequence[dis.Instruction], start: int) -> Sequence[str]:
-    """Return the names by which the context manager of a ``with`` block was found (``torch``,
-    ``no_grad``), none if that is hard to say."""
-    enters = [i for i in calls if i.opname == "BEFORE_WITH" and i.offset < start]
-    if not enters or (where := enters[-1].positions) is None:
-        return ()
-    begin = where.lineno, where.col_offset
-    names: list[str] = []
-    for i in calls:
-        at = i.positions
-        if at is None or (at.lineno, at.col_offset) != begin or i.offset >= enters[-1].offset:
-            continue
-        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_FAST"):
-            names = [i.argval]
-        elif i.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            names.append(i.argval)
-    return names
-
-
-def swallows(frame: FrameType, names: Sequence[str]) -> bool:
-    """Return whether the context manager of these names may swallow errors: none of PyTorch's."""
-    if not names:
-        return True
-    first, *rest = names
-    spaces = (frame.f_locals, frame.f_globals, frame.f_builtins)
-    manager = next((space[first] for space in spaces if first in space), None)
-    for name in rest:
-        manager = getattr(manager, name, None)
-    if manager in (contextlib.suppress, contextlib.ExitStack):
-        return True
-    name = "__name__" if isinstance(manager, ModuleType) else "__module__"
-    module = getattr(manager, name, None)  # none of objects of some built-in classes
-    return str(module).split(".")[0] not in ("torch", "aotfunc", "contextlib")
-
-
-#: what functions decorated with a context manager are called by
-_DECORATED = contextlib.ContextDecorator()(print).__code__
-
-
 def catches() -> bool:
     """Return whether an exception handler of the function that is being recorded is active."""
     frame: FrameType | None = sys._getframe(1)
     active = False
     while frame is not None:
         code = frame.f_code
-        active = active or code is _DECORATED
+        active = active or swallows_as_decorator(frame)
         users = is_users(code.co_filename)
         if active and code.co_name == "record_into" and not users:
             return True

@@ -189,6 +189,124 @@ def test_errors_for_values(name, catch):
     assert_same(torch.get_rng_state(), before)
 
 
+class Manager:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.left = True
+
+
+class Noting(Manager):
+    errors: list = []
+
+    def __exit__(self, kind, value, where):
+        self.errors.append(kind)
+
+
+class Translating(Manager):
+    def __exit__(self, *_):
+        raise KeyError("another")
+
+
+class Choosing(Manager):
+    def __exit__(self, *_):
+        return hasattr(self, "left") or True
+
+
+@contextlib.contextmanager
+def restoring():
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for _ in range(2):
+            torch.is_grad_enabled()
+
+
+@contextlib.contextmanager
+def around(manager):
+    with manager:
+        yield
+
+
+@contextlib.contextmanager
+def translating():
+    try:
+        yield
+    except IndexError:
+        raise KeyError from None
+
+
+@contextlib.contextmanager
+def returning():
+    try:
+        yield
+    finally:
+        return  # noqa: B012
+
+
+@contextlib.contextmanager
+def inner():
+    with restoring(), ignoring():
+        yield
+
+
+HEEDING = {
+    "a class": Swallowing,
+    "notes": Noting,
+    "another": Translating,
+    "computed": Choosing,
+    "an argument": lambda: around(Swallowing()),
+    "an error": translating,
+    "return": returning,
+    "nested": inner,
+}
+NOT_HEEDING = {"a class": Manager, "finally": restoring, "PyTorch's": torch.enable_grad}
+
+
+@pytest.mark.parametrize("name", HEEDING)
+def test_managers_that_heed_errors(name):
+    manager = HEEDING[name]
+
+    def f(x, after):
+        out = (x * x).sum()
+        try:
+            with torch.enable_grad(), manager(), restoring():
+                with torch.enable_grad():
+                    x.sum()
+                out = x[BAD].sum()
+                after.append(1)
+        except (KeyError, IndexError) as e:
+            return out * len(str(type(e)))
+        return out * 2
+
+    x = ROW.clone().requires_grad_()
+    (want,) = torch.autograd.grad(f(x, []), x)
+    after = []
+    assert_same(grad(f)(ROW, after), want)
+    assert not after
+
+
+@pytest.mark.parametrize("name", NOT_HEEDING)
+def test_managers_that_do_not(name):
+    """They do not make the transform ask for values."""
+    manager, after = NOT_HEEDING[name], []
+
+    def f(x):
+        try:
+            with manager():
+                out = x[BAD].sum()
+                after.append(1)
+        finally:
+            after.append(2)
+        return out
+
+    with pytest.raises(IndexError):
+        grad(f)(ROW)
+    assert after == [1, 2]
+
+
 def test_draws_where_errors_are_caught():
     def f(x, seed):
         g = torch.Generator().manual_seed(seed)
