@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx import Node
 
 from ..debug import Line, at
@@ -91,7 +93,10 @@ class Deferred:
         return next((s.old for s in self.trace.stand_ins if s.hooks and s.new == ref), None)
 
     def settle(self) -> None:
-        """Record the present backward. It waits on, and must be the same when settled again."""
+        """Record the present backward, unless nobody will take a gradient. It waits on, and must
+        be the same when settled again."""
+        if self.made is None and self.unasked():
+            return
         step, refs = self.make(self)
         derivative = step.derivative
         rules = [p if isinstance(p, RuleProgram) else type(p) for p in derivative.rules]
@@ -101,6 +106,19 @@ class Deferred:
         _, given, *rest = self.trace.records[self.record]
         k, n = derivative.n_outputs, len(given) - derivative.n_inputs
         self.trace.records[self.record] = (step, (*given[:k], *refs, *given[n:]), *rest)
+
+    def unasked(self) -> bool:
+        """Return whether no gradient will be taken: the outermost ``vmap`` is called on real
+        tensors, and none from which these are computed requires grad."""
+        trace = self.trace
+        if trace.samples is None or under_way.traces[0] is not trace:
+            return False
+        if forward_ad._current_level >= 0:
+            return False
+        given = [*trace.origins, *trace.lifted]
+        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, given)):
+            return False
+        return trace.autograd.active().isdisjoint((*self.raw, *self.raw.values()))
 
     def error(self, what: str) -> CaptureError:
         return too_late(f"the backward of {self.name} {what}", self.trace.records[self.record][4])

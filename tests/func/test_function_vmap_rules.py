@@ -697,3 +697,75 @@ def test_the_gramian_of_an_autograd_graph():
         ]
     )
     assert_same(jacobian, want, atol=1e-5, rtol=1e-4)
+
+
+class Counting(torch.autograd.Function):
+    """A sine whose backward counts its calls."""
+
+    generate_vmap_rule = True
+    calls = 0
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, ct):
+        Counting.calls += 1
+        return 2 * ct * ctx.saved_tensors[0].cos()
+
+
+def sine_of_weight(w, x):
+    return vmap(lambda y: Counting.apply(w) * y)(x).sum()
+
+
+def gradient_within(x):
+    def f(y):
+        z = y.detach().requires_grad_()
+        return torch.autograd.grad(Counting.apply(z).sum(), z)[0]
+
+    return vmap(f)(x)
+
+
+def by_backward(x):
+    x = x.clone().requires_grad_()
+    vmap(Counting.apply)(x).sum().backward()
+    return x.grad
+
+
+#: gradients that are taken through a batch, of sum(f(x))
+THROUGH = {
+    "grad": lambda x: grad(lambda x: vmap(Counting.apply)(x).sum())(x),
+    "torch.func.grad": lambda x: torch.func.grad(lambda x: vmap(Counting.apply)(x).sum())(x),
+    "vmap and grad of theirs": lambda x: torch.func.vmap(
+        torch.func.grad(lambda x: vmap(Counting.apply)(x[None]).sum())
+    )(x),
+    "backward": by_backward,
+    "grad inside": lambda x: vmap(grad(Counting.apply))(x),
+    "autograd.grad inside": gradient_within,
+    "closed over": lambda x: grad(lambda w: sine_of_weight(w, torch.ones(1)))(x[0]) + 0 * x,
+    "jit": lambda x: grad(lambda x: jit(vmap(Counting.apply))(x).sum())(x),
+}
+
+
+@pytest.mark.parametrize("name", THROUGH)
+def test_a_backward_is_called_where_a_gradient_is_taken(name):
+    x = torch.full((3,), 0.3)
+    vmap(Counting.apply)(x)  # what it has made must not be taken
+    got = THROUGH[name](x)
+    torch.testing.assert_close(got, 2 * x.cos())
+
+
+def test_a_backward_is_not_called_where_none_is():
+    x, w = torch.full((3,), 0.3), torch.ones(3, requires_grad=True)
+    Counting.calls = 0
+    assert_same(vmap(Counting.apply)(x), x.sin())
+    with torch.no_grad():
+        vmap(Counting.apply)(w)
+    assert not Counting.calls
+    out = vmap(lambda y: Counting.apply(y) * w)(x)
+    assert out.requires_grad and not Counting.calls
