@@ -1,9 +1,8 @@
 """The names of ``functorch.compile``: compilers to pass to :func:`aot_function`, and tools to look
 inside.
 
-Some mean nothing here, and say so when they are called: the TensorExpr compiler,
-``get_aot_compilation_context`` (a compiler sees all it needs in the graph module that it is given)
-and ``pythonkey_decompose`` (``make_fx`` takes a decomposition table)."""
+Two mean nothing here, and say so when they are called: the TensorExpr compiler, and
+``pythonkey_decompose`` (``make_fx`` takes a decomposition table)."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._decomp import get_decompositions as get_decompositions
 
 from .api.jit import aot_function as aot_function
 from .api.jit import aot_module as aot_module
@@ -126,6 +126,15 @@ def get_aot_graph_name() -> str:
     return naming.names[-1]
 
 
+def get_aot_compilation_context() -> tuple[list[str], str, int]:
+    """Return the names of the graphs that are being compiled in this thread, one within another,
+    and of the innermost its function and its number; ``([], "model", 0)`` if there are none."""
+    if not naming.names:
+        return [], "model", 0
+    function, _, number = naming.names[-1].rsplit("_", 2)
+    return list(naming.names), function, int(number)
+
+
 get_graph_being_compiled = get_aot_graph_name
 
 
@@ -195,9 +204,6 @@ def meaningless(name: str, instead: str) -> Callable:
 
 
 nnc_jit = meaningless("nnc_jit", "TensorExpr is no backend; use backend='inductor'")
-get_aot_compilation_context = meaningless(
-    "get_aot_compilation_context", "a compiler is given the graph module"
-)
 pythonkey_decompose = meaningless("pythonkey_decompose", "pass decomposition_table to make_fx")
 
 #: no options: policies are passed as values

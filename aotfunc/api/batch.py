@@ -88,8 +88,8 @@ def batch_size(arguments: Arguments, dims: Sequence[int | None]) -> int:
             sizes[k] = x.shape[d]
     if not sizes:
         raise ArgumentError("vmap: no argument is batched: in_dims is None for all of them")
-    first, *others = set(sizes.values())
-    if others:
+    first, *others = sizes.values()
+    if any(size != first for size in others):
         said = "; ".join(
             f"{arguments.said(k)} has {size} at dimension {dims[k]}" for k, size in sizes.items()
         )

@@ -18,14 +18,19 @@ Fails = Callable[[fx.GraphModule, list], bool]
 
 
 def minifier(
-    fail_f: fx.GraphModule, inps: Sequence[Any], module_fails: Fails, **_: Any
+    fail_f: fx.GraphModule,
+    inps: Sequence[Any],
+    module_fails: Fails,
+    dump_state: Callable[[fx.GraphModule, list], object] | None = None,
+    **_: Any,
 ) -> tuple[fx.GraphModule, list]:
     """Return ``(graph module, inputs)`` with as few nodes as can be found for which
     ``module_fails(graph_module, inputs)`` is still true; it may raise, which counts as false.
 
     A smaller graph returns one value instead of all, or takes a value as an input instead of
-    computing it. Such values are those of a run op by op. Functorch's other options have no
-    meaning. Raises ArgumentError where the graph does not fail to begin with.
+    computing it. Such values are those of a run op by op. ``dump_state(graph_module, inputs)`` is
+    called with each smaller graph that fails. Functorch's other options have no meaning. Raises
+    ArgumentError where the graph does not fail to begin with.
 
     >>> gm = make_fx(lambda x: x.exp().sin().cos())(torch.ones(2))
     >>> has_sin = lambda gm, inputs: "sin" in gm.code
@@ -44,6 +49,8 @@ def minifier(
         for gm, given in candidates(best, inputs):
             if fails(module_fails, gm, given):
                 best, inputs, shrunk = gm, given, True
+                if dump_state is not None:
+                    dump_state(best, inputs)
                 break
     return best, inputs
 

@@ -28,7 +28,7 @@ from ..graph import weight
 from ..trace.entering import entry, modes_are_on, without_function_modes
 from ..trace.kinds import check_kind
 from ..trace.memory import whereabouts
-from ..trace.modes import OTHERS, function_modes_key
+from ..trace.modes import OTHERS, function_modes_key, is_exporting
 from ..trace.seeds import of_python, rewinder
 from ..trace.traced import current
 from .changing import Family, with_any_numbers
@@ -100,11 +100,8 @@ class Compiled:
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         instance = owner if self.binds is classmethod else instance
-        return (
-            self
-            if instance is None or self.binds is staticmethod
-            else types.MethodType(self, instance)
-        )
+        free = instance is None or self.binds is staticmethod
+        return self if free else types.MethodType(self, instance)
 
     def __repr__(self) -> str:
         count = len(self.entries)
@@ -129,6 +126,8 @@ class Compiled:
     @outside_dynamo
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if modes_are_on():
+            if is_exporting():
+                return self.f(*args, **kwargs)
             return without_function_modes(self, *args, **kwargs)
         if self._repeated is not None:
             result = self._repeated(args, kwargs)
@@ -319,7 +318,8 @@ class Compiled:
                     f"{what}{at(user_line(4))}; pass it as a tensor, or as a tuple of numbers"
                 )
         return ArgumentError(
-            f"{self.name}: something that the function reaches is not hashable{at(user_line(4))}"
+            f"{self.name}: something that the function reaches is not hashable, or an argument's "
+            f"sizes are symbolic{at(user_line(4))}"
         )
 
     def store(self, full: tuple, entry: Entry, state: State) -> None:

@@ -7,8 +7,8 @@ and programs run later, when the same modes or others may be on."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ from torch.utils._device import DeviceContext
 
 _autocast = torch._C._is_any_autocast_enabled
 _function_modes = torch._C._len_torch_function_stack
+_has_key = torch._C._dispatch_tls_is_dispatch_key_included
+_include_key = torch._C._dispatch_tls_set_dispatch_key_included
+_EXPORT = torch._C.DispatchKey.PreDispatch
 _NONE = nullcontext()
 
 
@@ -49,6 +52,21 @@ def off() -> ExitStack:
     stack.enter_context(torch._C._DisableAutocast())
     stack.enter_context(torch._C.DisableTorchFunction())
     return stack
+
+
+def is_exporting() -> bool:
+    """Return whether ``torch.export`` records the ops that are called, as they are called."""
+    return _has_key(_EXPORT)
+
+
+@contextmanager
+def outside_export() -> Iterator[None]:
+    """Hide ops from ``torch.export``, which knows no traced values."""
+    _include_key(_EXPORT, False)
+    try:
+        yield
+    finally:
+        _include_key(_EXPORT, True)
 
 
 def outside_inference_mode(f: Callable) -> Callable:

@@ -17,6 +17,7 @@ from . import operators  # noqa: F401
 from .casts import CONTEXTS, cache_enabled, enable_cache
 from .collector import paused_gc
 from .constructors import CONSTRUCTORS
+from .modes import is_exporting, outside_export
 from .numbers import SPLIT, watch
 from .patches import Exchange
 from .recurrent import RECURRENT
@@ -53,7 +54,9 @@ def record_into(trace: Trace, body: Callable[[], Any]) -> Any:
     grad, tangents, cache = _grad_enabled(), _tangents_enabled(), cache_enabled()
     before = trace, traces, len(traces), modes, grad, tangents, cache, aside, compiling
     outermost = made.errors is None  # no list is kept in a frame, which its errors hold
-    usual = trace.may_ask_constants and not trace.rolls and _level_of_functorch() is None
+    usual = trace.may_ask_constants and not (
+        trace.rolls or _level_of_functorch() is not None or is_exporting()
+    )
     with paused_gc(), functions if usual else surroundings(trace):
         try:
             if outermost:
@@ -147,14 +150,16 @@ def end_recording(
 
 
 def surroundings(trace: Trace) -> AbstractContextManager:
-    """Exchange torch's functions; set aside torch.func's levels, reads of numbers that would be
-    frozen, and recurrent layers that become loops, if there are any."""
+    """Exchange torch's functions; set aside torch.func's levels, torch.export, reads of numbers
+    that would be frozen, and recurrent layers that become loops, if there are any."""
     inside = _level_of_functorch() is not None
     stack = ExitStack()
     stack.enter_context(functions)
     if inside:
         stack.enter_context(without_functorch())
         stack.enter_context(ByReference(trace))
+    if is_exporting():
+        stack.enter_context(outside_export())
     if not trace.may_ask_constants:
         stack.enter_context(watch)
     if trace.rolls:

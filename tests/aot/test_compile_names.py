@@ -23,7 +23,7 @@ def test_functorchs_names_are_there():
     assert not {n for n in vars(functorch) if not n.startswith("_") and not hasattr(names, n)}
 
 
-@pytest.mark.parametrize("name", ["nnc_jit", "get_aot_compilation_context", "pythonkey_decompose"])
+@pytest.mark.parametrize("name", ["nnc_jit", "pythonkey_decompose"])
 def test_names_without_a_meaning_say_so(name):
     with pytest.raises(BackendError, match=rf"{name} means nothing here: "):
         getattr(names, name)(None)
@@ -191,6 +191,9 @@ def test_the_graph_being_compiled_has_a_name():
 
     def compiler(gm, inputs):
         seen.append((names.get_aot_graph_name(), names.get_graph_being_compiled()))
+        within, function, number = names.get_aot_compilation_context()
+        assert within == [seen[-1][0]] and function == "aot_function"
+        assert seen[-1][0].endswith(f"_{number}")
         return gm
 
     names.aot_function(torch.sin, compiler)(leaf(3)).sum().backward()
@@ -199,6 +202,21 @@ def test_the_graph_being_compiled_has_a_name():
     assert "aot_function_backward_" in backward
     with pytest.raises(BackendError, match="no graph is being compiled"):
         names.get_aot_graph_name()
+    assert names.get_aot_compilation_context() == ([], "model", 0)
+
+
+def test_decompositions_by_name():
+    table, seen = names.get_decompositions([torch.ops.aten.gelu_backward]), []
+
+    def compiler(gm, inputs):
+        seen.append(gm.code)
+        return gm
+
+    x = leaf(5)
+    f = names.aot_function(lambda x: F.gelu(x).sum(), compiler, decompositions=table)
+    (g,) = torch.autograd.grad(f(x), x)
+    assert "gelu_backward" not in "".join(seen)
+    torch.testing.assert_close(g, torch.autograd.grad(F.gelu(x).sum(), x)[0])
 
 
 # ----- the minifier ------------------------------------------------------------------------------
@@ -245,8 +263,10 @@ def test_minifier_keeps_what_is_needed():
             raise ZeroDivisionError
         return "sin" in found and "mul" in found
 
-    small, given = names.minifier(gm, [torch.ones(2)], fails)
+    dumped = []
+    small, given = names.minifier(gm, [torch.ones(2)], fails, lambda *state: dumped.append(state))
     assert calls(small) == ["sin", "mul"] and len(given) == 2
+    assert dumped[-1] == (small, given) and all(fails(*state) for state in dumped)
     torch.testing.assert_close(small(*given)[0], given[0].sin() * given[1])
     with pytest.raises(ArgumentError, match="not true of the graph"):
         names.minifier(gm, [torch.ones(2)], lambda gm, inputs: False)

@@ -126,7 +126,13 @@ def sig_of(t: Tensor, device: torch.device | None = None) -> Sig:
             f"{t.dtype}"
         )
     key = t.shape, t.stride(), t.dtype, device or t.device, t.storage_offset()
-    return _sigs[key] or make_sig(*key)
+    try:
+        return _sigs[key] or make_sig(*key)
+    except TypeError as e:  # a SymInt has no hash
+        raise CaptureError(
+            f"only tensors of known sizes can be captured, not one of shape {[*t.shape]}; give "
+            "torch.export, or make_fx, static shapes"
+        ) from e
 
 
 def floating(x: Any) -> bool:
