@@ -70,9 +70,15 @@ class End(Step):
 
 BEGIN = Begin(())
 
+#: how the Function is called that PyTorch makes for the op by which a collective's result waits
+#: when it is read first: its tangent would not wait
+_WAITS = "GeneratedBackwardFor__c10d_functional__wrap_tensor_autograd_default"
+
 
 def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """Run ``cls.apply(*args)`` inside a recording, with ``setup_context`` or without."""
+    if cls.__name__ == _WAITS:
+        return torch.ops._c10d_functional.wait_tensor(args[0])
     new_style = cls.setup_context is not Function.setup_context
     if kwargs or (new_style and not takes_as_given(cls.forward, args)):
         bound = inspect.signature(cls.forward).bind(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import linear
+from .table import decompose_as, linear
 
 space = torch.ops._c10d_functional
 
@@ -57,6 +57,11 @@ def at_source(g: Tensor, x: Tensor, source: int, group: Any) -> Tensor:
     )  # read by all: else some would not call
 
 
+def one_by_one(op: Any) -> Callable:
+    """Return the collective of several tensors as one collective for each."""
+    return lambda xs, *args: [op(x, *args) for x in xs]
+
+
 def beside_pieces(op: Any) -> Callable:
     """Return the vmap rule of an op that cuts dimension 0 into pieces."""
     return lambda x, *args: op(x.movedim(0, 1).contiguous(), *args).movedim(1, 0)
@@ -75,3 +80,6 @@ if torch.distributed.is_available():
             (names.all_to_all_single, sent_back),
         ):
             linear(op, transpose, batch=beside_pieces(op))
+    decompose_as(space.all_reduce_coalesced, one_by_one(space.all_reduce))
+    for op in (space.all_gather_into_tensor, space.reduce_scatter_tensor):
+        decompose_as(getattr(space, f"{op.__name__}_coalesced"), one_by_one(op))
