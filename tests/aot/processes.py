@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 
-from aotfunc import grad, jit, jvp, vmap
+from aotfunc import grad, jit, jvp, linearize, vmap
 from aotfunc.errors import CaptureError
 from tests.sweeps import every
 
@@ -45,6 +45,16 @@ TABLE = {
         lambda x: collectives.all_to_all_single_autograd(x.sin(), None, None, dist.group.WORLD),
         lambda xs: xs.sin().view(len(xs), len(xs), -1, 2).transpose(0, 1).reshape(xs.shape),
     ),
+    "all_reduce_coalesced": (
+        lambda x: sum(collectives.all_reduce_coalesced([x.sin(), x * x], "sum", dist.group.WORLD)),
+        lambda xs: (xs.sin() + xs * xs).sum(0).expand_as(xs),
+    ),
+    "all_gather_into_tensor_coalesced": (
+        lambda x: sum(
+            collectives.all_gather_into_tensor_coalesced([x.sin(), x * x], dist.group.WORLD)
+        ),
+        lambda xs: (xs.sin() + xs * xs).flatten(0, 1).expand(len(xs), -1, 2),
+    ),
     "all_to_all_single": (
         lambda x: collectives.all_to_all_single(x.sin(), None, None, dist.group.WORLD),
         lambda xs: xs.sin().view(len(xs), len(xs), -1, 2).transpose(0, 1).reshape(xs.shape),
@@ -74,6 +84,7 @@ def check_collective(f, whole, rank, count, ways):
         close(way(f)(x), whole(xs)[rank])
         close(way(grad(loss))(x), autograd(xs)[rank])
         close(way(lambda x, t: jvp(f, (x,), (t,))[1])(x, ts[rank]), forward[rank])
+        close(linearize(way(f), x)[1](ts[rank]), forward[rank])
         close(way(grad(squares(grad, loss)))(x), second[rank], rtol=1e-4, atol=1e-4)
         close(way(vmap(grad(loss)))(batch[:, rank]), torch.func.vmap(autograd)(batch)[:, rank])
         if way(f) is not f:  # PyTorch's own derivative of a broadcast is another one
