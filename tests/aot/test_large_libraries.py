@@ -41,14 +41,28 @@ class Layer:
     def __init__(self, x):
         self.keys, self.seen, self.empty = x, x.shape[0], None
 
+class Store:
+    def __init__(self):
+        self.layers = [Layer(torch.zeros(0))]
+
+    def update(self, x):
+        layer = self.layers[0]
+        layer.keys = torch.cat([layer.keys, x])
+        return layer.keys
+
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.w, self.calls = nn.Parameter(torch.ones(3)), 0
+        self.w, self.calls, self.last = nn.Parameter(torch.ones(3)), 0, None
+        self.keeps = True
 
-    def forward(self, x):
+    def forward(self, x, store=None):
         self.calls += 1
         y = scaled(x) * self.w
+        if store is not None:
+            y = y + store.update(y).sum()
+        if self.keeps:
+            self.last = y
         return {{"y": y, "cache": Cache(y.exp())}}
 
 {functions}
@@ -99,6 +113,40 @@ def test_state_of_what_runs_is_never_stale(library):
     library.THREE = 4.0  # no function that has run reads it
     same(c, m)
     assert c._compiled.captures == captures
+
+
+@pytest.mark.parametrize("first", ["with a store", "without"])
+def test_tensors_kept_in_an_argument(library, first):
+    m = library.Model()
+    c = aot_module(m, "eager")
+    if first == "without":
+        same(c, m)
+    store, other = library.Store(), library.Store()
+    with torch.no_grad():
+        for _ in range(3):
+            assert_same(c(X, store)["y"], m(X, store=other)["y"])
+    assert_same(store.layers[0].keys, other.layers[0].keys)
+
+
+def test_tensors_kept_in_what_is_closed_over(library):
+    m = library.Model()
+    store, other = library.Store(), library.Store()
+    f = jit(lambda x: m(x, store)["y"], "eager")
+    with torch.no_grad():
+        for _ in range(3):
+            assert_same(f(X), m(X, other)["y"])
+    assert_same(store.layers[0].keys, other.layers[0].keys)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_tensors_kept_in_a_module(library, keeps):
+    m = library.Model()
+    m.keeps = keeps
+    c = aot_module(m, "eager")
+    for _ in range(3):
+        y = c(X)["y"]
+        assert not m.keeps or torch.equal(m.last, y)
+        m.keeps = True
 
 
 def test_functions_that_run_later(library):

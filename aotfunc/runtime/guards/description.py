@@ -50,6 +50,8 @@ class Description(CheckLines):
         #: content
         self.owners: list[tuple[Any, str, dict]] = []
         self.names = names
+        #: whether attributes of any name are described: it is not known what reads them
+        self.wide = False
         self.seen: dict[int, str] = {}
         self.rates: list[tuple[dict[str, Any], Rate]] = []  # with the optimizer's group
         self._groups: set[int] = set()  # ids of the optimizers' groups

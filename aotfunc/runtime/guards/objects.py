@@ -103,7 +103,8 @@ class Objects(Description):
         modules = [c.__module__ for c in cls.__mro__]
         whole = any(m in _MODULES or m.startswith(_READ_THEMSELVES) for m in modules)
         every = slots_of(cls)
-        slots = [n for n in every if self.names.any or n in self.names.attributes]
+        everything = self.wide or self.names.any
+        slots = [n for n in every if everything or n in self.names.attributes]
         opaque = not whole and library in ("torch", "aotfunc")
         if opaque or (library == "python" and not (slots or hasattr(x, "__dict__"))):
             self.same(x, v, label)
@@ -169,7 +170,12 @@ class Objects(Description):
 
     def wants(self, name: str, x: Any) -> bool:
         names = self.names
-        return names.any or name in names.attributes or (name in names.written and not passing(x))
+        return (
+            self.wide
+            or names.any
+            or name in names.attributes
+            or (name in names.written and not passing(x))
+        )
 
     def module(self, m: nn.Module, v: str, label: str) -> None:
         """Describe a module's mode, plain attributes, parameters, buffers, children and hooks."""

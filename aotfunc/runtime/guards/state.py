@@ -65,10 +65,17 @@ class State(Functions):
     ) -> None:
         super().__init__(names)
         self.labels = labels
+        # of a large library most functions are not followed, and of an argument other ones may run
+        # at each call; what else they read is known once they ran
+        large = names.ran is not None
+        self.wide = large and not names.ran
         self.meet(f, "f", ROOT)
-        for i, (x, label) in enumerate(zip(objects, labels, strict=True)):
-            self.meet(x, f"objects[{i}]", label)
         self.finish()
+        for i, (x, label) in enumerate(zip(objects, labels, strict=True)):
+            self.wide = large and not isinstance(x, nn.Module)
+            self.meet(x, f"objects[{i}]", label)
+            self.finish()
+        self.wide = False
         self.methods_of_tensors()
         if self._modules:
             self.global_hooks(nn.modules.module)
