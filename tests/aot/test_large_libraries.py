@@ -43,7 +43,10 @@ class Layer:
 
 class Store:
     def __init__(self):
-        self.layers = [Layer(torch.zeros(0))]
+        self.layers, self.updates = [Layer(torch.zeros(0))], 0
+
+    def touch(self):
+        self.updates += 1
 
     def update(self, x):
         layer = self.layers[0]
@@ -136,6 +139,14 @@ def test_tensors_kept_in_what_is_closed_over(library):
         for _ in range(3):
             assert_same(f(X), m(X, other)["y"])
     assert_same(store.layers[0].keys, other.layers[0].keys)
+
+
+def test_a_counter_in_an_argument(library):
+    m, store = library.Model(), library.Store()
+    f = jit(lambda x, store: store.touch() or m(x)["y"], "eager")
+    for _ in range(5):
+        assert_same(f(X, store), m(X)["y"])
+    assert f.captures <= 3
 
 
 @pytest.mark.parametrize("keeps", [True, False])

@@ -170,12 +170,9 @@ class Objects(Description):
 
     def wants(self, name: str, x: Any) -> bool:
         names = self.names
-        return (
-            self.wide
-            or names.any
-            or name in names.attributes
-            or (name in names.written and not passing(x))
-        )
+        if names.any or name in names.attributes:
+            return True
+        return not passing(x) if name in names.written else self.wide
 
     def module(self, m: nn.Module, v: str, label: str) -> None:
         """Describe a module's mode, plain attributes, parameters, buffers, children and hooks."""

@@ -57,7 +57,7 @@ def at_source(g: Tensor, x: Tensor, source: int, group: Any) -> Tensor:
     )  # read by all: else some would not call
 
 
-def one_by_one(op: Any) -> Callable:
+def uncoalesced(op: Any) -> Callable:
     """Return the collective of several tensors as one collective for each."""
     return lambda xs, *args: [op(x, *args) for x in xs]
 
@@ -80,6 +80,6 @@ if torch.distributed.is_available():
             (names.all_to_all_single, sent_back),
         ):
             linear(op, transpose, batch=beside_pieces(op))
-    decompose_as(space.all_reduce_coalesced, one_by_one(space.all_reduce))
+    decompose_as(space.all_reduce_coalesced, uncoalesced(space.all_reduce))
     for op in (space.all_gather_into_tensor, space.reduce_scatter_tensor):
-        decompose_as(getattr(space, f"{op.__name__}_coalesced"), one_by_one(op))
+        decompose_as(getattr(space, f"{op.__name__}_coalesced"), uncoalesced(op))
