@@ -16,6 +16,7 @@ from ..cache import Cache
 from ..errors import CaptureError
 from ..graph import Program, weight
 from ..trace.aliases import Shown, final_views
+from ..trace.arrays import as_returned, check_arrays
 from ..trace.dtensors import undistributed
 from ..trace.emit import Builder, paused_gc
 from ..trace.functionalize import Functionalizer, input_nodes
@@ -74,10 +75,14 @@ class Captured:
 
     def __init__(self, trace: Trace, result: Any, names: Callable[[], Sequence[str]]) -> None:
         self.trace, self.names = trace, names
-        if result.__class__ is Traced and result.tracer is trace and not trace.rebound:
+        plain = not (trace.rebound or trace.arrays)
+        if plain and result.__class__ is Traced and result.tracer is trace:
             self.leaves, self.spec, self.tensors, self.refs = [result], None, [0], (result.ref,)
         else:
             self._flatten(result)
+        if trace.arrays:
+            check_arrays(trace)
+            trace.arrays = ()
         if trace.stand_ins:
             check_stand_ins(trace, self.refs)
         if trace.mutates:
@@ -89,6 +94,8 @@ class Captured:
         """Set the leaves of the result, and the numbers of its tensors."""
         trace = self.trace
         self.leaves, self.spec = flatten(result)
+        if trace.arrays:
+            self.leaves = [as_returned(trace, x) for x in self.leaves]
         if trace.dtensors:
             self.leaves = [*map(undistributed, self.leaves)]
         self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]

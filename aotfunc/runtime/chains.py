@@ -25,6 +25,7 @@ from ..capture.recorded_makers import makers_of
 from ..graph import Program, needed_for, op_of
 from ..trace.emit import Builder, remap
 from ..trace.marks import dead_end
+from ..trace.memory import storage_groups
 from ..trace.node_views import chain_of, view_source
 from ..trace.records import n_new_values, written_slots
 from ..trace.shapes.instr import Instr
@@ -132,7 +133,7 @@ def chained(
         return None
     wrt = tuple(i for i, t in enumerate(tensors) if t.requires_grad)
     written = call.program.mutated
-    apart = len({tensors[i].untyped_storage()._cdata for i in written}) == len(written)
+    apart = len({*storage_groups([tensors[i] for i in written])}) == len(written)
     chain = call.program.once(("chain", wrt, apart), lambda: CallCuts(call, wrt, apart).chain())
     return None if chain is None else chain(tensors)
 

@@ -22,6 +22,7 @@ from ..capture.gathering import gathering
 from ..capture.instances import containers, remade
 from ..capture.tree import Arguments, rebuilder
 from ..graph import Program, kept_alive
+from ..trace.arrays import check_outside_arrays
 from ..trace.following import Following
 from ..trace.memory import whereabouts
 from ..trace.modes import any_modes, without_modes
@@ -336,6 +337,8 @@ def captured_entry(
         following = family.following(values, arguments.leaves, compiled.pipeline.rounds)
     rec = captured(None) if following is None else followed(captured, following, state)
     rec.trace.seeds.check_compiled(known, name)
+    if state.arrays:
+        check_outside_arrays(rec.trace, state.arrays)
     held = held_by(rec.trace, state)
     rec.literal = not compiled.pipeline.takes_numbers(rec)
     finish = Finish(rec, state, places, compiled.titled, *shared)

@@ -17,6 +17,7 @@ from ..capture.calls import CallStep, hidden_writes, on_eager
 from ..debug import outside_dynamo
 from ..graph import Program
 from ..trace.kinds import innermost
+from ..trace.memory import storage_groups
 from ..trace.modes import without_modes
 from ..trace.node_views import storage_root
 from ..trace.shapes.sig import Sig, contiguous_stride, reach
@@ -243,13 +244,11 @@ def before_writes(
     """Return the tensors, with copies of those ``kept`` whose memory is to be ``written``."""
     if not written or not kept:
         return tensors
-
-    def memory(t: Tensor) -> int:
-        return innermost(t).untyped_storage()._cdata
-
-    lost, found = {*map(memory, written)}, [*tensors]
-    for i in kept:
-        if memory(tensors[i]) in lost:
+    held, found = [*kept], [*tensors]
+    groups = storage_groups([innermost(t) for t in (*written, *[tensors[i] for i in held])])
+    lost = {*groups[: len(written)]}
+    for i, memory in zip(held, groups[len(written) :], strict=True):
+        if memory in lost:
             found[i] = strided_copy(tensors[i])
     return found
 

@@ -1,5 +1,6 @@
 """Stack traced numbers in ``torch.tensor([[c, -s], [s, c]])``, which PyTorch would read from
-memory, and check traced classes of ``one_hot``, which PyTorch would not.
+memory, check traced classes of ``one_hot``, which PyTorch would not, and tell a recording what
+memory a tensor is made of.
 
 As in eager no derivative goes through. The functions are exchanged while a recording is under way.
 """
@@ -15,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import debug
+from ..debug import at
+from ..errors import CaptureError
 from .decisions import asks_to_compute
 from .nested import leaves
 from .numbers import frozen
@@ -99,6 +103,41 @@ def checked_one_hot(one_hot: Callable) -> Callable:
     return function
 
 
+from_dlpack = torch.from_dlpack
+
+
+def of_memory(make: Callable) -> Callable:
+    """Return ``torch.from_numpy`` and its like, recorded as constants that ``f`` makes."""
+
+    @functools.wraps(make)
+    def function(data: Any, *args: Any, **kwargs: Any) -> Any:
+        trace = current()
+        if trace is None or under_way.quiet:
+            return make(data, *args, **kwargs)
+        if isinstance(data, Tensor):
+            if data.__class__ is Traced and make is from_dlpack:
+                raise CaptureError(
+                    f"a traced value has no memory for from_dlpack{at(debug.user_line())}"
+                )
+            return make(data, *args, **kwargs)
+        trace.buffer = data
+        try:
+            x = make(data, *args, **kwargs)
+            if x.__class__ is Tensor and not x.untyped_storage().resizable():
+                return torch.ops.aten.lift_fresh.default(x)
+            return x
+        finally:
+            trace.buffer = None
+
+    return function
+
+
 CONSTRUCTORS = {
-    (torch, name): stacking(getattr(torch, name)) for name in ("tensor", "as_tensor", "asarray")
-} | {(F, "one_hot"): checked_one_hot(F.one_hot)}
+    (torch, "tensor"): stacking(torch.tensor),
+    (F, "one_hot"): checked_one_hot(F.one_hot),
+    **{(torch, n): stacking(of_memory(getattr(torch, n))) for n in ("as_tensor", "asarray")},
+    **{
+        (torch, n): of_memory(getattr(torch, n))
+        for n in ("from_numpy", "frombuffer", "from_dlpack")
+    },
+}

@@ -7,8 +7,8 @@ ways are tried once, on scratch memory in which they lie as the arguments do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..cache import Cache
 from ..debug import at, user_line
 from ..errors import CaptureError, OpError
-from .memory import extent, memory_at, memory_of, overlap
+from .memory import Span, extent, meeting_pairs, memory_at, memory_of, overlap
 from .records import written_slots
 from .scalars import NUMBER
 from .shapes.instr import Instr
@@ -27,13 +27,6 @@ if TYPE_CHECKING:
     from .tracer import Trace
 
 aten = torch.ops.aten
-
-
-class Span(NamedTuple):
-    """The memory of an argument, and the byte of it at which the argument begins."""
-
-    memory: Any
-    start: int
 
 
 #: (instruction, places), or (instruction, which arguments share memory made in the recording) ->
@@ -66,12 +59,12 @@ def check_places(trace: Trace) -> None:
     instr, refs, *_ = trace.records[-1]
     written = written_slots(instr)
     places = {
-        i: Span(*memory_at(trace, refs[i], sig))
-        for i, sig in enumerate(instr.sigs)
-        if sig is not NUMBER
+        i: memory_at(trace, refs[i], sig) for i, sig in enumerate(instr.sigs) if sig is not NUMBER
     }
-    found = meeting_pairs(places, {i: extent(instr.sigs[i].proto) for i in places})
-    pairs = ((w, i) for pair in found for w, i in (pair, pair[::-1]) if w in written)
+    slots = [*places]
+    found = meeting_pairs([*places.values()], [extent(instr.sigs[i].proto) for i in slots])
+    both = ((slots[a], slots[b]) for a, b in found)
+    pairs = ((w, i) for pair in both for w, i in (pair, pair[::-1]) if w in written)
     met = next((pair for pair in pairs if meet(instr, places, *pair)), None)
     if met is None:
         return
@@ -105,25 +98,13 @@ def made_apart(roots: Sequence[int], count: int) -> bool:
     return len(made) >= len(roots) - 1 and len({*made}) == len(made)
 
 
-def meeting_pairs(
-    places: Mapping[int, Span], extents: Mapping[int, int]
-) -> Iterator[tuple[int, int]]:
-    """Yield the pairs of arguments whose spans of bytes meet."""
-    memories: dict[Any, list[int]] = {}
-    for i in sorted(places, key=lambda i: places[i].start):
-        before = memories.setdefault(places[i].memory, [])
-        before[:] = [j for j in before if places[j].start + extents[j] > places[i].start]
-        yield from [(j, i) for j in before]
-        before.append(i)
-
-
 def crossing_writes(elements: Sequence[Sequence[Tensor]], shared: Sequence[Tensor]) -> bool:
     """Return whether an op on lists, one element after the other, writes to the first tensor of an
     element what another one, or all, show."""
     every = [(k, i == 0, t) for k, one in enumerate(elements) for i, t in enumerate(one)]
     every += [(-1, False, t) for t in shared]
-    places = {n: Span(*memory_of(t)) for n, (*_, t) in enumerate(every)}
-    for a, b in meeting_pairs(places, {n: extent(t) for n, (*_, t) in enumerate(every)}):
+    places = [memory_of(t) for *_, t in every]
+    for a, b in meeting_pairs(places, [extent(t) for *_, t in every]):
         (k, writes, s), (other, written, t) = every[a], every[b]
         if k != other and (writes or written):
             if overlap(s, places[a].start, t, places[b].start):
@@ -142,17 +123,24 @@ def meet(instr: Instr, places: Mapping[int, Span], w: int, i: int) -> bool:
 
 
 def numbered_spans(instr: Instr, places: Mapping[int, Span]) -> dict[int, Span]:
-    """Return the places with memories numbered, each cut off in front of the first argument."""
+    """Return the places in numbered pieces of memory, each of which begins in front of the first
+    argument in it."""
+    found: dict[int, Span] = {}
     memories = [*dict.fromkeys(p.memory for p in places.values())]
-    first = [min(p.start for p in places.values() if p.memory == m) // 16 * 16 for m in memories]
-    numbers = [memories.index(p.memory) for p in places.values()]
-    return {i: Span(n, places[i].start - first[n]) for i, n in zip(places, numbers, strict=True)}
+    number, memory, first, end = -1, -1, 0, 0
+    for now, start, i in sorted((memories.index(p.memory), p.start, i) for i, p in places.items()):
+        if now != memory or start >= end:
+            number, memory, first, end = number + 1, now, start // 16 * 16, start
+        found[i] = Span(number, start - first)
+        end = max(end, start + extent(instr.sigs[i].proto))
+    return {i: found[i] for i in places}
 
 
 def observed_access(instr: Instr, places: Mapping[int, Span], written: Sequence[int]) -> str:
     """Return how the op's kernel goes through memory, or what PyTorch says that refuses it. Ops of
-    others are not run, nor those that draw."""
-    if instr.op.namespace != "aten" or instr.facts.random:
+    others are not run, nor those that draw, nor on elements that begin amid others."""
+    uneven = any(p.start % instr.sigs[i].dtype.itemsize for i, p in places.items())
+    if instr.op.namespace != "aten" or instr.facts.random or uneven:
         return OTHER
 
     def view(whole: Tensor, i: int) -> Tensor:

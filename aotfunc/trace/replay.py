@@ -13,7 +13,7 @@ from ..debug import at, user_line
 from ..errors import CaptureError
 from .above import above
 from .kinds import has_values
-from .memory import memory_of
+from .memory import storage_span
 from .modes import device_generators, without_modes
 from .numbers import refusal
 from .records import Record, instr_run, n_new_values, written_slots
@@ -36,11 +36,13 @@ class Replay:
 
     def __init__(self, trace: Answering) -> None:
         self.done = self.lifted = self.numbers = 0  # how far it has come
+        self.crosses = False  # some tensors overlap that are copied apart
         self.env: dict[int, Any] = {}
         #: steps that wait, by the number of their first result, and that number for each result
         self.steps: dict[int, tuple[Instr, Sequence[int]]] = {}
         self.makers: dict[int, int] = {}
-        self.storages: dict[Any, Tensor] = {}  # copies share memory as the originals do
+        #: copies share memory as the originals do: (its identity, first and last byte, copy)
+        self.storages: list[tuple[int, int, int, torch.UntypedStorage]] = []
         # samples of a batch, recordings inside of others, and each call of a compiled function
         # start at another state of the generator
         self.draws = (
@@ -58,15 +60,20 @@ class Replay:
 
     def copy(self, t: Tensor) -> Tensor:
         t = t.detach()
-        key, _ = memory_of(t)
-        if key not in self.storages:
-            self.storages[key] = torch.empty(0, dtype=t.dtype, device=t.device).set_(
-                t.untyped_storage().clone()
-            )
-        whole = self.storages[key]
-        if whole.dtype != t.dtype:
-            return t.clone()
-        return whole.as_strided(t.shape, t.stride(), t.storage_offset())
+        memory, start, stop = storage_span(t)
+        meets = (x for x in self.storages if x[0] == memory and start < x[2] and x[1] < stop)
+        known = next(meets, None)
+        if known is None:
+            known = memory, start, stop, t.untyped_storage().clone()
+            self.storages.append(known)
+        _, first, last, whole = known
+        size = t.element_size()
+        offset, odd = divmod(t.storage_offset() * size + start - first, size)
+        if first <= start and stop <= last and not odd:
+            new = torch.empty(0, dtype=t.dtype, device=t.device)
+            return new.set_(whole, offset, t.shape, t.stride())
+        self.crosses = True
+        return t.clone()
 
     def lose(self, trace: Answering, root: int) -> None:
         """Forget the values that show the memory ``root``: an unknown value was written there."""
@@ -100,6 +107,11 @@ class Replay:
                 [self.env[first]] = instr_run(instr, [self.env[r] for r in refs])
                 self.number, self.done = first + 1, self.done + 1
                 return
+        if self.crosses and written_slots(instr):
+            raise CaptureError(
+                "the value of a tensor was asked for after a write, and there are tensors whose "
+                f"memories overlap and do not cover one another{at(user_line())}: pass clones"
+            )
         waits, end = not instr.runs or may_wait(instr), first + n_new_values(instr)
         if not waits:
             self.run([*self.steps])

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..debug import _OURS, at, user_line
 from ..errors import CaptureError
+from .arrays import lift_array
 from .autograd import needs_grad
 from .casts import record_cast
 from .caught import RAISING_OPS, catches, raising_first
@@ -73,9 +74,10 @@ def _view_as_real(trace: Trace, x: Tensor) -> Any:
 
 
 def _lift_fresh(trace: Trace, x: Tensor) -> Any:
-    """Record a constant that ``f`` makes on each run; numpy's memory is none."""
-    if x.untyped_storage().resizable():
-        trace.made_inside |= {trace.lift(x)}
+    """Record a constant that ``f`` makes on each run, or a tensor of an array's memory."""
+    if not x.untyped_storage().resizable():
+        return lift_array(trace, x)
+    trace.made_inside |= {trace.lift(x)}
     return NotImplemented
 
 

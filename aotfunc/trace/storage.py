@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
-from .memory import memory_of
+from .memory import storage_of
 from .traced import Traced
 
 
@@ -24,7 +24,7 @@ class TracedStorage:
 
     @property
     def _cdata(self) -> Any:
-        return memory_of(self.shown)[0]
+        return storage_of(self.shown)
 
     def __eq__(self, other: object) -> bool:
         return bool(self._cdata == getattr(other, "_cdata", None))

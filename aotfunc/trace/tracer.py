@@ -23,6 +23,7 @@ from .. import debug
 from ..debug import at
 from ..errors import CaptureError
 from . import histories
+from .arrays import OfArray, check_array_write
 from .collectives import record_collective
 from .dtensors import record_op
 from .following import LOW, expressions_in, with_values
@@ -49,6 +50,8 @@ class Trace(Answering, TorchDispatchMode):
     """One recording: PyTorch hands it every op while it is entered."""
 
     supports_higher_order_operators = True  # so that they are refused here
+    arrays: tuple[OfArray, ...] = ()
+    buffer: Any = None  # the array, or buffer, of which a tensor is being made
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -144,6 +147,8 @@ class Trace(Answering, TorchDispatchMode):
             try:
                 if not facts.reshapes:
                     check_overlaps(self)
+                if self.arrays:
+                    check_array_write(self, [refs[s] for s in written_slots(instr)])
                 self.mutates = True
                 if func in OVERWRITES and not self.may_ask_constants and _grad_enabled():
                     self.autograd.overwrite(refs, self.kin(refs[0]))
@@ -243,6 +248,8 @@ class Trace(Answering, TorchDispatchMode):
         refs = tuple([self.ref_of(t)[0] for t in tensors])
         self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
         if instr.mutates:
+            if self.arrays:
+                check_array_write(self, [refs[s] for s in written_slots(instr)])
             self.mutates = True
             if _grad_enabled():
                 histories.follow_writes(self, [tensors[s] for s in written_slots(instr)])

@@ -90,6 +90,8 @@ class Containers(Objects):
             self.extra(x, v, label)
             return
         now = content(x)
+        if isinstance(x, np.ndarray):
+            self.arrays.append((x, now[-1]))
         self.key.append(now)
         self.facts.append((label, now))
         self.lines.append(f"if content({v}) != {self.constant(now)}: return")

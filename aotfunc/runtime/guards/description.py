@@ -42,6 +42,7 @@ class Description(CheckLines):
         self.key: list[Any] = []
         self.tensors: list[Tensor] = []
         self.paths: list[str] = []  # the variables that hold the tensors
+        self.arrays: list[tuple[Any, bytes]] = []  # of NumPy, each with its content
         self.facts: list[tuple[str, Any]] = []  # what is guarded, for people
         self.lines: list[str] = []
         self.constants: dict[str, Any] = {}
