@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -51,12 +51,17 @@ class Replay:
             and under_way.traces[:1] in ([], [trace])
         )
         if trace.concrete_inputs is not None:
-            for i, t in enumerate(trace.concrete_inputs):
-                if t is not None and (real := known(trace, t)) is not None:
-                    with quiet():
-                        self.env[i] = self.copy(real)
+            inputs = enumerate(trace.concrete_inputs)
+            with quiet():
+                self.take_copies((i, known(trace, t)) for i, t in inputs if t is not None)
         self.states: dict[torch.Generator, Tensor] = {}  # after the draws of this run
         self.number = len(trace.inputs)
+
+    def take_copies(self, tensors: Iterable[tuple[int, Tensor | None]]) -> None:
+        """Copy tensors that have values, those first whose memory may cover that of others."""
+        found = [(r, t) for r, t in tensors if t is not None]
+        for r, t in sorted(found, key=lambda x: -x[1].untyped_storage().nbytes()):
+            self.env[r] = self.copy(t)
 
     def copy(self, t: Tensor) -> Tensor:
         t = t.detach()
@@ -85,11 +90,9 @@ class Replay:
         """Return the value of a result; None if it depends on inputs without values."""
         new = trace.runnable(self.done)
         with quiet(), without_modes(trace.dtype), torch.no_grad(), self.drawing(new):
-            for i in range(self.lifted, len(trace.lifted)):
-                t = trace.lifted[i]
-                real = t if -1 - i in trace.made_inside else known(trace, t)
-                if real is not None:
-                    self.env[-1 - i] = self.copy(real)
+            lifted = ((-1 - i, trace.lifted[i]) for i in range(self.lifted, len(trace.lifted)))
+            made = trace.made_inside
+            self.take_copies((r, t if r in made else known(trace, t)) for r, t in lifted)
             self.lifted = len(trace.lifted)
             for i in range(self.numbers, len(trace.numbers)):
                 self.env[FIRST - i] = trace.numbers[i]
