@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -277,6 +278,20 @@ PROGRAMS: dict[str, Callable] = {
     "writes to overlapping arguments": lambda compiler: compiler(lambda a, b: a.add_(b.sum()))(
         *(lambda t: (t[:4], t[2:]))(torch.arange(6.0))
     ),
+    "`torch.from_numpy(a).add_(x)`, `a` an array from outside": closed_over(
+        lambda: np.ones(3), lambda a, x: torch.from_numpy(a).add_(x)
+    ),
+    "`t = torch.from_numpy(a)`, read after `a[0] = 1`": closed_over(
+        lambda: np.zeros(3), lambda a, x: (lambda t: (a.fill(1), x * t)[1])(torch.from_numpy(a))
+    ),
+    "`t.add_(x)`, and `a` read, of which `t` was made": closed_over(
+        lambda: (lambda a: (a, torch.from_numpy(a)))(np.ones(3)),
+        lambda both, x: both[1].add_(x) * float(both[0][0]),
+    ),
+    "`n = y.numpy()`, then `y.add_(1)`": on(ones())(
+        lambda x: (lambda y: (y.numpy(), y.add_(1)))(torch.tensor([1.0, 2.0]))[1] + x
+    ),
+    "`torch.from_dlpack(x)` of an argument": on(ones())(lambda x: torch.from_dlpack(x) * 2),
     "`xs.append(x)` of an argument": lambda compiler: compiler(
         lambda xs: (xs.append(xs[0]), xs[0] * 2)[1]
     )([torch.ones(3)]),

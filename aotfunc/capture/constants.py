@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
+from ..trace.arrays import shown_array
 from ..trace.patches import ORIGINALS
 from ..trace.traced import current, quiet, under_way
 
@@ -17,11 +18,11 @@ from ..trace.traced import current, quiet, under_way
 @functools.wraps(Tensor.numpy)
 def numpy_of_a_constant(self: Tensor, *, force: bool = False) -> Any:
     """Return the numpy array of an outside tensor's memory, unrecorded."""
-    if current() is None:
+    if current() is None or under_way.quiet:
         return ORIGINALS["numpy"](self, force=force)
     value = constant_value(self)
     with quiet():
-        return ORIGINALS["numpy"](value, force=force)
+        return shown_array(self, ORIGINALS["numpy"](value, force=force))
 
 
 def tolist_of_a_constant(self: Tensor) -> Any:

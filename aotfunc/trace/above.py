@@ -11,6 +11,7 @@ _MODULES = {
     "check_inputs": "capture.leaked",
     "leaked_value": "capture.leaked",
     "run_outside": "capture.leaked",
+    "shown_array": "trace.arrays",
     "give_memory": "trace.outside",
     "register_hook": "capture.hooks",
     "torch_cond": "api.operators",

@@ -8,8 +8,10 @@ none of NumPy's.
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,9 +20,9 @@ from torch import Tensor
 
 from ..debug import at, user_line
 from ..errors import CaptureError
-from .memory import PROCESS, Span, extent, meeting_pairs, memory_of, overlaps_itself
+from .memory import PROCESS, Span, extent, meeting_pairs, memory_at, memory_of, overlaps_itself
 from .shapes.instr import env_key, intern, interned
-from .shapes.sig import Slot, sig_of
+from .shapes.sig import Sig, Slot, sig_of
 from .traced import Traced, quiet, under_way
 
 if TYPE_CHECKING:
@@ -43,7 +45,11 @@ class OfArray(NamedTuple):
     @property
     def is_shared(self) -> bool:
         """Return whether anything but this tensor holds the array."""
-        return self.owner is None or sys.getrefcount(self.owner) > HELD
+        return self.owner is None or self.references > HELD
+
+    @property
+    def references(self) -> int:
+        return sys.getrefcount(self.owner)
 
     @property
     def has_changed(self) -> bool:
@@ -51,10 +57,6 @@ class OfArray(NamedTuple):
         with quiet():
             both = [t.clone(memory_format=torch.contiguous_format) for t in self[:2]]
             return not torch.equal(*[t.reshape(-1).view(torch.uint8) for t in both])
-
-
-#: the references to an array that its tensor, the tuple above and the question make
-HELD = 3
 
 
 def lift_array(trace: Trace, x: Tensor) -> Tensor:
@@ -75,22 +77,62 @@ def lift_array(trace: Trace, x: Tensor) -> Tensor:
 
 
 def owner_of(array: Any) -> Any:
-    """Return the array whose memory a view of it shows."""
-    while isinstance(array, np.ndarray) and isinstance(array.base, np.ndarray):
+    """Return the array that owns the memory which an array shows; None for other buffers."""
+    while isinstance(array, np.ndarray) and array.base is not None:
         array = array.base
+    return array if isinstance(array, np.ndarray | bytearray) else None
+
+
+def lone_array() -> OfArray:
+    """Return the tensor of an array that nothing else holds."""
+    array = np.zeros(1)
+    return OfArray(torch.from_numpy(array), torch.zeros(1), 0, 0, array)
+
+
+#: the references to an array that its tensor, the tuple and the question make
+HELD = lone_array().references
+
+
+def check_array_write(trace: Trace, written: Iterable[tuple[int, Sig]]) -> None:
+    """Refuse a write to memory that NumPy may read in the function: of which it has an array, or
+    of which the function makes a tensor."""
+    for ref, sig in written:
+        root = trace.root(ref)
+        if any(a.ref == root and a.is_shared for a in trace.arrays):
+            raise CaptureError(
+                "the function writes to a tensor that it makes of the memory of an array, or of a "
+                f"buffer, which would not show it before the function is over{at(user_line(3))}: "
+                f"{COPY}"
+            )
+        alive = [(span, size) for array, span, size in trace.shown if array() is not None]
+        spans = [memory_at(trace, ref, sig), *(span for span, _ in alive)]
+        pairs = meeting_pairs(spans, [extent(sig.proto), *(size for _, size in alive)])
+        if any(0 in pair for pair in pairs):
+            raise CaptureError(
+                "the function writes to a tensor of whose memory it has an array (x.numpy()), "
+                f"which would not show it{at(user_line(3))}: take a copy (x.numpy().copy())"
+            )
+
+
+def shown_array(t: Tensor, array: np.ndarray) -> np.ndarray:
+    """Return the array of a tensor's values, read-only: no recording would see writes to it."""
+    array.flags.writeable = False
+    if under_way.traces and array.size:
+        shown = weakref.ref(array), memory_of(t), extent(t)
+        for each in under_way.traces:
+            each.shown += (shown,)
     return array
 
 
-def check_array_write(trace: Trace, refs: Iterable[int]) -> None:
-    """Refuse a write to one of these values if it shows the memory of an array that NumPy may read
-    in the function."""
-    roots = {trace.root(r) for r in refs}
-    if any(a.ref in roots and a.is_shared for a in trace.arrays):
-        raise CaptureError(
-            "the function writes to a tensor that it makes of the memory of an array, or of a "
-            f"buffer, which would not show it before the function is over{at(user_line(3))}: "
-            f"{COPY}"
-        )
+@contextmanager
+def without_warning(trace: Trace, data: Any) -> Iterator[None]:
+    """Silence torch's warning of an array that is read-only as :func:`shown_array` made it."""
+    if all(array() is not data for array, *_ in trace.shown):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def check_arrays(trace: Trace) -> None:
@@ -116,22 +158,24 @@ def as_returned(trace: Trace, leaf: Any) -> Any:
     array lives on."""
     if leaf.__class__ is not Traced or leaf.tracer is not trace or leaf.requires_grad:
         return leaf
-    root = trace.root(leaf.ref)
+    root, sig = trace.root(leaf.ref), leaf.sig
+    if root in trace.roots().written or trace.conjugated(leaf.ref):
+        return leaf
     for a in trace.arrays:
-        if a.ref == root and a.is_shared and root not in trace.roots().written:
+        if a.ref == root and a.is_shared:
             for each in under_way.traces:
                 each.runs_always = True  # the next call's array may be another one
             with quiet():
-                x = a.tensor.view(leaf.dtype) if leaf.dtype is not a.tensor.dtype else a.tensor
-                start = x.storage_offset() + leaf.sig.offset
-                return x.as_strided(leaf.sig.shape, leaf.sig.stride, start)
+                memory = a.tensor.untyped_storage()
+                return torch.empty(0, dtype=sig.dtype).set_(
+                    memory, sig.offset, sig.shape, sig.stride
+                )
     return leaf
 
 
 def check_outside_arrays(trace: Trace, arrays: Sequence[tuple[np.ndarray, bytes]]) -> None:
     """Refuse a recording that reads or writes the memory of arrays which the function reads, too,
-    if it writes there, or NumPy has; what NumPy wrote is undone. ``arrays``: each with its content
-    before the recording."""
+    if it writes there, or NumPy has. ``arrays``: each with its content before the recording."""
     tensors = [*trace.origins, *trace.lifted]
     bounds = [bounds_of(a) for a, _ in arrays]
     spans = [*map(memory_of, tensors), *(Span(PROCESS, start) for start, _ in bounds)]
@@ -142,8 +186,6 @@ def check_outside_arrays(trace: Trace, arrays: Sequence[tuple[np.ndarray, bytes]
         if i < len(tensors) <= k:
             array, before = arrays[k - len(tensors)]
             changed = array.tobytes() != before
-            if changed:
-                array[...] = np.frombuffer(before, array.dtype).reshape(array.shape)
             if changed or places[i].group in groups:
                 raise CaptureError(
                     f"the function reads an array of shape {list(array.shape)}, and a tensor of "

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
+from .arrays import without_warning
 from .decisions import asks_to_compute
 from .nested import leaves
 from .numbers import frozen
@@ -122,7 +123,8 @@ def of_memory(make: Callable) -> Callable:
             return make(data, *args, **kwargs)
         trace.buffer = data
         try:
-            x = make(data, *args, **kwargs)
+            with without_warning(trace, data):
+                x = make(data, *args, **kwargs)
             if x.__class__ is Tensor and not x.untyped_storage().resizable():
                 return torch.ops.aten.lift_fresh.default(x)
             return x

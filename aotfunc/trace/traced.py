@@ -219,9 +219,7 @@ class Traced(Tensor):
             self.check_numpy()
         value = _live(self)
         with quiet():
-            array = torch._C.TensorBase.numpy(value, force=True)
-        array.flags.writeable = False  # no recording would see writes through it
-        return array
+            return above("shown_array", self, torch._C.TensorBase.numpy(value, force=True))
 
     def check_numpy(self) -> None:
         """Refuse ``.numpy()`` if it would cut a derivative silently."""
@@ -261,7 +259,8 @@ class Traced(Tensor):
         self.check_numpy()
         value = _live(self)
         with quiet():
-            return value.__array__(dtype) if dtype is not None else value.__array__()
+            array = value.__array__() if dtype is None else value.__array__(dtype)
+            return above("shown_array", self, array) if dtype is None else array
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"traced({self.sig}, %{self.ref})" if hasattr(self, "sig") else "traced()"

@@ -30,6 +30,7 @@ from .following import LOW, expressions_in, with_values
 from .in_place import OVERWRITES, check_reshaped, write_results
 from .kinds import dtensor_class
 from .learning import follows_default, learn
+from .memory import Span
 from .overlaps import check_overlaps
 from .records import written_slots
 from .replay import Answering
@@ -51,6 +52,7 @@ class Trace(Answering, TorchDispatchMode):
 
     supports_higher_order_operators = True  # so that they are refused here
     arrays: tuple[OfArray, ...] = ()
+    shown: tuple[tuple[Any, Span, int], ...] = ()  # arrays of values, where these lie
     buffer: Any = None  # the array, or buffer, of which a tensor is being made
 
     @classmethod
@@ -147,8 +149,9 @@ class Trace(Answering, TorchDispatchMode):
             try:
                 if not facts.reshapes:
                     check_overlaps(self)
-                if self.arrays:
-                    check_array_write(self, [refs[s] for s in written_slots(instr)])
+                if self.arrays or self.shown:
+                    places = [(refs[s], instr.sigs[s]) for s in written_slots(instr)]
+                    check_array_write(self, places)
                 self.mutates = True
                 if func in OVERWRITES and not self.may_ask_constants and _grad_enabled():
                     self.autograd.overwrite(refs, self.kin(refs[0]))
@@ -248,8 +251,8 @@ class Trace(Answering, TorchDispatchMode):
         refs = tuple([self.ref_of(t)[0] for t in tensors])
         self.records.append((instr, refs, _grad_enabled(), self.region, debug.user_line(2)))
         if instr.mutates:
-            if self.arrays:
-                check_array_write(self, [refs[s] for s in written_slots(instr)])
+            if self.arrays or self.shown:
+                check_array_write(self, [self.ref_of(tensors[s]) for s in written_slots(instr)])
             self.mutates = True
             if _grad_enabled():
                 histories.follow_writes(self, [tensors[s] for s in written_slots(instr)])

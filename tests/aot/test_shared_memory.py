@@ -280,6 +280,8 @@ class TestMadeInside:
 
         with pytest.raises(CaptureError, match="writes to an array"):
             AROUND[around](f)(torch.ones(6))
+        if around not in ("vjp", "vmap"):
+            assert (array == ARRAY).all()
 
 
 @pytest.mark.parametrize("around", AROUND)
@@ -322,6 +324,13 @@ def test_a_returned_tensor_shares_the_array(view, around):
         array[:] = ARRAY
 
 
+def test_a_returned_conjugate_of_an_array():
+    array = np.array([1 + 2j, 3j])
+    f = lambda x: (torch.from_numpy(array).conj(), torch.from_numpy(array).imag, x * 2)
+    same(jit(f, backend="eager")(torch.ones(2)), f(torch.ones(2)))
+    same(vjp(f, torch.ones(2))[0], f(torch.ones(2)))
+
+
 def test_an_array_that_the_function_reads_beside_a_tensor_of_it():
     array = ARRAY.copy()
     t = of(array)
@@ -349,3 +358,47 @@ def test_an_array_that_the_function_reads_beside_a_tensor_of_it():
 def test_from_dlpack_of_an_argument_is_refused():
     with pytest.raises(CaptureError, match="no memory for from_dlpack"):
         jit(lambda x: torch.from_dlpack(x) * 2, backend="eager")(torch.ones(3))
+
+
+HAS_ARRAYS = {
+    "of a tensor from outside": lambda c, x: (c.numpy(), c.add_(1), x * c)[::2],
+    "of a part": lambda c, x: (c[1:].numpy(), c.add_(1), x * c)[::2],
+    "of the whole, a part is written": lambda c, x: (c.numpy(), c[1:].add_(1), x * c)[::2],
+    "of a value": lambda c, x: (lambda y: (y.numpy(), y.add_(1), x))(c * 2)[::2],
+    "by asarray": lambda c, x: (lambda y: (np.asarray(y), y.add_(1), x))(c * 2)[::2],
+    "a tensor of an array": lambda c, x: (torch.from_numpy(c.numpy()), c.add_(1))[0] * x,
+}
+
+
+@pytest.mark.parametrize("name", HAS_ARRAYS)
+def test_an_array_of_what_is_written_then(name):
+    c = torch.ones(3)
+    with pytest.raises(CaptureError, match="would not show it"):
+        vjp(lambda x: HAS_ARRAYS[name](c, x), torch.ones(3))
+    same(c, torch.ones(3))
+
+
+def test_an_array_that_is_gone_or_a_copy():
+    c = torch.ones(3)
+
+    def f(x):
+        k, n = float(c.numpy().sum()), c.numpy().copy()
+        c.add_(1)
+        return x * c * k * float(n.sum()) * float(c.numpy().sum())
+
+    same(vjp(f, torch.ones(3))[0], torch.full((3,), 108.0))
+    with pytest.raises(ValueError, match="read-only"):
+        vjp(lambda x: (c.numpy().fill(0), x)[1], torch.ones(3))
+
+
+def test_arrays_are_put_back_where_the_function_is_captured_twice():
+    array = np.zeros(2)
+
+    def f(x):
+        array[0] += 1
+        return x * float(array[0])
+
+    compiled = jit(f, backend="eager")
+    for k in (1.0, 2.0, 3.0):
+        same(compiled(torch.ones(2)), torch.full((2,), k))
+        assert array[0] == k

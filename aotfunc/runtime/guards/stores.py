@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from ...capture.instances import flatten_tree
@@ -120,6 +121,9 @@ def undo_changes(state: State) -> None:
         ]
         if changed:
             restore(owner, before, changed)
+    for array, content in state.arrays:
+        if array.tobytes() != content:
+            array[...] = np.frombuffer(content, array.dtype).reshape(array.shape)
 
 
 def restore(owner: Any, before: dict, keys: Sequence[Any]) -> None:
