@@ -21,6 +21,7 @@ from ..trace.entering import as_outside
 from ..trace.following import Following
 from ..trace.kinds import KINDS
 from ..trace.recording import record_into
+from ..trace.tensor_classes import class_facts
 from ..trace.traced import Traced, attributes, current, quiet
 from ..trace.tracer import Trace, on_functions
 from . import patches
@@ -100,6 +101,8 @@ def capture(
                 trace.stand_for(t, x)
             if x.__dict__ and (given := attributes(x)):
                 t.__dict__.update(given)
+            if not (sampled or differentiated):  # torch.func wraps all of these
+                t.__dict__.update(class_facts(x))
             # an index may stand beside traced ones
             whole = samples is not None and not sampled and x.dim()
             values[i] = x if whole or id(x) in outside else t

@@ -26,7 +26,7 @@ from ..debug import at, outside_dynamo, user_line
 from ..errors import ArgumentError, CaptureError
 from ..graph import weight
 from ..trace.entering import entry, modes_are_on, without_function_modes
-from ..trace.kinds import check_kind
+from ..trace.kinds import check_argument
 from ..trace.memory import whereabouts
 from ..trace.modes import OTHERS, function_modes_key, is_exporting
 from ..trace.seeds import of_python, rewinder
@@ -188,7 +188,7 @@ class Compiled:
             self._recent.put(key, entry)
             return entry([*tensors, *entry.closed(state.tensors)], self.f, objects, given)
         for t in tensors:
-            check_kind(t, dtensors=current() is None)
+            check_argument(t, current() is None, self._names.all)
         before, learnt, rewind = of_python(), self._names.learnt, rewinder()
         more = False
         try:
@@ -272,7 +272,7 @@ class Compiled:
         found = self.entries.get(full)
         if found is None:
             for t in tensors:
-                check_kind(t, dtensors=True)
+                check_argument(t, True, self._names.all)
             self.captures += 1
             try:
                 found, _ = captured_entry(

@@ -28,6 +28,7 @@ from ..trace.memory import whereabouts
 from ..trace.modes import any_modes, without_modes
 from ..trace.outside import check_outside_hooks
 from ..trace.seeds import states
+from ..trace.tensor_classes import is_extension
 from ..trace.traced import Traced, current
 from .aliasing import ALONE, Changes, alone_in_memory, change_in_place, without_views
 from .autograd import call_compiled, differentiated, halves_of
@@ -346,9 +347,12 @@ def captured_entry(
     enables = quiet and rec.enables
     program, views = without_views(rec, quiet and not enables)
     program, placed = laid_as_inputs(program, [*rec.trace.origins, *rec.closed_over])
+    # eager ops give results the classes that they have in eager mode
+    classes = [c for t in tensors if is_extension(c := t.__class__)]
     # what requires grad decides where a call is cut
     alike = (
         program,
+        (*classes,),
         environment_key(),
         frozenset(ref for ref, yes in rec.trace.autograd.leaves.items() if yes),
     )
@@ -360,7 +364,7 @@ def captured_entry(
         )
         whole.cache[ALONE] = alone_in_memory(rec)
         # what ends in an error runs once
-        pipeline = Pipeline(name, "eager") if errors else compiled.pipeline
+        pipeline = Pipeline(name, "eager") if errors or classes else compiled.pipeline
         call = CompiledCall(whole, pipeline.whole, pipeline.split, name)
         if placed:
             call = on_parts(call)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..capture.captured import Captured
 from ..errors import AotfuncError, CaptureError
 from ..trace.autograd import Reach
+from ..trace.tensor_classes import GIVEN
 from ..trace.traced import Traced
 from ..trace.tracer import Trace
 from .aliasing import memory_program
@@ -34,7 +35,9 @@ class Leaves:
             if ref in trace.autograd.kept and ref not in trace.finals
         ]
         self.parameters = [
-            k for k, i in enumerate(rec.tensors) if hasattr(rec.leaves[i], "_is_param")
+            k
+            for k, i in enumerate(rec.tensors)
+            if getattr(rec.leaves[i], "_is_param", GIVEN) is not GIVEN
         ]
         self.returned = [
             k

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
-from .traced import Traced, as_if_outside, quiet
+from .tensor_classes import only_adds, subclasses
+from .traced import CLASS, Traced, as_if_outside, attributes, quiet
 
 
 def dtensor_class() -> Any:
@@ -67,6 +69,21 @@ def check_kind(t: Tensor, dtensors: bool = False) -> None:
         raise of_subclass(t, "an argument")
 
 
+def check_argument(t: Tensor, dtensors: bool, named: Callable[[], Collection[str]]) -> None:
+    """Refuse what a compiled function does not take, and instances of a subclass that changes what
+    tensors do, or by which a function that has ``named`` these names may decide."""
+    check_kind(t, dtensors)
+    cls = type(t)
+    if cls in KINDS or dispatches(t):
+        return
+    if not only_adds(cls):
+        raise of_subclass(t, "an argument", "changes what tensors do and ")
+    if asked := {*_ASKS_CLASS, *(c.__name__ for c in subclasses(cls))} & {*named()}:
+        raise of_subclass(t, "an argument", f"the function looks at ({min(asked)}) and which ")
+
+
+#: names by which code looks at the class of a tensor
+_ASKS_CLASS = ("type", "__class__", "singledispatch")
 #: the classes of ordinary tensors
 KINDS = frozenset((Tensor, torch.nn.Parameter, Traced))
 
@@ -93,9 +110,9 @@ def of_nested() -> CaptureError:
     )
 
 
-def of_subclass(t: Tensor, what: str) -> CaptureError:
+def of_subclass(t: Tensor, what: str, why: str = "") -> CaptureError:
     return CaptureError(
-        f"{what} is of the subclass {type(t).__name__}{at(debug.user_line())}, which is not "
+        f"{what} is of the subclass {type(t).__name__}{at(debug.user_line())}, which {why}is not "
         "compiled; use x.as_subclass(torch.Tensor)"
     )
 
@@ -121,7 +138,11 @@ def ordinary_tensor(x: Any) -> Any:
     ):
         return x
     with as_if_outside(), quiet(), torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
-        return x.as_subclass(Tensor)
+        plain = x.as_subclass(Tensor)
+    plain.__dict__.update(attributes(x))
+    if only_adds(cls):
+        plain.__dict__[CLASS] = cls
+    return plain
 
 
 def has_values(t: Tensor) -> bool:

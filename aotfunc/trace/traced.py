@@ -172,7 +172,9 @@ class Traced(Tensor):
 
     def as_subclass(self, cls: type) -> Tensor:  # type: ignore[override]
         """Return a plain tensor, for which a subclass that changes nothing stands."""
-        if only_adds(cls):
+        from .tensor_classes import only_adds
+
+        if only_adds(cls) and not issubclass(cls, torch.nn.Parameter):
             return self
         raise CaptureError(
             f"a result here would be of the subclass {cls.__name__}, which changes what tensors "
@@ -181,10 +183,9 @@ class Traced(Tensor):
         )
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"tensors have no attribute {name!r}: those of a subclass are plain tensors inside a "
-            "captured function"
-        )
+        from .tensor_classes import class_attribute
+
+        return class_attribute(self, name)
 
     def __len__(self) -> int:
         if not self.sig.shape:
@@ -310,15 +311,19 @@ class Traced(Tensor):
             return value.__reduce_ex__(protocol)
 
 
-#: attributes that a traced value itself answers
+#: the attribute that holds the subclass, which adds attributes and methods, of the tensor that a
+#: plain one stands for
+CLASS = "_class_outside"
+#: attributes that a traced value itself answers, and what PyTorch knows a parameter by
 _OWN = frozenset({"tracer", "ref", "sig", "_grad"})
+_ANSWERED = frozenset({"_grad", "_is_param", CLASS})
 
 
 def attributes(t: Tensor) -> dict[str, Any]:
     """Return the attributes that Python code has set on a tensor."""
     given = t.__dict__
     if t.__class__ is Traced:
-        return {k: v for k, v in given.items() if k != "_grad"}
+        return {k: v for k, v in given.items() if k not in _ANSWERED}
     if given and not _OWN.isdisjoint(given):
         names = ", ".join(sorted(_OWN.intersection(given)))
         raise CaptureError(
@@ -359,20 +364,6 @@ def check_leak(t: Traced) -> None:
             "a value leaked from an inner transform and is used outside of "
             f"it{at(debug.user_line())}: return it from the inner function (has_aux=True)"
         )
-
-
-def only_adds(cls: type) -> bool:
-    """Return whether a subclass of Tensor adds attributes or methods and overrides none."""
-    added = (set(vars(c)) for c in cls.__mro__ if issubclass(c, Tensor) and c is not Tensor)
-    return all(name in _HARMLESS or not hasattr(Tensor, name) for names in added for name in names)
-
-
-_HARMLESS = frozenset(
-    """
-    __doc__ __module__ __dict__ __weakref__ __new__ __init__ __repr__ __str__ __slots__
-    __annotations__ __annotate_func__ __static_attributes__ __firstlineno__
-    """.split()
-)
 
 
 def as_if_outside() -> Any:

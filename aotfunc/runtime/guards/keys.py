@@ -28,7 +28,7 @@ from ...errors import CaptureError
 from ...trace.following import with_values
 from ...trace.kinds import check_kind, is_dtensor
 from ...trace.modes import Surroundings, function_modes_key
-from ...trace.traced import attributes
+from ...trace.traced import CLASS, attributes
 from .reads import CLOSED, library_of_module
 
 TENSORS = (Tensor, nn.Parameter)
@@ -173,6 +173,7 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
     if cls in TENSORS:
         try:
             key += (
+                cls,
                 x.shape,
                 x.stride(),
                 x.dtype,
@@ -205,6 +206,10 @@ def describe_argument(x: Any, key: list, tensors: list[Tensor], objects: list[An
         key += (x.requires_grad and 1 + x.is_leaf, x.is_conj(), x.is_inference())
         key += (sig.start,) if sig is not None else (x.shape, x.stride(), x.dtype, x.device)
         key.append(x._spec if is_dtensor(x) else None)
+        known = {CLASS: cls, **x.__dict__} if sig is None else x.__dict__
+        key += (isinstance(x, nn.Parameter), known.get(CLASS))
+        if library_of_module(getattr(known.get(CLASS), "__module__", "torch")) not in CLOSED:
+            objects.append(known[CLASS])  # its methods are found on the stand-in
         tensors.append(x)
         describe_attributes(x, key, objects)
     elif is_value(x):

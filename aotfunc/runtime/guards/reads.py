@@ -293,6 +293,10 @@ class Names:
         sets = (self.attributes, self.written, self.of_torch, self.opened)
         return sum(map(len, sets)) + self.any + self.gradients
 
+    def all(self) -> set[str]:
+        """Return the names of variables and attributes."""
+        return self.variables | self.attributes
+
     def learn(self, rates: bool, misses_gradients: bool) -> bool:
         """Return whether a capture that failed is to be tried again, with another description:
         with the gradients that it has asked for, or without ``rates`` that are tensors."""

@@ -108,8 +108,7 @@ def referred(tree: Any, known: dict[int, Any]) -> Any:
             return made[id(x)]
         if isinstance(x, Tensor):
             mine = x.__class__ is Traced and x.tracer is current()
-            given = dict(attributes(x)) if mine else {}
-            given.pop("_is_param", None)  # by which PyTorch knows parameters of other classes
+            given = attributes(x) if mine else {}
             made[id(x)] = x  # it may be an attribute of its own
             if given:
                 made[id(x)] = Tagged(x, [*map(new, given.values())], tuple(given))
