@@ -123,6 +123,20 @@ def assigned_to_argument(x):
     return x
 
 
+class Extended(torch.Tensor):
+    def doubled(self):
+        return self * 2
+
+
+class Negated(torch.Tensor):
+    def __add__(self, other):
+        return super().__add__(-other)
+
+
+def instance(cls: type) -> Callable[[], torch.Tensor]:
+    return lambda: torch.ones(3).as_subclass(cls)
+
+
 class Box:
     def __init__(self, kept=None):
         self.kept = kept
@@ -347,6 +361,21 @@ PROGRAMS: dict[str, Callable] = {
     "a function made inside as the result": on(ones())(lambda x: lambda z, y=x * 2: z * y),
     "`d.keys()` as the result": closed_over(dict, lambda d, x: (x, d.keys())),
     "`c.kept = Box(x * 2)`": closed_over(Box, lambda c, x: (setattr(c, "kept", Box(x * 2)), x)[1]),
+    "a checkpoint that draws, `preserve_rng_state=False`": on(leaf)(
+        lambda x: checkpoint(
+            nn.functional.dropout, x, use_reentrant=False, preserve_rng_state=False
+        )
+    ),
+    "`increment_version(x)`": on(ones())(
+        lambda x: (torch.autograd.graph.increment_version(x), x * 2)[1]
+    ),
+    "an argument of a subclass with another `__add__`": on(instance(Negated))(lambda x: x + 1),
+    "`isinstance(x, Extended)` of an argument": on(instance(Extended))(
+        lambda x: x * 2 if isinstance(x, Extended) else x
+    ),
+    "`(x * 2).doubled()`, a method of the argument's subclass": on(instance(Extended))(
+        lambda x: (x * 2).doubled()
+    ),
     "`x.tag = y` of an argument": on(ones())(assigned_to_argument),
     "an object without `__class__`": closed_over(Classless, lambda c, x: x * c.scale),
     "`optimizer.step()` of `LBFGS`, which decides by gradients": optimizer_inside,

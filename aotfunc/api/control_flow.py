@@ -259,10 +259,20 @@ def choice(name: str, index: Tensor, branches: Sequence[Callable], operands: tup
         program = steps[int(index)].rec.program()
         build = lambda b, args: b.inlined(taken, args)
         outs = run_flow(taken, (name, program), build, [*consts, *given], program)
+        alike = [same_results(steps[int(index)])]
     else:
         build = lambda b, args: emit_flow(b, target, args)
         outs = run_flow(bodies[0], (name, *bodies), build, [index, *consts, *given])
+        alike = [same_results(step) for step in steps]
+    if all(a == alike[0] for a in alike):
+        outs = [outs[k] for k in alike[0]]
     return unflatten(with_items(first, results, outs), spec)
+
+
+def same_results(step: Body) -> list[int]:
+    """Return the position of the first same tensor for each that a branch returns."""
+    ids = [id(x) for x in flatten(step.returned)[0] if isinstance(x, Tensor)]
+    return [ids.index(i) for i in ids]
 
 
 @entry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
+from ..graph import draws
 from ..trace.dtensors import record_function
 from ..trace.patches import ORIGINALS, recorder
 from ..trace.records import Region, n_new_values, written_slots
@@ -58,14 +60,36 @@ def checkpoint_region(fn: Any, *args: Any, **kwargs: Any) -> Any:
         yield from ORIGINALS["checkpoint"](fn, *args, **kwargs)
         return
     calls_late(fn)
-    start = len(trace.records)
+    start, count = len(trace.records), trace.count
     with recorded_region(trace):
         yield
+    if not (args[0] if args else kwargs.get("preserve_rng_state", True)):
+        check_preserved(trace, start, count)
     context_fn = kwargs.get(
         "context_fn", args[1] if len(args) > 1 else torch_checkpoint.noop_context_fn
     )
     if context_fn is not torch_checkpoint.noop_context_fn:
         keep_saved(trace, start, context_fn()[0])
+
+
+def check_preserved(trace: Trace, start: int, count: int) -> None:
+    """Refuse random numbers in a region, of the records from ``start`` and the values from
+    ``count``, whose generator is not put back: eager's backward draws others."""
+    drawn = [
+        line
+        for instr, *_, line in trace.records[start:]
+        if instr.facts.random and (not isinstance(instr, Instr) or draws(as_node(instr)))
+    ]
+    if drawn and not trace.autograd.active().isdisjoint(range(count, trace.count)):
+        raise CaptureError(
+            "a checkpoint with preserve_rng_state=False draws random numbers"
+            f"{at(drawn[0])}, and would draw others in the backward; say preserve_rng_state=True"
+        )
+
+
+def as_node(instr: Instr) -> Any:
+    """Return an op with its literals as what looks like a node."""
+    return SimpleNamespace(target=instr.op, args=instr.args, kwargs=instr.kwargs)
 
 
 def keep_saved(trace: Trace, start: int, context: Any) -> None:
@@ -104,6 +128,7 @@ def recorded_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     given = [a for a in args[2:] if isinstance(a, Tensor)]
     requiring = [a for a in given if a.requires_grad]
     cut = nullcontext() if trace.may_ask_constants or requiring else torch.no_grad()
+    count = trace.count
     try:
         with recorded_region(trace), cut:
             result = args[0](*args[2:])
@@ -111,6 +136,8 @@ def recorded_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if "a leaf Variable that requires grad" in str(e):
             raise written_in_checkpoint() from e
         raise
+    if not args[1]:
+        check_preserved(trace, records, count)
     if trace.may_ask_constants or not (requiring and torch.is_grad_enabled()):
         return result
     roots = {trace.root(trace.ref_of(a)[0]) for a in given}

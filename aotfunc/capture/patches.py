@@ -5,6 +5,7 @@
 # mypy: disable-error-code="name-defined"
 from __future__ import annotations
 
+import gc
 import sys
 from functools import partial
 from inspect import getclosurevars
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .. import debug
 from ..debug import at
 from ..errors import CaptureError
-from ..trace import outside
+from ..trace import collector, outside
 from ..trace.above import above
 from ..trace.patches import ORIGINALS, Attribute, Code, recorder
 from ..trace.traced import under_way
@@ -131,9 +132,29 @@ def _set_state_template(new_state):  # type: ignore[no-untyped-def]
 
 
 def _fastpath_template() -> bool:
-    """Return False while recording, as nn's fused layers have no derivative. (Torch's look-ups are
-    spelled out, as Dynamo looks into this function.)"""
-    return _is_fastpath_enabled and _aotfunc_recording() is None
+    """Return False to torch while recording, as nn's fused layers have no derivative. (Torch's
+    look-ups are spelled out, as Dynamo looks into this function.)"""
+    return _is_fastpath_enabled and (_aotfunc_recording() is None or not _aotfunc_fastpath())
+
+
+def _increment_version_template(tensor):  # type: ignore[no-untyped-def]
+    if _aotfunc_recording() is not None:
+        _aotfunc_increment_version()
+    return _torch_increment_version(tensor)
+
+
+def called_by_torch(frames: int = 2) -> bool:
+    """Return whether the function of torch's that asks was called by torch's own code."""
+    return str(sys._getframe(frames).f_globals.get("__name__")).startswith(("torch.", "aotfunc."))
+
+
+def check_version() -> None:
+    """Refuse ``increment_version`` in the user's code: no call would count it."""
+    if not called_by_torch(3):
+        raise CaptureError(
+            "increment_version inside a captured function would happen during the capture "
+            f"only{at(debug.user_line())}; write by PyTorch's ops, or in a custom op"
+        )
 
 
 def _random_seed_template():  # type: ignore[no-untyped-def]
@@ -237,7 +258,11 @@ PATCHES: tuple[Code | Attribute | Undisturbed, ...] = (
     Code("initial_seed", torch.random.initial_seed, initial_seed, _initial_seed_template),
     Code("get_state", torch.random.get_rng_state, get_rng_state, _get_state_template),
     Code("set_state", torch.random.set_rng_state, set_rng_state, _set_state_template),
-    Code("fastpath", torch.backends.mha.get_fastpath_enabled, None, _fastpath_template),
+    Code("fastpath", torch.backends.mha.get_fastpath_enabled, called_by_torch, _fastpath_template),
+    Code("increment_version", graph.increment_version, check_version, _increment_version_template),
+    Attribute("gc.isenabled", gc, "isenabled", collector.isenabled),
+    Attribute("gc.enable", gc, "enable", partial(collector.set_collecting, True)),
+    Attribute("gc.disable", gc, "disable", partial(collector.set_collecting, False)),
     Code(
         "multi_hook",
         graph.register_multi_grad_hook,

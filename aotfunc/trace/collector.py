@@ -11,6 +11,7 @@ import threading
 _pauses: dict[object, int] = {}
 _lock = threading.Lock()
 _was_on = False
+_enabled, _enable, _disable = gc.isenabled, gc.enable, gc.disable
 
 
 class paused_gc:
@@ -24,9 +25,9 @@ class paused_gc:
         try:
             with _lock:
                 if not _pauses:
-                    _was_on = gc.isenabled()
+                    _was_on = _enabled()
                 _pauses[self] = threading.get_ident()
-                gc.disable()
+                _disable()
         except BaseException:  # Ctrl-C
             _leave(self)
             raise
@@ -36,7 +37,7 @@ class paused_gc:
             with _lock:  # as _leave does, in one frame
                 _pauses.pop(self, None)
                 if not _pauses and _was_on:
-                    gc.enable()
+                    _enable()
         except BaseException:  # Ctrl-C came in between
             _leave(self)
             raise
@@ -46,7 +47,21 @@ def _leave(mine: object) -> None:
     with _lock:
         _pauses.pop(mine, None)
         if not _pauses and _was_on:
-            gc.enable()
+            _enable()
+
+
+def isenabled() -> bool:
+    """Return what ``gc.isenabled()`` says outside of captures."""
+    return _was_on if _pauses else _enabled()
+
+
+def set_collecting(on: bool) -> None:
+    """Switch the collector on or off, after the captures under way if there are any."""
+    global _was_on
+    if _pauses:
+        _was_on = on
+    else:
+        (_enable if on else _disable)()
 
 
 def _alone() -> None:
@@ -56,7 +71,7 @@ def _alone() -> None:
     for key in [k for k, thread in _pauses.items() if thread != threading.get_ident()]:
         del _pauses[key]
         if not _pauses and _was_on:
-            gc.enable()
+            _enable()
 
 
 os.register_at_fork(after_in_child=_alone)

@@ -1,12 +1,14 @@
 """Settings of PyTorch, and facts of outside tensors, that a function asks for: changed between
 two calls they are never stale."""
 
+import gc
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from aotfunc import aot_function, jit
+from aotfunc import aot_function, jit, vmap
 from tests.reference import assert_same
 
 X = torch.tensor([1.0, 2.0])
@@ -47,6 +49,19 @@ FLAGS = {
         lambda: torch.__future__.get_swap_module_params_on_conversion(),
         torch.__future__.set_swap_module_params_on_conversion,
     ),
+    "mha": (lambda: B.mha.get_fastpath_enabled(), B.mha.set_fastpath_enabled),
+    "the garbage collector": (
+        lambda: gc.isenabled(),
+        lambda v: gc.enable() if v else gc.disable(),
+    ),
+    "how torch prints": (
+        lambda: torch._tensor_str.get_printoptions()["precision"] == 4,
+        lambda v: torch.set_printoptions(precision=4 if v else 6),
+    ),
+    "how numpy prints": (
+        lambda: np.get_printoptions()["precision"] == 8,
+        lambda v: np.set_printoptions(precision=8 if v else 4),
+    ),
     "switch interval": (
         lambda: sys.getswitchinterval() > 0.1,
         lambda v: sys.setswitchinterval(0.25 if v else 0.005),
@@ -68,6 +83,17 @@ def test_a_setting_that_changes(name, compiled):
             assert_same(j(X), f(X))
     finally:
         write(before)
+
+
+@pytest.mark.parametrize("run", [vmap, lambda f: jit(f)], ids=["vmap", "jit"])
+def test_what_is_set_inside_lasts(run):
+    assert gc.isenabled()
+    try:
+        for on in (False, False, True):
+            run(lambda x, on=on: ((gc.enable if on else gc.disable)(), x * gc.isenabled())[1])(X)
+            assert gc.isenabled() is on
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("compiled", COMPILERS)

@@ -119,18 +119,19 @@ def test_a_redirected_function_can_still_be_scripted_and_compiled():
 
 
 def test_the_collector_is_put_back_by_the_last_to_leave():
+    # `gc.isenabled()` does not tell of pauses
     first, second = collector.paused_gc(), collector.paused_gc()
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert not gc.isenabled()
+    assert not collector._enabled() and collector.isenabled()
     second.__exit__(None, None, None)
-    assert gc.isenabled()
+    assert collector._enabled()
     gc.disable()
     try:
         with collector.paused_gc():
             pass
-        assert not gc.isenabled()
+        assert not collector._enabled()
     finally:
         gc.enable()
 

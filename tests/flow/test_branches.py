@@ -386,3 +386,20 @@ def test_what_no_branch_or_step_differentiates_has_no_gradient(name):
     if first[1].requires_grad:
         total = first[1].square().sum()
         assert torch.autograd.grad(total, (w, h), allow_unused=True)[0] is None
+
+
+def test_a_branch_that_returns_one_tensor_twice():
+    """Its results are one tensor; those of compiled code are, if all branches agree on it."""
+    twice = lambda x: (lambda y: {"a": y, "b": [y, x * 3]})(x * 2)
+    apart = lambda x: {"a": x.sin(), "b": [x.cos(), x * 1]}
+    for run, branches, one in [
+        (lambda f: f, (twice, apart), True),
+        (lambda f: f, (apart, twice), False),
+        (lambda f: jit(f), (twice, twice), True),
+        (lambda f: jit(f), (twice, apart), False),
+    ]:
+        found = run(lambda x, branches=branches: cond(x.sum() > -99, *branches, x))(X)
+        assert (found["a"] is found["b"][0]) is one
+        assert_same(found, branches[0](X))
+        found["b"][1].add_(1)
+        assert_same(found["a"], branches[0](X)["a"])

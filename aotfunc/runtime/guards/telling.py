@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...trace import collector
 from .description import is_plain
 
 #: functions without arguments, by module; PyTorch versions may lack some
@@ -29,9 +31,13 @@ _TELLING: dict[Any, str] = {
     torch.__future__: "get_overwrite_module_params_on_conversion "
     "get_swap_module_params_on_conversion",
     torch.multiprocessing: "get_sharing_strategy",
+    torch.backends.mha: "get_fastpath_enabled",
+    torch._tensor_str: "get_printoptions",
     sys: "getrecursionlimit getswitchinterval",
     os: "getcwd",
-    np: "geterr",
+    np: "geterr get_printoptions",
+    gc: "get_threshold isenabled",
+    collector: "isenabled",  # for gc's
 }
 _KNOWN = {
     id(getattr(module, name))
