@@ -265,7 +265,7 @@ def choice(name: str, index: Tensor, branches: Sequence[Callable], operands: tup
         outs = run_flow(bodies[0], (name, *bodies), build, [index, *consts, *given])
         alike = [same_results(step) for step in steps]
     if all(a == alike[0] for a in alike):
-        outs = [outs[k] for k in alike[0]]
+        outs = tuple([outs[k] for k in alike[0]])
     return unflatten(with_items(first, results, outs), spec)
 
 
