@@ -5,7 +5,8 @@ python -m benchmarks.overhead [--quick] [--write]. Each row times one call of th
 of its torch.func counterpart where there is one, and of the jitted function. The second table
 times calls with their backward, beside torch.compile and AOTAutograd. The third times the part of
 a call that looks whether the Python state is as it was, and fetches the tensors: for networks the
-larger part. Where there is a C++ compiler they become native code after many calls."""
+larger part. Where there is a C++ compiler they, and the nodes of autograd, become native code
+after many calls: here before the first."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ import aotfunc
 from aotfunc.runtime.guards.check import Check
 from aotfunc.runtime.guards.reads import Names
 from aotfunc.runtime.guards.state import look
+from aotfunc.runtime.native_node import nodes
 from benchmarks.measure import Report, arguments, ms
 from benchmarks.programs import resnet_module
 
@@ -184,6 +186,8 @@ def guards(name: str, quick: bool) -> list[str]:
 def main() -> None:
     options = arguments(__doc__).parse_args()
     torch.set_num_threads(options.threads)
+    if nodes().library is None:
+        nodes().compile()
     report = Report("overhead", "The cost of a call", "python -m benchmarks.overhead")
     head = ["case", "plain", "torch.func", "jit", "jit - plain"]
     report.table(

@@ -14,8 +14,12 @@ import torch
 
 import aotfunc
 from aotfunc import backends, debug
+from aotfunc.runtime.native_node import Nodes, nodes
 
 torch.set_num_threads(1)
+
+# nodes of autograd are Python's, whatever has been compiled on this machine, but for some tests
+nodes().library = nodes().extension = None
 
 LIMIT_S = 60
 
@@ -56,6 +60,15 @@ def compared():
     yield
     debug.LEVEL = level
     aotfunc.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def node_library():
+    """The nodes of autograd in C++: for its compiler a first test waits, once on a machine."""
+    found = Nodes()
+    if found.library is None:
+        found.compile()
+    return found.library or pytest.skip("there is no C++ compiler, or no headers")
 
 
 @pytest.fixture(autouse=True)

@@ -256,72 +256,80 @@ class CompiledFunction(torch.autograd.Function):
     @staticmethod
     @outside_dynamo
     def backward(ctx: Any, *cts: Tensor | None) -> tuple:
-        known, saved = ctx.known, None
+        known, read = ctx.known, None
         # read before what is saved, which another thread lets go of first
         inputs, memory = ctx.inputs, ctx.memory
         usual = known["usual"]
         if usual is not None and not ctx.done and unaffected(known["dtype"]):
-            saved = ctx.saved_tensors
-            values = [*saved[: usual.count], *cts]
+            read = [*ctx.saved_tensors]
+            values = [*read[: usual.count], *cts]
             if (run := usual.run(values)) is not None:
                 check_memory(inputs, memory, usual.name)
                 if not keeps_graph():
                     ctx.maybe_clear_saved_tensors()
                     ctx.done, ctx.memory, ctx.inputs = usual.done, None, None
-                    saved = cts = inputs = memory = ()
+                    read = cts = inputs = memory = ()  # type: ignore[assignment]
                 return None, None, *run(values)
             del values
-        vars(ctx).update({**known, **vars(ctx)})
-        halves = ctx.halves
-        if ctx.read_late is not None:
-            check_unwritten(ctx.read_late, halves.call.__name__)
-        if ctx.moment is not None:
-            ctx.moment.check(halves.call.__name__)
         if memory is not None:
-            check_memory(inputs, memory, halves.call.__name__)
-        del memory
-        if ctx.met is None or ctx.watched or halves.bent:
-            check_reached(
-                ctx, [i for i, c in zip(ctx.part[0], cts, strict=False) if c is not None]
-            )
-        # reading them raises an error the second time, unless the graph was retained, even if
-        # there are none
-        outs, inputs = ctx.part
-        further: Sequence[Tensor | None] = ()
-        met: tuple[int, ...] = ()
-        if ctx.met:
-            cts, further = cts[: len(outs)], cts[len(outs) :]
-            met = tuple([i for i, c in zip(ctx.met, further, strict=True) if c is not None])
-        there = frozenset([i for i, c in zip(outs, cts, strict=True) if c is not None])
-        # of another result, which had nothing in common with those: computed again
-        again = bool(ctx.done and ctx.inputs is not None and halves.apart(ctx.done, there))
-        if saved is None:
-            saved = ctx.saved_tensors if ctx.keeps and not again else ()
-        have = tuple([i in there for i, yes in enumerate(halves.live) if yes])
-        with without_modes(ctx.dtype):
-            vals = [halves.vals[i] for i in outs]
-            vals += [halves.met[i].meta["val"] for i in ctx.met or ()]
-            plan, given = lay_cotangents([*cts, *further], vals)
-            sigs = tuple([sig for sig in plan if sig is not None])
-            second = torch.is_grad_enabled()
-            if again or second or met or (halves.materializes and not all(have)):
-                known = known_results(ctx, there, again, saved) if second else {}
-                gradient = halves.gradient(have, sigs, met, tuple(known))
-                values = [*unchanged(ctx, gradient), *known.values(), *given]
-                with redrawn(ctx.states), at_moment(ctx.moment), related(ctx):
-                    let_go(ctx, there)
-                    grads = call_batched(call_compiled, gradient, values)
-            else:
-                half, reads = halves.backward_for(have, sigs)
-                feed = iter(saved)
-                kept = {i: next(feed) if r is None else r for i, r in ctx.residuals.items()}
-                values = [*[kept[i] for i in reads], *given]
+            check_memory(inputs, memory, known["halves"].call.__name__)
+        del inputs, memory
+        vars(ctx).update({**known, **vars(ctx)})
+        return None, None, *general_backward(ctx, cts, read)
+
+
+def general_backward(
+    ctx: Any, cts: Sequence[Tensor | None], read: list[Tensor] | None
+) -> list[Tensor | None]:
+    """Return the gradients of any node. ``read``: what it has saved, if that has been read; it
+    becomes empty."""
+    halves = ctx.halves
+    if ctx.read_late is not None:
+        check_unwritten(ctx.read_late, halves.call.__name__)
+    if ctx.moment is not None:
+        ctx.moment.check(halves.call.__name__)
+    if ctx.met is None or ctx.watched or halves.bent:
+        check_reached(ctx, [i for i, c in zip(ctx.part[0], cts, strict=False) if c is not None])
+    # reading them raises an error the second time, unless the graph was retained, even if
+    # there are none
+    outs, wrt = ctx.part
+    further: Sequence[Tensor | None] = ()
+    met: tuple[int, ...] = ()
+    if ctx.met:
+        cts, further = cts[: len(outs)], cts[len(outs) :]
+        met = tuple([i for i, c in zip(ctx.met, further, strict=True) if c is not None])
+    there = frozenset([i for i, c in zip(outs, cts, strict=True) if c is not None])
+    # of another result, which had nothing in common with those: computed again
+    again = bool(ctx.done and ctx.inputs is not None and halves.apart(ctx.done, there))
+    if read is None:
+        saved = ctx.saved_tensors if ctx.keeps and not again else ()
+    else:
+        saved = [*read]
+        read.clear()
+    have = tuple([i in there for i, yes in enumerate(halves.live) if yes])
+    with without_modes(ctx.dtype):
+        vals = [halves.vals[i] for i in outs]
+        vals += [halves.met[i].meta["val"] for i in ctx.met or ()]
+        plan, given = lay_cotangents([*cts, *further], vals)
+        sigs = tuple([sig for sig in plan if sig is not None])
+        second = torch.is_grad_enabled()
+        if again or second or met or (halves.materializes and not all(have)):
+            known = known_results(ctx, there, again, saved) if second else {}
+            gradient = halves.gradient(have, sigs, met, tuple(known))
+            values = [*unchanged(ctx, gradient), *known.values(), *given]
+            with redrawn(ctx.states), at_moment(ctx.moment), related(ctx):
                 let_go(ctx, there)
-                del saved, feed, kept, given
-                grads = call_batched(run_half, half, values)
-        found = dict(zip(halves.wrt, grads, strict=True))
-        grads = [halves.zero(i, there) if found[i] is None else found[i] for i in inputs]
-        return None, None, *grads
+                grads = call_batched(call_compiled, gradient, values)
+        else:
+            half, reads = halves.backward_for(have, sigs)
+            feed = iter(saved)
+            kept = {i: next(feed) if r is None else r for i, r in ctx.residuals.items()}
+            values = [*[kept[i] for i in reads], *given]
+            let_go(ctx, there)
+            del saved, feed, kept, given
+            grads = call_batched(run_half, half, values)
+    found = dict(zip(halves.wrt, grads, strict=True))
+    return [halves.zero(i, there) if found[i] is None else found[i] for i in wrt]
 
 
 def give_to_node(

@@ -70,8 +70,13 @@ def check_memory(
         return
     for t, memory in zip(tensors, before, strict=False):
         if t.untyped_storage()._cdata != memory._cdata:
-            raise AotfuncError(
-                f"`.data = ` gave a tensor of shape {list(t.shape)} other memory after the call "
-                f"of {name}, whose backward depends on it: assign after the backward, or write to "
-                "the memory that it has, with torch.no_grad(): x.copy_(value)"
-            )
+            raise other_memory(t, name)
+
+
+def other_memory(t: Tensor, name: str) -> AotfuncError:
+    """Return the error for a tensor that has other memory than at the call."""
+    return AotfuncError(
+        f"`.data = ` gave a tensor of shape {list(t.shape)} other memory after the call of "
+        f"{name}, whose backward depends on it: assign after the backward, or write to the memory "
+        "that it has, with torch.no_grad(): x.copy_(value)"
+    )

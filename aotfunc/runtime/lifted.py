@@ -3,7 +3,8 @@ calls the hooks of all results of a node, with None for those that no gradient r
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from .refused import check_met
 
-#: results that keep themselves: number -> (their node, their place there)
-Lifts = dict[int, tuple[ref, int]]
+#: results that keep themselves, by number, as autograd knows them
+Lifts = dict[int, Callable[[], Tensor | None]]
 
 
 class ResultGroups(NamedTuple):
@@ -41,7 +42,7 @@ def lifted(new: Sequence[Tensor], groups: ResultGroups) -> tuple[list[Tensor], L
         found = kept(*[new[at] for at in places])
         node = ref(found[0].grad_fn)
         for i, k in enumerate(numbers):
-            outs[places[i]], lifts[k] = found[i], (node, i)
+            outs[places[i]], lifts[k] = found[i], partial(as_kept, node, i)
     for at in groups.others:
         o = new[at]
         outs[at] = kept(o)[0] if o.is_complex() else lift(o)
@@ -73,11 +74,10 @@ kept = super(torch.autograd.Function, Lift).apply
 Lift._backward_cls.apply = Lift.backward  # type: ignore[attr-defined]
 
 
-def as_kept(lifts: Lifts, k: int) -> Tensor | None:
-    """Return result ``k`` as autograd knows it behind its own node; None if that node is gone, or
-    has let go of it, as no graph is retained: eager has no further derivative then."""
-    found, i = lifts.get(k, (None, 0))
-    node: Any = None if found is None else found()
+def as_kept(lift: ref, i: int) -> Tensor | None:
+    """Return result ``i`` of a node as autograd knows it there; None if the node is gone, or has
+    let go of it, as no graph is retained: eager has no further derivative then."""
+    node: Any = lift()
     try:
         return None if node is None else node.saved_tensors[i]
     except RuntimeError:
@@ -90,13 +90,13 @@ def known_results(
     """Return what the second derivative of the results ``outs`` reads as autograd knows it, by its
     number among the results and further results of the call. ``saved`` are the node's saved
     tensors: a checkpoint around the call lets them be read once."""
-    halves, met = ctx.halves, () if again else check_met(ctx)
+    halves, lifts, met = ctx.halves, ctx.lifts, () if again else check_met(ctx)
     first = len(saved) - len(met)
     found = {halves.count + i: t for i, t in zip(met, saved[first:], strict=True)}
     first -= len(ctx.keeping)
     for k, t in zip(ctx.keeping, saved[first:] or ctx.keeping, strict=False):
         if k in halves.kept_for(outs):
-            t = t if (lift := as_kept(ctx.lifts, k)) is None else lift
+            t = t if k not in lifts or (lift := lifts[k]()) is None else lift
             if isinstance(t, Tensor):
                 found.pop(halves.met_at(k), None)
                 found[k] = t

@@ -1,7 +1,9 @@
-"""The node of autograd of a call like the last one, made without Python's detours."""
+"""The node of autograd of a call like the last one, made without Python's detours, and without
+Python once there is a library for that (:mod:`.native_node`)."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -13,6 +15,7 @@ from .autograd import CompiledFunction, facts, give_to_node, node_class
 from .halves import Halves
 from .late_reads import storage
 from .lifted import lifted
+from .native_node import MANY, native_results, nodes
 from .redraw import generator_states
 
 
@@ -34,6 +37,7 @@ def same_node(
     known = facts(halves, halves.whole, dict.fromkeys(halves.saved, tensors[0]), [], None)
     compute, reads, differentiable = run.unchecked.boxed, picked(halves.needed), picked(inputs)
     keeping, lifts = known["keeping"], halves.lifts(outs)
+    native, calls = native_results(halves, known, compute, lifts), itertools.count(1)
 
     def results(ctx: Any, tensors: tuple[Tensor, ...]) -> tuple:
         found, needed = compute([*tensors]), reads(tensors)
@@ -42,13 +46,24 @@ def same_node(
         return found[:count]
 
     def call(*tensors: Tensor) -> Any:
+        nonlocal native
+        if native is not None:
+            return tree(native(*tensors))
+        if next(calls) % MANY == 0:
+            nodes().start()
+            native = native_results(halves, known, compute, lifts)
         new = apply(results, tensors, *differentiable(tensors))
         if count > 1:
             node = new[0].grad_fn
             new, node.lifts = lifted(new, lifts)
         return tree(new)
 
-    return call
+    return call if native is None else chained_calls(native, tree)
+
+
+def chained_calls(first: Callable, then: Callable) -> Callable:
+    """Return ``then(first(...))`` as a function."""
+    return lambda *given: then(first(*given))
 
 
 def picked(places: Sequence[int]) -> Callable[[Sequence], Sequence]:

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +12,9 @@ from torch import nn
 from aotfunc import jit
 from aotfunc.errors import AotfuncError
 from aotfunc.runtime import repeated_node
+from aotfunc.runtime.native_node import nodes
+
+pytestmark = pytest.mark.limit(300)  # a compiler may run
 
 
 def f(x, w):
@@ -27,9 +31,12 @@ def inputs():
     return x, torch.randn(4, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.fixture(autouse=True)
-def made_directly(monkeypatch):
-    """Every call of these tests is one that is made again."""
+@pytest.fixture(autouse=True, params=["python", "native"])
+def made_directly(request, monkeypatch):
+    """Every call of these tests is one that is made again, by nodes of Python's and of C++."""
+    if request.param == "native":
+        library = request.getfixturevalue("node_library")
+        monkeypatch.setattr(nodes(), "library", library)
     made, same_node = [], repeated_node.same_node
 
     def noted(*args):
@@ -124,9 +131,15 @@ def offloaded(f, *args):
     return grad(outs, args)
 
 
+def detecting_anomalies(f, *args):
+    with torch.autograd.set_detect_anomaly(True):
+        return grad(f(*args), args)
+
+
 USES = (
     *(second_order, retained, expanded, strided, negated, batched, in_modes),
     *(with_another_default, accumulated, with_hooks, offloaded),
+    detecting_anomalies,
 )
 
 
@@ -140,7 +153,46 @@ def one_of_several(f, *args):
     return grad(b, args, retain_graph=True), grad(a, args, retain_graph=True), grad((a, b), args)
 
 
-@pytest.mark.parametrize("use", [one_of_several, second_order, retained])
+def batched_first(f, *args):
+    rows = torch.eye(12, dtype=torch.float64).view(12, 3, 4)
+    return grad(f(*args)[0], args, [rows], is_grads_batched=True)
+
+
+def some_after_others(f, *args):
+    """A backward of some results, with a graph, then of all."""
+    a, b = f(*args)
+    first = grad(a, args, create_graph=True)
+    return first, grad([b, sum(g.sum() for g in first)], args, [None, None])
+
+
+def hooks_of_results(f, x, w):
+    a, b = f(x, w)
+    seen = []
+    a.register_hook(lambda g: seen.append(g) or 2 * g)
+    b.register_hook(lambda g: seen.append(g) or 3 * g)
+    first = grad((a, b), (x, w), create_graph=True)
+    second = grad(first, (x, w), retain_graph=True)
+    return first, second, grad(b, (x, w)), seen
+
+
+def offloaded_twice(f, *args):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        first = grad(f(*args), args, create_graph=True)
+        return grad(first, args)
+
+
+def result_changed(f, *args):
+    a, b = f(*args)
+    return grad((a, b.mul_(2)), args)
+
+
+SEVERAL = (
+    *(one_of_several, second_order, retained, batched_first, some_after_others),
+    *(hooks_of_results, offloaded_twice, result_changed, detecting_anomalies),
+)
+
+
+@pytest.mark.parametrize("use", SEVERAL)
 def test_several_results(use):
     both(several, use)
 
@@ -217,3 +269,40 @@ def test_threads_that_differentiate_one_graph(create_graph):
         sys.setswitchinterval(interval)
     for g in found:
         assert torch.allclose(g, expected)
+
+
+def test_what_a_node_shows():
+    x, w = inputs()
+    y = warm(f)(x, w)
+    node = y.grad_fn
+    assert isinstance(node, torch.autograd.graph.Node)
+    assert node.name() == "CompiledFunctionBackward"
+    assert [n.variable is t for (n, _), t in zip(node.next_functions, (x, w), strict=True)]
+    for o in warm(several)(x, w):
+        [(node, _)] = o.grad_fn.next_functions
+        assert node.name() == "CompiledFunctionBackward"
+
+
+def test_errors_in_hooks():
+    def refused(t):
+        raise KeyError("refused")
+
+    compiled, args = warm(f), inputs()
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with pytest.raises(KeyError, match="refused"), hooks(refused, lambda t: t):
+        compiled(*args)
+    with hooks(lambda t: t, refused):
+        y = compiled(*args).sum()
+    with pytest.raises(KeyError, match="refused"):
+        y.backward()
+    both(f, retained)
+
+
+@pytest.mark.parametrize("use", [lambda y: None, lambda y: y.backward(retain_graph=True)])
+def test_inputs_are_freed(use):
+    (x, w), compiled = inputs(), warm(f)
+    y, freed = compiled(x, w).sum(), weakref.ref(x)
+    (g,) = torch.autograd.grad(y, x, create_graph=True)
+    use(g.sum())
+    del x, w, y, g
+    assert freed() is None
