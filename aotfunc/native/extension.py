@@ -40,12 +40,13 @@ class Extension:
         """Return the compiled file, or None."""
         return store.find(self.key)
 
-    def compile(self) -> None:
-        """Compile, at the lowest priority. Raises CompilerError."""
-        store.compile_and_keep(self.key, self.source, self._compile)
+    def compile(self, last: bool = False) -> None:
+        """Compile; ``last``: after all else that the machine does. Raises CompilerError."""
+        low = ["nice", "-n", "19"] if last and shutil.which("nice") else []
+        build = functools.partial(self._compile, low)
+        store.compile_and_keep(self.key, self.source, build)
 
-    def _compile(self, source: Path, library: Path) -> None:
-        low = ["nice", "-n", "19"] if shutil.which("nice") else []
+    def _compile(self, low: Sequence[str], source: Path, library: Path) -> None:
         command: Sequence[str] = [*low, *toolchain.compiler(), *FLAGS]
         command = [*command, "-x", "c++", str(source), "-o", str(library), *self.options]
         null = subprocess.DEVNULL

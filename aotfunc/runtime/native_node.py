@@ -89,11 +89,11 @@ class Nodes:
         except (OSError, AttributeError, Unlike) as e:
             explain(e)
 
-    def compile(self) -> None:
-        """Compile the library and load it."""
+    def compile(self, last: bool = False) -> None:
+        """Compile the library and load it; ``last``: after all else that the machine does."""
         try:
             if self.extension is not None:
-                self.extension.compile()
+                self.extension.compile(last)
         except CompilerError as e:
             explain(e)
         self.load()
@@ -101,7 +101,7 @@ class Nodes:
     def start(self) -> None:
         """Compile in the background, once."""
         if self.thread is None and self.library is None:
-            self.thread = threading.Thread(target=self.compile, daemon=True)
+            self.thread = threading.Thread(target=self.compile, args=(True,), daemon=True)
             self.thread.start()
 
 
