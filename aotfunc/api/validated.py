@@ -10,6 +10,8 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch.compiler import is_dynamo_compiling
+
 from ..errors import ArgumentError
 from ..trace.traced import current
 
@@ -77,7 +79,7 @@ def validated(kind: Any) -> Callable:
         def make(*args: Any, validate: bool = False, **options: Any) -> Any:
             if validate:
                 return checked(args, options, inner=False)
-            if not kind.nests:
+            if not kind.nests or is_dynamo_compiling():
                 return transform(*args, **options)
             if NESTED.seen is not None and current() is None:
                 return checked(args, options, inner=True)

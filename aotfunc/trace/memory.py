@@ -180,7 +180,10 @@ def memory_of(t: Tensor) -> Span:
 
 def address_of_storage(storage: torch.UntypedStorage) -> int:
     """Return where a storage begins, 0 if it has no memory; fake tensors warn if asked."""
-    return 0 if storage.device.type == "meta" else storage.data_ptr()
+    try:
+        return 0 if storage.device.type == "meta" else storage.data_ptr()
+    except RuntimeError:  # of a tensor of tensors
+        return 0
 
 
 #: the identity of all memory that has addresses
