@@ -30,6 +30,7 @@ from .lifted import known_results, lifted
 from .parts import OnParts, check_whole
 from .redraw import generator_states, redrawn
 from .refused import check_reached, related, relation, unchanged
+from .unpacked import unpacked
 from .unseen import Watched
 from .usual import op_by_op, unaffected
 
@@ -316,7 +317,9 @@ def general_backward(
         if again or second or met or (halves.materializes and not all(have)):
             known = known_results(ctx, there, again, saved) if second else {}
             gradient = halves.gradient(have, sigs, met, tuple(known))
-            values = [*unchanged(ctx, gradient), *known.values(), *given]
+            first, read_again = unchanged(ctx, gradient), [*known.values()]
+            unpacked(read_again, gradient.program.placeholders[len(first) :], gradient.__name__)
+            values = [*first, *read_again, *given]
             with redrawn(ctx.states), at_moment(ctx.moment), related(ctx):
                 let_go(ctx, there)
                 grads = call_batched(call_compiled, gradient, values)
@@ -324,7 +327,9 @@ def general_backward(
             half, reads = halves.backward_for(have, sigs)
             feed = iter(saved)
             kept = {i: next(feed) if r is None else r for i, r in ctx.residuals.items()}
-            values = [*[kept[i] for i in reads], *given]
+            values = [kept[i] for i in reads]
+            unpacked(values, half.program.placeholders, half.__name__)
+            values += given
             let_go(ctx, there)
             del saved, feed, kept, given
             grads = call_batched(run_half, half, values)

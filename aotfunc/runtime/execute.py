@@ -275,13 +275,14 @@ def distinct(program: Program, outs: Sequence, count: int, tensors: Sequence[Ten
     return found
 
 
-def strided_copy(t: Tensor) -> Tensor:
-    """Return a copy with the strides of ``t``; ``clone()`` closes gaps and expansions."""
-    copy = t.clone()
-    if copy.stride() == t.stride() or not t.numel():
+def strided_copy(t: Tensor, stride: tuple[int, ...] | None = None) -> Tensor:
+    """Return a copy with this ``stride``, by default that of ``t``; ``clone()`` closes gaps and
+    expansions."""
+    copy, stride = t.clone(), t.stride() if stride is None else stride
+    if copy.stride() == stride or not t.numel():
         return copy
-    memory = copy.new_zeros(reach(t.shape, t.stride())).as_strided(t.shape, t.stride())
-    once = tuple([slice(0, 1) if step == 0 else slice(None) for step in t.stride()])
+    memory = copy.new_zeros(reach(t.shape, stride)).as_strided(t.shape, stride)
+    once = tuple([slice(0, 1) if step == 0 else slice(None) for step in stride])
     memory[once] = copy[once]
     return memory
 

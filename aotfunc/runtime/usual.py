@@ -15,6 +15,7 @@ from .batched import older_levels
 from .execute import new_layout
 from .guards.check import metadata_check
 from .guards.keys import TENSORS, first_alike
+from .unpacked import unpacked
 
 if TYPE_CHECKING:
     from .halves import Halves
@@ -73,13 +74,14 @@ class UsualBackward:
                 return self.unchecked
         if older_levels() or any([c is None for c in values[self.count :]]):
             return None
+        other = unpacked(values, self.half.program.placeholders[: self.count], self.name)
         given, strange = [*values], []
         for k, strides in enumerate(self.strides, self.count):
             if (c := values[k]).stride() != strides:
                 values[k] = new_layout(c)
                 strange.append(k)
         run = self.half.compiled(values)
-        plain = all([t.__class__ in TENSORS and not is_lazy(t) for t in values])
+        plain = not other and all([t.__class__ in TENSORS and not is_lazy(t) for t in values])
         if plain and first_alike(given) is None:  # the check refuses a tensor that is there twice
             unchecked = getattr(run, "unchecked", None)
             self.unchecked = run if unchecked is None else unchecked.boxed
