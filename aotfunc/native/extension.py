@@ -7,9 +7,12 @@ import atexit
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sysconfig
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -50,16 +53,31 @@ class Extension:
         command: Sequence[str] = [*low, *toolchain.compiler(), *FLAGS]
         command = [*command, "-x", "c++", str(source), "-o", str(library), *self.options]
         null = subprocess.DEVNULL
-        with subprocess.Popen(command, stdin=null, stdout=null, stderr=null) as process:
-            stop = functools.partial(stopped, process, os.getpid())
+        # its own files go with the source's, and what it starts ends with it
+        process = subprocess.Popen(
+            command,
+            stdin=null,
+            stdout=null,
+            stderr=null,
+            env={**os.environ, "TMPDIR": str(source.parent)},
+            process_group=0,
+        )
+        with process:
+            stop = functools.partial(stopped, process, os.getpid(), threading.current_thread())
             atexit.register(stop)
-            failed = process.wait()
-            atexit.unregister(stop)
+            try:
+                failed = process.wait()
+            finally:
+                atexit.unregister(stop)
+        if failed == -signal.SIGTERM:
+            raise SystemExit  # of this thread: the process ends
         if failed:
             raise CompilerError("the C++ compiler failed")
 
 
-def stopped(process: subprocess.Popen, pid: int) -> None:
-    """Stop a compiler, but not from a forked child."""
+def stopped(process: subprocess.Popen, pid: int, thread: threading.Thread) -> None:
+    """Stop a compiler, whose ``thread`` removes its files, but not from a forked child."""
     if os.getpid() == pid:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        thread.join()

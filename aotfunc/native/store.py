@@ -105,7 +105,8 @@ def compile_and_keep(key: str, source: str, build: Callable[[Path, Path], None])
 
 def build_in(root: Path, key: str, source: str, build: Callable[[Path, Path], None]) -> Path:
     kept, result = root / f"{key}.cpp", root / f"{key}.so"
-    with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as work:
+    work = tempfile.mkdtemp(dir=root)  # a forked child must not remove it
+    try:
         text, library = Path(work, kept.name), Path(work, result.name)
         text.write_text(source)
         try:
@@ -119,4 +120,6 @@ def build_in(root: Path, key: str, source: str, build: Callable[[Path, Path], No
         library.write_bytes(content + digest(key, content))  # the loader ignores what follows
         os.replace(text, kept)
         os.replace(library, result)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 import warnings
 from array import array
@@ -75,6 +76,8 @@ class Nodes:
         self.library: NodeLibrary | None = None
         self.extension: Extension | None = None
         self.thread: threading.Thread | None = None
+        if os.environ.get("AOTFUNC_NATIVE_NODES") == "0":
+            return
         try:
             self.extension = Extension(Path(__file__).with_suffix(".cpp").read_text())
         except (CompilerError, OSError) as e:
