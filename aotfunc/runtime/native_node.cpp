@@ -210,11 +210,6 @@ CallNode &node_of(PyObject *capsule) {
   return static_cast<CallNode &>(**(Ref *)PyCapsule_GetPointer(capsule, nullptr));
 }
 
-struct Words {
-  const int64_t *at;
-  int64_t next() { return *at++; }
-};
-
 // Returns the results of a call as those of a new node.
 PyObject *results(PyObject *self, PyObject *const *args, Py_ssize_t n) {
   auto node = made<CallNode>();
@@ -229,25 +224,26 @@ PyObject *results(PyObject *self, PyObject *const *args, Py_ssize_t n) {
   Owned all(computed);
   auto get = [&](int64_t i) -> const Tensor & { return tensor(PyTuple_GET_ITEM(all.it, i)); };
   node->self = Py_NewRef(self);
-  Words words = {(const int64_t *)PyBytes_AS_STRING(part(self, PLAN))};
-  for (int64_t k = words.next(); k--;)
-    node->add_next_edge(impl::gradient_edge(tensor(args[words.next()])));
-  for (int64_t k = words.next(); k--;) {
-    const Tensor &t = tensor(args[words.next()]);
+  auto *plan = (const int64_t *)PyBytes_AS_STRING(part(self, PLAN));
+  auto next = [&] { return *plan++; };
+  for (int64_t k = next(); k--;)
+    node->add_next_edge(impl::gradient_edge(tensor(args[next()])));
+  for (int64_t k = next(); k--;) {
+    const Tensor &t = tensor(args[next()]);
     node->inputs.push_back(t);
     node->memory.push_back(t.storage());
     node->versions.push_back(t.is_inference() ? 0 : t._version());
   }
-  int64_t count = words.next(), size = PyTuple_GET_SIZE(all.it);
+  int64_t count = next(), size = PyTuple_GET_SIZE(all.it);
   for (int64_t i = 0; i < count; i++)
     impl::set_gradient_edge(get(i), Edge(node, node->add_input_metadata(get(i))));
   for (int64_t i = count; i < size; i++)
     node->save(get(i), get(i).grad_fn().get() == node.get());
-  for (int64_t k = words.next(); k--;) node->save(get(words.next()), true);
-  for (int64_t groups = words.next(); groups--;) {
+  for (int64_t k = next(); k--;) node->save(get(next()), true);
+  for (int64_t groups = next(); groups--;) {
     auto lift = made<LiftNode>();
-    for (int64_t keeps = words.next(), k = words.next(); k--;) {
-      int64_t i = words.next();
+    for (int64_t keeps = next(), k = next(); k--;) {
+      int64_t i = next();
       lift->add_next_edge(Edge(node, i));
       impl::set_gradient_edge(get(i), Edge(lift, lift->add_input_metadata(get(i))));
       if (!keeps) continue;
